@@ -1,0 +1,1 @@
+"""The method: data → rollout → reward → advantage → update. Knows no Ray and no HTTP server."""

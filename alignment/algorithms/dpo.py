@@ -1,0 +1,70 @@
+"""Direct preference optimisation (arXiv 2305.18290): the language model is its own reward model."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from alignment.algorithms import Algorithm
+from alignment.config import Positive
+from alignment.errors import DataError
+from alignment.losses import hinge_preference, ipo_preference, sigmoid_preference
+from alignment.types import Batch, Group, Loss, Outputs, Term
+
+
+class DPO(Algorithm):
+    """Raises β(log π − log π_ref) of the better completion above that of the worse one, for every pair of a group."""
+
+    name: Literal["dpo"] = "dpo"
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """`sigmoid` is DPO itself; `ipo` (arXiv 2310.12036) bounds the margin; `hinge` (arXiv 2305.10425) stops at it."""
+    beta: Positive = 0.1
+    """Strength of the pull towards the reference, > 0; usually 0.01 to 0.5. For `ipo` it is the paper's τ."""
+    reference: Literal["auto", "adapter_off", "copy", "precomputed"] = "auto"
+    """Where log π_ref comes from. `adapter_off`: the same weights without the adapter (LoRA only). `copy`: a frozen
+    copy of the starting model. `precomputed`: log-probabilities of all groups are computed before the first step and
+    kept beside the run, so that no second model stays in memory. `auto` is `adapter_off` with LoRA, else `copy`."""
+
+    needs_reference: ClassVar[bool] = True
+
+    def select(self, group: Group) -> Group:
+        if not group.pairs:
+            rated = [completion.reward for completion in group.completions]
+            raise DataError(f"dpo needs two completions with different rewards; this row's rewards are {rated}")
+        return group
+
+    def loss(self, batch: Batch, outputs: Outputs) -> Loss:
+        assert batch.reference_logprobs is not None, "the loop annotates batches when needs_reference is set"
+        better, worse = batch.pairs.unbind(1)
+        logps = batch.per_completion(outputs.logprobs)
+        logratios = logps - batch.per_completion(batch.reference_logprobs)
+        rewards = self.beta * logratios.detach()
+
+        def per_pair(values: Tensor) -> Term:
+            return Term(values=values.detach().float(), unit="pair")
+
+        return Loss(
+            terms=(Term(values=self._loss(batch, logratios), unit="pair"),),
+            metrics={
+                "rewards/chosen": per_pair(rewards[better]),
+                "rewards/rejected": per_pair(rewards[worse]),
+                "rewards/margins": per_pair(rewards[better] - rewards[worse]),
+                "rewards/accuracies": per_pair(rewards[better] > rewards[worse]),
+                "logps/chosen": per_pair(logps[better]),
+                "logps/rejected": per_pair(logps[worse]),
+            },
+        )
+
+    def _loss(self, batch: Batch, logratios: Tensor) -> Tensor:
+        """Loss of each pair, [M], from the summed log-ratios of the completions, [N] (nats)."""
+        better, worse = batch.pairs.unbind(1)
+        if self.loss_type == "ipo":
+            means = logratios / batch.per_completion(torch.ones_like(batch.learned, dtype=logratios.dtype))
+            return ipo_preference(means[better] - means[worse], beta=self.beta)
+        loss = sigmoid_preference if self.loss_type == "sigmoid" else hinge_preference
+        return loss(logratios[better] - logratios[worse], beta=self.beta)
+
+
+ALGORITHM = DPO

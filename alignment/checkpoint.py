@@ -1,0 +1,231 @@
+"""Checkpoints: Hugging Face folders plus trainer state, whole or absent, and proved by their hashes before use.
+
+runs/NAME/checkpoints/step-00000100/
+    config.json, model.safetensors, tokenizer.json …     opened by transformers, peft and vLLM as it is
+    trainer/state.json, trainer/tensors.safetensors      step, cursor, fp32 masters, moments, random states
+    manifest.json                                        sha256 and size of every file
+    COMMITTED                                            sha256 of the manifest; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.config import RunConfig
+from alignment.errors import CheckpointError
+from alignment.models.load import LanguageModel
+from alignment.models.parallel import World
+from alignment.models.roles import Roles
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, COMMITTED = "manifest.json", "COMMITTED"
+STATE, TENSORS = "trainer/state.json", "trainer/tensors.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands between two steps."""
+
+    step: int
+    """Optimizer steps done."""
+    position: int
+    """Groups taken from the stream."""
+
+
+def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, world: World) -> None:
+    """Writes a checkpoint beside the others and deletes those that `keep` no longer covers. Called by every worker.
+
+    Args:
+        data: fingerprint of the training data, which a resumed run must match.
+
+    Raises:
+        CheckpointError: it cannot be written, as when the disk is full; earlier checkpoints stay as they are.
+    """
+    random_states = world.gather(_random_state(world.device))
+    if world.is_main:
+        folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
+        state = {"step": progress.step, "position": progress.position, "identity": _identity(config, data)}
+        tensors = {**roles.trained.state(), **{f"random.{rank}": state for rank, state in enumerate(random_states)}}
+        try:
+            _write(folder, roles.actor, state, tensors)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror}; earlier ones are intact") from error
+        for old in _folders(config.folder)[config.checkpoint.keep :]:
+            shutil.rmtree(old)
+    world.wait()
+
+
+def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Progress:
+    """Puts the newest intact checkpoint of the run back, bit for bit; step 0 if there is none.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model, algorithm or data set.
+    """
+    folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
+    if folder is None:
+        return Progress(step=0, position=0)
+    from safetensors.torch import load_file
+
+    state = json.loads((folder / STATE).read_text())
+    _check_identity(folder, state["identity"], _identity(config, data))
+    tensors = load_file(folder / TENSORS)
+    roles.trained.restore(tensors)
+    mine = tensors.get(f"random.{world.rank}")
+    if mine is not None:
+        _set_random_state(mine, world.device)
+    return Progress(step=state["step"], position=state["position"])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The verified checkpoint that a path means: itself, or the newest intact one of a run's folder.
+
+    Raises:
+        CheckpointError: there is none, or the one named is damaged.
+    """
+    if (path / MANIFEST).is_file() or (path / COMMITTED).is_file():
+        verify(path)
+        return path
+    newest = newest_intact(path)
+    if newest is None:
+        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with an intact one")
+    return newest
+
+
+def newest_intact(run: Path) -> Path | None:
+    """The newest checkpoint of a run that proves to be whole; damaged newer ones are moved to `quarantine`."""
+    for folder in _folders(run):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            aside = run / "quarantine" / folder.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("%s; moved to %s, trying the one before", error, aside)
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Compares every file with the manifest, and the manifest with the commit mark.
+
+    Raises:
+        CheckpointError: something is missing or differs; the text names the file.
+    """
+    try:
+        manifest = (folder / MANIFEST).read_bytes()
+        committed = (folder / COMMITTED).read_text()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing") from error
+    if hashlib.sha256(manifest).hexdigest() != committed.strip():
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} is not the one that was committed")
+    for name, known in json.loads(manifest).items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+        if file.stat().st_size != known["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes instead of {known['bytes']}"
+            )
+        if _sha256(file) != known["sha256"]:
+            raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The folder in which a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def _folders(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted(checkpoints_of(run).glob("step-*"), reverse=True)
+
+
+def _write(folder: Path, actor: LanguageModel, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        (unfinished / "trainer").mkdir(parents=True)
+        actor.module.save_pretrained(unfinished)
+        actor.tokenizer.save_pretrained(unfinished)
+        (unfinished / STATE).write_text(json.dumps(state, indent=1))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+        manifest = json.dumps(
+            {
+                str(file.relative_to(unfinished)): {"sha256": _sha256(file), "bytes": file.stat().st_size}
+                for file in sorted(unfinished.rglob("*"))
+                if file.is_file()
+            },
+            indent=1,
+        )
+        (unfinished / MANIFEST).write_text(manifest)
+        (unfinished / COMMITTED).write_text(hashlib.sha256(manifest.encode()).hexdigest())
+        for place in [*unfinished.rglob("*"), unfinished]:
+            place.chmod(0o755 if place.is_dir() else 0o644)  # the endpoint may run as another user
+            _to_disk(place)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        _to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _to_disk(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _identity(config: RunConfig, data: str) -> dict[str, Any]:
+    """What must not change between the parts of one run, as far as results depend on it."""
+    lora = config.model.lora
+    return {
+        "model.path": config.model.path,
+        "model.dtype": config.model.dtype,
+        "model.lora": None if lora is None else lora.model_dump(mode="json"),
+        "algorithm": config.algorithm.model_dump(mode="json"),
+        "groups_per_step": config.groups_per_step,
+        "seed": config.seed,
+        "data": data,
+    }
+
+
+def _check_identity(folder: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{key} was {kept.get(key)!r} and is {now[key]!r}" for key in now if kept.get(key) != now[key]]
+    if changed:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(changed)}. Give this run another name, or delete the folder"
+        )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

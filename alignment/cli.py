@@ -1,0 +1,56 @@
+"""The command `raylign`. Each subcommand is imported only when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from alignment.errors import AlignmentError
+
+# name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer.
+COMMANDS = {
+    "train": ("cluster.launch:train", "train a model on preferences, as a YAML file says"),
+    "serve": ("serving.launch:serve", "put a trained model behind an OpenAI-compatible HTTP endpoint"),
+    "report": ("alignment.report:report", "write a run's curves and samples as one HTML page"),
+    "schema": ("cluster.launch:schema", "print the JSON Schema of a run's YAML file, for editors"),
+    "demo": ("alignment.demo:demo", "train, serve and compare the bundled model, from one command"),
+}
+
+USAGE = """\
+Usage: raylign COMMAND [ARGUMENTS]
+
+From people's preferences to an aligned model behind an HTTP endpoint.
+
+Commands:
+{commands}
+
+raylign COMMAND --help explains a command."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())))
+    elif name in COMMANDS:
+        del sys.argv[1]
+        run_command(name, f"raylign {name}")
+    else:
+        sys.exit(f"raylign: unknown command {name!r}; known are {', '.join(COMMANDS)}")
+
+
+def run_command(name: str, program: str) -> None:
+    """Runs one command on the arguments in `sys.argv`; an error of ours is printed without a traceback."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(getattr(importlib.import_module(module), function))
+    try:
+        app(prog_name=program)
+    except AlignmentError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

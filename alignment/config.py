@@ -1,0 +1,387 @@
+"""The configuration of a run: one YAML file of flat sections, checked whole before anything heavy starts.
+
+A default is the vetted setting; a file lists only what differs. Nothing changes after loading. `raylign schema` writes
+the JSON Schema of this file, which editors use to complete and explain keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from alignment.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration; unknown keys are refused and every field's docstring reaches the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685) instead of full fine-tuning."""
+
+    rank: PositiveCount = 16
+    """Rank r of every adapter matrix, ≥ 1."""
+    alpha: Positive = 32.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an adapter input, 0 to 1. 0 (off) keeps log-ratios exact; only `sft` should raise it."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter. A name that matches nothing is tolerated, with a warning, as long as
+    another matches. `all-linear` is every linear layer except the output head."""
+
+
+class ModelConfig(Section):
+    """The model to align."""
+
+    path: str = "smollm2-135m-instruct"
+    """A hub id, a local folder (a model, or an adapter of an earlier run), or the bundled `smollm2-135m-instruct`.
+    Code that comes with a model is never executed."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None takes its default branch."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of weights and activations. `bf16` keeps an fp32 master copy of every trained weight; log-softmax
+    and losses are fp32 in either case."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """How the packed mask is applied: `sdpa` with a dense mask, `flex` (CUDA only) with a block mask. `auto` takes
+    `flex` on CUDA and `sdpa` elsewhere."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time for a fraction of the memory."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights; None is full fine-tuning."""
+    chat_template: str | None = None
+    """Template for message lists: `chatml`, `zephyr`, a path to a Jinja file, or Jinja text. None uses the tokenizer's
+    own."""
+
+
+class AlgorithmConfig(Section):
+    """What to optimise. `name` picks the module `alignment.algorithms.<name>`, or a dotted `package.module:Class`."""
+
+    name: str
+
+
+class SourceConfig(Section):
+    """One source of rows: a file, a folder or a hub id."""
+
+    path: str | None = None
+    """A `.jsonl`, `.json` or `.parquet` file (each also as `.gz`, except parquet), a folder of such files, or a hub
+    id."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    data_dir: str | None = None
+    """Folder inside a hub dataset, such as `data/rl`."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    weight: Fraction = 1.0
+    """Fraction of the rows to use, 0 to 1, taken from the front after `shuffle`."""
+    skip: Count = 0
+    """Rows to leave out at the front."""
+    take: PositiveCount | None = None
+    """Rows to read at most; None reads all."""
+    streaming: bool = False
+    """Read while training instead of before it: for sets that do not fit into memory."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Which column stands for which field, as `{chosen: response_j, rejected: response_k}`. Fields: prompt, chosen,
+    rejected, completion, completions, rewards, label, messages."""
+    prompt_template: str | None = None
+    """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`. None reads a column."""
+    prompt_as: Literal["text", "user_message"] = "text"
+    """What a prompt that is a string means: `text` is continued as it stands, `user_message` goes through the chat
+    template as the user's turn."""
+
+
+class DataConfig(SourceConfig):
+    """Where the preference data comes from and how it is cut to fit."""
+
+    mixture: tuple[SourceConfig, ...] = ()
+    """Several sources, each with its weight, instead of one `path`."""
+    eval: SourceConfig | None = None
+    """Held-out rows for evaluation. None cuts `eval_groups` from the training data."""
+    eval_groups: Count = 0
+    """Groups held out for evaluation: cut from the training data, by prompt, if `eval` is None; else the most that
+    are used of `eval`, where 0 uses all."""
+    shuffle: bool = True
+    """Visit groups in a new random order every epoch; false keeps the file's order."""
+    shuffle_buffer: PositiveCount = 1000
+    """Rows held to shuffle from while streaming."""
+    max_length: PositiveCount = 1024
+    """Most tokens of prompt and one completion together. A longer completion is cut and gets no end token."""
+    max_prompt_length: PositiveCount | None = None
+    """Most tokens of a prompt; a longer one is cut as `truncate_prompt` says. None never cuts, so that a prompt of
+    `max_length` tokens or more is a bad row."""
+    truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which part of a long prompt survives."""
+    max_characters: PositiveCount | None = None
+    """Leave out rows with prompt + completion longer than this many characters, for any completion. None keeps all."""
+    train_on_prompt: bool = False
+    """Learn the prompt's tokens too (plain language modelling); only for groups with one completion."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """`fail` stops at the first unusable row; `skip` leaves it out, counts it and names it in `bad_rows.jsonl`."""
+    bad_row_budget: Fraction = 0.05
+    """Largest fraction of bad rows that `skip` accepts, 0 to 1."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (not self.mixture):
+            both = self.path is not None
+            raise ValueError(
+                "path and mixture are both given; set one of them to null"
+                if both
+                else "neither path nor mixture is given; say where the data is, e.g. data.path=pairs.jsonl"
+            )
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length}), "
+                "or no token is left for the completion"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The training sources, whether given as one path or as a mixture."""
+        return self.mixture or (self,)
+
+
+class OptimConfig(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    """`adamw` (arXiv 1711.05101) or `rmsprop`, the DPO paper's choice."""
+    lr: Positive = 1e-6
+    """Peak learning rate, > 0. Full fine-tuning by DPO wants 1e-7 to 1e-6, LoRA about 100 times as much."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment, each 0 to 1."""
+    eps: Positive = 1e-8
+    """Added to AdamW's denominator, > 0."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, ≥ 0; 0 is none."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 never clips."""
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
+    """Shape of the learning rate after warm-up, down to `min_lr_ratio`."""
+    warmup_steps: Count = 0
+    """Optimizer steps of linear warm-up; 0 is none, unless `warmup_ratio` says otherwise."""
+    warmup_ratio: Fraction = 0.0
+    """Warm-up as a fraction of all steps, 0 to 1; used when `warmup_steps` is 0."""
+    min_lr_ratio: Fraction = 0.0
+    """Final learning rate as a fraction of the peak, 0 to 1."""
+    micro_batch_tokens: PositiveCount = 4096
+    """Most tokens in one forward pass, prompts counted once. Decides memory and speed, never the result."""
+    on_nonfinite: Literal["fail", "skip"] = "fail"
+    """What to do when the loss or gradient is not finite: stop the run, or skip the step and say so."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation on held-out groups, and samples."""
+
+    every: Count = 0
+    """Optimizer steps between evaluations; 0 evaluates only before the first and after the last step."""
+    samples: Count = 0
+    """Held-out prompts to answer before and after training, kept in `samples.jsonl`; 0 samples none."""
+    sample_tokens: PositiveCount = 128
+    """Most tokens of a sampled answer."""
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run, and how often."""
+
+    every: Count = 0
+    """Optimizer steps between checkpoints; 0 writes only the last."""
+    keep: PositiveCount = 2
+    """Newest checkpoints to keep, ≥ 1; older ones are deleted."""
+
+
+class RunConfig(Section):
+    """Everything about one training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the run, and of its folder under `output`: letters, digits, dot, dash and underscore."""
+    output: str = "runs"
+    """Folder of all runs. On several machines it must be shared between them."""
+    seed: Count = 0
+    """Seed of the data order and of everything random."""
+    steps: PositiveCount | None = None
+    """Optimizer steps to run; None runs `epochs`."""
+    epochs: Positive | None = None
+    """Passes over the data; exactly one of `steps` and `epochs` is given."""
+    groups_per_step: PositiveCount = 16
+    """Groups (pairs, for DPO) that make one optimizer step, over all workers together."""
+    algorithm: SerializeAsAny[AlgorithmConfig]
+    """What to optimise, and with which settings."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The model to align."""
+    data: DataConfig
+    """Where the preference data comes from."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    """The optimizer."""
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    """Evaluation."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _load_algorithm(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "name" not in value:
+            return value
+        kind = algorithm_class(value["name"])
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:  # re-raised as our own: pydantic would lose where in the section it happened
+            raise ConfigError("\n".join(f"algorithm.{line}" for line in _explain(error, kind))) from error
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs (override the other with null)")
+        if self.epochs is not None and any(source.streaming for source in self.data.sources):
+            raise ValueError("a streaming source has no known length, so give steps instead of epochs")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes: metrics, checkpoints, samples."""
+        return Path(self.output) / self.name
+
+
+def algorithm_names() -> list[str]:
+    """Names of the algorithms that come with raylign: the modules of `alignment.algorithms`."""
+    return sorted(path.stem for path in (Path(__file__).parent / "algorithms").glob("[a-z]*.py"))
+
+
+def algorithm_class(name: str) -> type[AlgorithmConfig]:
+    """Finds the class behind an algorithm's name.
+
+    Raises:
+        ConfigError: no module of that name, or `package.module:Class` does not exist.
+    """
+    module, _, attribute = name.partition(":")
+    if attribute:
+        try:
+            return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"algorithm {name!r} cannot be imported: {error}") from error
+    if name not in algorithm_names():
+        raise ConfigError(f"algorithm {name!r} is unknown{_nearest(name, algorithm_names())}")
+    return importlib.import_module(f"alignment.algorithms.{name}").ALGORITHM  # type: ignore[no-any-return]
+
+
+def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
+    """JSON Schema of a run's YAML file, with one alternative per algorithm."""
+    schema = kind.model_json_schema()
+    choices = []
+    for name in algorithm_names():
+        choice = algorithm_class(name).model_json_schema()
+        schema["$defs"].update(choice.pop("$defs", {}))
+        choices.append(choice)
+    schema["properties"]["algorithm"] = {
+        "anyOf": choices,
+        "description": RunConfig.model_fields["algorithm"].description,
+    }
+    return schema
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, kind: type[Config]) -> Config:
+    """Reads a YAML file, applies `section.key=value` overrides and checks the result against `kind`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + "\n".join(_explain(error, kind))) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must have the form section.key=value, as optim.lr=1e-6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    *sections, last = key.split(".")
+    place: Any = tree
+    for section in sections:
+        if isinstance(place, list):
+            place = place[_index(place, section, override)]
+            continue
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+    place[_index(place, last, override) if isinstance(place, list) else last] = value
+
+
+def _index(items: list[Any], text: str, override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise ConfigError(f"override {override!r}: {text!r} is not an index below {len(items)}")
+    return int(text)
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """One line per problem: where, what, and the nearest known name for an unknown key."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        *parents, last = problem["loc"] or ("the whole file",)
+        where = ".".join(str(part) for part in problem["loc"]) or "the whole file"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key{_nearest(str(last), _fields(kind, parents))}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: is required and missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message}" + _given(problem["input"]))
+    return lines
+
+
+def _given(value: Any) -> str:
+    return f" (given: {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+
+
+def _fields(kind: type[BaseModel], parents: list[Any]) -> list[str]:
+    """Names that would have been known at the place of an unknown key."""
+    for part in parents:
+        if part in kind.model_fields:
+            kind = _sections(kind.model_fields[part].annotation)[0]
+    return list(kind.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

@@ -1,0 +1,95 @@
+"""Groups become packed Batches: each prompt once, no padding; and the cutting of a step into micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from alignment.types import Batch, Group
+
+
+def pack(groups: list[Group]) -> Batch:
+    """Lays tokenised groups one after another, each as its prompt followed by its completions.
+
+    `alignment.types.Batch` draws the layout. Every prompt must have at least one token, which predicts the first token
+    of each of its completions.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    group_of: list[int] = []
+    branches: list[int] = []
+    parents: list[int] = []
+    learned: list[bool] = []
+    rewards: list[float] = []
+    pairs: list[tuple[int, int]] = []
+    references: list[float] = []
+
+    for number, group in enumerate(groups):
+        length = len(group.prompt_tokens)
+        first_completion = len(rewards)
+        tokens += group.prompt_tokens
+        positions += range(length)
+        branches += [-1] * length
+        parents += [-1] * length
+        learned += [False] * length
+        references += [0.0] * length
+        last_of_prompt = len(tokens) - 1
+        for completion in group.completions:
+            start = len(tokens)
+            tokens += completion.tokens
+            positions += range(length, length + len(completion.tokens))
+            branches += [len(rewards)] * len(completion.tokens)
+            parents += [last_of_prompt, *range(start, len(tokens) - 1)]
+            learned += completion.learned
+            rewards.append(math.nan if completion.reward is None else completion.reward)
+            references += completion.reference_logprobs or [0.0] * len(completion.tokens)
+        group_of += [number] * (len(tokens) - len(group_of))
+        pairs += [(first_completion + better, first_completion + worse) for better, worse in group.pairs]
+
+    known = bool(groups) and all(c.reference_logprobs is not None for group in groups for c in group.completions)
+    return Batch(
+        tokens=torch.tensor(tokens),
+        positions=torch.tensor(positions),
+        groups=torch.tensor(group_of),
+        branches=torch.tensor(branches),
+        parents=torch.tensor(parents),
+        learned=torch.tensor(learned),
+        rewards=torch.tensor(rewards),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        reference_logprobs=torch.tensor(references) if known else None,
+        group_ids=tuple(group.id for group in groups),
+    )
+
+
+def share(groups: list[Group], *, rank: int, size: int) -> list[Group]:
+    """The groups of one of `size` workers, chosen so that all have about the same number of tokens.
+
+    Every worker computes the same division: longest group first, each to the worker with the fewest tokens so far.
+    """
+    loads = [0] * size
+    mine = []
+    for index in sorted(range(len(groups)), key=lambda i: -groups[i].num_tokens):
+        worker = loads.index(min(loads))
+        loads[worker] += groups[index].num_tokens
+        if worker == rank:
+            mine.append(index)
+    return [groups[index] for index in sorted(mine)]
+
+
+def micro_batches(groups: list[Group], *, max_tokens: int) -> list[list[Group]]:
+    """Cuts a step's groups into forward passes of at most `max_tokens` tokens; a longer group goes alone.
+
+    First fit by falling length, so that few passes are needed and those are about equally full.
+    """
+    passes: list[list[Group]] = []
+    loads: list[int] = []
+    for group in sorted(groups, key=lambda group: -group.num_tokens):
+        fitting = (index for index, load in enumerate(loads) if load + group.num_tokens <= max_tokens)
+        index = next(fitting, len(passes))
+        if index == len(passes):
+            passes.append([])
+            loads.append(0)
+        passes[index].append(group)
+        loads[index] += group.num_tokens
+    return passes

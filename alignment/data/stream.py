@@ -1,0 +1,272 @@
+"""The groups of a run in the order of training: read, checked and tokenised, with a cursor that can be put back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from alignment.algorithms import Algorithm
+from alignment.config import DataConfig, SourceConfig
+from alignment.data.chat import GroupTokenizer
+from alignment.data.shapes import to_group
+from alignment.data.sources import read_rows
+from alignment.errors import DataError
+from alignment.types import Group
+
+MIN_ROWS_FOR_BUDGET = 100
+"""A streamed source may break the bad-row budget only after this many rows, when the fraction means something."""
+
+
+class GroupReader:
+    """Reads sources into tokenised groups that an algorithm can learn from, and keeps the account of bad rows."""
+
+    def __init__(
+        self, data: DataConfig, algorithm: Algorithm, tokenizer: GroupTokenizer, bad_rows: Path | None = None
+    ) -> None:
+        """`bad_rows`: file that names every skipped row, one JSON object per line; None keeps no such file."""
+        self.data = data
+        self.algorithm = algorithm
+        self.tokenizer = tokenizer
+        self.bad_rows = bad_rows
+        self.num_rows = self.num_bad = self.num_long = 0
+        self.first_bad: list[str] = []
+
+    def read(self, source: SourceConfig) -> Iterator[Group]:
+        """Yields the usable groups of one source, in its order.
+
+        Raises:
+            DataError: the source cannot be opened, or a row is bad and `on_bad_row` is `fail`.
+        """
+        for origin, row in read_rows(source):
+            self.num_rows += 1
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                group = self.algorithm.select(to_group(row, origin, source))
+                if self._too_many_characters(group):
+                    self.num_long += 1
+                    continue
+                yield self.tokenizer(group)
+            except DataError as error:
+                self._bad(origin, error)
+
+    def check_budget(self) -> None:
+        """Raises DataError if more rows were bad than `bad_row_budget` allows."""
+        if self.num_bad > self.data.bad_row_budget * self.num_rows:
+            raise DataError(
+                f"{self.num_bad} of {self.num_rows} rows are bad, more than data.bad_row_budget "
+                f"({self.data.bad_row_budget:g}) allows. The first:\n  " + "\n  ".join(self.first_bad)
+            )
+
+    def summary(self) -> str:
+        """One line about what was read and what was left out."""
+        text = f"{self.num_rows} rows"
+        if self.num_long:
+            text += f", {self.num_long} longer than {self.data.max_characters} characters left out"
+        if self.num_bad:
+            text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
+        return text
+
+    def _too_many_characters(self, group: Group) -> bool:
+        limit = self.data.max_characters
+        if limit is None or not group.completions:
+            return False
+        turns = group.prompt if not isinstance(group.prompt, str) else ()
+        prompt = len(group.prompt) if isinstance(group.prompt, str) else sum(len(turn.content) for turn in turns)
+        return prompt + max(len(completion.text) for completion in group.completions) > limit
+
+    def _bad(self, origin: str, error: DataError) -> None:
+        if self.data.on_bad_row == "fail":
+            raise DataError(
+                f"{origin}: {error}. Set data.on_bad_row=skip to leave such rows out (up to data.bad_row_budget)"
+            ) from error
+        self.num_bad += 1
+        if len(self.first_bad) < 3:
+            self.first_bad.append(f"{origin}: {error}")
+        if self.bad_rows is not None:
+            with self.bad_rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"row": origin, "why": str(error)}, ensure_ascii=False) + "\n")
+
+
+class GroupStream(Protocol):
+    """An endless, repeatable sequence of groups."""
+
+    position: int
+    """Groups taken since the beginning of the run. Setting it moves the cursor, which is all that resuming needs."""
+
+    def take(self, count: int) -> list[Group]:
+        """The next `count` groups."""
+
+
+class ListStream:
+    """Groups held in memory, in a new random order every epoch that depends on seed and epoch alone."""
+
+    def __init__(self, groups: list[Group], *, seed: int, shuffle: bool) -> None:
+        self.groups = groups
+        self.seed = seed
+        self.shuffle = shuffle
+        self.position = 0
+
+    def take(self, count: int) -> list[Group]:
+        picked = [self.groups[index] for index in self.indices(self.position, count)]
+        self.position += count
+        return picked
+
+    def indices(self, start: int, count: int) -> list[int]:
+        """Which groups are taken from position `start` on."""
+        taken: list[int] = []
+        while len(taken) < count:
+            epoch, offset = divmod(start + len(taken), len(self.groups))
+            taken += self._order(epoch)[offset : offset + count - len(taken)]
+        return taken
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.groups)))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.groups), generator=generator).tolist()
+
+
+class LiveStream:
+    """Groups read while training, shuffled through a buffer; moving the cursor reads again from the beginning."""
+
+    def __init__(self, reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: int, buffer: int) -> None:
+        """`buffer`: groups held to shuffle from; 1 keeps the order."""
+        self.reader = reader
+        self.sources = sources
+        self.seed = seed
+        self.buffer = buffer
+        self.position = 0
+        self._read = 0
+        self._groups = self._endless()
+
+    def take(self, count: int) -> list[Group]:
+        if self.position < self._read:
+            self._read, self._groups = 0, self._endless()
+        while self._read < self.position:
+            self._next()
+        groups = [self._next() for _ in range(count)]
+        self.position = self._read
+        return groups
+
+    def _next(self) -> Group:
+        group = next(self._groups)
+        self._read += 1
+        if self.reader.num_rows >= MIN_ROWS_FOR_BUDGET:
+            self.reader.check_budget()
+        return group
+
+    def _endless(self) -> Iterator[Group]:
+        epoch = 0
+        while True:
+            chance = random.Random(f"{self.seed}-{epoch}")
+            held: list[Group] = []
+            empty = True
+            for source in self.sources:
+                for group in self.reader.read(source):
+                    empty = False
+                    held.append(group)
+                    if len(held) >= self.buffer:
+                        yield held.pop(chance.randrange(len(held)))
+            chance.shuffle(held)
+            yield from held
+            if empty:
+                raise DataError(f"the streamed data holds no usable group: {self.reader.summary()}")
+            epoch += 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from and what it is measured on."""
+
+    train: GroupStream
+    num_train: int | None
+    """Groups in one epoch; None for a stream."""
+    eval: list[Group]
+    report: str
+    """What was read and left out, for people."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all training tokens, in the file's order; for a stream, of its kind only."""
+        digest = hashlib.sha256()
+        for group in self.train.groups if isinstance(self.train, ListStream) else []:
+            digest.update(repr((group.prompt_tokens, [c.tokens for c in group.completions])).encode())
+        return digest.hexdigest()
+
+
+def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
+    """Reads everything that does not stream, checks the bad-row budget, and separates what is held out.
+
+    Raises:
+        DataError: a source cannot be read, has no usable group, or has too many bad rows.
+    """
+    data = reader.data
+    held_out = _read_all(reader, (data.eval,), seed=seed, progress=progress) if data.eval else []
+    if data.eval and data.eval_groups:
+        held_out = held_out[: data.eval_groups]
+    if any(source.streaming for source in data.sources):
+        buffer = data.shuffle_buffer if data.shuffle else 1
+        live = LiveStream(reader, data.sources, seed=seed, buffer=buffer)
+        if data.eval_groups and not data.eval:
+            raise DataError("data.eval_groups cannot be cut from a stream; give data.eval, or set it to 0")
+        return Data(train=live, num_train=None, eval=held_out, report="streaming")
+    groups = _read_all(reader, data.sources, seed=seed, progress=progress)
+    if data.eval is None and data.eval_groups:
+        groups, held_out = hold_out(groups, data.eval_groups, seed=seed)
+    if not groups:
+        raise DataError(f"no usable group is left to train on: {reader.summary()}")
+    train = ListStream(groups, seed=seed, shuffle=data.shuffle)
+    report = f"{len(groups)} groups to train on, {len(held_out)} held out, from {reader.summary()}"
+    return Data(train=train, num_train=len(groups), eval=held_out, report=report)
+
+
+def hold_out(groups: list[Group], count: int, *, seed: int) -> tuple[list[Group], list[Group]]:
+    """Separates whole prompts, so that no held-out prompt is trained on, until `count` groups are held out.
+
+    Returns (the rest, the held-out groups), each in the given order.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    by_prompt: dict[object, list[int]] = {}
+    for index, group in enumerate(groups):
+        by_prompt.setdefault(group.prompt, []).append(index)
+    prompts = list(by_prompt)
+    random.Random(seed).shuffle(prompts)
+    chosen: set[int] = set()
+    while prompts and len(chosen) < count:
+        chosen.update(by_prompt[prompts.pop()])
+    if not prompts:
+        raise DataError(f"data.eval_groups ({count}) leaves nothing to train on: there are {len(groups)} groups")
+    return (
+        [group for index, group in enumerate(groups) if index not in chosen],
+        [group for index, group in enumerate(groups) if index in chosen],
+    )
+
+
+def _read_all(reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: int, progress: bool) -> list[Group]:
+    groups: list[Group] = []
+    for source in sources:
+        bar = tqdm(
+            reader.read(source),
+            desc=f"reading {source.path}",
+            unit=" groups",
+            disable=None if progress else True,
+            leave=False,
+        )
+        read = list(bar)
+        if source.weight < 1:
+            random.Random(seed).shuffle(read)
+            read = read[: int(len(read) * source.weight)]
+        groups += read
+    reader.check_budget()
+    return groups

@@ -1,0 +1,33 @@
+"""What can go wrong, by the place in the circle where it does. All are picklable: they cross Ray's process borders."""
+
+
+class AlignmentError(Exception):
+    """Base of every error that raylign raises on purpose; its text is written for the person who has to act on it."""
+
+
+class ConfigError(AlignmentError):
+    """The run cannot start as configured: unknown key, value out of range, two settings that exclude each other."""
+
+
+class DataError(AlignmentError):
+    """The preference data cannot be used: unreadable source, or more bad rows than the configuration allows."""
+
+
+class ModelError(AlignmentError):
+    """A model or tokenizer cannot be loaded, or cannot do what the algorithm needs."""
+
+
+class DivergenceError(AlignmentError):
+    """The loss or the gradient is no longer finite; raised before anything poisoned is written to a checkpoint."""
+
+
+class CheckpointError(AlignmentError):
+    """A checkpoint is damaged, incomplete, or belongs to another run."""
+
+
+class ClusterError(AlignmentError):
+    """The machines could not finish the run: workers died more often than allowed, or Ray could not be reached."""
+
+
+class ServingError(AlignmentError):
+    """The endpoint cannot be started as asked."""

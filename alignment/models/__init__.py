@@ -1,0 +1,1 @@
+"""Models: loading, the packed forward pass, and what makes a module trainable on one or many workers."""

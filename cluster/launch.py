@@ -1,0 +1,133 @@
+"""From a configuration to a finished run: in this process, or in a Ray Train worker group on a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignment import errors
+from alignment.config import json_schema
+from alignment.errors import ClusterError
+from cluster.config import ClusterRunConfig, load_run
+from cluster.plan import Plan, check_fits, plan
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/align/demo.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that replace the file's, as optim.lr=1e-6")
+    ] = None,
+) -> None:
+    """Trains a model on preferences, as a YAML file says.
+
+    Everything is written below runs/NAME: metrics.jsonl, tensorboard/, samples.jsonl, checkpoints/. A run that was
+    stopped goes on from its newest intact checkpoint when the same command is given again.
+    """
+    run(load_run(config, overrides or []))
+
+
+def run(config: ClusterRunConfig) -> None:
+    """Runs a configuration to its end.
+
+    Raises:
+        AlignmentError: any of its kinds, also when it was raised in a worker.
+    """
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "config.json").write_text(config.model_dump_json(indent=1))
+    if config.cluster.workers == 0:
+        _run_here(config)
+    else:
+        _run_on_ray(config)
+
+
+def _run_here(config: ClusterRunConfig) -> None:
+    import torch
+
+    from alignment.metrics import FileReporter
+    from alignment.models.parallel import World
+    from alignment.train import train as loop
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loop(config, World(device=device), FileReporter(config.folder))
+
+
+def _run_on_ray(config: ClusterRunConfig) -> None:
+    # Both are read when Ray starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
+    import ray
+
+    already = ray.is_initialized()
+    if not already:
+        _join_or_start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    try:
+        wanted = plan(config.cluster)
+        if not config.cluster.autoscaling:
+            check_fits(wanted, available=ray.cluster_resources())
+        print(f"cluster: {wanted.sentence}", flush=True)
+        _fit(config, wanted)
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _join_or_start_ray(address: str | None) -> None:
+    import ray
+
+    if address:
+        try:
+            ray.init(address=address)
+        except ConnectionError as error:
+            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    else:
+        ray.init(address="local", include_dashboard=False, logging_level="warning", _node_ip_address="127.0.0.1")
+
+
+def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from cluster.worker import FAILURE
+    from cluster.worker import run as worker
+
+    failure = config.folder / FAILURE
+    failure.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"config": config.model_dump_json(), "folder": os.getcwd()},
+        scaling_config=ScalingConfig(
+            num_workers=wanted.workers,
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            resources_per_worker=wanted.resources,
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str((config.folder / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    # Ray Train's own notes about an earlier fit of this name are of no use to us, and a torn one would be fatal.
+    shutil.rmtree(config.folder / "ray", ignore_errors=True)
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise ClusterError(
+            f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
+        ) from error
+    if failure.exists():
+        told = json.loads(failure.read_text())
+        raise getattr(errors, told["kind"])(told["text"])
+
+
+def schema() -> None:
+    """Prints the JSON Schema of a run's YAML file.
+
+    In VS Code, `# yaml-language-server: $schema=raylign.schema.json` as a file's first line completes its keys.
+    """
+    print(json.dumps(json_schema(ClusterRunConfig), indent=1))

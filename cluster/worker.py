@@ -1,0 +1,72 @@
+"""What runs inside a Ray Train worker: its World, its reporter, and the same loop that runs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import AlignmentError
+from alignment.metrics import Reporter
+from alignment.update import Metrics
+
+
+class RayReporter:
+    """Passes every report on to Ray Train too, which needs it from every worker equally often."""
+
+    def __init__(self, inner: Reporter) -> None:
+        self.inner = inner
+
+    def note(self, text: str) -> None:
+        self.inner.note(text)
+
+    def begin(self, step: int, steps: int) -> None:
+        self.inner.begin(step, steps)
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        import ray.train
+
+        self.inner.report(step, metrics)
+        ray.train.report({"step": step, **metrics})
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+FAILURE = "failure.json"
+"""File in the run's folder that says why trying again would not help."""
+
+
+def run(settings: dict[str, Any]) -> None:
+    """The train function of the TorchTrainer.
+
+    `settings`: the run's configuration as JSON, under `config`, and the driver's folder, under `folder`. Checkpoints
+    are not handed to Ray Train: the loop finds its own newest intact one, because a report that has returned is not
+    yet durable. An error of ours is written down instead of raised: Ray Train would restart the workers for it, and it
+    would only happen again.
+    """
+    import ray.train
+    import ray.train.torch
+    import torch
+    from ray.experimental import tqdm_ray
+
+    from alignment.metrics import FileReporter, Silent
+    from alignment.models.parallel import World
+    from alignment.train import train
+    from cluster.config import ClusterRunConfig
+
+    config = ClusterRunConfig.model_validate_json(settings["config"])
+    if Path(settings["folder"]).is_dir():  # relative paths of the configuration mean the driver's folder
+        os.chdir(settings["folder"])
+    failure = config.folder / FAILURE
+    if failure.exists():
+        return
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    context = ray.train.get_context()
+    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())
+    inner = FileReporter(config.folder, bar=tqdm_ray.tqdm) if world.is_main else Silent()
+    try:
+        train(config, world, RayReporter(inner))
+    except AlignmentError as error:
+        failure.write_text(json.dumps({"kind": type(error).__name__, "text": str(error)}))

@@ -1,0 +1,78 @@
+"""Builds the endpoint as a Ray Serve application: an ingress in front of an autoscaled engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from serving.config import ServeConfig
+from serving.engine import Device, Engine, EngineSettings
+from serving.ingress import Ingress, app
+from serving.served import resolve
+
+INGRESS_CPUS = 0.1
+REPLICA_CPUS = 1.0
+
+# Not a decorator on the class: that copies the module's functions while half of them are still undefined.
+Front = serve.ingress(app)(Ingress)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Builds the application from the fields of `ServeConfig`; the import path for `serve run` is `serving:build`.
+
+    Raises:
+        pydantic.ValidationError: a field is unknown, missing or out of range.
+        AlignmentError: the checkpoint cannot be served (see `serving.served.resolve`).
+    """
+    config = ServeConfig.model_validate(args)
+    served = resolve(config)
+    device = choose_device(config)
+    settings = EngineSettings(config=config, served=served, device=device)
+    engine = serve.deployment(Engine, name="engine", **_engine_options(config, device)).bind(settings)
+    ingress = serve.deployment(Front, name="ingress", **_ingress_options(config))
+    return ingress.bind(engine, config, served)
+
+
+def choose_device(config: ServeConfig) -> Device:
+    """Where the engine runs, after asking Ray if the configuration leaves it open."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def _ingress_options(config: ServeConfig) -> dict[str, Any]:
+    return {
+        "ray_actor_options": {"num_cpus": INGRESS_CPUS},
+        "max_ongoing_requests": 10_000,  # it only passes on; the limits are the engine's
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
+    return {
+        "ray_actor_options": {"num_cpus": REPLICA_CPUS},
+        "placement_group_bundles": _bundles(config, device),
+        "placement_group_strategy": "PACK",
+        "autoscaling_config": {
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+        },
+        "max_ongoing_requests": config.max_num_seqs,
+        "max_queued_requests": config.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        # Each attempt loads the whole model, and what failed twice (memory, a bad file) fails a third time.
+        "max_constructor_retry_count": 2,
+    }
+
+
+def _bundles(config: ServeConfig, device: Device) -> list[dict[str, float]]:
+    """The replica's process and its first GPU together, then one bundle per further GPU."""
+    if device == "cpu":
+        return [{"CPU": REPLICA_CPUS}]
+    return [{"CPU": REPLICA_CPUS, "GPU": 1.0}] + [{"GPU": 1.0}] * (config.tensor_parallel_size - 1)

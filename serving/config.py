@@ -1,0 +1,75 @@
+"""What an endpoint serves, and with how much: one flat YAML file, or arguments of `serving:build`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from alignment.config import Count, NonNegative, Positive, PositiveCount, Section, load_config
+
+
+class ServeConfig(Section):
+    """Everything about one endpoint."""
+
+    checkpoint: str
+    """What to serve: a run's folder (its newest checkpoint), a checkpoint, any model or LoRA adapter folder, a hub id,
+    or the bundled `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)
+    """Name that requests give as `model`. None takes the name of the run, folder or hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` is every network interface."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """TCP port to listen on, 1 to 65535."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the engine runs. `auto` takes GPUs if Ray has any at that moment; on a cluster that starts GPU nodes only
+    when they are asked for, say `cuda`."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of weights and activations; `auto` is the one that the checkpoint is stored in."""
+    max_model_len: PositiveCount | None = None
+    """Most tokens of prompt and answer together; None is the model's own limit."""
+    max_num_seqs: PositiveCount = 64
+    """Requests that one replica answers at the same time; more wait for a place."""
+    max_queued_requests: Count = 256
+    """Requests that may wait for a place; further ones are refused with status 503."""
+    enforce_eager: bool | None = None
+    """Skip compilation and CUDA graphs: a faster start, slower answers. None skips them on CPU only, where they cost
+    about 50 s and gain 10 to 20 %."""
+    kv_cache_gib: Positive = 2.0
+    """Memory for attention keys and values of one replica on CPU (GiB); not used on GPUs."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Fraction of each GPU's memory that a replica may take, above 0 to 1; not used on CPU."""
+    tensor_parallel_size: PositiveCount = 1
+    """GPUs that share one replica's weights."""
+    min_replicas: Count = 1
+    """Replicas kept at all times; 0 frees everything while idle, and the first request then waits for a start."""
+    max_replicas: PositiveCount = 1
+    """Replicas at most; equal to `min_replicas`, nothing scales."""
+    target_ongoing_requests: Positive = 32.0
+    """Requests in progress per replica that autoscaling aims at; with more, it starts another replica."""
+    request_timeout_s: Positive = 600.0
+    """Seconds until a request that is not answered in full is given up."""
+    drain_timeout_s: NonNegative = 20.0
+    """Seconds that answers in progress still get when a replica stops."""
+    max_body_mib: Positive = 4.0
+    """Largest request body (MiB)."""
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is larger than max_replicas ({self.max_replicas}); raise it"
+            )
+        return self
+
+
+def load_serve_config(checkpoint: str, overrides: list[str], path: Path | None) -> ServeConfig:
+    """The configuration of `raylign serve`: a file if one is given, then the checkpoint, then `key=value` overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
+    """
+    given = [f"checkpoint={json.dumps(checkpoint)}", *overrides]  # JSON is YAML that no name can break out of
+    return load_config(path or Path(__file__).with_name("defaults.yaml"), given, kind=ServeConfig)

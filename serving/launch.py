@@ -1,0 +1,267 @@
+"""`raylign serve`: from a checkpoint to an answering endpoint, and down again without a trace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from alignment.errors import ServingError
+
+if TYPE_CHECKING:
+    from serving.config import ServeConfig
+
+APPLICATION = "raylign"
+SERVE_LOGS = "/tmp/ray/session_latest/logs/serve"
+OBJECT_STORE_BYTES = 200 * 2**20  # only requests and answers pass through; Ray would take 30 % of the memory
+
+
+def serve(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder, a checkpoint, a model or adapter folder, a hub id, or smollm2-135m-instruct."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of serving/config.py, as port=8080 or dtype=fp32."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings, as configs/serve/local.yaml; KEY=VALUE goes first.")
+    ] = None,
+) -> None:
+    """Serve a checkpoint behind an OpenAI-compatible HTTP endpoint, until Ctrl-C.
+
+    A LoRA checkpoint is served together with its base model: requests choose by the name they give as `model`.
+    Ray is started on this machine; with RAY_ADDRESS set, the endpoint is deployed on that cluster instead.
+    """
+    from serving.config import load_serve_config
+
+    started = time.monotonic()
+    _raise_on_signals()
+    try:
+        with endpoint(load_serve_config(checkpoint, overrides or [], config)) as running:
+            typer.echo(f"Ready after {time.monotonic() - started:.0f} s. {running}")
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A running endpoint."""
+
+    url: str
+    """As `http://127.0.0.1:8000`; OpenAI's clients want `/v1` behind it."""
+    names: list[str]
+    """The model names it answers to, the aligned model first."""
+
+    def __str__(self) -> str:
+        body = json.dumps({"model": self.names[0], "messages": [{"role": "user", "content": "Hello!"}]})
+        return (
+            f"{self.url}/v1 serves {' and '.join(self.names)}. Try: "
+            f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        )
+
+
+@contextmanager
+def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
+    """An endpoint that answers inside the `with` block, and is gone after it.
+
+    Raises:
+        ServingError: the port is taken, or the engine did not start.
+        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served.resolve`).
+    """
+    from serving.served import resolve
+
+    if _is_local():
+        refuse_busy_port(config.host, config.port)
+    served = resolve(config)
+    typer.echo(f"Starting Ray to serve {' and '.join(served.names)} …")
+    with _ray(config), _application(config):
+        yield Endpoint(url=_url(config), names=served.names)
+
+
+def _is_local() -> bool:
+    return "RAY_ADDRESS" not in os.environ
+
+
+def refuse_busy_port(host: str, port: int) -> None:
+    """Finds out before anything heavy starts whether the port can be listened on.
+
+    Raises:
+        ServingError: another process listens there, or the address is not this machine's.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ServingError(
+            f"Cannot listen on port {port} of {host}: {error.strerror}. Choose another with port=..., or end the "
+            f"process that holds it (`ss -ltnp 'sport = :{port}'` shows which)"
+        ) from error
+
+
+def _raise_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _ray(config: ServeConfig) -> Iterator[None]:
+    """A Ray of our own on this machine, gone afterwards; or a connection to the cluster at RAY_ADDRESS."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(RAY_worker_niceness="0")  # Ray's default of 15 lets every other program go before the engine
+    if _is_local():
+        # Works on Linux too, whatever its name says: without it, Ray replaces 127.0.0.1 by the outside address.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    try:
+        if _is_local():
+            ray.init(
+                num_cpus=_num_cpus(config),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",  # keeps Ray's own ports off the network
+            )
+        else:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        _raise_on_signals()  # ray.init installs a handler of its own
+        yield
+    finally:
+        _ignore_signals()
+        ray.shutdown()
+
+
+def _num_cpus(config: ServeConfig) -> int:
+    """CPUs that Ray shall believe in: with fewer than the replicas ask for, Serve would wait forever, silently."""
+    from serving.app import INGRESS_CPUS, REPLICA_CPUS
+
+    return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + REPLICA_CPUS * config.max_replicas))
+
+
+@contextmanager
+def _application(config: ServeConfig) -> Iterator[None]:
+    """The deployed endpoint, answering; taken down afterwards.
+
+    Raises:
+        ServingError: the engine did not start.
+    """
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.start(
+            proxy_location="HeadOnly" if _is_local() else "EveryNode",
+            http_options={"host": config.host, "port": config.port},
+        )
+        _deploy(config)
+        yield
+    finally:
+        _ignore_signals()
+        typer.echo("Stopping …")
+        serve.delete(APPLICATION)
+
+
+def _deploy(config: ServeConfig) -> None:
+    from ray import serve
+
+    from serving.app import build, choose_device
+
+    application = build(config.model_dump())
+    typer.echo(f"Loading the model on {choose_device(config)} …")
+    with _progress():
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise ServingError(
+                f"The endpoint did not start. {_serve_says()}\nThe whole story is in {SERVE_LOGS}"
+            ) from error
+        if _is_local():
+            _wait_until_answering(config)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Shows that time passes, and what Serve is waiting for, such as a CPU that no machine has."""
+    done = threading.Event()
+    watcher = threading.Thread(target=_show_progress, args=(done,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _show_progress(done: threading.Event) -> None:
+    shown = ""
+    for second in itertools.count(1):
+        if done.wait(1.0):
+            return
+        text = _serve_says()
+        if text != shown:
+            typer.echo(text)
+        elif second % 15 == 0:
+            typer.echo(f"… {second} s")
+        shown = text
+
+
+def _serve_says() -> str:
+    """What is wrong with each deployment, or slow; empty if nothing is."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    return "\n".join(_gist(message) for message in messages if message.strip())
+
+
+def _gist(text: str) -> str:
+    """The exception at the end of a traceback, else the first line."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    raised = [place for place, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return " ".join(lines[raised[-1] :]) if raised else lines[0]
+
+
+def _wait_until_answering(config: ServeConfig) -> None:
+    """The proxy learns its routes a moment after the application runs."""
+    path = "/readyz" if config.min_replicas else "/healthz"  # with no replica nothing is loaded before a request
+    while not _answers(_url(config) + path):
+        time.sleep(0.1)
+
+
+def _answers(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _url(config: ServeConfig) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    return f"http://{host}:{config.port}"

@@ -1,0 +1,102 @@
+"""What the ingress and the engine say to each other: sound requests, and answers or refusals in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+Route = Literal["chat", "completions"]
+
+MAX_DEPTH = 64  # levels of lists and objects; requests use about six
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A whole HTTP answer. It crosses Ray's process borders."""
+
+    status: int
+    """HTTP status code."""
+    body: str
+    """JSON text."""
+
+
+class Refused(Exception):
+    """A request that is not carried out; `reply` tells the client why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.reply = refusal(status, message)
+
+
+def refusal(status: int, message: str) -> Reply:
+    """An error in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
+    error = {"message": message, "type": _error_type(status), "param": None, "code": status}
+    return Reply(status=status, body=json.dumps({"error": error}))
+
+
+def event(reply: Reply) -> str:
+    """The same as one server-sent event, for a stream that has begun."""
+    return f"data: {reply.body}\n\n"
+
+
+def _error_type(status: int) -> str:
+    if status >= 500:
+        return "server_error"
+    return {404: "not_found_error"}.get(status, "invalid_request_error")
+
+
+def sound_json(body: bytes) -> dict[str, Any]:
+    """Reads a request's body, and refuses what would break the tokenizer or the engine further on.
+
+    Raises:
+        Refused: 400 when it is not strict JSON in UTF-8, not an object, nested deeper than 64 levels, or holds
+            NaN, an infinity, a lone surrogate or a NUL character.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "The request body is not valid JSON in UTF-8.") from error
+    if not isinstance(value, dict):
+        raise Refused(400, "The request body must be a JSON object.")
+    _check_values(value)
+    return value
+
+
+def _not_a_number(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _check_values(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item.keys(), *item.values()]
+            elif isinstance(item, list):
+                inner += item
+            else:
+                _check_leaf(item)
+        if not inner:
+            return
+        level = inner
+    raise Refused(400, f"The request body is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _check_leaf(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):  # 1e999 is valid JSON, and infinite
+        raise Refused(400, "A number in the request body is not finite.")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise Refused(400, "A number in the request body does not fit into 64 bits.")
+    if isinstance(value, str) and ("\0" in value or _has_lone_surrogate(value)):
+        raise Refused(400, "A text in the request body holds a NUL character or half of a surrogate pair.")
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,355 @@
+"""The files of configs/cluster are right, and the checks that say so notice when they are not.
+
+Everything is offline. `ray up` files go through Ray's own validation and a few rules of ours; KubeRay files go through
+kuberay.py. Each part then breaks a good file on purpose and demands the complaint: a check that cannot fail proves
+nothing.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import jsonschema
+import pytest
+import ray
+import ray.autoscaler
+import yaml
+from kuberay import IMAGE, PROJECT, ROOT, SCHEMA, Document, kuberay_problems, pods_of, serve_problems
+from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+CLUSTER_FILES = ROOT / "configs" / "cluster"
+RAY_UP_FILES = ["aws.yaml", "on_premise.yaml"]
+KUBERAY_FILES = ["rayjob.yaml", "rayservice.yaml"]
+RAY_UP_SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+
+Where = tuple[str | int, ...]  # keys and list indices, from the list of documents down
+DELETE = object()
+
+
+def load(name: str) -> list[Document]:
+    """The documents of a file. Through JSON, so that two uses of one YAML anchor become two objects."""
+    documents = yaml.safe_load_all((CLUSTER_FILES / name).read_text())
+    return [json.loads(json.dumps(document)) for document in documents]
+
+
+def changed(documents: list[Document], path: Where, value: object) -> list[Document]:
+    """A copy with the value at the path replaced, added, or (DELETE) removed."""
+    documents = copy.deepcopy(documents)
+    parent: Any = documents
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is DELETE:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return documents
+
+
+def test_every_cluster_file_is_checked_here() -> None:
+    assert sorted(path.name for path in CLUSTER_FILES.glob("*.yaml")) == sorted(RAY_UP_FILES + KUBERAY_FILES)
+
+
+# ---------------------------------------------------------------------------------------------------------- ray up
+
+
+def ray_up_problems(config: Document) -> list[str]:
+    """What is wrong with a `ray up` file."""
+    try:
+        prepared = prepare_config(copy.deepcopy(config))
+        validate_config(prepared)
+    except (jsonschema.ValidationError, click.ClickException, ValueError, AssertionError) as error:
+        return [f"ray refuses it: {error}"]
+    return [
+        *provider_problems(config),
+        *node_type_problems(prepared),
+        *ray_up_image_problems(prepared["docker"]),
+        *ray_up_security_problems(prepared),
+        *ray_up_command_problems(prepared),
+    ]
+
+
+def provider_problems(config: Document) -> Iterator[str]:
+    # Ray's schema lists the provider's keys and then allows any other.
+    known = RAY_UP_SCHEMA["properties"]["provider"]["properties"]
+    yield from (f"provider.{key} is not a key Ray knows" for key in config["provider"] if key not in known)
+    if config["provider"]["type"] == "local":
+        # Ray cuts these down to the number of machines with no more than a warning.
+        low, high, machines = config["min_workers"], config["max_workers"], len(config["provider"]["worker_ips"])
+        if not 0 <= low <= high <= machines:
+            yield f"min_workers {low} <= max_workers {high} <= {machines} machines does not hold"
+
+
+def node_type_problems(prepared: Document) -> Iterator[str]:
+    if not 0 < prepared["idle_timeout_minutes"] <= 60:
+        yield "idle_timeout_minutes is not in (0, 60]: idle GPU nodes cost money"
+    for name, node_type in prepared["available_node_types"].items():
+        low, high = node_type["min_workers"], node_type["max_workers"]
+        if not 0 <= low <= high <= prepared["max_workers"]:
+            yield f"{name}: min_workers {low} <= max_workers {high} <= {prepared['max_workers']} does not hold"
+    if prepared["provider"]["type"] == "local":
+        return  # Ray finds out what these machines have
+    types, head = prepared["available_node_types"], prepared["head_node_type"]
+    if not any(kind["resources"].get("GPU") and kind["max_workers"] for name, kind in types.items() if name != head):
+        yield "no worker type has GPUs"
+    if types[head]["resources"].get("GPU"):
+        yield "the head pays for GPUs that it must not use"
+
+
+def ray_up_image_problems(docker: Document) -> Iterator[str]:
+    if not docker["image"].startswith(f"rayproject/ray:{ray.__version__}-"):
+        yield f"docker.image {docker['image']} does not hold the installed Ray {ray.__version__}"
+
+
+def ray_up_security_problems(prepared: Document) -> Iterator[str]:
+    if "-e RAY_AUTH_MODE=token" not in prepared["docker"]["run_options"]:
+        yield "docker.run_options does not turn token authentication on"
+    if "/home/ray/.ray/auth_token" not in prepared["file_mounts"]:
+        yield "file_mounts does not bring the token to the nodes"
+    if not any("--dashboard-host=127.0.0.1" in command for command in prepared["head_start_ray_commands"]):
+        yield "the dashboard, which runs what it is sent, does not listen on loopback only"
+
+
+def ray_up_command_problems(prepared: Document) -> Iterator[str]:
+    if not any("raylign" in command and "[gpu]" in command for command in prepared["setup_commands"]):
+        yield "setup_commands does not install raylign[gpu]"
+    if not any("--autoscaling-config=~/ray_bootstrap_config.yaml" in c for c in prepared["head_start_ray_commands"]):
+        yield "the head starts without an autoscaler"
+    if not any("--address=$RAY_HEAD_IP:6379" in command for command in prepared["worker_start_ray_commands"]):
+        yield "workers do not join the head"
+
+
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_a_ray_up_file_passes_rays_validation_and_our_rules(name: str) -> None:
+    assert ray_up_problems(load(name)[0]) == []
+
+
+TYPES = ("available_node_types",)
+BROKEN_RAY_UP_FILES: dict[str, tuple[str, Where, object, str]] = {
+    # what is broken: (file, where, the wrong value, a part of the complaint)
+    "a key with a typo": ("aws.yaml", ("idle_timeout_minute",), 5, "idle_timeout_minute"),
+    "a docker key with a typo": ("aws.yaml", ("docker", "imgae"), "x", "imgae"),
+    "a provider key with a typo": ("aws.yaml", ("provider", "regoin"), "x", "provider.regoin"),
+    "a node type key with a typo": ("aws.yaml", (*TYPES, "gpu_worker", "maxworkers"), 1, "maxworkers"),
+    "a word for a number": ("aws.yaml", ("max_workers",), "four", "'four' is not of type 'integer'"),
+    "no head group": ("aws.yaml", (*TYPES, "head"), DELETE, "head_node_type"),
+    "no head group named": ("aws.yaml", ("head_node_type",), DELETE, "head_node_type"),
+    "min above the total": ("aws.yaml", (*TYPES, "gpu_worker", "min_workers"), 9, "min_workers"),
+    "max below min": ("aws.yaml", (*TYPES, "gpu_worker", "max_workers"), -1, "does not hold"),
+    "no GPU": ("aws.yaml", (*TYPES, "gpu_worker", "resources"), {}, "no worker type has GPUs"),
+    "GPUs on the head": ("aws.yaml", (*TYPES, "head", "resources", "GPU"), 8, "the head pays"),
+    "never idle": ("aws.yaml", ("idle_timeout_minutes",), 1e9, "idle_timeout_minutes"),
+    "another Ray": ("aws.yaml", ("docker", "image"), "rayproject/ray:2.9.0-gpu", "2.9.0"),
+    "no image": ("aws.yaml", ("docker", "image"), DELETE, "image"),
+    "no authentication": ("aws.yaml", ("docker", "run_options"), [], "token authentication"),
+    "no token": ("aws.yaml", ("file_mounts",), {}, "token to the nodes"),
+    "an open dashboard": ("aws.yaml", ("head_start_ray_commands", 1), "ray start --head", "loopback"),
+    "a head without autoscaler": ("aws.yaml", ("head_start_ray_commands",), [], "without an autoscaler"),
+    "workers on their own": ("aws.yaml", ("worker_start_ray_commands",), ["ray start"], "do not join"),
+    "nothing installed": ("aws.yaml", ("setup_commands",), [], "raylign[gpu]"),
+    "no head machine": ("on_premise.yaml", ("provider", "head_ip"), DELETE, "head_ip"),
+    "a key at the wrong level": ("on_premise.yaml", ("worker_ips",), [], "worker_ips"),
+    "more workers than machines": ("on_premise.yaml", ("max_workers",), 5, "4 machines does not hold"),
+    "min above max": ("on_premise.yaml", ("min_workers",), 5, "does not hold"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "complaint"), BROKEN_RAY_UP_FILES.values(), ids=BROKEN_RAY_UP_FILES.keys()
+)
+def test_a_broken_ray_up_file_is_refused(
+    name: str, path: Where, value: object, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = ray_up_problems(changed(load(name), (0, *path), value)[0])
+    printed = capsys.readouterr()  # where Ray says why it aborts; the exception is empty then
+    assert problems
+    assert complaint in " ".join([*problems, printed.out, printed.err])
+
+
+# --------------------------------------------------------------------------------------------------------- KubeRay
+
+
+@pytest.mark.parametrize("name", KUBERAY_FILES)
+def test_a_kuberay_file_passes_the_schema_and_our_rules(name: str) -> None:
+    assert kuberay_problems(load(name)) == []
+
+
+def test_the_schema_is_a_valid_schema_and_strict_everywhere() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    text = json.dumps(SCHEMA["$defs"])
+    assert text.count('"properties":') == text.count('"additionalProperties": false')
+
+
+def test_the_image_is_built_on_the_installed_ray_for_the_user_the_pods_run_as() -> None:
+    dockerfile = (CLUSTER_FILES / "Dockerfile").read_text()
+    assert re.findall(r"^FROM (\S+?)-", dockerfile, re.MULTILINE) == [f"rayproject/ray:{ray.__version__}"]
+    assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE) == ["1000:100"]
+    assert IMAGE in dockerfile
+
+
+def test_the_package_accepts_the_ray_the_images_hold() -> None:
+    requirements = [Requirement(line) for line in PROJECT["dependencies"]]
+    assert [ray.__version__ in requirement.specifier for requirement in requirements if requirement.name == "ray"] == [
+        True
+    ]
+
+
+def test_the_endpoint_mounts_the_claim_the_training_job_declares() -> None:
+    claims = [document for document in load("rayjob.yaml") if document["kind"] == "PersistentVolumeClaim"]
+    mounted = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for name in KUBERAY_FILES
+        for pod in pods_of(load(name)[0]).values()
+        for volume in pod["spec"].get("volumes", [])
+        if "persistentVolumeClaim" in volume
+    }
+    assert mounted == {claim["metadata"]["name"] for claim in claims}
+
+
+JOB = (0, "spec")
+SUBMITTER = (*JOB, "submitterPodTemplate", "spec")
+CLUSTER = (*JOB, "rayClusterSpec")
+SCALER = (*CLUSTER, "autoscalerOptions")
+HEAD = (*CLUSTER, "headGroupSpec", "template")
+GROUP = (*CLUSTER, "workerGroupSpecs", 0)
+WORKER = (*GROUP, "template", "spec")
+CONTAINER = (*WORKER, "containers", 0)
+REQUESTS, LIMITS = (*CONTAINER, "resources", "requests"), (*CONTAINER, "resources", "limits")
+INGRESS, EGRESS = (2, "spec", "ingress"), (2, "spec", "egress")
+ANYWHERE = {"ipBlock": {"cidr": "0.0.0.0/0"}}
+
+BROKEN_JOBS: dict[str, tuple[Where, object, str]] = {
+    # what is broken: (where, the wrong value, a part of the complaint). First what the schema refuses; the API server
+    # would drop such a key in silence, or pods would never come up.
+    "a RayJob key with a typo": ((*JOB, "backOffLimit"), 1, "backOffLimit"),
+    "a cluster key with a typo": ((*CLUSTER, "enableInTreeAutoScaling"), True, "enableInTreeAutoScaling"),
+    "a key newer than this KubeRay": ((*CLUSTER, "networkPolicy"), {}, "networkPolicy"),
+    "an autoscaler key with a typo": ((*SCALER, "idleTimeoutSecond"), 5, "idleTimeoutSecond"),
+    "an autoscaler that does not exist": ((*SCALER, "version"), "v3", "'v3'"),
+    "an authentication that does not exist": ((*CLUSTER, "authOptions", "mode"), "tokens", "'tokens'"),
+    "a group key with a typo": ((*GROUP, "maxReplica"), 4, "maxReplica"),
+    "a string for a number": ((*GROUP, "minReplicas"), "0", "'0' is not of type 'integer'"),
+    "fewer than no replicas": ((*GROUP, "minReplicas"), -1, "minimum"),
+    "no maxReplicas": ((*GROUP, "maxReplicas"), DELETE, "'maxReplicas' is a required property"),
+    "a number for a string": ((*GROUP, "rayStartParams"), {"num-cpus": 8}, "8 is not of type 'string'"),
+    "a pod key with a typo": ((*WORKER, "volums"), [], "volums"),
+    "a pod without containers": ((*WORKER, "containers"), [], "containers"),
+    "a container key with a typo": ((*CONTAINER, "livenesProbe"), {}, "livenesProbe"),
+    "a security key with a typo": ((*CONTAINER, "securityContext", "runAsNonroot"), True, "runAsNonroot"),
+    "a resources key with a typo": ((*CONTAINER, "resources", "limit"), {}, "limit"),
+    "a quantity that is none": ((*LIMITS, "memory"), "64 GB", "64 GB"),
+    "a probe that asks nothing": ((*CONTAINER, "livenessProbe", "httpGet"), DELETE, "livenessProbe"),
+    "a number in the environment": ((*CONTAINER, "env", 0, "value"), 0, "0 is not of type 'string'"),
+    "a NetworkPolicy key with a typo": ((2, "spec", "policyType"), [], "policyType"),
+    "a kind with a typo": ((2, "kind"), "NetworkPolice", "NetworkPolice"),
+    "another API version": ((0, "apiVersion"), "ray.io/v2", "ray.io/v1"),
+    # What our own rules refuse.
+    "another Ray": ((*CLUSTER, "rayVersion"), "2.59.0", "rayVersion 2.59.0"),
+    "an image without a version": ((*CONTAINER, "image"), "raylign:latest", "raylign:latest"),
+    "min above max": ((*GROUP, "minReplicas"), 5, "does not hold"),
+    "more replicas than max": ((*GROUP, "replicas"), 9, "does not hold"),
+    "no idle timeout": ((*GROUP, "idleTimeoutSeconds"), DELETE, "idleTimeoutSeconds"),
+    "no autoscaler": ((*CLUSTER, "enableInTreeAutoscaling"), False, "autoscaler is not on"),
+    "the old autoscaler": ((*SCALER, "version"), "v1", "autoscaler is not on"),
+    "no authentication": ((*CLUSTER, "authOptions"), DELETE, "authOptions.mode"),
+    "authentication off": ((*CLUSTER, "authOptions", "mode"), "disabled", "authOptions.mode"),
+    "a public head": ((*CLUSTER, "headGroupSpec", "serviceType"), "LoadBalancer", "exposed"),
+    "no memory limit": ((*LIMITS, "memory"), DELETE, "no memory limit"),
+    "no cpu request": ((*REQUESTS, "cpu"), DELETE, "no cpu request"),
+    "no resources": ((*CONTAINER, "resources"), {}, "no cpu limit"),
+    "no autoscaler limits": ((*SCALER, "resources"), DELETE, "autoscaler: no cpu limit"),
+    "no submitter limits": ((*SUBMITTER, "containers", 0, "resources"), {}, "submitter/submitter: no cpu limit"),
+    "a request above its limit": ((*REQUESTS, "cpu"), "65", "requests more cpu"),
+    "no GPU": ((*LIMITS, "nvidia.com/gpu"), DELETE, "no GPU"),
+    "half of the GPUs requested": ((*REQUESTS, "nvidia.com/gpu"), "4", "GPUs requested and limited differ"),
+    "KubeRay's own submitter": ((*JOB, "submitterPodTemplate"), DELETE, "submitter"),
+    "a pod that may be root": ((*WORKER, "securityContext", "runAsNonRoot"), DELETE, "gpu: the pod may run as root"),
+    "a pod that is root": ((*WORKER, "securityContext", "runAsUser"), 0, "gpu: the pod may run as root"),
+    "a container that is root": ((*CONTAINER, "securityContext", "runAsUser"), 0, "gpu/ray-worker: may run as root"),
+    "a privileged container": ((*CONTAINER, "securityContext", "privileged"), True, "privileges"),
+    "all capabilities": ((*CONTAINER, "securityContext"), DELETE, "capabilities"),
+    "no seccomp": ((*WORKER, "securityContext", "seccompProfile"), DELETE, "seccomp"),
+    "the node's network": ((*WORKER, "hostNetwork"), True, "hostNetwork"),
+    "the node's disk": ((*WORKER, "volumes", 0), {"name": "checkpoints", "hostPath": {"path": "/"}}, "hostPath"),
+    "a worker with credentials": ((*WORKER, "automountServiceAccountToken"), DELETE, "service account"),
+    "a secret in the file": ((*CONTAINER, "env", 0), {"name": "HF_TOKEN", "value": "x"}, "from a Secret"),
+    "a volume that is not there": ((*WORKER, "volumes", 0, "name"), "checkpoint", "is not defined"),
+    "shared memory on disk": ((*WORKER, "volumes", 1, "emptyDir"), {}, "/dev/shm"),
+    "too much shared memory": ((*WORKER, "volumes", 1, "emptyDir", "sizeLimit"), "1Ti", "/dev/shm"),
+    "no liveness probe": ((*CONTAINER, "livenessProbe"), DELETE, "gpu: no livenessProbe"),
+    "no readiness probe": ((*HEAD, "spec", "containers", 0, "readinessProbe"), DELETE, "head: no readinessProbe"),
+    "a recipe elsewhere": ((*JOB, "entrypoint"), "python -m cluster recipe.yaml", "entrypoint"),
+    "no entrypoint": ((*JOB, "entrypoint"), DELETE, "entrypoint"),
+    "another directory": ((*HEAD, "spec", "containers", 0, "workingDir"), "/", "workingDir"),
+    "no retry": ((*JOB, "backoffLimit"), 0, "backoffLimit"),
+    "a cluster that stays": ((*JOB, "shutdownAfterJobFinishes"), DELETE, "outlives"),
+    "no NetworkPolicy": ((2,), DELETE, "gpu: no NetworkPolicy"),
+    "a pod outside the policy": ((*HEAD, "metadata", "labels"), {}, "head: no NetworkPolicy"),
+    "ingress from everyone": ((*INGRESS, 1, "from"), DELETE, "everyone"),
+    "ingress from every pod": ((*INGRESS, 1, "from", 0, "podSelector"), {}, "no pod label"),
+    "ingress from every address": ((*INGRESS, 1, "from", 0), ANYWHERE, "no pod label"),
+    "ingress to every port": ((*INGRESS, 1, "ports"), DELETE, "more than"),
+    "ingress to the GCS": ((*INGRESS, 1, "ports", 0, "port"), 6379, "more than"),
+    "egress not restricted": ((2, "spec", "policyTypes"), ["Ingress"], "direction"),
+    "egress to the metadata service": ((*EGRESS, 2, "to", 0, "ipBlock", "except"), [], "metadata service"),
+    "egress to anywhere": ((*EGRESS, 2, "to"), DELETE, "connect to anything"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "complaint"), BROKEN_JOBS.values(), ids=BROKEN_JOBS.keys())
+def test_a_broken_rayjob_is_refused(path: Where, value: object, complaint: str) -> None:
+    assert complaint in "\n".join(kuberay_problems(changed(load("rayjob.yaml"), path, value)))
+
+
+SERVICE_CLUSTER = (*JOB, "rayClusterConfig")
+CLIENTS = (1, "spec", "ingress", 1)
+
+BROKEN_SERVICES: dict[str, tuple[Where, object, str]] = {
+    "a RayService key with a typo": ((*JOB, "serveConfig"), "", "serveConfig"),
+    "a strategy that does not exist": ((*JOB, "upgradeStrategy", "type"), "NewClusters", "NewClusters"),
+    "no strategy": ((*JOB, "upgradeStrategy"), DELETE, "interrupts"),
+    "another Ray": ((*SERVICE_CLUSTER, "rayVersion"), "2.59.0", "rayVersion 2.59.0"),
+    "min above max": ((*SERVICE_CLUSTER, "workerGroupSpecs", 0, "maxReplicas"), 0, "does not hold"),
+    "no authentication": ((*SERVICE_CLUSTER, "authOptions"), DELETE, "authOptions.mode"),
+    "a broken serve config": ((*JOB, "serveConfigV2"), "applications: 1", "serve refuses it"),
+    "old clusters cut off": ((*JOB, "rayClusterDeletionDelaySeconds"), 60, "rayClusterDeletionDelaySeconds"),
+    "no NetworkPolicy": ((1,), DELETE, "gpu: no NetworkPolicy"),
+    "everyone at the endpoint": ((*CLIENTS, "from"), [], "everyone"),
+    "clients at the Jobs API": ((*CLIENTS, "ports", 0, "port"), 8265, "more than"),
+    "a policy for no pod": ((1, "spec", "podSelector", "matchLabels"), {"app": "x"}, "no NetworkPolicy"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "complaint"), BROKEN_SERVICES.values(), ids=BROKEN_SERVICES.keys())
+def test_a_broken_rayservice_is_refused(path: Where, value: object, complaint: str) -> None:
+    assert complaint in "\n".join(kuberay_problems(changed(load("rayservice.yaml"), path, value)))
+
+
+BROKEN_SERVE_CONFIGS = {
+    # what is broken: (text, the wrong text for it, a part of the complaint)
+    "a top-level key with a typo": ("proxy_location:", "proxy_locatoin:", "serveConfigV2.proxy_locatoin"),
+    "an http key with a typo": ("port: 8000", "prot: 8000", "http_options.prot"),
+    "an application key with a typo": ("route_prefix:", "route_prefx:", "applications.route_prefx"),
+    "a deployment key with a typo": ("max_queued_requests:", "max_queue:", "deployments.max_queue"),
+    "an autoscaling key with a typo": ("upscale_delay_s:", "upscale_delay:", "autoscaling_config.upscale_delay"),
+    "no import_path": ("import_path:", "importpath:", "import_path"),
+    "min above max": ("min_replicas: 1", "min_replicas: 5", "min_replicas"),
+    "a word for a number": ("max_replicas: 4", "max_replicas: none", "max_replicas"),
+    "no target": ("target_ongoing_requests: 32", "look_back_period_s: 30", "never scales"),
+    "a target out of reach": ("target_ongoing_requests: 32", "target_ongoing_requests: 64", "never scales"),
+    "streams cut": ("graceful_shutdown_timeout_s: 660", "graceful_shutdown_timeout_s: 20", "cuts streams"),
+    "no request timeout": ("request_timeout_s: 600", "keep_alive_timeout_s: 90", "for ever"),
+    "another application": ("serving:build", "serving.app:build", "import_path"),
+    "a checkpoint elsewhere": ("checkpoint: /checkpoints/", "checkpoint: hub/", "shared volume"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "complaint"), BROKEN_SERVE_CONFIGS.values(), ids=BROKEN_SERVE_CONFIGS.keys())
+def test_a_broken_serve_config_is_refused(old: str, new: str, complaint: str) -> None:
+    text = load("rayservice.yaml")[0]["spec"]["serveConfigV2"]
+    assert old in text
+    assert complaint in "\n".join(serve_problems(text.replace(old, new)))
