@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +86,7 @@ def _join_or_start_ray(address: str | None) -> None:
         except ConnectionError as error:
             raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
     else:
-        ray.init(address="local", include_dashboard=False, logging_level="warning", _node_ip_address="127.0.0.1")
+        ray.init(address="local", logging_level="warning", _node_ip_address="127.0.0.1")
 
 
 def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
@@ -100,7 +101,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"config": config.model_dump_json(), "folder": os.getcwd()},
+        train_loop_config={"config": config.model_dump_json(), "folder": os.getcwd(), "bar": sys.stdout.isatty()},
         scaling_config=ScalingConfig(
             num_workers=wanted.workers,
             use_gpu=config.cluster.gpus_per_worker > 0,

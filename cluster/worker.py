@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ from typing import Any
 from alignment.errors import AlignmentError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
+
+
+class _NoBar:
+    """Stands in for a progress bar where the driver's output goes to a file."""
+
+    def __init__(self, **_: Any) -> None: ...
+    def update(self, _: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class RayReporter:
@@ -41,8 +50,8 @@ FAILURE = "failure.json"
 def run(settings: dict[str, Any]) -> None:
     """The train function of the TorchTrainer.
 
-    `settings`: the run's configuration as JSON, under `config`, and the driver's folder, under `folder`. Checkpoints
-    are not handed to Ray Train: the loop finds its own newest intact one, because a report that has returned is not
+    `settings`: the run's configuration as JSON, under `config`; the driver's folder, under `folder`; whether its output
+    can show a progress bar, under `bar`. Checkpoints are not handed to Ray Train: the loop finds its own newest intact one, because a report that has returned is not
     yet durable. An error of ours is written down instead of raised: Ray Train would restart the workers for it, and it
     would only happen again.
     """
@@ -62,10 +71,11 @@ def run(settings: dict[str, Any]) -> None:
     failure = config.folder / FAILURE
     if failure.exists():
         return
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report as it is
     torch.set_num_threads(config.cluster.cpus_per_worker)
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())
-    inner = FileReporter(config.folder, bar=tqdm_ray.tqdm) if world.is_main else Silent()
+    inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
     try:
         train(config, world, RayReporter(inner))
     except AlignmentError as error:

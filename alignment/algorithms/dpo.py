@@ -51,7 +51,9 @@ class DPO(Algorithm):
                 "rewards/chosen": per_pair(rewards[better]),
                 "rewards/rejected": per_pair(rewards[worse]),
                 "rewards/margins": per_pair(rewards[better] - rewards[worse]),
-                "rewards/accuracies": per_pair(rewards[better] > rewards[worse]),
+                "rewards/accuracies": per_pair(
+                    (rewards[better] - rewards[worse]).sign() / 2 + 0.5
+                ),  # a tie is half right
                 "logps/chosen": per_pair(logps[better]),
                 "logps/rejected": per_pair(logps[worse]),
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from alignment.errors import ConfigError, ServingError
+from alignment.errors import CheckpointError, ConfigError, ServingError
 from alignment.models.folders import BUNDLED
 from serving.config import ServeConfig, load_serve_config
 from serving.launch import _gist, refuse_busy_port
@@ -58,6 +59,38 @@ def test_a_wrong_value_is_refused(wrong: str) -> None:
 
 def test_a_checkpoint_named_like_yaml_stays_a_name() -> None:
     assert load_serve_config("12: [x", [], None).checkpoint == "12: [x"
+
+
+def committed(folder: Path, **settings: Any) -> Path:
+    """A checkpoint as training writes it: an adapter, a manifest and a commit mark."""
+    adapter_folder(folder, **settings)
+    content = (folder / "adapter_config.json").read_bytes()
+    known = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest = json.dumps({"adapter_config.json": known})
+    (folder / "manifest.json").write_text(manifest)
+    (folder / "COMMITTED").write_text(hashlib.sha256(manifest.encode()).hexdigest())
+    return folder
+
+
+def test_a_run_is_served_from_its_newest_checkpoint_under_its_own_name(tmp_path: Path) -> None:
+    run = tmp_path / "polite"
+    committed(run / "checkpoints" / "step-00000001")
+    newest = committed(run / "checkpoints" / "step-00000002")
+    served = resolve(ServeConfig(checkpoint=str(run)))
+    assert served.adapter is not None
+    assert (served.adapter.name, served.adapter.folder) == ("polite", str(newest.resolve()))
+
+
+def test_a_checkpoint_of_a_run_is_named_after_both(tmp_path: Path) -> None:
+    checkpoint = committed(tmp_path / "polite" / "checkpoints" / "step-00000001")
+    assert resolve(ServeConfig(checkpoint=str(checkpoint))).names[0] == "polite-step-00000001"
+
+
+def test_a_damaged_checkpoint_is_not_served(tmp_path: Path) -> None:
+    checkpoint = committed(tmp_path / "polite" / "checkpoints" / "step-00000001")
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        resolve(ServeConfig(checkpoint=str(checkpoint)))
 
 
 def test_an_adapter_brings_its_base_and_a_hub_id_keeps_its_name(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What every test may use: a tiny random Llama with a tokenizer of its own, and short ways to write files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = "the quick brown fox jumps over the lazy dog while 12 + 30 = 42, and what is the capital of France? Paris!"
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of about 350 tokens, with ChatML, as Llama-like models have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama (fp32, tied embeddings, grouped-query attention) and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,  # large enough that different texts get clearly different probabilities
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as JSON lines: `write_rows([...], "pairs.jsonl")`. A string is written as it stands."""
+
+    def write(rows: list[dict[str, Any] | str], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    """Preference pairs of different lengths, in words that the tiny tokenizer knows."""
+    words = TEXT.split()
+    return [
+        {
+            "prompt": " ".join(words[i % 7 : i % 7 + 3 + i % 4]),
+            "chosen": " " + " ".join(words[(i * 3) % 11 : (i * 3) % 11 + 2 + i % 5]),
+            "rejected": " " + " ".join(words[(i * 5 + 1) % 9 : (i * 5 + 1) % 9 + 4 + i % 3]) + f" {i}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def run_settings(tiny_model: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> dict[str, Any]:
+    """Settings of a small DPO run on the tiny model in fp32, to be changed at will and given to `RunConfig`."""
+    return {
+        "name": "run",
+        "output": str(tmp_path / "runs"),
+        "steps": 4,
+        "groups_per_step": 4,
+        "algorithm": {"name": "dpo"},
+        "model": {"path": str(tiny_model), "dtype": "fp32"},
+        "data": {"path": str(write_rows(pair_rows(24), "pairs.jsonl")), "max_length": 96, "eval_groups": 4},
+        "optim": {"lr": 1e-3, "schedule": "constant"},
+    }

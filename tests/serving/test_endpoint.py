@@ -1,0 +1,282 @@
+"""One real endpoint, started as a user starts it, asked through the real OpenAI client: Ray Serve, vLLM, an adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignment.models.folders import BUNDLED, bundled
+
+ALIGNED = "random-adapter"
+QUESTION = "What is the capital of France, and what is it known for?"
+MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
+TOKENS = 16
+START_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    process: subprocess.Popen[bytes]
+    url: str
+    adapter: Path
+    output: Path
+    before: dict[str, int]
+    """Status codes while the model was loading."""
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("serving")
+    save_random_adapter(folder / ALIGNED)
+    port, output = free_port(), folder / "output.txt"
+    settings = [f"port={port}", "dtype=fp32", "max_model_len=512", "kv_cache_gib=0.5", "max_body_mib=0.1"]
+    command = [sys.executable, "-m", "alignment.cli", "serve", str(folder / ALIGNED), *settings]
+    with output.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(process, f"{url}/healthz", output)
+        before = {path: httpx.get(url + path).status_code for path in ("/healthz", "/readyz", "/v1/models")}
+        wait_for(process, f"{url}/readyz", output)
+        yield Running(process=process, url=url, adapter=folder / ALIGNED, output=output, before=before)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def save_random_adapter(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
+    # Not initialised to zero, as adapters usually are: this one has to change the answers.
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(folder)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, output.read_text()
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"{url} did not answer within {START_TIMEOUT_S} s:\n{output.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def expected(endpoint: Running) -> dict[str, str]:
+    """What transformers answers, greedily, with and without the adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled())
+    base = AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
+    inputs = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+    def greedy(model: Any) -> str:
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return {BUNDLED: greedy(base), ALIGNED: greedy(PeftModel.from_pretrained(base, endpoint.adapter))}
+
+
+def greedy_answer(endpoint: Running, model: str) -> str:
+    answer = endpoint.client.chat.completions.create(
+        model=model, messages=MESSAGES, temperature=0, max_completion_tokens=TOKENS
+    )
+    return answer.choices[0].message.content or ""
+
+
+def post(endpoint: Running, body: bytes, path: str = "/v1/chat/completions") -> httpx.Response:
+    return httpx.post(endpoint.url + path, content=body, headers={"content-type": "application/json"}, timeout=60)
+
+
+def assert_openai_error(response: httpx.Response, status: int) -> None:
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text and "File " not in response.text
+
+
+def test_while_the_model_loads_the_process_is_healthy_and_not_ready(endpoint: Running) -> None:
+    assert endpoint.before == {"/healthz": 200, "/readyz": 503, "/v1/models": 200}
+
+
+def test_one_line_says_where_it_is_and_how_to_try_it(endpoint: Running) -> None:
+    deadline = time.monotonic() + 10
+    while not (ready := [line for line in endpoint.output.read_text().splitlines() if line.startswith("Ready")]):
+        assert time.monotonic() < deadline, endpoint.output.read_text()
+        time.sleep(0.1)
+    assert f"{endpoint.url}/v1 serves {ALIGNED} and {BUNDLED}" in ready[0]
+    command = ready[0].partition("Try: ")[2]
+    answer = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
+
+
+def test_both_models_are_listed_and_the_adapter_names_its_base(endpoint: Running) -> None:
+    assert [model.id for model in endpoint.client.models.list()] == [ALIGNED, BUNDLED]
+    assert endpoint.client.models.retrieve(ALIGNED).model_dump()["parent"] == BUNDLED
+
+
+@pytest.mark.parametrize("model", [BUNDLED, ALIGNED])
+def test_the_greedy_answer_is_that_of_transformers(endpoint: Running, expected: dict[str, str], model: str) -> None:
+    assert greedy_answer(endpoint, model) == expected[model]
+
+
+def test_the_adapter_answers_differently_from_its_base(expected: dict[str, str]) -> None:
+    assert expected[ALIGNED] != expected[BUNDLED]
+
+
+def test_requests_for_both_models_at_once_get_their_own_answers(endpoint: Running, expected: dict[str, str]) -> None:
+    names = [BUNDLED, ALIGNED] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(lambda name: greedy_answer(endpoint, name), names))
+    assert answers == [expected[name] for name in names]
+
+
+def test_a_stream_carries_the_same_answer_in_pieces_and_the_usage(endpoint: Running, expected: dict[str, str]) -> None:
+    stream = endpoint.client.chat.completions.create(
+        model=ALIGNED,
+        messages=MESSAGES,
+        temperature=0,
+        max_completion_tokens=TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == expected[ALIGNED]
+    assert len([piece for piece in pieces if piece]) > 4
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == TOKENS
+
+
+def test_chat_gives_log_probabilities(endpoint: Running) -> None:
+    answer = endpoint.client.chat.completions.create(
+        model=ALIGNED, messages=MESSAGES, temperature=0, max_completion_tokens=4, logprobs=True, top_logprobs=2
+    )
+    assert answer.choices[0].logprobs is not None
+    tokens = answer.choices[0].logprobs.content or []
+    assert len(tokens) == 4
+    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in tokens)
+
+
+def test_completions_continue_a_text(endpoint: Running) -> None:
+    answer = endpoint.client.completions.create(
+        model=BUNDLED, prompt="The capital of France is", temperature=0, max_tokens=4, logprobs=1, echo=True
+    )
+    assert answer.choices[0].text.startswith("The capital of France is Paris")
+    assert answer.choices[0].logprobs is not None
+
+
+def test_n_samples_are_n_answers(endpoint: Running) -> None:
+    answer = endpoint.client.chat.completions.create(
+        model=BUNDLED, messages=MESSAGES, n=3, temperature=1.5, seed=1, max_completion_tokens=12
+    )
+    assert len({choice.message.content for choice in answer.choices}) == 3
+
+
+def test_an_unknown_model_is_not_found(endpoint: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-9'") as refused:
+        endpoint.client.chat.completions.create(model="gpt-9", messages=MESSAGES)
+    assert_openai_error(refused.value.response, 404)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"model": ',
+        b'{"model": "random-adapter", "temperature": NaN, "messages": []}',
+        b'{"model": "random-adapter", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "no model"}]}',
+        b'{"model": "random-adapter", "messages": "not a list"}',
+        b'{"model": "random-adapter", "messages": [{"role": "user", "content": "hi"}], "max_tokens": -1}',
+        b'{"model": "random-adapter", "messages": [{"role": "user", "content": "' + b"long " * 1000 + b'"}]}',
+    ],
+    ids=["empty", "cut", "nan", "surrogate", "no-model", "no-list", "negative", "longer-than-the-model"],
+)
+def test_a_bad_body_is_a_clean_400(endpoint: Running, body: bytes) -> None:
+    assert_openai_error(post(endpoint, body), 400)
+
+
+def test_a_stream_that_cannot_start_is_a_plain_error(endpoint: Running) -> None:
+    body = {"model": ALIGNED, "messages": MESSAGES, "stream": True, "max_tokens": -1}
+    assert_openai_error(post(endpoint, json.dumps(body).encode()), 400)
+
+
+def test_too_large_a_body_is_refused_before_it_is_read(endpoint: Running) -> None:
+    assert_openai_error(post(endpoint, b"x" * 200_000), 413)
+
+
+def test_unknown_paths_and_methods_are_refused_in_the_same_form(endpoint: Running) -> None:
+    assert_openai_error(httpx.get(f"{endpoint.url}/docs"), 404)
+    assert_openai_error(httpx.get(f"{endpoint.url}/v1/chat/completions"), 405)
+
+
+def test_no_other_web_page_may_ask(endpoint: Running) -> None:
+    answer = httpx.get(f"{endpoint.url}/v1/models", headers={"origin": "https://elsewhere.example"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_client_that_goes_away_frees_its_place(endpoint: Running) -> None:
+    stream = endpoint.client.chat.completions.create(
+        model=BUNDLED, messages=MESSAGES, max_completion_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    started = time.monotonic()
+    greedy_answer(endpoint, BUNDLED)
+    assert time.monotonic() - started < 5
+
+
+def test_no_log_holds_what_people_ask(endpoint: Running) -> None:
+    greedy_answer(endpoint, ALIGNED)
+    commands = [" ".join(child.cmdline()) for child in psutil.Process(endpoint.process.pid).children(recursive=True)]
+    logs = Path(next(found[0] for command in commands if (found := re.search(r"\S*/session_[^/]+/logs", command))))
+    files = [file for file in logs.parent.rglob("*") if file.is_file() and not file.is_socket()]
+    assert len(files) > 10
+    assert not [file for file in files if QUESTION.encode() in file.read_bytes()]
+
+
+def test_a_second_endpoint_on_the_same_port_is_refused_at_once(endpoint: Running) -> None:
+    port = endpoint.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "alignment.cli", "serve", BUNDLED, f"port={port}"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert refused.returncode == 1
+    assert f"Cannot listen on port {port}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_it_stops_on_a_signal_and_leaves_no_process(endpoint: Running) -> None:
+    started = psutil.Process(endpoint.process.pid).children(recursive=True)
+    assert len(started) > 5
+    endpoint.process.send_signal(signal.SIGINT)
+    assert endpoint.process.wait(30) == 0
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+    assert endpoint.output.read_text().splitlines()[-1] == "Stopped."
