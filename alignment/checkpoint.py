@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignment.config import RunConfig
@@ -59,8 +61,8 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
         tensors = {**roles.trained.state(), **{f"random.{rank}": state for rank, state in enumerate(random_states)}}
         try:
             _write(folder, roles.actor, state, tensors)
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror}; earlier ones are intact") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
         for old in _folders(config.folder)[config.checkpoint.keep :]:
             shutil.rmtree(old)
     world.wait()
@@ -75,8 +77,6 @@ def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Prog
     folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
     if folder is None:
         return Progress(step=0, position=0)
-    from safetensors.torch import load_file
-
     state = json.loads((folder / STATE).read_text())
     _check_identity(folder, state["identity"], _identity(config, data))
     tensors = load_file(folder / TENSORS)
@@ -154,8 +154,6 @@ def _folders(run: Path) -> list[Path]:
 
 def _write(folder: Path, actor: LanguageModel, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all."""
-    from safetensors.torch import save_file
-
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -67,9 +69,14 @@ class ModelConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """What to optimise. `name` picks the module `alignment.algorithms.<name>`, or a dotted `package.module:Class`."""
+    """What to optimise."""
 
     name: str
+    """A module of `alignment.algorithms`, or a dotted `package.module:Class` of one's own."""
+
+
+FIELDS = ("prompt", "chosen", "rejected", "completion", "completions", "rewards", "label", "messages", "text")
+"""What `columns` can name: the fields of the shapes that `alignment.data.shapes` reads."""
 
 
 class SourceConfig(Section):
@@ -85,7 +92,8 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a hub dataset."""
     weight: Fraction = 1.0
-    """Fraction of the rows to use, 0 to 1, taken from the front after `shuffle`."""
+    """Fraction of the groups to use, 0 to 1, taken from the front after `shuffle`; while streaming, the probability of
+    using each."""
     skip: Count = 0
     """Rows to leave out at the front."""
     take: PositiveCount | None = None
@@ -94,12 +102,30 @@ class SourceConfig(Section):
     """Read while training instead of before it: for sets that do not fit into memory."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Which column stands for which field, as `{chosen: response_j, rejected: response_k}`. Fields: prompt, chosen,
-    rejected, completion, completions, rewards, label, messages."""
+    rejected, completion, completions, rewards, label, messages, text."""
     prompt_template: str | None = None
     """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`. None reads a column."""
     prompt_as: Literal["text", "user_message"] = "text"
     """What a prompt that is a string means: `text` is continued as it stands, `user_message` goes through the chat
     template as the user's turn."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
+        for field in columns:
+            if field not in FIELDS:
+                raise ValueError(f"there is no field {field!r}{_nearest(field, FIELDS)}")
+        return columns
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _well_formed(cls, template: str | None) -> str | None:
+        try:
+            names = {name: "" for _, name, _, _ in string.Formatter().parse(template or "") if name is not None}
+            (template or "").format(**names)
+        except (LookupError, AttributeError, ValueError) as error:
+            raise ValueError(f"braces must hold the plain name of a column ({error})") from error
+        return template
 
 
 class DataConfig(SourceConfig):
@@ -141,6 +167,13 @@ class DataConfig(SourceConfig):
                 if both
                 else "neither path nor mixture is given; say where the data is, e.g. data.path=pairs.jsonl"
             )
+        alone = [
+            name
+            for name, field in SourceConfig.model_fields.items()
+            if self.mixture and getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+        if alone:
+            raise ValueError(f"{alone[0]} beside mixture is read by nothing; give it in the sources of mixture")
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length}), "
@@ -210,8 +243,8 @@ class RunConfig(Section):
     """Name of the run, and of its folder under `output`: letters, digits, dot, dash and underscore."""
     output: str = "runs"
     """Folder of all runs. On several machines it must be shared between them."""
-    seed: Count = 0
-    """Seed of the data order and of everything random."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the data order and of everything random, 0 to 2³² - 1."""
     steps: PositiveCount | None = None
     """Optimizer steps to run; None runs `epochs`."""
     epochs: Positive | None = None
@@ -234,13 +267,14 @@ class RunConfig(Section):
     @field_validator("algorithm", mode="before")
     @classmethod
     def _load_algorithm(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "name" not in value:
+        if not isinstance(value, dict):
             return value
-        kind = algorithm_class(value["name"])
+        if not isinstance(value.get("name"), str):
+            raise ValueError(f"needs a name: {', '.join(algorithm_names())}, or your own package.module:Class")
         try:
-            return kind.model_validate(value)
-        except ValidationError as error:  # re-raised as our own: pydantic would lose where in the section it happened
-            raise ConfigError("\n".join(f"algorithm.{line}" for line in _explain(error, kind))) from error
+            return algorithm_class(value["name"]).model_validate(value)
+        except ConfigError as error:  # pydantic collects ValueErrors, so that every other problem is told as well
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -270,22 +304,26 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
     module, _, attribute = name.partition(":")
     if attribute:
         try:
-            return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: malformed module names
             raise ConfigError(f"algorithm {name!r} cannot be imported: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, AlgorithmConfig)):
+            raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
+        return found
     if name not in algorithm_names():
-        raise ConfigError(f"algorithm {name!r} is unknown{_nearest(name, algorithm_names())}")
+        raise ConfigError(f"there is no algorithm {name!r}{_nearest(name, algorithm_names())}")
     return importlib.import_module(f"alignment.algorithms.{name}").ALGORITHM  # type: ignore[no-any-return]
 
 
 def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
     """JSON Schema of a run's YAML file, with one alternative per algorithm."""
     schema = kind.model_json_schema()
-    choices = []
+    own = {"type": "string", "pattern": ":", "description": AlgorithmConfig.model_fields["name"].description}
+    choices: list[dict[str, Any]] = [{"type": "object", "properties": {"name": own}, "required": ["name"]}]
     for name in algorithm_names():
         choice = algorithm_class(name).model_json_schema()
         schema["$defs"].update(choice.pop("$defs", {}))
-        choices.append(choice)
+        choices.append({**choice, "required": ["name", *choice.get("required", [])]})
     schema["properties"]["algorithm"] = {
         "anyOf": choices,
         "description": RunConfig.model_fields["algorithm"].description,
@@ -306,7 +344,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
@@ -315,47 +353,46 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}:\n" + "\n".join(_explain(error, kind))) from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}:\n{error}") from error
+        raise ConfigError(f"{path}:\n" + "\n".join(_explain(error, kind, tree))) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
         raise ConfigError(f"override {override!r} must have the form section.key=value, as optim.lr=1e-6")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    *sections, last = key.split(".")
     place: Any = tree
     for section in sections:
         if isinstance(place, list):
             place = place[_index(place, section, override)]
-            continue
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
+        else:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
         if not isinstance(place, dict | list):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
     place[_index(place, last, override) if isinstance(place, list) else last] = value
 
 
 def _index(items: list[Any], text: str, override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
+    if not text.isdecimal() or int(text) >= len(items):
         raise ConfigError(f"override {override!r}: {text!r} is not an index below {len(items)}")
     return int(text)
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+def _explain(error: ValidationError, kind: type[BaseModel], tree: dict[str, Any]) -> list[str]:
     """One line per problem: where, what, and the nearest known name for an unknown key."""
-    lines = []
+    lines: list[str] = []
     for problem in error.errors(include_url=False):
         *parents, last = problem["loc"] or ("the whole file",)
-        where = ".".join(str(part) for part in problem["loc"]) or "the whole file"
+        # pydantic names the alternatives of a union as if they were keys, as in `target_modules.tuple[str, ...].0`.
+        where = ".".join(str(part) for part in problem["loc"] if "[" not in str(part)) or "the whole file"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{_nearest(str(last), _fields(kind, parents))}")
+            lines.append(f"{where}: unknown key{_nearest(str(last), _fields(kind, parents, tree))}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: is required and missing")
         else:
@@ -368,10 +405,12 @@ def _given(value: Any) -> str:
     return f" (given: {value!r})" if isinstance(value, str | int | float | bool | None) else ""
 
 
-def _fields(kind: type[BaseModel], parents: list[Any]) -> list[str]:
+def _fields(kind: type[BaseModel], parents: list[Any], tree: dict[str, Any]) -> list[str]:
     """Names that would have been known at the place of an unknown key."""
     for part in parents:
-        if part in kind.model_fields:
+        if part == "algorithm" and issubclass(kind, RunConfig):
+            kind = algorithm_class(tree[part]["name"])
+        elif part in kind.model_fields:
             kind = _sections(kind.model_fields[part].annotation)[0]
     return list(kind.model_fields)
 
@@ -382,6 +421,6 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

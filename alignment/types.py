@@ -35,7 +35,7 @@ class Completion:
     learned: tuple[bool, ...] = ()
     """Which of `tokens` are learned from; the rest is context (another speaker's turn)."""
     truncated: bool = False
-    """True if tokens were cut off to fit the window."""
+    """True if its end was cut off to fit the window: it has no end token."""
     reference_logprobs: tuple[float, ...] | None = None
     """Log-probability (nats) of each of `tokens` under the reference model, once known; 0 where not learned."""
 

@@ -5,11 +5,12 @@ ingress may touch it, and why this module does so inside functions.
 
 Names of Ray that are not public, each used in one place: `VLLMEngine` and its `_start_async_llm_engine`
 (`_engine_class`), `_oai_models`, vLLM's model registry (`_load_adapter`), `_engine_client`, vLLM's AsyncLLM
-(`Engine.__del__`), `LLMConfig.get_or_create_callback` (`_llm_config`).
+(`Engine.__del__`), `LLMConfig.get_or_create_callback` (`_llm_config`), `ErrorResponse` (`_outgoing`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -149,7 +150,9 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 def _adapter_arguments(adapter: Adapter) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "enable_lora": True,
-        "max_loras": 1,
+        # One more than there are adapters. On CPU, vLLM 0.32 applies the last place to requests for the base model when
+        # they share a batch with requests for the adapter, so the last place has to stay empty.
+        "max_loras": 2,
         "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= adapter.rank),
     }
     if adapter.target_modules:
@@ -189,13 +192,27 @@ def _parse(route: Route, body: dict[str, Any]) -> Any:
 
 def _outgoing(part: Any) -> str | Reply:
     """Ray Serve LLM's answers in ours: a list of events, a whole answer, or an error."""
-    from ray.serve.llm.openai_api_models import ErrorResponse
+    # Not the public class of that name, which is a subclass of the one that is used.
+    from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
     if isinstance(part, list):
-        return "".join(part)
+        errors = [each for each in part if isinstance(each, ErrorResponse)]
+        return _outgoing(errors[0]) if errors else "".join(_without_exceptions(each) for each in part)
     if not isinstance(part, ErrorResponse):
         return Reply(status=200, body=part.model_dump_json())
-    if part.error.code >= 500:
-        logger.error("The engine answered with an error: %s", part.error.message)
-        return refusal(500, "The engine failed on this request.")
-    return refusal(part.error.code, part.error.message)
+    return _refusal(part.error.code, part.error.message)
+
+
+def _without_exceptions(text: str) -> str:
+    """One server-sent event; when the engine fails in the middle of a stream, vLLM's holds the exception's text."""
+    if not text.startswith('data: {"error"'):
+        return text
+    error = json.loads(text.removeprefix("data: "))["error"]
+    return event(_refusal(error["code"], error["message"]))
+
+
+def _refusal(status: int, message: str) -> Reply:
+    if status < 500:
+        return refusal(status, message)
+    logger.error("The engine answered with an error: %s", message)
+    return refusal(500, "The engine failed on this request.")

@@ -73,7 +73,8 @@ class Endpoint:
     """The model names it answers to, the aligned model first."""
 
     def __str__(self) -> str:
-        body = json.dumps({"model": self.names[0], "messages": [{"role": "user", "content": "Hello!"}]})
+        message = {"role": "user", "content": "Hello!"}
+        body = json.dumps({"model": self.names[0], "messages": [message], "max_tokens": 50})
         return (
             f"{self.url}/v1 serves {' and '.join(self.names)}. Try: "
             f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
@@ -223,7 +224,7 @@ def _show_progress(done: threading.Event) -> None:
         if done.wait(1.0):
             return
         text = _serve_says()
-        if text != shown:
+        if text and text != shown:
             typer.echo(text)
         elif second % 15 == 0:
             typer.echo(f"… {second} s")

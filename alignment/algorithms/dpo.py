@@ -18,6 +18,7 @@ class DPO(Algorithm):
     """Raises β(log π − log π_ref) of the better completion above that of the worse one, for every pair of a group."""
 
     name: Literal["dpo"] = "dpo"
+    """Direct preference optimisation and its relatives."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """`sigmoid` is DPO itself; `ipo` (arXiv 2310.12036) bounds the margin; `hinge` (arXiv 2305.10425) stops at it."""
     beta: Positive = 0.1

@@ -14,6 +14,7 @@ class SFT(Algorithm):
     """Maximum likelihood of the completions; from a preference pair only the better one is learned."""
 
     name: Literal["sft"] = "sft"
+    """Supervised fine-tuning."""
 
     def select(self, group: Group) -> Group:
         if not group.completions:

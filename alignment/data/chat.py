@@ -6,6 +6,7 @@ import dataclasses
 from itertools import takewhile
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from alignment.config import DataConfig
@@ -52,6 +53,8 @@ class GroupTokenizer:
         self.tokenizer = tokenizer
         self.data = data
         self.end_tokens = end_tokens
+        ids: list[int] = tokenizer("a")["input_ids"]
+        self.ends_by_itself = ids[-1:] == [tokenizer.eos_token_id]
 
     def __call__(self, group: Group) -> Group:
         """Returns the group with token ids.
@@ -73,7 +76,7 @@ class GroupTokenizer:
             (ids, learned, completion) = completions[0]
             whole = prompt + ids
             learned = [True] * len(whole) if self.data.train_on_prompt else learned
-            prompt, completions = whole[:1], [(whole[1:], learned[-len(whole) + 1 :], completion)]
+            prompt, completions = whole[:1], [(whole[1:], learned[1:], completion)]
         prompt = self._cut_prompt(prompt)
         room = self.data.max_length - len(prompt)
         return dataclasses.replace(
@@ -89,7 +92,10 @@ class GroupTokenizer:
                 "the rows are messages, but the tokenizer has no chat template; set model.chat_template, e.g. to chatml"
             )
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from error
         return text
 
     def _encode(self, group: Group) -> tuple[list[int], list[tuple[list[int], list[bool]]]]:
@@ -107,9 +113,8 @@ class GroupTokenizer:
     def _plain(self, text: str) -> list[int]:
         """Ids with the tokenizer's own beginning (BOS), but without an end token that some add by themselves."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        while ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
-            ids.pop()
-        return ids
+        doubled = ids[:2] == [self.tokenizer.bos_token_id] * 2  # the text has already a BOS of its own
+        return ids[int(doubled) : len(ids) - int(self.ends_by_itself)]
 
     def _templated(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans; the template has written every special token itself."""
@@ -127,7 +132,8 @@ class GroupTokenizer:
             (len(self.render(turns[:i], answer_next=True)), len(self.render(turns[: i + 1], answer_next=False)))
             for i in answers
         ]
-        return ids, [any(begin <= start < end for begin, end in borders) for start, _ in spans]
+        # Spans may overlap a border (a merge over it) or be empty (some tokenizers leave white space out of them).
+        return ids, [any(start < end and stop > begin for begin, end in borders) for start, stop in spans]
 
     def _border(self, prompt: list[int], wholes: list[list[int]]) -> int:
         """Number of leading tokens that the prompt and every whole text have in common."""
@@ -151,11 +157,21 @@ class GroupTokenizer:
 
     def _finish(self, ids: list[int], learned: list[bool], completion: Completion, room: int) -> Completion:
         """Appends the end token where the answer has none, and cuts what does not fit."""
-        # Templates end an answer with the end token and perhaps a line break after it.
-        if not self.end_tokens.intersection(ids[-2:]):
+        end = self._end(ids)
+        if end is None:
             ids, learned = [*ids, self.tokenizer.eos_token_id], [*learned, True]
+            end = len(ids)
         if not any(learned[:room]):
             raise DataError("no token of the answer is left to learn")
         return dataclasses.replace(
-            completion, tokens=tuple(ids[:room]), learned=tuple(learned[:room]), truncated=len(ids) > room
+            completion, tokens=tuple(ids[:room]), learned=tuple(learned[:room]), truncated=end > room
         )
+
+    def _end(self, ids: list[int]) -> int | None:
+        """Number of tokens up to and with the end token, after which templates write at most white space."""
+        for length in range(len(ids), 0, -1):
+            if ids[length - 1] in self.end_tokens:
+                return length
+            if self.tokenizer.decode(ids[length - 1]).strip():
+                break
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from typing import Any
@@ -14,6 +13,8 @@ from alignment.types import Completion, Group, Message
 
 STACK_EXCHANGE = {"chosen": "response_j", "rejected": "response_k"}
 STACK_EXCHANGE_PROMPT = "Question: {question}\n\nAnswer: "
+FLT_MAX = 3.4e38
+"""Rewards become fp32."""
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 Prompt = str | tuple[Message, ...]
@@ -38,6 +39,8 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
             raise DataError("chosen and rejected are the same")
     elif shape.has("completions"):
         prompt, texts = shape.prompt(), _strings(shape.value("completions"), "completions")
+        if not texts:
+            raise DataError("completions is empty")
         rewards = _rewards(shape, len(texts))
     elif shape.has("completion"):
         prompt, texts, rewards = shape.prompt(), [_answer(shape.value("completion"), "completion")], [_label(shape)]
@@ -45,6 +48,8 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
         return _conversation(_messages(shape.value("messages"), "messages"), origin)
     elif shape.has("text"):
         prompt, texts, rewards = "", [_string(shape.value("text"), "text")], [None]
+    elif shape.has("chosen") or shape.has("rejected"):
+        raise DataError(f"field {'rejected' if shape.has('chosen') else 'chosen'!r} is missing")
     elif shape.has("prompt"):
         prompt, texts, rewards = shape.prompt(), [], []
     else:
@@ -85,7 +90,10 @@ class _Shape:
         value = self.value("prompt")
         if isinstance(value, str):
             return self._as_configured(_string(value, "prompt"))
-        return _messages(value, "prompt")
+        turns = _messages(value, "prompt")
+        if not turns:
+            raise DataError("prompt is an empty list of messages")
+        return turns
 
     def _as_configured(self, text: str) -> Prompt:
         return (Message(role="user", content=text),) if self.as_message else text
@@ -101,7 +109,10 @@ def _fill(template: str, row: Row) -> str:
 
 def _preference(shape: _Shape) -> tuple[Prompt, list[str]]:
     values = [shape.value("chosen"), shape.value("rejected")]
-    if all(isinstance(value, str) for value in values):
+    if len({isinstance(value, str) for value in values}) > 1:
+        kinds = " and ".join(type(value).__name__ for value in values)
+        raise DataError(f"chosen and rejected must be both strings or both lists of messages, not {kinds}")
+    if isinstance(values[0], str):
         chosen, rejected = (_string(value, field) for value, field in zip(values, ("chosen", "rejected"), strict=True))
         if shape.has("prompt"):
             return shape.prompt(), [chosen, rejected]
@@ -136,13 +147,16 @@ def _shared_beginning(
             raise DataError(f"{field} does not end with an assistant's turn")
     if chosen[:-1] != rejected[:-1]:
         raise DataError("chosen and rejected do not share their prompt")
+    if len(chosen) == 1:
+        raise DataError("chosen and rejected hold no turn before the answer")
     return chosen[:-1], [chosen[-1].content, rejected[-1].content]
 
 
 def _conversation(turns: tuple[Message, ...], origin: str) -> Group:
-    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    # A conversation that the assistant opens is learned from its first reply on.
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index > 0]
     if not answers:
-        raise DataError("messages hold no assistant's turn")
+        raise DataError("messages hold no assistant's turn that answers something")
     first, last = answers[0], answers[-1]
     if any(not turns[index].content.strip() for index in answers):
         raise DataError("an answer is empty")
@@ -157,8 +171,8 @@ def _rewards(shape: _Shape, count: int) -> list[float | None]:
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise DataError(f"rewards must be a list of {count} numbers, one per completion")
     for reward in rewards:
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise DataError(f"reward {reward!r} is not a finite number")
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= FLT_MAX:
+            raise DataError(f"reward {reward!r:.50} is not a finite number")
     return [float(reward) for reward in rewards]
 
 

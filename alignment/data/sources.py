@@ -51,8 +51,15 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row | DataError]]:
         yield from _read_parquet(path)
         return
     read = _read_lines if ".jsonl" in path.name else _read_json
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        yield from read(path, cast(BinaryIO, file))
+    with _open(path) as file:
+        yield from read(path, file)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _read_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Row | DataError]]:
@@ -73,16 +80,18 @@ def _parse(line: bytes) -> Row | DataError:
     except UnicodeDecodeError as error:
         return DataError(f"is not valid UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        return DataError(f"is not valid JSON: {error.msg} at character {error.pos}")
+        return DataError(f"is not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos}")
     except RecursionError:
         return DataError("is nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        return DataError(f"cannot be read: {error}")
     return row if isinstance(row, dict) else DataError(f"must be a JSON object, not {type(row).__name__}")
 
 
 def _read_json(path: Path, file: BinaryIO) -> Iterator[tuple[str, Row | DataError]]:
     try:
         rows = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, EOFError, OSError, zlib.error) as error:
+    except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a JSON list of objects, not {type(rows).__name__}")
@@ -99,7 +108,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row | DataError]]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield f"{path}:{number}", row
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a readable parquet file: {error}") from error
 
 

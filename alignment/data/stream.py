@@ -38,6 +38,7 @@ class GroupReader:
         self.bad_rows = bad_rows
         self.num_rows = self.num_bad = self.num_long = 0
         self.first_bad: list[str] = []
+        self._named: set[str] = set()
 
     def read(self, source: SourceConfig) -> Iterator[Group]:
         """Yields the usable groups of one source, in its order.
@@ -81,7 +82,8 @@ class GroupReader:
             return False
         turns = group.prompt if not isinstance(group.prompt, str) else ()
         prompt = len(group.prompt) if isinstance(group.prompt, str) else sum(len(turn.content) for turn in turns)
-        return prompt + max(len(completion.text) for completion in group.completions) > limit
+        answers = (c.text + "".join(turn.content for turn in c.following) for c in group.completions)
+        return prompt + max(map(len, answers)) > limit
 
     def _bad(self, origin: str, error: DataError) -> None:
         if self.data.on_bad_row == "fail":
@@ -91,7 +93,8 @@ class GroupReader:
         self.num_bad += 1
         if len(self.first_bad) < 3:
             self.first_bad.append(f"{origin}: {error}")
-        if self.bad_rows is not None:
+        if self.bad_rows is not None and origin not in self._named:  # a stream meets it again in every epoch
+            self._named.add(origin)
             with self.bad_rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"row": origin, "why": str(error)}, ensure_ascii=False) + "\n")
 
@@ -170,8 +173,11 @@ class LiveStream:
             chance = random.Random(f"{self.seed}-{epoch}")
             held: list[Group] = []
             empty = True
-            for source in self.sources:
+            for number, source in enumerate(self.sources):
+                lot = random.Random(f"{self.seed}-{number}")  # the same groups in every epoch
                 for group in self.reader.read(source):
+                    if lot.random() >= source.weight:
+                        continue
                     empty = False
                     held.append(group)
                     if len(held) >= self.buffer:
@@ -265,8 +271,9 @@ def _read_all(reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: i
         )
         read = list(bar)
         if source.weight < 1:
-            random.Random(seed).shuffle(read)
-            read = read[: int(len(read) * source.weight)]
+            if reader.data.shuffle:
+                random.Random(seed).shuffle(read)
+            read = read[: round(len(read) * source.weight)]
         groups += read
     reader.check_budget()
     return groups

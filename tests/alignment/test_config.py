@@ -1,0 +1,315 @@
+"""A configuration is checked whole before anything heavy starts, and says where and what every problem is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from alignment.config import RunConfig, algorithm_names, json_schema, load_config
+from alignment.errors import ConfigError
+from cluster.config import ClusterRunConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "align").glob("*.yaml"))
+GOOD = {"name": "run", "steps": 3, "algorithm": {"name": "dpo"}, "data": {"path": "pairs.jsonl"}}
+
+Load = Callable[..., ClusterRunConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads the good configuration with some top-level keys replaced, and with overrides."""
+
+    def load_changed(*overrides: str, **changed: Any) -> ClusterRunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**GOOD, **changed}))
+        return load_config(path, overrides, kind=ClusterRunConfig)
+
+    return load_changed
+
+
+def problems(load: Load, *overrides: str, **changed: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides, **changed)
+    return str(caught.value).splitlines()[1:]  # the first line is the file
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_loads_and_fits_the_schema(recipe: Path) -> None:
+    load_config(recipe, kind=ClusterRunConfig)
+    jsonschema.validate(yaml.safe_load(recipe.read_text()), json_schema(ClusterRunConfig))
+
+
+def test_the_schema_refuses_what_the_configuration_refuses() -> None:
+    check = jsonschema.Draft202012Validator(json_schema(ClusterRunConfig))
+    assert check.is_valid(GOOD)
+    assert check.is_valid({**GOOD, "algorithm": {"name": "my.module:Mine", "strength": 2}})
+    for wrong in (
+        {**GOOD, "sedd": 1},
+        {**GOOD, "optim": {"lr": "fast"}},
+        {**GOOD, "algorithm": {"name": "dpo", "betta": 1}},
+        {**GOOD, "algorithm": {"name": "dop"}},
+        {**GOOD, "algorithm": {"beta": 0.1}},
+    ):
+        assert not check.is_valid(wrong), wrong
+
+
+def test_every_field_of_every_section_is_described() -> None:
+    schema = json_schema(ClusterRunConfig)
+    sections = [schema, *schema["$defs"].values(), *schema["properties"]["algorithm"]["anyOf"]]
+    undescribed, count = [], 0
+    for section in sections:
+        for name, field in section["properties"].items():
+            # A field with the same words as its section is described by the section alone.
+            described = {**schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}), **field}
+            count += 1
+            if not described.get("description"):
+                undescribed.append((section.get("title"), name))
+    assert count > 70
+    assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"stepps": 3}, "stepps: unknown key; did you mean 'steps'?"),
+        ({"optim": {"learning": 1}}, "optim.learning: unknown key; known are name, lr, betas,"),
+        ({"optim": {"betass": [0, 0]}}, "optim.betass: unknown key; did you mean 'betas'?"),
+        ({"model": {"lora": {"rang": 4}}}, "model.lora.rang: unknown key; did you mean 'rank'?"),
+        ({"algorithm": {"name": "dpo", "betta": 1}}, "algorithm.betta: unknown key; did you mean 'beta'?"),
+        ({"data": {"path": "x", "eval": {"pth": "y"}}}, "data.eval.pth: unknown key; did you mean 'path'?"),
+        (
+            {"data": {"mixture": [{"path": "x"}, {"path": "y", "wieght": 1}]}},
+            "data.mixture.1.wieght: unknown key; did you mean 'weight'?",
+        ),
+        ({"cluster": {"worker": 2}}, "cluster.worker: unknown key; did you mean 'workers'?"),
+        (
+            {"data": {"path": "x", "columns": {"chosn": "a"}}},
+            "data.columns: there is no field 'chosn'; did you mean 'chosen'?",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(load: Load, changed: dict[str, Any], expected: str) -> None:
+    (problem,) = problems(load, **changed)
+    assert problem.startswith(expected)
+
+
+def test_every_problem_is_listed_with_its_place_and_value(load: Load) -> None:
+    found = problems(
+        load,
+        steps=0,
+        name="a b",
+        seed=-1,
+        algorithm={"name": "dpo", "beta": -1, "loss_type": "sgmoid"},
+        model={"dtype": "fp16", "lora": {"dropout": 1.0, "target_modules": 5}},
+        data={"mixture": [{"path": "x", "weight": 1.5}]},
+        optim={"lr": "fast", "betas": [0.9, 2], "eps": float("nan")},
+        colour="red",
+    )
+    for place, value in {
+        "steps": "0",
+        "name": "'a b'",
+        "seed": "-1",
+        "algorithm.beta": "-1",
+        "algorithm.loss_type": "'sgmoid'",
+        "model.dtype": "'fp16'",
+        "model.lora.dropout": "1.0",
+        "model.lora.target_modules": "5",
+        "data.mixture.0.weight": "1.5",
+        "optim.lr": "'fast'",
+        "optim.betas.1": "2",
+        "optim.eps": "nan",
+    }.items():
+        lines = [line for line in found if line.startswith(f"{place}: ")]
+        assert lines and all(line.endswith(f"(given: {value})") for line in lines), (place, found)
+    assert any(line.startswith("colour: unknown key") for line in found)
+
+
+def test_a_missing_section_is_named(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "bare.yaml"
+    path.write_text("name: run\nsteps: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, kind=RunConfig)
+    assert str(caught.value).splitlines() == [
+        f"{path}:",
+        "algorithm: is required and missing",
+        "data: is required and missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ({"name": "dop"}, "algorithm: there is no algorithm 'dop'; did you mean 'dpo'?"),
+        ({"name": "zzzzzz"}, f"algorithm: there is no algorithm 'zzzzzz'; known are {', '.join(algorithm_names())}"),
+        ({"beta": 0.1}, "algorithm: needs a name: "),
+        ({"name": 5}, "algorithm: needs a name: "),
+        ({}, "algorithm: needs a name: "),
+        ("dpo", "algorithm: Input should be a valid dictionary"),
+        ({"name": "no.such:Thing"}, "algorithm: algorithm 'no.such:Thing' cannot be imported: No module named 'no'"),
+        ({"name": ":Thing"}, "algorithm: algorithm ':Thing' cannot be imported: "),
+        ({"name": ".relative:Thing"}, "algorithm: algorithm '.relative:Thing' cannot be imported: "),
+        ({"name": "json:Nothing"}, "algorithm: algorithm 'json:Nothing' cannot be imported: "),
+        ({"name": "json:JSONDecoder"}, "algorithm: algorithm 'json:JSONDecoder' is not a subclass of"),
+    ],
+)
+def test_an_unknown_algorithm_is_refused(load: Load, algorithm: Any, expected: str) -> None:
+    (problem,) = problems(load, algorithm=algorithm)
+    assert problem.startswith(expected)
+
+
+def test_a_dotted_name_loads_a_users_own_algorithm(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "lab"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "contrast.py").write_text(
+        "from alignment.algorithms import Algorithm\n"
+        "class Contrast(Algorithm):\n"
+        "    strength: float = 1.0\n"
+        "    def select(self, group): return group\n"
+        "    def loss(self, batch, outputs): raise NotImplementedError\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    algorithm = {"name": "lab.contrast:Contrast", "strength": 2}
+    config = load(algorithm=algorithm)
+    assert type(config.algorithm).__name__ == "Contrast"
+    assert config.algorithm.model_dump() == algorithm
+    (problem,) = problems(load, algorithm={**algorithm, "strenght": 1})
+    assert problem == "algorithm.strenght: unknown key; did you mean 'strength'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "expected"),
+    [
+        ("optim.lr=1e-6", ("optim", "lr"), 1e-6),
+        ("optim.lr=0.5", ("optim", "lr"), 0.5),
+        ("model.lora.rank=4", ("model", "lora", "rank"), 4),
+        ("model.lora={rank: 2, alpha: 8}", ("model", "lora", "alpha"), 8),
+        ("data.eval.path=held_out.jsonl", ("data", "eval", "path"), "held_out.jsonl"),
+        ("data.columns.chosen=better", ("data", "columns"), {"chosen": "better"}),
+        ('data.prompt_template="Q: {q} = ?"', ("data", "prompt_template"), "Q: {q} = ?"),
+        ("data.shuffle=false", ("data", "shuffle"), False),
+        ("data.max_prompt_length=null", ("data", "max_prompt_length"), None),
+        ("algorithm.beta=0.3", ("algorithm", "beta"), 0.3),
+        ("optim.betas=[0.8, 0.9]", ("optim", "betas"), (0.8, 0.9)),
+        ("cluster.workers=2", ("cluster", "workers"), 2),
+    ],
+)
+def test_an_override_sets_its_place(load: Load, override: str, place: tuple[str, ...], expected: Any) -> None:
+    value: Any = load(override)
+    for name in place:
+        value = getattr(value, name)
+    assert value == expected
+
+
+def test_an_override_reaches_into_a_list(load: Load) -> None:
+    data = {"mixture": [{"path": "a"}, {"path": "b"}]}
+    config = load("data.mixture.1.weight=0.25", "data.mixture.0={path: c}", data=data)
+    assert [(source.path, source.weight) for source in config.data.sources] == [("c", 1.0), ("b", 0.25)]
+
+
+def test_overrides_with_null_exchange_steps_for_epochs(load: Load) -> None:
+    config = load("steps=null", "epochs=0.5")
+    assert (config.steps, config.epochs) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr", "must have the form section.key=value"),
+        ("=3", "must have the form section.key=value"),
+        ("optim.=3", "must have the form section.key=value"),
+        ("optim..lr=3", "must have the form section.key=value"),
+        ("name.first=a", "name is a value, not a section"),
+        ("data.mixture.2.path=x", "'2' is not an index below 2"),
+        ("data.mixture.last.path=x", "'last' is not an index below 2"),
+        ("data.mixture.²=x", "'²' is not an index below 2"),
+        ("optim.betas.0.value=1", "0 is a value, not a section"),
+        ("optim.lr=[1, 2", "the value is not valid YAML"),
+        ("model.revision=2024-13-45", "the value is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_text(load: Load, override: str, expected: str) -> None:
+    data = {"mixture": [{"path": "a"}, {"path": "b"}]}
+    with pytest.raises(ConfigError) as caught:
+        load(override, data=data, optim={"betas": [0.9, 0.99]})
+    assert expected in str(caught.value)
+    assert repr(override) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"epochs": 1}, "the whole file: give exactly one of steps and epochs (override the other with null)"),
+        ({"steps": None}, "the whole file: give exactly one of steps and epochs (override the other with null)"),
+        (
+            {"steps": None, "epochs": 1, "data": {"path": "x", "streaming": True}},
+            "the whole file: a streaming source has no known length, so give steps instead of epochs",
+        ),
+        ({"data": {}}, "data: neither path nor mixture is given; say where the data is, e.g. data.path=pairs.jsonl"),
+        (
+            {"data": {"path": "x", "mixture": [{"path": "y"}]}},
+            "data: path and mixture are both given; set one of them to null",
+        ),
+        (
+            {"data": {"mixture": [{"path": "y"}], "prompt_as": "user_message"}},
+            "data: prompt_as beside mixture is read by nothing; give it in the sources of mixture",
+        ),
+        (
+            {"data": {"path": "x", "max_length": 64, "max_prompt_length": 64}},
+            "data: max_prompt_length (64) must be smaller than max_length (64), or no token is left for the completion",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(load: Load, changed: dict[str, Any], expected: str) -> None:
+    assert problems(load, **changed) == [expected]
+
+
+@pytest.mark.parametrize("template", ["{question", "a } b", "{}", "{0}", "{a.b}", "{a[0]}", "{a!z}", "{a:d}"])
+def test_a_malformed_prompt_template_is_refused(load: Load, template: str) -> None:
+    (problem,) = problems(load, data={"path": "x", "prompt_template": template})
+    assert problem.startswith("data.prompt_template: braces must hold the plain name of a column")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"name: [1, 2", "is not valid YAML"),
+        (b"name: \xff\xfe", "is not valid YAML"),
+        (b"", "must be a mapping of sections, not NoneType"),
+        (b"- name", "must be a mapping of sections, not list"),
+    ],
+)
+def test_an_unreadable_file_is_refused_by_name(tmp_path: Path, text: bytes, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, kind=RunConfig)
+    assert str(caught.value).startswith(f"{path}: {expected}")
+
+
+def test_a_missing_file_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
+        load_config("nowhere.yaml", kind=RunConfig)
+
+
+def test_a_loaded_configuration_cannot_be_changed(load: Load) -> None:
+    config = load()
+    for section, name in ((config, "seed"), (config.optim, "lr"), (config.data, "path"), (config.algorithm, "name")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, None)
+
+
+def test_a_configuration_survives_the_way_to_a_worker(load: Load) -> None:
+    for data in ({"path": "x", "prompt_as": "user_message"}, {"mixture": [{"path": "x", "skip": 3}]}):
+        config = load(data=data, algorithm={"name": "dpo", "beta": 0.3}, model={"lora": {"rank": 4}})
+        assert ClusterRunConfig.model_validate_json(config.model_dump_json()) == config
+        assert json.loads(config.model_dump_json())["algorithm"]["beta"] == 0.3

@@ -1,0 +1,169 @@
+"""The packed layout: its vectors and mask, and its equality with separate, plain forward passes of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignment.config import DataConfig, ModelConfig
+from alignment.data.packing import pack
+from alignment.models.forward import dense_mask, linear_logprobs, outputs
+from alignment.models.load import LanguageModel, load_model
+from alignment.types import Completion, Group
+
+
+def group(prompt: list[int], *completions: list[int], rewards: tuple[float, ...] = (1.0, 0.0, -1.0)) -> Group:
+    return Group(
+        id="test",
+        prompt="",
+        prompt_tokens=tuple(prompt),
+        completions=tuple(
+            Completion(text="", tokens=tuple(tokens), learned=(True,) * len(tokens), reward=reward)
+            for tokens, reward in zip(completions, rewards, strict=False)
+        ),
+    )
+
+
+GROUPS = [group([5, 6, 7], [10, 11], [12, 13, 14]), group([8, 9], [15, 16], rewards=(0.5,))]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> LanguageModel:
+    config = ModelConfig(path=str(tiny_model), dtype="fp32")
+    return load_model(config, DataConfig(path="none", max_length=96), device=torch.device("cpu"), seed=0)
+
+
+def random_groups(count: int, seed: int = 0) -> list[Group]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, 300, (length,), generator=generator).tolist()
+
+    return [group(ids(1, 20), *(ids(1, 15) for _ in range(1 + number % 3))) for number in range(count)]
+
+
+def plain_logprobs(model: LanguageModel, groups: list[Group]) -> list[Tensor]:
+    """Log-probabilities of every completion's tokens from one padded batch of whole sequences, without packing."""
+    sequences = [(g.prompt_tokens, c.tokens) for g in groups for c in g.completions]
+    width = max(len(prompt) + len(tokens) for prompt, tokens in sequences)
+    rows = [[*prompt, *tokens] for prompt, tokens in sequences]
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    logits = model.module(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+    return [
+        logits[number, len(prompt) - 1 : len(prompt) + len(tokens) - 1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        for number, (prompt, tokens) in enumerate(sequences)
+    ]
+
+
+def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
+    model.module.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: weight.grad.clone() for name, weight in model.module.named_parameters() if weight.grad is not None}
+
+
+def test_the_vectors_are_those_of_the_drawing() -> None:
+    batch = pack(GROUPS)
+    assert batch.tokens.tolist() == [5, 6, 7, 10, 11, 12, 13, 14, 8, 9, 15, 16]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]
+    assert batch.groups.tolist() == [0] * 8 + [1] * 4
+    assert batch.branches.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1, -1, -1, 2, 2]
+    assert batch.parents.tolist() == [-1, -1, -1, 2, 3, 2, 5, 6, -1, -1, 9, 10]
+    assert batch.learned.tolist() == [False] * 3 + [True] * 5 + [False] * 2 + [True] * 2
+    assert batch.pairs.tolist() == [[0, 1]]
+    assert (batch.count("token"), batch.count("completion"), batch.count("pair")) == (7, 3, 1)
+
+
+def test_a_token_sees_its_prompt_and_its_own_branch_up_to_itself() -> None:
+    mask = dense_mask(pack(GROUPS))
+    sees = [[key for key in range(12) if mask[query, key]] for query in range(12)]
+    assert sees[2] == [0, 1, 2]
+    assert sees[4] == [0, 1, 2, 3, 4]
+    assert sees[6] == [0, 1, 2, 5, 6], "the second completion must not see the first"
+    assert sees[11] == [8, 9, 10, 11], "the second group must not see the first"
+
+
+def test_ranked_completions_make_a_pair_of_every_two_with_different_rewards() -> None:
+    ranked = group([1], [2], [3], [4], rewards=(0.0, 2.0, 2.0))
+    assert pack([ranked]).pairs.tolist() == [[1, 0], [2, 0]]
+
+
+def test_packed_log_probabilities_equal_those_of_a_plain_padded_forward(model: LanguageModel) -> None:
+    groups = random_groups(9)
+    with torch.no_grad():
+        batch = pack(groups)
+        packed = outputs(model, batch).logprobs
+        for number, expected in enumerate(plain_logprobs(model, groups)):
+            torch.testing.assert_close(packed[batch.branches == number], expected, atol=1e-5, rtol=0)
+
+
+def test_packed_gradients_equal_those_of_a_plain_padded_forward(model: LanguageModel) -> None:
+    groups = random_groups(9)
+    weights = torch.randn(sum(len(c.tokens) for g in groups for c in g.completions)) / 50
+    batch = pack(groups)
+    packed = gradients(model, (outputs(model, batch).logprobs[batch.learned] * weights).sum())
+    plain = gradients(model, (torch.cat(plain_logprobs(model, groups)) * weights).sum())
+    assert packed.keys() == plain.keys()
+    for name, expected in plain.items():
+        torch.testing.assert_close(packed[name], expected, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_neighbours_in_the_pack_change_nothing(model: LanguageModel) -> None:
+    groups = random_groups(6)
+    with torch.no_grad():
+        together = outputs(model, pack(groups)).logprobs
+        start = 0
+        for one in groups:
+            alone = outputs(model, pack([one])).logprobs
+            torch.testing.assert_close(together[start : start + one.num_tokens], alone, atol=1e-5, rtol=0)
+            start += one.num_tokens
+
+
+def test_the_order_of_completions_changes_nothing(model: LanguageModel) -> None:
+    one = group([5, 6, 7], [10, 11], [12, 13, 14])
+    turned = dataclasses.replace(one, completions=one.completions[::-1])
+    with torch.no_grad():
+        first = pack([one]).per_completion(outputs(model, pack([one])).logprobs)
+        second = pack([turned]).per_completion(outputs(model, pack([turned])).logprobs)
+    torch.testing.assert_close(first, second.flip(0), atol=1e-5, rtol=0)
+
+
+def test_log_probabilities_are_zero_where_nothing_is_learned(model: LanguageModel) -> None:
+    batch = pack(GROUPS)
+    with torch.no_grad():
+        assert outputs(model, batch).logprobs[~batch.learned].abs().max() == 0
+
+
+def test_sums_never_read_what_is_not_learned() -> None:
+    batch = pack(GROUPS)
+    values = torch.full((12,), float("nan"))
+    values[batch.learned] = 1.0
+    assert batch.per_completion(values).tolist() == [2.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_log_probabilities_and_gradients_equal_the_plain_formula(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.models.forward.LOGITS_AT_ONCE", 3 * 50)  # chunks of three rows, the last one short
+    torch.manual_seed(0)
+    leaves = [torch.randn(10, 8), torch.randn(50, 8), torch.randn(50)][: 3 if bias else 2]
+    targets, upstream = torch.randint(0, 50, (10,)), torch.randn(10)
+
+    def run(ours: bool) -> tuple[Tensor, list[Tensor]]:
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        hidden, weight = inputs[:2]
+        offset = inputs[2] if bias else None
+        if ours:
+            values = linear_logprobs(hidden, weight, targets, offset)
+        else:
+            logits = torch.nn.functional.linear(hidden, weight, offset)
+            values = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return values.detach(), list(torch.autograd.grad((values * upstream).sum(), inputs))
+
+    torch.testing.assert_close(run(True), run(False), atol=1e-5, rtol=1e-5)

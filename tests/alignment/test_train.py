@@ -1,0 +1,271 @@
+"""The loop alone: it learns, resumes bit for bit, keeps its files in order, and refuses what cannot go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from alignment.checkpoint import checkpoints_of, find_checkpoint, newest_intact
+from alignment.config import RunConfig
+from alignment.errors import AlignmentError, CheckpointError, ConfigError
+from alignment.metrics import FileReporter, read_metrics
+from alignment.models.parallel import World
+from alignment.train import train
+from tests.conftest import pair_rows
+
+Settings = dict[str, Any]
+LORA = {"rank": 4, "dropout": 0.1}  # dropout, so that the random states matter
+
+
+def run(settings: Settings, **changed: Any) -> Path:
+    config = RunConfig.model_validate({**settings, **changed})
+    train(config, World(), FileReporter(config.folder))
+    return config.folder
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    """The metrics of every step but the times, which no run repeats."""
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(folder) / "trainer" / "tensors.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert measured(one) == measured(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_dpo_learns_to_tell_its_pairs_apart(run_settings: Settings) -> None:
+    folder = run(run_settings, steps=15, evaluate={"every": 5, "samples": 2, "sample_tokens": 4})
+    metrics = read_metrics(folder)
+    assert [line["step"] for line in metrics] == list(range(16))
+    assert metrics[-1]["loss"] < 0.3 < metrics[1]["loss"]
+    assert metrics[-1]["rewards/accuracies"] == 1
+    assert [line["step"] for line in metrics if "eval/loss" in line] == [0, 5, 10, 15]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 15, 15]
+    assert list(folder.glob("tensorboard/events*"))
+    assert json.loads((folder / "summary.json").read_text())["groups_per_second"] > 0
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": LORA}, {"dtype": "bf16"}, {"gradient_checkpointing": True}])
+def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(run_settings: Settings, model: Settings, tmp_path: Path) -> None:
+    settings = {**run_settings, "model": {**run_settings["model"], **model}, "checkpoint": {"every": 5}}
+    settings["evaluate"] = {"every": 5}
+    settings["optim"] = {"lr": 1e-3, "schedule": "constant", "warmup_steps": 3}
+    whole = run(settings, steps=20)
+    halves = {**settings, "output": str(tmp_path / "halves")}
+    run(halves, steps=10)
+    assert_same_run(whole, run(halves, steps=20))
+
+
+def test_a_stream_resumes_where_it_was(run_settings: Settings, tmp_path: Path) -> None:
+    data = {**run_settings["data"], "streaming": True, "eval_groups": 0, "shuffle_buffer": 7}
+    settings = {**run_settings, "data": data, "checkpoint": {"every": 5}}
+    whole = run(settings, steps=12)
+    halves = {**settings, "output": str(tmp_path / "halves")}
+    run(halves, steps=5)
+    assert_same_run(whole, run(halves, steps=12))
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_result(run_settings: Settings, tmp_path: Path) -> None:
+    plain = run(run_settings)
+    model = {**run_settings["model"], "gradient_checkpointing": True}
+    saving = run(run_settings, model=model, output=str(tmp_path / "saving"))
+    for one, other in zip(measured(plain), measured(saving), strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": LORA | {"dropout": 0.0}}])
+def test_a_precomputed_reference_gives_the_same_run_as_a_live_one(
+    run_settings: Settings, model: Settings, tmp_path: Path
+) -> None:
+    settings = {**run_settings, "model": {**run_settings["model"], **model}}
+    live = run(settings)
+    stored = run(
+        settings, algorithm={"name": "dpo", "reference": "precomputed"}, output=str(tmp_path / "b"), epochs=None
+    )
+    assert len(list(stored.glob("reference-*.safetensors"))) == 1
+    for one, other in zip(measured(live), measured(stored), strict=True):
+        # Before the first step all margins are 0 but for rounding, which then decides what counts as accurate.
+        one, other = ({k: v for k, v in line.items() if "accuracies" not in k} for line in (one, other))
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_a_precomputed_reference_is_computed_once(run_settings: Settings) -> None:
+    algorithm = {"name": "dpo", "reference": "precomputed"}
+    folder = run(run_settings, algorithm=algorithm, steps=2)
+    (stored,) = folder.glob("reference-*.safetensors")
+    written = stored.stat().st_mtime_ns
+    run(run_settings, algorithm=algorithm, steps=2)
+    assert stored.stat().st_mtime_ns == written
+
+
+def test_epochs_become_steps_rounded_up(run_settings: Settings) -> None:
+    folder = run(run_settings, steps=None, epochs=1.5)
+    assert read_metrics(folder)[-1]["step"] == 8, "1.5 × 20 groups in steps of 4 are 7.5 steps"
+
+
+def test_a_finished_run_is_left_as_it_is(run_settings: Settings) -> None:
+    folder = run(run_settings)
+    before = (folder / "metrics.jsonl").read_text()
+    run(run_settings)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_only_the_newest_checkpoints_are_kept(run_settings: Settings) -> None:
+    folder = run(run_settings, steps=6, checkpoint={"every": 2, "keep": 2})
+    kept = sorted(path.name for path in checkpoints_of(folder).iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+def test_two_processes_cannot_train_one_run(run_settings: Settings) -> None:
+    folder = Path(run_settings["output"]) / "run"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"), pytest.raises(ConfigError, match="another process is training"):
+        run(run_settings)
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"algorithm": {"name": "dpo", "beta": 0.2}}, "algorithm was"),
+        ({"groups_per_step": 8}, "groups_per_step was 4 and is 8"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_one(run_settings: Settings, changed: Settings, field: str) -> None:
+    run(run_settings)
+    with pytest.raises(CheckpointError, match=field):
+        run(run_settings, **{**changed, "steps": 6})
+
+
+def test_a_run_does_not_go_on_with_other_data(run_settings: Settings) -> None:
+    run(run_settings)
+    path = Path(run_settings["data"]["path"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(30)))
+    with pytest.raises(CheckpointError, match="data was"):
+        run(run_settings, steps=6)
+
+
+def test_a_run_is_not_shortened(run_settings: Settings) -> None:
+    run(run_settings)
+    with pytest.raises(ConfigError, match="already has 4 steps"):
+        run(run_settings, steps=2)
+
+
+def test_transformers_and_peft_open_a_checkpoint_as_it_is(run_settings: Settings, tiny_model: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    full = find_checkpoint(run(run_settings))
+    trained = load_file(full / "trainer" / "tensors.safetensors")
+    loaded = dict(AutoModelForCausalLM.from_pretrained(full).named_parameters())
+    for name, weight in loaded.items():
+        assert torch.equal(weight, trained[f"master.{name}"]), name
+    assert AutoTokenizer.from_pretrained(full).chat_template
+
+    lora = {**run_settings, "name": "lora", "model": {**run_settings["model"], "lora": {"rank": 2}}}
+    adapter = find_checkpoint(run(lora))
+    assert AutoPeftModelForCausalLM.from_pretrained(adapter).get_base_model().config.hidden_size == 32
+
+
+def test_an_adapter_is_continued_from_its_merged_weights(
+    run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
+    lora = {**run_settings["model"], "lora": {"rank": 4}}
+    first = run(run_settings, name="first", model=lora, steps=6)
+    adapter = find_checkpoint(first)
+    second = run(run_settings, name="second", model={**lora, "path": str(adapter)})
+    learned, continued = read_metrics(first)[-1], read_metrics(second)[0]
+    assert continued["eval/rewards/margins"] == pytest.approx(0, abs=1e-4), "the merged start is the new reference"
+    assert continued["eval/logps/chosen"] == pytest.approx(learned["eval/logps/chosen"], abs=1e-2)
+
+
+# What may happen to a checkpoint's files, and what the message must name.
+DAMAGES = {
+    "a flipped byte": ("model.safetensors", "the content of model.safetensors has changed"),
+    "a cut file": ("trainer/tensors.safetensors", r"trainer/tensors.safetensors has \d+ bytes instead of \d+"),
+    "a missing file": ("config.json", "config.json is missing"),
+    "an empty manifest": ("manifest.json", "manifest.json is not the one that was committed"),
+    "no commit mark": ("COMMITTED", "COMMITTED is missing"),
+}
+
+
+def damage(how: str, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "a flipped byte":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif how == "a cut file":
+        file.write_bytes(content[:-10])
+    elif how == "an empty manifest":
+        file.write_bytes(b"{}")
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    how: str, run_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**run_settings, "checkpoint": {"every": 2}}
+    folder = run(settings)
+    name, message = DAMAGES[how]
+    damage(how, folder / "checkpoints" / "step-00000004" / name)
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(folder / "checkpoints" / "step-00000004")
+    undisturbed = run({**settings, "output": str(tmp_path / "undisturbed")})
+    assert_same_run(undisturbed, run(settings))
+    assert (folder / "quarantine" / "step-00000004").is_dir()
+    assert "moved to" in caplog.text
+
+
+def test_an_unfinished_checkpoint_is_never_chosen(run_settings: Settings) -> None:
+    folder = run(run_settings)
+    (checkpoints_of(folder) / ".step-00000009.unfinished").mkdir()
+    newest = newest_intact(folder)
+    assert newest is not None and newest.name == "step-00000004"
+
+
+def test_a_folder_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor the folder of a run"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(run_settings: Settings) -> None:
+    """The disk is a file-size limit of this process, as the system sets it, in a process of its own."""
+    import subprocess
+    import sys
+
+    folder = run(run_settings)
+    intact = find_checkpoint(folder)
+    program = (
+        "import json, resource, signal, sys; from alignment.config import RunConfig;"
+        "from alignment.metrics import Silent; from alignment.models.parallel import World;"
+        "from alignment.train import train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000));"
+        "train(RunConfig.model_validate(json.loads(sys.argv[1])), World(), Silent())"
+    )
+    settings = {**run_settings, "steps": 6}
+    ended = subprocess.run([sys.executable, "-c", program, json.dumps(settings)], capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "CheckpointError" in ended.stderr and "cannot be written" in ended.stderr
+    assert find_checkpoint(folder) == intact
+    assert not list(checkpoints_of(folder).glob(".*"))
+
+
+def test_errors_are_of_one_family() -> None:
+    assert issubclass(CheckpointError, AlignmentError)

@@ -1,0 +1,83 @@
+"""The loop on real Ray Train workers: it survives a kill exactly, and more workers change nothing but the speed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from alignment.errors import ConfigError, DataError
+from alignment.metrics import read_metrics
+from cluster.config import ClusterRunConfig
+from cluster.launch import run
+from tests.alignment.test_train import assert_same_run, measured, weights
+
+Settings = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def run_on_ray(settings: Settings, *, workers: int = 1, **changed: Any) -> Path:
+    cluster = {"workers": workers, "cpus_per_worker": 1}
+    config = ClusterRunConfig.model_validate({**settings, "cluster": cluster, **changed})
+    run(config)
+    return config.folder
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's workers among the processes that this test session has started."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline() or [child.name()])]
+
+
+def kill_when(folder: Path, step: int, killed: list[int]) -> None:
+    """Ends the worker with SIGKILL once it has reported a step, in the middle of a later one."""
+    while not any(line["step"] >= step for line in read_metrics(folder)):
+        time.sleep(0.01)
+    for worker in train_workers():
+        killed.append(worker.pid)
+        worker.kill()
+
+
+def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(run_settings: Settings, tmp_path: Path) -> None:
+    settings = {**run_settings, "steps": 40, "checkpoint": {"every": 5}, "evaluate": {"every": 10}}
+    settings["model"] = {**settings["model"], "lora": {"rank": 4, "dropout": 0.1}}
+    undisturbed = run_on_ray(settings)
+
+    disturbed = {**settings, "output": str(tmp_path / "disturbed")}
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_when, args=(tmp_path / "disturbed" / "run", 12, killed), daemon=True)
+    killer.start()
+    folder = run_on_ray(disturbed)
+    killer.join(timeout=1)
+    assert killed, "the test did not kill anything"
+    assert_same_run(undisturbed, folder)
+
+
+def test_two_workers_compute_what_one_process_does(run_settings: Settings, tmp_path: Path) -> None:
+    settings = {**run_settings, "steps": 5, "groups_per_step": 5, "evaluate": {"every": 1}}
+    alone = run_on_ray(settings, workers=0)
+    together = run_on_ray({**settings, "output": str(tmp_path / "two")}, workers=2)
+    for one, other in zip(measured(alone), measured(together), strict=True):
+        one, other = ({k: v for k, v in line.items() if "accuracies" not in k} for line in (one, other))
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    shared = weights(alone).keys() & weights(together).keys()
+    for name in (name for name in shared if name.startswith("master.")):
+        torch.testing.assert_close(weights(together)[name], weights(alone)[name], atol=5e-4, rtol=0)
+
+
+def test_an_error_of_ours_arrives_whole_and_is_not_tried_again(run_settings: Settings) -> None:
+    data = {**run_settings["data"], "path": "nowhere.jsonl"}
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        run_on_ray(run_settings, data=data)
+    assert time.monotonic() - started < 60
+
+
+def test_what_can_never_be_placed_is_refused_with_the_arithmetic(run_settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.workers \(3\) × 1 CPU = 3 CPU, but there are 2"):
+        run_on_ray(run_settings, workers=3)
