@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +20,9 @@ from cluster.plan import Plan, check_fits, plan
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/align/demo.yaml")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/align/demo.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings that replace the file's, as optim.lr=1e-6")
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="Settings that replace the file's, as optim.lr=1e-6")
     ] = None,
 ) -> None:
     """Trains a model on preferences, as a YAML file says.
@@ -58,14 +59,11 @@ def _run_here(config: ClusterRunConfig) -> None:
 
 
 def _run_on_ray(config: ClusterRunConfig) -> None:
-    # Both are read when Ray starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
     import ray
 
     already = ray.is_initialized()
     if not already:
-        _join_or_start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+        start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         wanted = plan(config.cluster)
         if not config.cluster.autoscaling:
@@ -77,7 +75,15 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
             ray.shutdown()
 
 
-def _join_or_start_ray(address: str | None) -> None:
+def start_ray(address: str | None) -> None:
+    """Joins the Ray cluster at an address, or starts Ray on this machine, reachable from this machine only.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+    """
+    # Both are read when Ray starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
     import ray
 
     if address:
@@ -85,8 +91,22 @@ def _join_or_start_ray(address: str | None) -> None:
             ray.init(address=address)
         except ConnectionError as error:
             raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
-    else:
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started_with = {
+        # Without the first, Ray replaces 127.0.0.1 by the outside address. The other two tell Ray Train's helpers
+        # which Ray is theirs: they guess, and fail beside another one on the same machine, such as `raylign serve`'s.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_GCS_SERVER_PORT": str(port),
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+    }
+    os.environ.update(started_with)
+    try:
         ray.init(address="local", logging_level="warning", _node_ip_address="127.0.0.1")
+    finally:
+        for name in started_with:
+            del os.environ[name]
 
 
 def _fit(config: ClusterRunConfig, wanted: Plan) -> None:

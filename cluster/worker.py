@@ -50,10 +50,13 @@ FAILURE = "failure.json"
 def run(settings: dict[str, Any]) -> None:
     """The train function of the TorchTrainer.
 
-    `settings`: the run's configuration as JSON, under `config`; the driver's folder, under `folder`; whether its output
-    can show a progress bar, under `bar`. Checkpoints are not handed to Ray Train: the loop finds its own newest intact one, because a report that has returned is not
-    yet durable. An error of ours is written down instead of raised: Ray Train would restart the workers for it, and it
-    would only happen again.
+    Checkpoints are not handed to Ray Train: the loop finds its own newest intact one, because a report that has
+    returned is not yet durable. An error of ours is written down instead of raised: Ray Train would restart the workers
+    for it, and it would only happen again.
+
+    Args:
+        settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean; `bar`,
+            whether its output can show a progress bar.
     """
     import ray.train
     import ray.train.torch

@@ -11,7 +11,7 @@ from ray.serve import Application
 from serving.config import ServeConfig
 from serving.engine import Device, Engine, EngineSettings
 from serving.ingress import Ingress, app
-from serving.served import resolve
+from serving.served import Served, resolve
 
 INGRESS_CPUS = 0.1
 REPLICA_CPUS = 1.0
@@ -28,7 +28,11 @@ def build(args: dict[str, Any]) -> Application:
         AlignmentError: the checkpoint cannot be served (see `serving.served.resolve`).
     """
     config = ServeConfig.model_validate(args)
-    served = resolve(config)
+    return application(config, resolve(config))
+
+
+def application(config: ServeConfig, served: Served) -> Application:
+    """The same for a checkpoint that is resolved already, since proving a large one takes a while."""
     device = choose_device(config)
     settings = EngineSettings(config=config, served=served, device=device)
     engine = serve.deployment(Engine, name="engine", **_engine_options(config, device)).bind(settings)

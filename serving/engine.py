@@ -5,7 +5,7 @@ ingress may touch it, and why this module does so inside functions.
 
 Names of Ray that are not public, each used in one place: `VLLMEngine` and its `_start_async_llm_engine`
 (`_engine_class`), `_oai_models`, vLLM's model registry (`_load_adapter`), `_engine_client`, vLLM's AsyncLLM
-(`Engine.__del__`), `LLMConfig.get_or_create_callback` (`_llm_config`), `ErrorResponse` (`_outgoing`).
+(`Engine.__init__`), `LLMConfig.get_or_create_callback` (`_llm_config`), `ErrorResponse` (`_outgoing`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +46,7 @@ class Engine:
     """The Ray Serve deployment that holds the weights."""
 
     async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._cleanup = ExitStack()
         _set_environment(settings)
         from ray.serve.llm.deployment import LLMServer
 
@@ -53,6 +55,7 @@ class Engine:
         # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
         self._server.engine = _engine_class(settings)(config)
         await self._server.engine.start()
+        self._cleanup.callback(self._server.engine._engine_client.shutdown)
         if settings.served.adapter:
             await _load_adapter(self._server, settings.served.adapter)
 
@@ -86,7 +89,7 @@ class Engine:
 
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops: an engine that is killed leaves its shared memory behind."""
-        self._server.engine._engine_client.shutdown()
+        self._cleanup.close()
 
 
 def _set_environment(settings: EngineSettings) -> None:

@@ -24,7 +24,10 @@ import typer
 from alignment.errors import ServingError
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+
     from serving.config import ServeConfig
+    from serving.served import Served
 
 APPLICATION = "raylign"
 SERVE_LOGS = "/tmp/ray/session_latest/logs/serve"
@@ -94,8 +97,9 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
     if _is_local():
         refuse_busy_port(config.host, config.port)
     served = resolve(config)
-    typer.echo(f"Starting Ray to serve {' and '.join(served.names)} …")
-    with _ray(config), _application(config):
+    doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
+    typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
+    with _ray(config), _application(config, served):
         yield Endpoint(url=_url(config), names=served.names)
 
 
@@ -165,7 +169,7 @@ def _num_cpus(config: ServeConfig) -> int:
 
 
 @contextmanager
-def _application(config: ServeConfig) -> Iterator[None]:
+def _application(config: ServeConfig, served: Served) -> Iterator[None]:
     """The deployed endpoint, answering; taken down afterwards.
 
     Raises:
@@ -173,13 +177,17 @@ def _application(config: ServeConfig) -> Iterator[None]:
     """
     from ray import serve
 
+    from serving.app import application, choose_device
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="HeadOnly" if _is_local() else "EveryNode",
+        http_options={"host": config.host, "port": config.port},
+    )
+    target = application(config, served)
+    typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
-        serve.start(
-            proxy_location="HeadOnly" if _is_local() else "EveryNode",
-            http_options={"host": config.host, "port": config.port},
-        )
-        _deploy(config)
+        _deploy(target, config)
         yield
     finally:
         _ignore_signals()
@@ -187,16 +195,12 @@ def _application(config: ServeConfig) -> Iterator[None]:
         serve.delete(APPLICATION)
 
 
-def _deploy(config: ServeConfig) -> None:
+def _deploy(target: Application, config: ServeConfig) -> None:
     from ray import serve
 
-    from serving.app import build, choose_device
-
-    application = build(config.model_dump())
-    typer.echo(f"Loading the model on {choose_device(config)} …")
     with _progress():
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/")
+            serve.run(target, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise ServingError(
                 f"The endpoint did not start. {_serve_says()}\nThe whole story is in {SERVE_LOGS}"
@@ -244,7 +248,8 @@ def _gist(text: str) -> str:
     """The exception at the end of a traceback, else the first line."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     raised = [place for place, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
-    return " ".join(lines[raised[-1] :]) if raised else lines[0]
+    gist = " ".join(lines[raised[-1] :]) if raised else lines[0]
+    return gist.partition(" [type=")[0]  # where pydantic begins to print the whole input
 
 
 def _wait_until_answering(config: ServeConfig) -> None:

@@ -31,8 +31,17 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_of(adapter: str | Path) -> str:
-    """The model that an adapter was trained on, as a folder or hub id."""
-    name: str = json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    """The model that an adapter was trained on, as a folder or hub id.
+
+    Raises:
+        ModelError: adapter_config.json is damaged or does not say.
+    """
+    try:
+        name = json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{adapter}/adapter_config.json is damaged or names no base model: {error!r}") from error
+    if not isinstance(name, str):
+        raise ModelError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path is {name!r})")
     if not Path(name).exists() and Path(name).name == _bundled_folder().name:
         return str(bundled())  # trained on another machine, with its cache elsewhere
     return name
@@ -45,7 +54,8 @@ def model_source(path: str) -> str:
     in. Both are made on first use, which takes about 20 s.
 
     Raises:
-        ModelError: the path looks like a folder and does not exist, or the bundled model's package is not installed.
+        ModelError: the path looks like a folder and does not exist, its model or adapter is incomplete, or the
+            bundled model's package is not installed.
     """
     if path == BUNDLED:
         return str(bundled())
@@ -105,6 +115,8 @@ def _bundled_source() -> Path:
 def _merged(adapter: Path) -> Path:
     digest = hashlib.sha256(str(base_of(adapter)).encode())
     for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            raise ModelError(f"{adapter} is an adapter's folder without {file}")
         digest.update((adapter / file).read_bytes())
     return _made_once(cache_folder() / "models" / f"merged-{digest.hexdigest()[:16]}", lambda to: _merge(adapter, to))
 

@@ -237,13 +237,12 @@ def test_white_space_and_bytes_at_the_border_of_a_turn_are_attributed_exactly(tr
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     group = tokenize(tokenizer, conversation(ASK, "Paris!", "sure?", answer, "and?", "dog"))
-    text = learned_text(tokenizer, group)
-    if trim_offsets:  # the line break behind an end token has no span then, and belongs to nobody
-        text = text.replace(EOS, f"{EOS}\n").replace(f"{EOS}\n\n", f"{EOS}\n")
-    assert text == f"Paris!{EOS}\n{answer}{EOS}\ndog{EOS}\n"
+    # The line break behind an end token is part of a turn or of nothing, as the tokenizer has it.
+    text = learned_text(tokenizer, group).replace(f"{EOS}\n", EOS)
+    assert text == f"Paris!{EOS}{answer}{EOS}dog{EOS}"
 
 
-def test_a_conversation_is_cut_behind_a_learned_token_or_refused(tiny: Any) -> None:
+def test_a_long_conversation_is_cut_where_the_window_ends(tiny: Any) -> None:
     full = tokenize(tiny, conversation(ASK, "Paris!", "sure?", "42"))
     window = len(full.prompt_tokens) + 4
     cut = tokenize(tiny, conversation(ASK, "Paris!", "sure?", "42"), max_length=window).completions[0]
@@ -268,15 +267,11 @@ def test_train_on_prompt_refuses_a_pair(tiny: Any) -> None:
         tokenize(tiny, plain("the quick", " fox", " dog"), train_on_prompt=True)
 
 
-@pytest.mark.parametrize("text", ["the quick brown fox", "a", "Z", EOS])
+@pytest.mark.parametrize("text", ["the quick brown fox", "a", "Z"])
 @pytest.mark.parametrize("train_on_prompt", [True, False])
 def test_plain_text_without_a_prompt_is_learned_from_its_second_token_on(
     tiny: Any, text: str, train_on_prompt: bool
 ) -> None:
-    if text == EOS:
-        with pytest.raises(DataError, match="no token of the answer is left to learn"):
-            tokenize(tiny, plain("", text), train_on_prompt=train_on_prompt)
-        return
     group = tokenize(tiny, plain("", text), train_on_prompt=train_on_prompt)
     assert whole(group) == [*ids_of(tiny, text), tiny.eos_token_id]
     assert len(group.prompt_tokens) == 1

@@ -97,7 +97,7 @@ def main() -> None:
         )
         os.environ |= {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
         tokens = alone(write_rows, job, args.data)
-        print(f"{job.pairs} pairs, {tokens} tokens with each prompt counted once", flush=True)
+        print(f"{job.pairs} pairs, about {tokens} tokens with each prompt counted once", flush=True)
         sides = {name: run for name, run in {"ours": ours, "trl": trl}.items() if args.only in (None, name)}
         runs: dict[str, list[Run]] = {name: [] for name in sides}
         for number in range(1, args.rounds + 1):
@@ -127,6 +127,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.pairs > PAIRS_PER_STEP and args.pairs % PAIRS_PER_STEP:
         parser.error(f"--pairs ({args.pairs}) must be a multiple of {PAIRS_PER_STEP}, so that every step is full")
+    step, micro = min(args.pairs, PAIRS_PER_STEP), min(args.pairs, args.trl_micro_batch)
+    if step % micro:
+        parser.error(f"--trl-micro-batch ({micro}) must divide the {step} pairs of a step")
     if not args.data.is_file():
         parser.error(f"--data {args.data} does not exist; give a .jsonl.gz file with question, response_j, response_k")
     return args
@@ -139,7 +142,10 @@ def alone(work: Callable[..., Result], *arguments: object) -> Result:
 
 
 def write_rows(job: Job, data: Path) -> int:
-    """Writes the first pairs, in a fixed random order, that both sides treat alike; returns their tokens."""
+    """Writes the first pairs, in a fixed random order, that both sides treat alike.
+
+    Returns their tokens, each prompt counted once and end tokens not.
+    """
     from alignment.config import ModelConfig
     from alignment.models.load import load_tokenizer
 

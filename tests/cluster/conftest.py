@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,10 +9,11 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray on this machine with two CPUs, as `raylign train` itself would start it."""
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name is Ray's
+    """Ray on this machine as `raylign train` itself would start it."""
     import ray
 
-    ray.init(address="local", num_cpus=2, logging_level="warning", _node_ip_address="127.0.0.1")
+    from cluster.launch import start_ray
+
+    start_ray(None)
     yield
     ray.shutdown()

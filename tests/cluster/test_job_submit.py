@@ -34,9 +34,14 @@ class Head:
     def submit(self, *command: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         environment = self.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
         submit = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--working-dir", ".", "--", *command]
-        return subprocess.run(
-            submit, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        for _ in range(60):
+            ended = subprocess.run(
+                submit, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+            if "No available agent" not in ended.stderr:  # the head is up a little before it can take jobs
+                return ended
+            time.sleep(1)
+        raise AssertionError(ended.stderr)
 
 
 def free_port() -> int:
@@ -58,6 +63,7 @@ def head() -> Iterator[Head]:
     }
     environment.pop("RAY_ADDRESS", None)
     start = f"{BIN}/ray start --head --block --num-cpus 2 --node-ip-address 127.0.0.1 --port {free_port()}"
+    start += f" --dashboard-agent-listen-port {free_port()} --ray-client-server-port {free_port()}"
     start += f" --dashboard-port {port} --temp-dir {folder} --disable-usage-stats"
     with (Path(folder) / "head.log").open("w") as log:
         process = subprocess.Popen(start.split(), env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -130,7 +130,7 @@ def test_a_busy_port_is_refused_by_number() -> None:
 
 
 def test_the_gist_of_a_traceback_is_its_exception() -> None:
-    trace = 'Failed. Error:\n  File "x.py", line 1\nValueError: too long\n  by 3 tokens\n\n'
+    trace = 'Failed. Error:\n  File "x.py", line 1\nValueError: too long\n  by 3 tokens [type=value_error]\n\n'
     assert _gist(trace) == "ValueError: too long by 3 tokens"
     assert _gist("Waiting for a CPU.\nSee the log.") == "Waiting for a CPU."
 

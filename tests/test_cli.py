@@ -1,0 +1,102 @@
+"""The command `raylign`: help at once, and errors for people."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from alignment.cli import COMMANDS
+
+RAYLIGN = Path(sys.executable).parent / "raylign"
+
+
+def raylign(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(RAYLIGN), *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def one_line_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The only line on stderr of a command that failed as it should."""
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_answers_in_under_a_second(arguments: list[str]) -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = raylign(*arguments)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Usage: raylign")
+    assert min(seconds) < 1, seconds
+
+
+def test_help_names_every_command() -> None:
+    for told in (raylign(), raylign("-h")):
+        assert told.returncode == 0
+        for name, (_, what) in COMMANDS.items():
+            assert f"  {name:8} {what}\n" in told.stdout
+
+
+def test_help_of_a_command_explains_its_arguments() -> None:
+    told = raylign("train", "--help").stdout
+    assert "Usage: raylign train [OPTIONS] CONFIG [OVERRIDES]..." in told
+    assert "Trains a model on preferences" in told
+    assert "as optim.lr=1e-6" in told
+
+
+@pytest.mark.parametrize("name", ["trian", "--version", ""])
+def test_an_unknown_command_is_refused_with_those_that_exist(name: str) -> None:
+    expected = f"raylign: unknown command {name!r}; known are {', '.join(COMMANDS)}"
+    assert one_line_of(raylign(name)) == expected
+
+
+def test_an_error_of_ours_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    line = one_line_of(raylign("train", "nowhere.yaml", cwd=tmp_path))
+    assert line == "ConfigError: nowhere.yaml: cannot be read: No such file or directory"
+    (tmp_path / "run.yaml").write_text("name: run\nsteps: 1\nalgorithm: {name: dpo}\ndata: {path: ./none.jsonl}\n")
+    line = one_line_of(raylign("train", "run.yaml", "lr=1", "optim", cwd=tmp_path))
+    assert line.startswith("ConfigError: override 'optim' must have the form section.key=value")
+    assert not (tmp_path / "runs").exists(), "a run that cannot start leaves nothing behind"
+
+
+def test_several_problems_of_a_configuration_are_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: run\nsteps: 1\nalgorithm: {name: dpo}\ndata: {path: ./none.jsonl}\n")
+    told = raylign("train", "run.yaml", "optim.lr=0", "sede=1", cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stderr.splitlines() == [
+        "ConfigError: run.yaml:",
+        "optim.lr: Input should be greater than 0 (given: 0)",
+        "sede: unknown key; did you mean 'seed'?",
+    ]
+
+
+def test_a_missing_argument_is_a_usage_error() -> None:
+    told = raylign("train")
+    assert told.returncode == 2
+    assert "Missing argument 'CONFIG'" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_the_schema_is_valid_json_schema_on_its_own() -> None:
+    told = raylign("schema")
+    assert told.returncode == 0, told.stderr
+    schema = json.loads(told.stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert {"name", "algorithm", "data", "cluster"} <= schema["properties"].keys()
+
+
+def test_python_m_cluster_is_the_same_train_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster", "nowhere.yaml"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert one_line_of(told) == "ConfigError: nowhere.yaml: cannot be read: No such file or directory"

@@ -1,0 +1,93 @@
+"""Imports point one way: the method knows neither Ray nor HTTP, and what needs little imports little."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("alignment", "cluster", "serving")
+FORBIDDEN = {
+    "alignment": {"ray", "fastapi", "starlette", "uvicorn", "cluster", "serving"},
+    "cluster": {"serving", "fastapi"},
+    "serving": {"cluster", "deepspeed"},
+}
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# Importing these must stay cheap: they run before anything heavy, or in processes that need nothing heavy.
+LIGHT = ["alignment.config", "alignment.errors", "alignment.cli", "cluster.config", "cluster.plan", "cluster.launch"]
+
+
+def imported(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
+    """Full names of the modules that a tree imports; `if TYPE_CHECKING:` imports nothing at run time."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports would escape this test"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imported(node, inside_functions=inside_functions)
+
+
+def packages_of(path: Path, *, inside_functions: bool) -> set[str]:
+    names = imported(ast.parse(path.read_text(encoding="utf-8")), inside_functions=inside_functions)
+    return {name.partition(".")[0] for name in names}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_package_imports_nothing_from_its_left(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    assert not packages_of(path, inside_functions=True) & FORBIDDEN[package]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_vllm_is_imported_inside_functions_only(path: Path) -> None:
+    assert "vllm" not in packages_of(path, inside_functions=False)
+
+
+@pytest.mark.parametrize("name", ["types", "losses", "advantages"])
+def test_the_mathematics_needs_torch_alone(name: str) -> None:
+    path = ROOT / "alignment" / f"{name}.py"
+    if not path.exists():
+        pytest.skip(f"{name}.py is not written yet")
+    assert packages_of(path, inside_functions=True) - sys.stdlib_module_names <= {"torch"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "alignment" / "algorithms").glob("*.py")), ids=name_of)
+def test_an_algorithm_needs_torch_and_pydantic_alone(path: Path) -> None:
+    known = {"torch", "pydantic", "alignment"}
+    assert packages_of(path, inside_functions=True) - sys.stdlib_module_names <= known
+
+
+def test_what_runs_first_loads_neither_torch_nor_transformers_nor_ray() -> None:
+    code = f"import sys, {', '.join(LIGHT)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"torch", "transformers", "datasets", "ray", "vllm", "deepspeed", "fastapi", "numpy"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_this_test_sees_imports_wherever_they_hide() -> None:
+    tree = ast.parse(
+        "import a.b\n"
+        "from c import d\n"
+        "if TYPE_CHECKING:\n    import no\n"
+        "try:\n    import e\nexcept ImportError:\n    pass\n"
+        "class K:\n    import f\n    def m(self):\n        import g\n"
+        "async def h():\n    with x:\n        from i.j import k\n"
+    )
+    outside = {"a.b", "c", "c.d", "e", "f"}
+    assert set(imported(tree, inside_functions=False)) == outside
+    assert set(imported(tree, inside_functions=True)) == outside | {"g", "i.j", "i.j.k"}

@@ -1,0 +1,169 @@
+"""Every recipe in configs/align loads, and runs two steps when a user overrides model, data and sizes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED_DATA, pair_rows
+
+from alignment.checkpoint import find_checkpoint
+from alignment.config import RunConfig
+from alignment.metrics import read_metrics
+from cluster.config import load_run
+from cluster.launch import run
+
+Row = dict[str, Any]
+Launch = Callable[..., RunConfig]
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs" / "align").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def launch(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """`launch("demo", "data.max_length=96")`: two steps of a recipe on the tiny model, in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
+
+    def start(recipe: str, *overrides: str) -> RunConfig:
+        small = [f"model.path={tiny_model}", f"output={tmp_path / 'runs'}", "cluster.workers=0"]
+        small += ["steps=2", "epochs=null", "groups_per_step=4"]
+        config = load_run(ROOT / "configs" / "align" / f"{recipe}.yaml", [*small, *overrides])
+        run(config)
+        return config
+
+    return start
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_under_its_own_name(recipe: Path) -> None:
+    assert load_run(recipe, []).name == recipe.stem
+
+
+def test_the_stack_llama_2_recipes_run_one_after_the_other(launch: Launch, write_rows: Callable[..., Path]) -> None:
+    too_long = {**stack_exchange_row(pair_rows(1)[0]), "question": "brown fox " * 200}
+    rows = write_rows([too_long, *map(stack_exchange_row, pair_rows(24))])
+    held_out = write_rows([stack_exchange_row(row) for row in pair_rows(6)], "held_out.jsonl")
+    files = [f"data.path={rows}", f"data.eval.path={held_out}", "data.max_length=96"]
+
+    sft = launch("stack_llama_2_sft", *files, "data.skip=2")
+    assert_two_steps(sft)
+    started_from = find_checkpoint(sft.folder)
+    assert targets(started_from) == {"q_proj", "v_proj"}
+
+    dpo = launch("stack_llama_2_dpo", *files, f"model.path={started_from}", "data.max_prompt_length=48")
+    assert_two_steps(dpo)
+    assert targets(find_checkpoint(dpo.folder)) == {"q_proj", "k_proj", "v_proj"}, "the other four names match nothing"
+    assert not (dpo.folder / "bad_rows.jsonl").exists(), "a row that is too long by max_characters is not a bad one"
+
+
+def test_the_zephyr_sft_recipe_runs(launch: Launch, write_rows: Callable[..., Path]) -> None:
+    parts = [write_rows([conversation(row) for row in pair_rows(12)], f"{name}.jsonl") for name in ("train", "test")]
+    config = launch("zephyr_7b_sft_full", *mixture(parts), "data.max_length=256", "data.eval_groups=4")
+    assert_two_steps(config)
+    assert "<|assistant|>" in chat_template(config)
+
+
+def test_the_zephyr_dpo_recipe_runs(launch: Launch, write_rows: Callable[..., Path]) -> None:
+    rows = [preference(row) for row in pair_rows(24)]
+    parts = [write_rows(rows[:16], "train.jsonl"), write_rows(rows[16:], "test.jsonl")]
+    sizes = ["data.max_length=256", "data.max_prompt_length=128", "data.eval_groups=4"]
+    config = launch("zephyr_7b_dpo_full", *mixture(parts), *sizes)
+    assert_two_steps(config)
+    assert "<|assistant|>" in chat_template(config)
+    assert list(config.folder.glob("reference-*.safetensors")), "the reference was to be computed beforehand"
+
+
+@pytest.mark.parametrize("recipe", ["demo", "sft_smollm2"])
+def test_a_recipe_with_its_own_data_runs(recipe: str, launch: Launch) -> None:
+    assert_two_steps(launch(recipe, "evaluate.sample_tokens=8", "data.eval_groups=8"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file", "sizes"),
+    [
+        ("dpo_stack_exchange", "stack_exchange_paired/data/rl/train.jsonl.gz", []),
+        ("dpo_hh", "hh_rlhf/harmless.train.jsonl.gz", ["data.eval_groups=4"]),
+    ],
+)
+def test_a_recipe_runs_on_real_rows(
+    recipe: str, file: str, sizes: list[str], launch: Launch, write_rows: Callable[..., Path]
+) -> None:
+    source = SHARED_DATA / file
+    if not source.is_file():
+        pytest.skip(f"needs real preference data, and {source} is not here")
+    with gzip.open(source, "rt", encoding="utf-8") as lines:
+        rows = write_rows([line.rstrip("\n") for line in islice(lines, 40)])
+    # The tiny tokenizer makes several times as many tokens of a text as a real one.
+    lengths = ["data.max_length=192", "data.max_prompt_length=128"]
+    assert_two_steps(launch(recipe, f"data.path={rows}", *lengths, *sizes))
+
+
+def assert_two_steps(config: RunConfig) -> None:
+    metrics = read_metrics(config.folder)
+    assert [entry["step"] for entry in metrics] == [0, 1, 2]
+    for entry in metrics[1:]:
+        assert math.isfinite(entry["loss"]) and entry["grad_norm"] > 0
+    evaluated = config.data.eval is not None or config.data.eval_groups > 0
+    assert evaluated == ("eval/loss" in metrics[0]) == ("eval/loss" in metrics[-1])
+    assert find_checkpoint(config.folder).name == "step-00000002"
+
+
+def targets(adapter: Path) -> set[str]:
+    """Modules that have an adapter."""
+    return set(json.loads((adapter / "adapter_config.json").read_text())["target_modules"])
+
+
+def chat_template(config: RunConfig) -> str:
+    """The template that a served model would use."""
+    return (find_checkpoint(config.folder) / "chat_template.jinja").read_text()
+
+
+def mixture(parts: list[Path]) -> list[str]:
+    """The overrides that put local files in the place of a recipe's two hub sets."""
+    return [f"data.mixture.{index}.path={part}" for index, part in enumerate(parts)]
+
+
+def stack_exchange_row(pair: Row) -> Row:
+    """A row as `lvwerra/stack-exchange-paired` has it."""
+    return {
+        "qid": 1,
+        "question": pair["prompt"],
+        "date": "2010/05/19",
+        "metadata": ["https://example.org/questions/1"],
+        "response_j": pair["chosen"].strip(),
+        "response_k": pair["rejected"].strip(),
+    }
+
+
+def conversation(pair: Row) -> Row:
+    """A row as `HuggingFaceH4/ultrachat_200k` has it: two questions and two answers."""
+    turns = turns_of(pair["prompt"], pair["chosen"]) + turns_of(pair["prompt"] + " again", pair["rejected"])
+    return {"prompt": pair["prompt"], "prompt_id": "1", "messages": turns}
+
+
+def preference(pair: Row) -> Row:
+    """A row as `HuggingFaceH4/ultrafeedback_binarized` has it."""
+    chosen, rejected = (turns_of(pair["prompt"], pair[field]) for field in ("chosen", "rejected"))
+    scores = {"score_chosen": 8.0, "score_rejected": 3.0}
+    return {"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected, "messages": chosen, **scores}
+
+
+def turns_of(question: str, answer: str) -> list[Row]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
