@@ -20,9 +20,11 @@ from cluster.plan import Plan, check_fits, plan
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/align/demo.yaml")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/align/demo.yaml")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="Settings that replace the file's, as optim.lr=1e-6")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as optim.lr=1e-6")
     ] = None,
 ) -> None:
     """Trains a model on preferences, as a YAML file says.

@@ -50,7 +50,7 @@ def test_help_names_every_command() -> None:
 
 def test_help_of_a_command_explains_its_arguments() -> None:
     told = raylign("train", "--help").stdout
-    assert "Usage: raylign train [OPTIONS] CONFIG [OVERRIDES]..." in told
+    assert "CONFIG" in told and "[KEY=VALUE]..." in told
     assert "Trains a model on preferences" in told
     assert "as optim.lr=1e-6" in told
 

@@ -46,7 +46,10 @@ def turns(*contents: str, first: str = "user") -> tuple[Message, ...]:
     return tuple(Message(role=roles[number % 2], content=content) for number, content in enumerate(contents))
 
 
-def chat(*answers: str, prompt: tuple[Message, ...] = turns(ASK)) -> Group:  # noqa: B008
+ASKED = turns(ASK)
+
+
+def chat(*answers: str, prompt: tuple[Message, ...] = ASKED) -> Group:
     return Group(id="test", prompt=prompt, completions=tuple(Completion(text=answer) for answer in answers))
 
 
@@ -240,6 +243,16 @@ def test_white_space_and_bytes_at_the_border_of_a_turn_are_attributed_exactly(tr
     # The line break behind an end token is part of a turn or of nothing, as the tokenizer has it.
     text = learned_text(tokenizer, group).replace(f"{EOS}\n", EOS)
     assert text == f"Paris!{EOS}{answer}{EOS}dog{EOS}"
+
+
+def test_a_merge_across_the_border_of_a_turn_is_learned_in_every_turn() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    group = tokenize(tokenizer, conversation(ASK, "Paris", "sure?", "the fox", "and?", "12 dogs"))
+    assert learned_text(tokenizer, group) == f" Paris{EOS} the fox{EOS} 12 dogs{EOS}"
 
 
 def test_a_long_conversation_is_cut_where_the_window_ends(tiny: Any) -> None:

@@ -164,9 +164,7 @@ def test_an_unknown_algorithm_is_refused(load: Load, algorithm: Any, expected: s
     assert problem.startswith(expected)
 
 
-def test_a_dotted_name_loads_a_users_own_algorithm(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dotted_name_loads_a_users_own_algorithm(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "lab"
     package.mkdir()
     (package / "__init__.py").touch()

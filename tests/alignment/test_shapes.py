@@ -47,7 +47,10 @@ def messages(*turns: Row) -> tuple[Message, ...]:
         ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, {}, messages(SYSTEM, USER), PAIR),
         ({"chosen": HUMAN.format("4"), "rejected": HUMAN.format("5")}, {}, ASKED, PAIR),
         (
-            {"chosen": HUMAN.format("4\n\nHuman: sure?\n\nAssistant: Yes"), "rejected": HUMAN.format("4\n\nHuman: sure?\n\nAssistant:No")},
+            {
+                "chosen": HUMAN.format("4\n\nHuman: sure?\n\nAssistant: Yes"),
+                "rejected": HUMAN.format("4\n\nHuman: sure?\n\nAssistant:No"),
+            },
             {},
             messages(USER, GOOD, {"role": "user", "content": "sure?"}),
             (Completion(text="Yes", reward=1.0), Completion(text="No", reward=0.0)),
@@ -252,7 +255,8 @@ def test_real_preferences_are_nearly_all_usable(file: str, usable: float) -> Non
     path = SHARED_DATA / file
     if not path.exists():
         pytest.skip(f"{path} is absent")
-    rows = [json.loads(line) for line in islice(gzip.open(path, "rt", encoding="utf-8"), 500)]
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, 500)]
     groups = []
     for row in rows:
         try:

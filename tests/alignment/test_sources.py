@@ -80,8 +80,14 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("settings", "kept"),
-    [({}, [0, 1, 2, 3, 4]), ({"skip": 2}, [2, 3, 4]), ({"take": 2}, [0, 1]), ({"skip": 1, "take": 3}, [1, 2, 3])]
-    + [({"skip": 9}, []), ({"take": 9}, [0, 1, 2, 3, 4])],
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"skip": 2}, [2, 3, 4]),
+        ({"take": 2}, [0, 1]),
+        ({"skip": 1, "take": 3}, [1, 2, 3]),
+        ({"skip": 9}, []),
+        ({"take": 9}, [0, 1, 2, 3, 4]),
+    ],
 )
 def test_skip_and_take_cut_the_rows_and_keep_their_line_numbers(
     write_rows: WriteRows, settings: dict[str, int], kept: list[int]
@@ -106,8 +112,7 @@ def test_skip_and_take_cut_the_rows_and_keep_their_line_numbers(
         (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read: Exceeds the limit"),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "is nested too deeply"),
     ],
-    ids=["cut", "quotes", "two in a line", "control character", "NUL", "list", "string", "null", "UTF-8", "BOM inside"]
-    + ["5,000 digits", "200,000 levels"],
+    ids=lambda value: repr(value)[:24],
 )
 def test_a_broken_line_stands_in_its_place_as_an_error(tmp_path: Path, line: bytes, expected: str) -> None:
     path = write_bytes(tmp_path / "rows.jsonl", b'{"a": 0}\n' + line + b'\n{"a": 3}\n')
@@ -220,6 +225,8 @@ def test_a_hub_that_cannot_be_reached_is_a_short_error_and_no_wait(tmp_path: Pat
     assert told.returncode == 0, told.stderr
     seconds, _, text = told.stdout.partition(" ")
     assert float(seconds) < 10, f"of {time.monotonic() - started:.0f} s in all"
-    assert text.startswith("nobody/no-such-set: is neither a local file nor a dataset that can be loaded from the hub: ")
+    assert text.startswith(
+        "nobody/no-such-set: is neither a local file nor a dataset that can be loaded from the hub: "
+    )
     assert "offline" in text.lower() or "reach" in text.lower()
     assert len(text) < 600

@@ -178,7 +178,7 @@ def test_transformers_and_peft_open_a_checkpoint_as_it_is(run_settings: Settings
 
     lora = {**run_settings, "name": "lora", "model": {**run_settings["model"], "lora": {"rank": 2}}}
     adapter = find_checkpoint(run(lora))
-    assert AutoPeftModelForCausalLM.from_pretrained(adapter).get_base_model().config.hidden_size == 32
+    assert AutoPeftModelForCausalLM.from_pretrained(adapter).get_base_model().config.hidden_size == 64
 
 
 def test_an_adapter_is_continued_from_its_merged_weights(
