@@ -16,18 +16,18 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from alignment.config import RunConfig
 from alignment.errors import CheckpointError
-from alignment.models.load import LanguageModel
-from alignment.models.parallel import World
-from alignment.models.roles import Roles
+
+if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need not wait for torch
+    import torch
+    from torch import Tensor
+
+    from alignment.models.load import LanguageModel
+    from alignment.models.parallel import World
+    from alignment.models.roles import Roles
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
     Raises:
         CheckpointError: it cannot be written, as when the disk is full; earlier checkpoints stay as they are.
     """
+    from safetensors import SafetensorError
+
     random_states = world.gather(_random_state(world.device))
     if world.is_main:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
@@ -77,6 +79,8 @@ def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Prog
     folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
     if folder is None:
         return Progress(step=0, position=0)
+    from safetensors.torch import load_file
+
     state = json.loads((folder / STATE).read_text())
     _check_identity(folder, state["identity"], _identity(config, data))
     tensors = load_file(folder / TENSORS)
@@ -154,6 +158,8 @@ def _folders(run: Path) -> list[Path]:
 
 def _write(folder: Path, actor: LanguageModel, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all."""
+    from safetensors.torch import save_file
+
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -219,10 +225,14 @@ def _check_identity(folder: Path, kept: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def _random_state(device: torch.device) -> Tensor:
+    import torch
+
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _set_random_state(state: Tensor, device: torch.device) -> None:
+    import torch
+
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:

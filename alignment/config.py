@@ -56,9 +56,9 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations. `bf16` keeps an fp32 master copy of every trained weight; log-softmax
     and losses are fp32 in either case."""
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """How the packed mask is applied: `sdpa` with a dense mask, `flex` (CUDA only) with a block mask. `auto` takes
-    `flex` on CUDA and `sdpa` elsewhere."""
+    attention: Literal["auto", "blocks", "sdpa", "flex"] = "auto"
+    """How the packed mask is applied: `blocks` group by group, `sdpa` with a dense mask, which every model takes,
+    `flex` (CUDA only) with a block mask. `auto` takes `flex` on CUDA and `blocks` elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for a fraction of the memory."""
     lora: LoraConfig | None = None
@@ -334,12 +334,36 @@ def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
 Config = TypeVar("Config", bound=Section)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, kind: type[Config]) -> Config:
-    """Reads a YAML file, applies `section.key=value` overrides and checks the result against `kind`.
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, kind: type[Config]) -> Config:
+    """Reads a YAML file (None: nothing), applies `section.key=value` overrides and checks the result against `kind`.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
     """
+    tree = {} if path is None else _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return check_config(tree, kind=kind)
+    except ConfigError as error:
+        if path is None:
+            raise
+        raise ConfigError(f"{path}:\n{error}") from error
+
+
+def check_config(tree: dict[str, Any], *, kind: type[Config]) -> Config:
+    """Checks settings that are read already against `kind`.
+
+    Raises:
+        ConfigError: a key or value is wrong; the text has a line for every problem.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, kind, tree))) from error
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -348,12 +372,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}:\n" + "\n".join(_explain(error, kind, tree))) from error
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

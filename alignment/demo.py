@@ -55,7 +55,7 @@ class Exchange:
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of runs; the demo replaces OUTPUT/demo.")] = Path("runs"),
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the training run.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the training run.")
     ] = None,
 ) -> None:
     """Aligns the bundled 135M chat model by DPO on real preferences, serves it, and compares it with what it was.

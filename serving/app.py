@@ -8,11 +8,15 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from alignment.config import check_config
 from serving.config import ServeConfig
 from serving.engine import Device, Engine, EngineSettings
 from serving.ingress import Ingress, app
 from serving.served import Served, resolve
 
+INGRESS_NAME = "ingress"
+ENGINE_NAME = "engine"
+"""The deployments' names; a Serve config file overrides a deployment's options by it."""
 INGRESS_CPUS = 0.1
 REPLICA_CPUS = 1.0
 
@@ -24,10 +28,10 @@ def build(args: dict[str, Any]) -> Application:
     """Builds the application from the fields of `ServeConfig`; the import path for `serve run` is `serving:build`.
 
     Raises:
-        pydantic.ValidationError: a field is unknown, missing or out of range.
+        ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
         AlignmentError: the checkpoint cannot be served (see `serving.served.resolve`).
     """
-    config = ServeConfig.model_validate(args)
+    config = check_config(args, kind=ServeConfig)
     return application(config, resolve(config))
 
 
@@ -35,8 +39,8 @@ def application(config: ServeConfig, served: Served) -> Application:
     """The same for a checkpoint that is resolved already, since proving a large one takes a while."""
     device = choose_device(config)
     settings = EngineSettings(config=config, served=served, device=device)
-    engine = serve.deployment(Engine, name="engine", **_engine_options(config, device)).bind(settings)
-    ingress = serve.deployment(Front, name="ingress", **_ingress_options(config))
+    engine = serve.deployment(Engine, name=ENGINE_NAME, **_engine_options(config, device)).bind(settings)
+    ingress = serve.deployment(Front, name=INGRESS_NAME, **_ingress_options(config))
     return ingress.bind(engine, config, served)
 
 

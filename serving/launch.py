@@ -43,7 +43,7 @@ def serve(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of serving/config.py, as port=8080 or dtype=fp32."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings of serving/config.py, as port=8080 or dtype=fp32."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with settings, as configs/serve/local.yaml; KEY=VALUE goes first.")

@@ -202,10 +202,11 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all training tokens, in the file's order; for a stream, of its kind only."""
+        """Hash of all training tokens and rewards, in the file's order; for a stream, of its kind only."""
         digest = hashlib.sha256()
         for group in self.train.groups if isinstance(self.train, ListStream) else []:
-            digest.update(repr((group.prompt_tokens, [c.tokens for c in group.completions])).encode())
+            answers = [(c.tokens, c.learned, c.reward) for c in group.completions]
+            digest.update(repr((group.prompt_tokens, answers)).encode())
         return digest.hexdigest()
 
 

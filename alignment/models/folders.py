@@ -144,6 +144,7 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             make(unfinished)
+            unfinished.chmod(0o755)  # mkdtemp's folders are private, and a cache may be shared
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from alignment.models.attention import blocks_of
 from alignment.models.load import LanguageModel
 from alignment.types import Batch, Outputs
 
@@ -22,13 +23,20 @@ def outputs(model: LanguageModel, batch: Batch) -> Outputs:
     hidden = causal.get_decoder()(
         input_ids=batch.tokens[None],
         position_ids=batch.positions[None],
-        attention_mask=block_mask(batch) if model.attention == "flex" else dense_mask(batch)[None, None],
         use_cache=False,
+        **_mask(model, batch),
     ).last_hidden_state[0]
     head = causal.get_output_embeddings()
     predicting = hidden[batch.parents[batch.learned]]
     values = linear_logprobs(predicting, head.weight, batch.tokens[batch.learned], head.bias)
     return Outputs(logprobs=torch.zeros(batch.tokens.shape, device=values.device).masked_scatter(batch.learned, values))
+
+
+def _mask(model: LanguageModel, batch: Batch) -> dict[str, Any]:
+    """The packed mask in the form that the model's attention takes, as keywords of the forward pass."""
+    if model.attention == "blocks":
+        return {"attention_mask": None, "packed": blocks_of(batch, model.causal.dtype)}
+    return {"attention_mask": block_mask(batch) if model.attention == "flex" else dense_mask(batch)[None, None]}
 
 
 def dense_mask(batch: Batch) -> Tensor:

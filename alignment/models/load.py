@@ -14,10 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from alignment.config import DataConfig, LoraConfig, ModelConfig
 from alignment.data.chat import chat_template
 from alignment.errors import ModelError
+from alignment.models import attention
 from alignment.models.folders import model_source
 
 logger = logging.getLogger(__name__)
 
+Attention = Literal["blocks", "sdpa", "flex"]
+IMPLEMENTATIONS = {"blocks": attention.NAME, "sdpa": "sdpa", "flex": "flex_attention"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Settings by which a model bends its logits after the output head; the packed forward pass applies none of them.
 BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -32,8 +35,8 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerFast
     source: str
     """Folder or hub id of the whole model that training starts from."""
-    attention: Literal["sdpa", "flex"]
-    """Which form of the packed mask the module takes."""
+    attention: Attention
+    """In which form the module takes the packed mask."""
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -75,7 +78,7 @@ def load_model(config: ModelConfig, data: DataConfig, *, device: torch.device, s
         ModelError: the model cannot be loaded, is too short for `data.max_length`, or cannot be trained packed.
     """
     source = model_source(config.path)
-    attention = _attention(config, device)
+    form = _attention(config, device)
     try:
         settings = AutoConfig.from_pretrained(source, revision=config.revision)
     except (OSError, ValueError) as error:
@@ -89,7 +92,7 @@ def load_model(config: ModelConfig, data: DataConfig, *, device: torch.device, s
         revision=config.revision,
         config=copy.deepcopy(settings),  # a config object shared by two models is changed by both
         dtype=DTYPES[config.dtype],
-        attn_implementation="flex_attention" if attention == "flex" else "sdpa",
+        attn_implementation=IMPLEMENTATIONS[form],
     )
     for part in module.modules():
         if isinstance(part, nn.Dropout):
@@ -99,7 +102,7 @@ def load_model(config: ModelConfig, data: DataConfig, *, device: torch.device, s
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokenizer = load_tokenizer(config)
-    return LanguageModel(module=module.to(device), tokenizer=tokenizer, source=source, attention=attention)
+    return LanguageModel(module=module.to(device), tokenizer=tokenizer, source=source, attention=form)
 
 
 def freeze(module: nn.Module) -> None:
@@ -107,11 +110,11 @@ def freeze(module: nn.Module) -> None:
     module.requires_grad_(False).eval()
 
 
-def _attention(config: ModelConfig, device: torch.device) -> Literal["sdpa", "flex"]:
+def _attention(config: ModelConfig, device: torch.device) -> Attention:
     if config.attention == "flex" and device.type != "cuda":
         raise ModelError("model.attention flex needs a CUDA device: on a CPU flex_attention has no backward pass")
     if config.attention == "auto":
-        return "flex" if device.type == "cuda" else "sdpa"
+        return "flex" if device.type == "cuda" else "blocks"
     return config.attention
 
 

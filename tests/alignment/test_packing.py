@@ -31,9 +31,9 @@ def group(prompt: list[int], *completions: list[int], rewards: tuple[float, ...]
 GROUPS = [group([5, 6, 7], [10, 11], [12, 13, 14]), group([8, 9], [15, 16], rewards=(0.5,))]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> LanguageModel:
-    config = ModelConfig(path=str(tiny_model), dtype="fp32")
+@pytest.fixture(scope="module", params=["blocks", "sdpa"])
+def model(tiny_model: Path, request: pytest.FixtureRequest) -> LanguageModel:
+    config = ModelConfig(path=str(tiny_model), dtype="fp32", attention=request.param)
     return load_model(config, DataConfig(path="none", max_length=96), device=torch.device("cpu"), seed=0)
 
 
@@ -54,7 +54,10 @@ def plain_logprobs(model: LanguageModel, groups: list[Group]) -> list[Tensor]:
     rows = [[*prompt, *tokens] for prompt, tokens in sequences]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    attention = model.causal.config._attn_implementation
+    model.causal.set_attn_implementation("sdpa")
     logits = model.module(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+    model.causal.set_attn_implementation(attention)
     return [
         logits[number, len(prompt) - 1 : len(prompt) + len(tokens) - 1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
         for number, (prompt, tokens) in enumerate(sequences)
