@@ -61,11 +61,9 @@ def _run_here(config: ClusterRunConfig) -> None:
 
 
 def _run_on_ray(config: ClusterRunConfig) -> None:
+    joined = start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     import ray
 
-    already = ray.is_initialized()
-    if not already:
-        start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         wanted = plan(config.cluster)
         if not config.cluster.autoscaling:
@@ -73,36 +71,45 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
         print(f"cluster: {wanted.sentence}", flush=True)
         _fit(config, wanted)
     finally:
-        if not already:
+        if joined:
             ray.shutdown()
 
 
-def start_ray(address: str | None) -> None:
+def start_ray(address: str | None) -> bool:
     """Joins the Ray cluster at an address, or starts Ray on this machine, reachable from this machine only.
+
+    Returns false if this process was in a cluster already, which is then left as it is.
 
     Raises:
         ClusterError: no cluster answers at the address.
     """
-    # Both are read when Ray starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
+    # Read when Ray is imported or starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
+    if not address:  # on Linux too: without it, Ray replaces 127.0.0.1 by the outside address
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
+    if ray.is_initialized():
+        return False
     if address:
         try:
             ray.init(address=address)
         except ConnectionError as error:
             raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
-        return
+    else:
+        _start_ray_here()
+    return True
+
+
+def _start_ray_here() -> None:
+    import ray
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    started_with = {
-        # Without the first, Ray replaces 127.0.0.1 by the outside address. The other two tell Ray Train's helpers
-        # which Ray is theirs: they guess, and fail beside another one on the same machine, such as `raylign serve`'s.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_GCS_SERVER_PORT": str(port),
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
-    }
+    # Tells Ray Train's helpers which Ray is theirs: they guess, and fail beside another one on the same machine, such
+    # as that of `raylign serve`.
+    started_with = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
     os.environ.update(started_with)
     try:
         ray.init(address="local", logging_level="warning", _node_ip_address="127.0.0.1")
@@ -112,7 +119,7 @@ def start_ray(address: str | None) -> None:
 
 
 def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -133,6 +140,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
             name=config.name,
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # below it, Ray repeats every reported metric
         ),
     )
     # Ray Train's own notes about an earlier fit of this name are of no use to us, and a torn one would be fatal.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,6 @@ def run(settings: dict[str, Any]) -> None:
     failure = config.folder / FAILURE
     if failure.exists():
         return
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report as it is
     torch.set_num_threads(config.cluster.cpus_per_worker)
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from alignment.config import RunConfig, algorithm_names, json_schema, load_config
+from alignment.config import RunConfig, algorithm_names, check_config, json_schema, load_config
 from alignment.errors import ConfigError
 from cluster.config import ClusterRunConfig
 
@@ -297,6 +297,14 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path: Path, text: bytes, expe
 def test_a_missing_file_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
         load_config("nowhere.yaml", kind=RunConfig)
+
+
+def test_without_a_file_the_overrides_are_all_there_is() -> None:
+    overrides = ["name=run", "steps=3", "algorithm.name=dpo", "data.path=pairs.jsonl"]
+    assert load_config(None, overrides, kind=RunConfig) == check_config(GOOD, kind=RunConfig)
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*overrides, "sedd=1"], kind=RunConfig)
+    assert str(caught.value) == "sedd: unknown key; did you mean 'seed'?"
 
 
 def test_a_loaded_configuration_cannot_be_changed(load: Load) -> None:

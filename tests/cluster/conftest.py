@@ -10,10 +10,10 @@ import pytest
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray on this machine as `raylign train` itself would start it."""
-    import ray
-
     from cluster.launch import start_ray
 
     start_ray(None)
+    import ray
+
     yield
     ray.shutdown()

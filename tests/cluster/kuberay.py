@@ -1,30 +1,41 @@
 """The rules a KubeRay file of ours must keep, as plain functions over its parsed documents.
 
-First the schema (kuberay_schema.json, strict), then what no schema knows: that versions agree, that nothing runs as
-root or without limits, that the network lets in only what is needed. A check yields its complaints as sentences, none
-if all is well. test_cluster_files.py breaks good files to prove that every check bites.
+First the schema (kuberay_schema.json, strict), then what no schema knows: that versions agree, that the files mean what
+our own code reads, that nothing runs as root or without limits, that the network lets in only what is needed. A check
+yields its complaints as sentences, none if all is well. test_cluster_files.py breaks good files to prove that every
+check bites.
 """
 
 import ipaddress
+import itertools
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jsonschema
 import pydantic
 import ray
 import yaml
 from ray.serve.config import AutoscalingConfig
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+from alignment.config import check_config
+from alignment.errors import ConfigError
+from cluster.config import load_run
+from cluster.plan import plan
+from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS
+from serving.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = f"raylign:{PROJECT['version']}-gpu"
+CLAIM = yaml.safe_load((ROOT / "configs" / "cluster" / "storage.yaml").read_text())["metadata"]["name"]
 
 Document = dict[str, Any]  # one YAML document, as parsed
 
@@ -88,16 +99,6 @@ def scaling_problems(cluster: Document) -> Iterator[str]:
         low, now, high = group["minReplicas"], group.get("replicas", group["minReplicas"]), group["maxReplicas"]
         if not low <= now <= high:
             yield f"{group['groupName']}: minReplicas {low} <= replicas {now} <= maxReplicas {high} does not hold"
-        if "idleTimeoutSeconds" not in group:
-            yield f"{group['groupName']}: no idleTimeoutSeconds"
-    gpus = [
-        container["resources"]["limits"].get("nvidia.com/gpu", 0)
-        for group in cluster["workerGroupSpecs"]
-        for container in group["template"]["spec"]["containers"]
-        if "gpu" in group["groupName"] and "limits" in container.get("resources", {})
-    ]
-    if not gpus or not all(map(amount, gpus)):
-        yield "the gpu group requests no GPU"
 
 
 def access_problems(cluster: Document) -> Iterator[str]:
@@ -110,10 +111,10 @@ def access_problems(cluster: Document) -> Iterator[str]:
 def pod_problems(name: str, pod: Document) -> Iterator[str]:
     spec = pod["spec"]
     yield from pod_security_problems(name, spec)
-    yield from volume_problems(name, spec)
     for container in spec["containers"] + spec.get("initContainers", []):
         yield from container_problems(f"{name}/{container['name']}", container)
     if name != "submitter":  # it does one thing and ends
+        yield from volume_problems(name, spec)
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             if probe not in spec["containers"][0]:
                 yield f"{name}: no {probe}"
@@ -125,9 +126,6 @@ def pod_security_problems(name: str, spec: Document) -> Iterator[str]:
         yield f"{name}: the pod may run as root"
     if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         yield f"{name}: no seccomp profile"
-    for key in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(key):
-            yield f"{name}: {key} shares the node with the pod"
     # The head's autoscaler talks to Kubernetes; nothing else has a reason to hold its credentials.
     if name != "head" and spec.get("automountServiceAccountToken") is not False:
         yield f"{name}: the service account token is mounted"
@@ -135,18 +133,17 @@ def pod_security_problems(name: str, spec: Document) -> Iterator[str]:
 
 def volume_problems(name: str, spec: Document) -> Iterator[str]:
     volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
-    yield from (f"{name}: volume {key} is a hostPath" for key, volume in volumes.items() if "hostPath" in volume)
-    for container in spec["containers"]:
-        mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
-        yield from (f"{name}: volume {key} is not defined" for key in mounts.values() if key not in volumes)
-        if name == "submitter":
-            continue
-        shared_memory = volumes.get(mounts.get("/dev/shm", ""), {}).get("emptyDir", {})
-        memory = container.get("resources", {}).get("limits", {}).get("memory", 0)
-        if shared_memory.get("medium") != "Memory" or "sizeLimit" not in shared_memory:
-            yield f"{name}: /dev/shm is not a memory volume with a sizeLimit"
-        elif amount(shared_memory["sizeLimit"]) >= amount(memory):
-            yield f"{name}: /dev/shm could fill the container's whole memory limit"
+    container = spec["containers"][0]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
+    yield from (f"{name}: volume {key} is not defined" for key in mounts.values() if key not in volumes)
+    if volumes.get(mounts.get("/checkpoints", ""), {}).get("persistentVolumeClaim", {}).get("claimName") != CLAIM:
+        yield f"{name}: /checkpoints is not the claim {CLAIM} of storage.yaml"
+    shared_memory = volumes.get(mounts.get("/dev/shm", ""), {}).get("emptyDir", {})
+    memory = container.get("resources", {}).get("limits", {}).get("memory", 0)
+    if shared_memory.get("medium") != "Memory" or "sizeLimit" not in shared_memory:
+        yield f"{name}: /dev/shm is not a memory volume with a sizeLimit"
+    elif amount(shared_memory["sizeLimit"]) >= amount(memory):
+        yield f"{name}: /dev/shm could fill the container's whole memory limit"
 
 
 def container_problems(name: str, container: Document) -> Iterator[str]:
@@ -163,7 +160,7 @@ def container_problems(name: str, container: Document) -> Iterator[str]:
             yield f"{name}: requests more {resource} than its limit"
     if requests.get("nvidia.com/gpu") != limits.get("nvidia.com/gpu"):
         yield f"{name}: GPUs requested and limited differ, which Kubernetes refuses"
-    if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
+    if context.get("allowPrivilegeEscalation") is not False:
         yield f"{name}: can gain privileges"
     if "ALL" not in context.get("capabilities", {}).get("drop", []):
         yield f"{name}: keeps Linux capabilities"
@@ -225,10 +222,8 @@ def egress_problems(rule: Document) -> Iterator[str]:
 
 
 def job_problems(spec: Document) -> Iterator[str]:
-    command = r"python -m cluster configs/align/\w+\.yaml( [\w.]+=\S+)*"
-    if not re.fullmatch(command, spec.get("entrypoint", "")):
-        yield f"entrypoint {spec.get('entrypoint')} is not python -m cluster configs/align/RECIPE.yaml [key=value ...]"
-    # Seen with Ray 2.60: the entrypoint runs in the directory `ray start` ran in; the path above is relative to it.
+    yield from entrypoint_problems(spec.get("entrypoint", ""), spec["rayClusterSpec"])
+    # Seen with Ray 2.60: the entrypoint runs in the directory `ray start` ran in; its paths are relative to it.
     head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     if head.get("workingDir") != "/home/ray/raylign":
         yield "head: workingDir is not where the image keeps configs/"
@@ -240,66 +235,100 @@ def job_problems(spec: Document) -> Iterator[str]:
         yield "KubeRay's own submitter pod has no security context"
 
 
+def entrypoint_problems(entrypoint: str, cluster: Document) -> Iterator[str]:
+    words = shlex.split(entrypoint)
+    if words[:3] != ["python", "-m", "cluster"] or not re.fullmatch(r"configs/align/\w+\.yaml", "".join(words[3:4])):
+        yield f"entrypoint {entrypoint} is not python -m cluster configs/align/RECIPE.yaml [key=value ...]"
+        return
+    try:
+        run = load_run(ROOT / words[3], words[4:])
+    except ConfigError as error:
+        yield f"entrypoint: {error}"
+        return
+    if run.output != "/checkpoints":
+        yield f"entrypoint: output={run.output} is not the shared volume"
+    if not run.cluster.autoscaling:
+        yield "entrypoint: without cluster.autoscaling a cluster that has no workers yet is refused"
+    room = room_for(plan(run.cluster).resources, cluster)
+    if not 0 < run.cluster.workers <= room:
+        yield f"entrypoint: {run.cluster.workers} workers where there is room for {room}"
+
+
+def room_for(resources: dict[str, float], cluster: Document) -> int:
+    """How many bundles of these resources (as Ray counts them) the worker pods hold when all of them are up."""
+    room = 0
+    for group in cluster["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
+        has = {"CPU": limits.get("cpu", 0), "GPU": limits.get("nvidia.com/gpu", 0)}
+        room += group["maxReplicas"] * min(int(amount(has[name]) / Decimal(each)) for name, each in resources.items())
+    return room
+
+
 def service_problems(spec: Document) -> Iterator[str]:
-    yield from serve_problems(spec.get("serveConfigV2", ""))
+    yield from serve_problems(spec.get("serveConfigV2", ""), spec)
     if spec.get("upgradeStrategy", {}).get("type") != "NewCluster":
         yield "an upgrade interrupts the service"
-    serve = yaml.safe_load(spec.get("serveConfigV2", "")) or {}
-    if spec.get("rayClusterDeletionDelaySeconds", 60) <= serve.get("http_options", {}).get("request_timeout_s", 0):
-        yield "rayClusterDeletionDelaySeconds ends the old cluster before its running answers"
 
 
-def serve_problems(text: str) -> Iterator[str]:
-    """What is wrong with a Serve config. Serve's own schema accepts unknown keys and min_replicas > max_replicas."""
+def serve_problems(text: str, spec: Document) -> Iterator[str]:
+    """What is wrong with the Serve config of a RayService. Serve itself accepts unknown keys."""
     config = yaml.safe_load(text)
     try:
         ServeDeploySchema.model_validate(config)
     except pydantic.ValidationError as error:
         yield f"serve refuses it: {error}"
         return
-    yield from unknown_keys(config, ServeDeploySchema, "serveConfigV2")
-    request_timeout = config.get("http_options", {}).get("request_timeout_s")
-    if not request_timeout:
-        yield "http_options.request_timeout_s is not set: a request may hang for ever"
+    http = config.get("http_options", {})
+    yield from unknown_keys(config, ServeDeploySchema)
+    yield from unknown_keys(http, HTTPOptionsSchema)
     for application in config["applications"]:
+        yield from unknown_keys(application, ServeApplicationSchema)
         if application["import_path"] != "serving:build":
             yield f"import_path {application['import_path']} is not serving:build"
-        if not str(application.get("args", {}).get("checkpoint", "")).startswith("/checkpoints/"):
-            yield "args.checkpoint is not on the shared volume"
         for deployment in application.get("deployments", []):
-            yield from deployment_problems(deployment, request_timeout or 0)
+            yield from deployment_problems(deployment)
+        try:
+            endpoint = check_config(application.get("args", {}), kind=ServeConfig)
+        except ConfigError as error:
+            yield f"args: {error}"
+        else:
+            yield from endpoint_problems(endpoint, http, spec)
 
 
-def deployment_problems(deployment: Document, request_timeout: float) -> Iterator[str]:
+def endpoint_problems(endpoint: ServeConfig, http: Document, spec: Document) -> Iterator[str]:
+    if not endpoint.checkpoint.startswith("/checkpoints/"):
+        yield "args.checkpoint is not on the shared volume"
+    if endpoint.device != "cuda":
+        yield "args.device is not cuda: the endpoint is built before a GPU node is up"
+    if endpoint.target_ongoing_requests >= endpoint.max_num_seqs:
+        yield "args.target_ongoing_requests is not below max_num_seqs: the engine never scales"
+    bundle = {"CPU": REPLICA_CPUS, "GPU": float(endpoint.tensor_parallel_size)}
+    room = room_for(bundle, spec["rayClusterConfig"])
+    if endpoint.max_replicas > room:
+        yield f"args.max_replicas {endpoint.max_replicas} where there is room for {room}"
+    # An answer may take the first of these; each that follows waits for what the one before allows.
+    waits = {
+        "args.request_timeout_s": endpoint.request_timeout_s,
+        "http_options.request_timeout_s": http.get("request_timeout_s") or 0,
+        "args.drain_timeout_s": endpoint.drain_timeout_s,
+        "rayClusterDeletionDelaySeconds": spec.get("rayClusterDeletionDelaySeconds", 60),
+    }
+    for (first, shorter), (then, longer) in itertools.pairwise(waits.items()):
+        if shorter >= longer:
+            yield f"{then} {longer} is not longer than {first} {shorter}: running answers are cut"
+
+
+def deployment_problems(deployment: Document) -> Iterator[str]:
     name, scaling = deployment["name"], deployment.get("autoscaling_config") or {}
+    yield from unknown_keys(deployment, DeploymentSchema)
+    yield from unknown_keys(scaling, AutoscalingConfig)
+    if name not in (INGRESS_NAME, ENGINE_NAME):
+        yield f"serving.app has no deployment {name}"
     try:
         AutoscalingConfig.model_validate(scaling)
     except pydantic.ValidationError as error:
         yield f"{name}: autoscaling_config: {error}"
-        return
-    low, high = scaling.get("min_replicas", 1), scaling.get("max_replicas", 1)
-    if not 0 <= low <= scaling.get("initial_replicas", low) <= high:
-        yield f"{name}: min_replicas {low} > max_replicas {high}"
-    target, most = scaling.get("target_ongoing_requests"), deployment.get("max_ongoing_requests", 0)
-    if not target or target >= most:
-        yield f"{name}: target_ongoing_requests {target} is not below max_ongoing_requests {most}: it never scales"
-    if deployment.get("graceful_shutdown_timeout_s", 0) <= request_timeout:
-        yield f"{name}: graceful_shutdown_timeout_s cuts streams that request_timeout_s allows"
 
 
-def unknown_keys(value: Document, model: type[pydantic.BaseModel], where: str) -> Iterator[str]:
-    """Keys that no field of the model has, all the way down."""
-    yield from (f"{where}.{key} is not a key Serve knows" for key in value if key not in model.model_fields)
-    for key, field in model.model_fields.items():
-        child = value.get(key)
-        children = [each for each in (child if isinstance(child, list) else [child]) if isinstance(each, dict)]
-        for child_model in models_in(field.annotation):
-            for each in children:
-                yield from unknown_keys(each, child_model, f"{where}.{key}")
-
-
-def models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    """The models a type names: Optional[list[Union[dict, M]]] names M."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in models_in(argument)]
+def unknown_keys(value: Document, model: type[pydantic.BaseModel]) -> Iterator[str]:
+    yield from (f"{model.__name__} has no key {key}" for key in value if key not in model.model_fields)

@@ -51,6 +51,15 @@ def test_a_wrong_key_is_answered_with_the_nearest_name() -> None:
         load_serve_config(BUNDLED, ["max_replica=2"], None)
 
 
+def test_wrong_arguments_of_build_are_explained() -> None:
+    from serving import build
+
+    with pytest.raises(ConfigError) as caught:
+        build({"checkpoint": BUNDLED, "max_replica": 2, "port": 70000})
+    assert "max_replica: unknown key; did you mean 'max_replicas'?" in str(caught.value).splitlines()
+    assert "port: " in str(caught.value)
+
+
 @pytest.mark.parametrize("wrong", ["port=70000", "dtype=fp8", "max_replicas=0", "min_replicas=3", "name='a:b'"])
 def test_a_wrong_value_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
