@@ -68,7 +68,7 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
         wanted = plan(config.cluster)
         if not config.cluster.autoscaling:
             check_fits(wanted, available=ray.cluster_resources())
-        print(f"cluster: {wanted.sentence}", flush=True)
+        print(f"cluster: starting {wanted.sentence} …", flush=True)
         _fit(config, wanted)
     finally:
         if joined:
@@ -140,7 +140,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
             name=config.name,
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # below it, Ray repeats every reported metric
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     # Ray Train's own notes about an earlier fit of this name are of no use to us, and a torn one would be fatal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def run(settings: dict[str, Any]) -> None:
     failure = config.folder / FAILURE
     if failure.exists():
         return
+    logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train repeats every reported metric
     torch.set_num_threads(config.cluster.cpus_per_worker)
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())
