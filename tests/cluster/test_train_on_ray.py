@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ import torch
 from alignment.errors import ConfigError, DataError
 from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
-from cluster.launch import run
+from cluster.launch import run, start_ray
 from tests.alignment.test_train import assert_same_run, measured, weights
 
 Settings = dict[str, Any]
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """One Ray for all tests of this file, started as `raylign train` itself would: its runs then join it."""
+    start_ray(None)
+    yield
+    ray.shutdown()
 
 
 def run_on_ray(settings: Settings, *, workers: int = 1, **changed: Any) -> Path:
