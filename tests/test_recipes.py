@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED_DATA, pair_rows
+import yaml
 
 from alignment.checkpoint import find_checkpoint
 from alignment.config import RunConfig
 from alignment.metrics import read_metrics
 from cluster.config import load_run
 from cluster.launch import run
+from tests.conftest import SHARED_DATA, pair_rows
 
 Row = dict[str, Any]
 Launch = Callable[..., RunConfig]
@@ -54,6 +55,11 @@ def launch(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_under_its_own_name(recipe: Path) -> None:
     assert load_run(recipe, []).name == recipe.stem
+
+
+def test_the_readme_explains_the_demo_s_recipe_as_it_is() -> None:
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "configs/align/demo.yaml").read_text(encoding="utf-8"))
 
 
 def test_the_stack_llama_2_recipes_run_one_after_the_other(launch: Launch, write_rows: Callable[..., Path]) -> None:

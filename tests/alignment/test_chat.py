@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, make_tokenizer
 from tokenizers import processors
 
 from alignment.config import DataConfig
 from alignment.data.chat import CHAT_TEMPLATES, GroupTokenizer, chat_template
 from alignment.errors import ConfigError, DataError
 from alignment.types import Completion, Group, Message
+from tests.conftest import CHATML, make_tokenizer
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 ASK = "What is the capital of France?"

@@ -8,12 +8,12 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from conftest import SHARED_DATA
 
 from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.errors import DataError
 from alignment.types import Completion, Group, Message
+from tests.conftest import SHARED_DATA
 
 Row = dict[str, Any]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer, pair_rows
 
 from alignment.algorithms import Algorithm
 from alignment.config import DataConfig, algorithm_class
@@ -16,6 +15,7 @@ from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import MIN_ROWS_FOR_BUDGET, Data, GroupReader, ListStream, LiveStream, hold_out, load_data
 from alignment.errors import DataError
 from alignment.types import Completion, Group
+from tests.conftest import make_tokenizer, pair_rows
 
 WriteRows = Callable[..., Path]
 BROKEN = '{"prompt": "the quick", "chosen": '

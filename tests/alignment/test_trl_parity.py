@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import pair_rows
 
 from alignment.config import RunConfig
 from alignment.metrics import Silent
 from alignment.models.parallel import World
 from alignment.train import train
 from alignment.update import Metrics
+from tests.conftest import pair_rows
 
 Row = dict[str, Any]
 

@@ -18,9 +18,10 @@ import pytest
 import ray
 import ray.autoscaler
 import yaml
-from kuberay import IMAGE, PROJECT, ROOT, SCHEMA, Document, kuberay_problems, schema_problems
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.cluster.kuberay import IMAGE, PROJECT, ROOT, SCHEMA, Document, kuberay_problems, schema_problems
 
 CLUSTER_FILES = ROOT / "configs" / "cluster"
 RAY_UP_FILES = ["aws.yaml", "on_premise.yaml"]
