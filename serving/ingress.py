@@ -23,7 +23,7 @@ from serving.served import Served
 
 READY_TIMEOUT_S = 2.0
 
-# No pages of documentation: they load scripts from elsewhere, and there is nothing to see without a key.
+# No pages of documentation: they load scripts from elsewhere.
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 

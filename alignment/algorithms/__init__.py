@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Literal
 
 from alignment.config import AlgorithmConfig
 from alignment.types import Batch, Group, Loss, Outputs
@@ -14,9 +14,6 @@ class Algorithm(AlgorithmConfig):
 
     A new algorithm is one file in this folder with a subclass of this, named by `ALGORITHM`, and one recipe.
     """
-
-    needs_reference: ClassVar[bool] = False
-    """True if the loss compares the actor with a frozen reference model."""
 
     @abstractmethod
     def select(self, group: Group) -> Group:
@@ -29,3 +26,12 @@ class Algorithm(AlgorithmConfig):
     @abstractmethod
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
         """Loss of one micro-batch: unreduced terms with their unit, and metrics."""
+
+
+class ReferencedAlgorithm(Algorithm):
+    """An algorithm whose loss compares the actor with the frozen model that training started from."""
+
+    reference: Literal["auto", "adapter_off", "copy", "precomputed"] = "auto"
+    """Where log π_ref comes from. `adapter_off`: the same weights without the adapter (LoRA only). `copy`: a frozen
+    copy of the starting model. `precomputed`: log-probabilities of all groups are computed before the first step and
+    kept beside the run, so that no second model stays in memory. `auto` is `adapter_off` with LoRA, else `copy`."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alignment.algorithms import Algorithm
+from alignment.algorithms import ReferencedAlgorithm
 from alignment.config import Positive
 from alignment.errors import DataError
 from alignment.losses import hinge_preference, ipo_preference, sigmoid_preference
 from alignment.types import Batch, Group, Loss, Outputs, Term
 
 
-class DPO(Algorithm):
+class DPO(ReferencedAlgorithm):
     """Raises β(log π − log π_ref) of the better completion above that of the worse one, for every pair of a group."""
 
     name: Literal["dpo"] = "dpo"
@@ -23,12 +23,6 @@ class DPO(Algorithm):
     """`sigmoid` is DPO itself; `ipo` (arXiv 2310.12036) bounds the margin; `hinge` (arXiv 2305.10425) stops at it."""
     beta: Positive = 0.1
     """Strength of the pull towards the reference, > 0; usually 0.01 to 0.5. For `ipo` it is the paper's τ."""
-    reference: Literal["auto", "adapter_off", "copy", "precomputed"] = "auto"
-    """Where log π_ref comes from. `adapter_off`: the same weights without the adapter (LoRA only). `copy`: a frozen
-    copy of the starting model. `precomputed`: log-probabilities of all groups are computed before the first step and
-    kept beside the run, so that no second model stays in memory. `auto` is `adapter_off` with LoRA, else `copy`."""
-
-    needs_reference: ClassVar[bool] = True
 
     def select(self, group: Group) -> Group:
         if not group.pairs:
@@ -37,7 +31,7 @@ class DPO(Algorithm):
         return group
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
-        assert batch.reference_logprobs is not None, "the loop annotates batches when needs_reference is set"
+        assert batch.reference_logprobs is not None, "the loop annotates the batches of a ReferencedAlgorithm"
         better, worse = batch.pairs.unbind(1)
         logps = batch.per_completion(outputs.logprobs)
         logratios = logps - batch.per_completion(batch.reference_logprobs)

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from alignment.algorithms import Algorithm
-from alignment.algorithms.dpo import DPO
+from alignment.algorithms import ReferencedAlgorithm
 from alignment.config import RunConfig
 from alignment.errors import ConfigError
 from alignment.models.forward import outputs
@@ -66,10 +65,9 @@ def reference_of(config: RunConfig) -> Reference:
     Raises:
         ConfigError: `adapter_off` without LoRA, or `precomputed` from a stream.
     """
-    algorithm = config.algorithm
-    if not (isinstance(algorithm, Algorithm) and algorithm.needs_reference):
+    if not isinstance(config.algorithm, ReferencedAlgorithm):
         return "none"
-    wish = algorithm.reference if isinstance(algorithm, DPO) else "auto"
+    wish = config.algorithm.reference
     if wish == "auto":
         return "adapter_off" if config.model.lora else "copy"
     if wish == "adapter_off" and config.model.lora is None:
