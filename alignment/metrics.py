@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,8 +55,10 @@ class Silent:
 class FileReporter:
     """Reports to the terminal and into the run's folder."""
 
-    def __init__(self, folder: Path, bar: Any = tqdm) -> None:
-        """`bar`: the progress bar's class; Ray has one of its own for output that comes from workers."""
+    def __init__(self, folder: Path, bar: Any = partial(tqdm, disable=None)) -> None:  # noqa: B008
+        """`bar`: makes the progress bar; Ray has one of its own for output that comes from workers. By default there is
+        one if the output goes to a terminal.
+        """
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +70,7 @@ class FileReporter:
 
     def note(self, text: str) -> None:
         tqdm.write(text)
+        sys.stdout.flush()  # the lines of a long run should not wait in a pipe's buffer
 
     def begin(self, step: int, steps: int) -> None:
         self._steps = steps

@@ -39,7 +39,8 @@ SUMMARY = "summary.json"
 def train(config: RunConfig, world: World, reporter: Reporter) -> Metrics:
     """Runs a configuration to its end, from its newest intact checkpoint if it has one.
 
-    Everything is written below `config.folder`. Returns the run's summary, which `summary.json` keeps too.
+    Everything is written below `config.folder`. Returns the figures that `summary.json` keeps too; none if the run was
+    finished already.
 
     Raises:
         AlignmentError: any of its kinds; the text is for the person who started the run.
@@ -71,20 +72,23 @@ class _Run:
             raise ConfigError(
                 f"{config.folder} already has {progress.step} steps, more than the {self.steps} asked for"
             )
+        if progress.step == self.steps:
+            reporter.note(f"{config.folder} is finished: all {self.steps} steps are done. More steps, or another name?")
+            return {}
         reporter.note(f"resuming after step {progress.step}" if progress.step else f"starting {self.steps} steps")
         reporter.begin(progress.step, self.steps)
         self.data.train.position = progress.position
         if progress.step == 0:
             reporter.report(0, self._evaluate())
             self._sample(0)
-        started, resumed_at = time.perf_counter(), progress.step
+        started = time.perf_counter()
         for step in range(progress.step + 1, self.steps + 1):
             self._step(step)
-        seconds = time.perf_counter() - started
-        if progress.step < self.steps:
-            self._sample(self.steps)
+        summary = self._summarise(self.steps - progress.step, time.perf_counter() - started)
+        self._sample(self.steps)
         reporter.close()
-        return self._summary(self.steps - resumed_at, seconds)
+        reporter.note(f"done. raylign serve {config.folder} puts it behind an endpoint")
+        return summary
 
     def _step(self, step: int) -> None:
         config, started = self.config, time.perf_counter()
@@ -143,12 +147,13 @@ class _Run:
                 sample = {"step": step, "prompt": _text(group), "tokens": len(answer), "answer": decode(answer)}
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
-    def _summary(self, steps_done: int, seconds: float) -> Metrics:
+    def _summarise(self, steps_done: int, seconds: float) -> Metrics:
+        """Figures of the part of the run that this process did."""
         groups = steps_done * self.config.groups_per_step
         summary = {
             "steps": float(self.steps),
             "seconds_training": seconds,
-            "groups_per_second": groups / seconds if steps_done else 0.0,
+            "groups_per_second": groups / seconds,
         }
         if self.world.is_main:
             (self.config.folder / SUMMARY).write_text(json.dumps(summary))

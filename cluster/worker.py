@@ -22,22 +22,28 @@ class _NoBar:
 
 
 class RayReporter:
-    """Passes every report on to Ray Train too, which needs it from every worker equally often."""
+    """Passes evaluations and the last step on to Ray Train too, which needs them from every worker equally often.
+
+    Not every step: Ray Train fetches reports once a second, and a worker waits until its last one is fetched.
+    """
 
     def __init__(self, inner: Reporter) -> None:
         self.inner = inner
+        self.steps = 0
 
     def note(self, text: str) -> None:
         self.inner.note(text)
 
     def begin(self, step: int, steps: int) -> None:
+        self.steps = steps
         self.inner.begin(step, steps)
 
     def report(self, step: int, metrics: Metrics) -> None:
         import ray.train
 
         self.inner.report(step, metrics)
-        ray.train.report({"step": step, **metrics})
+        if step == self.steps or any(name.startswith("eval/") for name in metrics):
+            ray.train.report({"step": step, **metrics})
 
     def close(self) -> None:
         self.inner.close()

@@ -41,7 +41,7 @@ def test_ipo_is_smallest_where_the_gap_is_half_the_reciprocal_of_beta() -> None:
     gap = torch.tensor([1 / (2 * 0.25)], requires_grad=True)
     loss = ipo_preference(gap, beta=0.25)
     loss.backward()
-    assert float(loss) == 0 and float(gap.grad) == 0  # type: ignore[arg-type]
+    assert loss.item() == 0 and gap.grad is not None and gap.grad.item() == 0
 
 
 def test_hinge_has_no_gradient_once_the_margin_is_kept() -> None:

@@ -54,13 +54,13 @@ def kill_when(folder: Path, step: int, killed: list[int]) -> None:
 
 
 def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(run_settings: Settings, tmp_path: Path) -> None:
-    settings = {**run_settings, "steps": 40, "checkpoint": {"every": 5}, "evaluate": {"every": 10}}
+    settings = {**run_settings, "steps": 120, "checkpoint": {"every": 10}, "evaluate": {"every": 60}}
     settings["model"] = {**settings["model"], "lora": {"rank": 4, "dropout": 0.1}}
     undisturbed = run_on_ray(settings)
 
     disturbed = {**settings, "output": str(tmp_path / "disturbed")}
     killed: list[int] = []
-    killer = threading.Thread(target=kill_when, args=(tmp_path / "disturbed" / "run", 12, killed), daemon=True)
+    killer = threading.Thread(target=kill_when, args=(tmp_path / "disturbed" / "run", 35, killed), daemon=True)
     killer.start()
     folder = run_on_ray(disturbed)
     killer.join(timeout=1)
