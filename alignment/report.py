@@ -120,7 +120,11 @@ def draw(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str
         for legend, points in measured.items()
         if points
     ]
-    ticks = [(y(value), f"{value:.3g}") for value in (low + (high - low) * part / 4 for part in range(5))]
+    # A label next to zero would be long and say nothing.
+    ticks = [
+        (y(value), f"{value:.3g}" if abs(value) > (high - low) / 100 else "0")
+        for value in (low + (high - low) * part / 4 for part in range(5))
+    ]
     return Chart(title=title, curves=curves, ticks=ticks, steps=steps)
 
 

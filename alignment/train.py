@@ -79,7 +79,8 @@ class _Run:
         reporter.begin(progress.step, self.steps)
         self.data.train.position = progress.position
         if progress.step == 0:
-            reporter.report(0, self._evaluate())
+            if before := self._evaluate():
+                reporter.report(0, before)
             self._sample(0)
         started = time.perf_counter()
         for step in range(progress.step + 1, self.steps + 1):
