@@ -440,6 +440,26 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
+NAMES_IN_TRL = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "optim": "name",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "model_name_or_path": "path",
+    "torch_dtype": "dtype",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_target_modules": "target_modules",
+    "eval_steps": "every",
+    "save_steps": "every",
+    "save_total_limit": "keep",
+}
+"""What people who come from TRL may type, and what we call it."""
+
+
 def _nearest(name: str, known: Sequence[str]) -> str:
+    if NAMES_IN_TRL.get(name) in known:
+        return f"; it is called {NAMES_IN_TRL[name]!r} here"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

@@ -80,6 +80,7 @@ def test_every_field_of_every_section_is_described() -> None:
     [
         ({"stepps": 3}, "stepps: unknown key; did you mean 'steps'?"),
         ({"optim": {"learning": 1}}, "optim.learning: unknown key; known are name, lr, betas,"),
+        ({"optim": {"learning_rate": 1}}, "optim.learning_rate: unknown key; it is called 'lr' here"),
         ({"optim": {"betass": [0, 0]}}, "optim.betass: unknown key; did you mean 'betas'?"),
         ({"model": {"lora": {"rang": 4}}}, "model.lora.rang: unknown key; did you mean 'rank'?"),
         ({"algorithm": {"name": "dpo", "betta": 1}}, "algorithm.betta: unknown key; did you mean 'beta'?"),
