@@ -61,7 +61,8 @@ def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, 
     """Writes a run's page.
 
     Args:
-        exchanges: `prompt`, `before` and `after` of questions asked over HTTP; may be empty.
+        exchanges: `prompt`, and the answers `before` and `after` (`text`, `tokens`, `right`) to questions over HTTP;
+            may be empty.
         figures: what to list at the top; may be empty.
 
     Returns the page's path.
@@ -76,7 +77,6 @@ def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, 
         raise ConfigError(f"{run} holds no metrics.jsonl with a reported step, so it is not the folder of a run")
     charts = [chart for title, series in CHARTS if (chart := draw(title, series, metrics))]
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(PAGE)
-    longest = max((max(e["before"].tokens, e["after"].tokens) for e in exchanges), default=1)
     page = run / PAGE
     page.write_text(
         template.render(
@@ -84,7 +84,6 @@ def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, 
             charts=charts,
             figures=figures,
             exchanges=exchanges,
-            longest=longest,
             samples=_samples(run),
             width=WIDTH,
             height=HEIGHT,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from alignment.checkpoint import find_checkpoint
@@ -28,12 +27,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs" / "align").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

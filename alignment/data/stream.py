@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -200,7 +201,7 @@ class Data:
     report: str
     """What was read and left out, for people."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of all training tokens and rewards, in the file's order; for a stream, of its kind only."""
         digest = hashlib.sha256()

@@ -123,13 +123,12 @@ class Trained:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
-        names = {name: master for name, master in self.masters.items()}
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "optimizer":
                 moment, _, name = rest.partition(".")
                 # The step counter of a fused optimizer lives on the device like the moments, as fp32.
-                self.optimizer.state[names[name]][moment] = value.to(names[name].device)
+                self.optimizer.state[self.masters[name]][moment] = value.to(self.masters[name].device)
         self._publish()
 
     def _gradient(self, master: nn.Parameter) -> Tensor:

@@ -32,13 +32,7 @@ TOLERANCE = 1e-4
 COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums in one order, whatever the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.models.folders import BUNDLED, bundled
+from tests.conftest import free_port
 
 ALIGNED = "random-adapter"
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -71,11 +71,6 @@ def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> It
     finally:
         process.terminate()
         process.wait(60)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:
