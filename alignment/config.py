@@ -105,6 +105,8 @@ class SourceConfig(Section):
     rejected, completion, completions, rewards, label, messages, text."""
     prompt_template: str | None = None
     """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`. None reads a column."""
+    keep: tuple[str, ...] = ()
+    """Columns that are handed to the scorers as they are, such as `answer` for one that knows the right one."""
     prompt_as: Literal["text", "user_message"] = "text"
     """What a prompt that is a string means: `text` is continued as it stands, `user_message` goes through the chat
     template as the user's turn."""
@@ -216,6 +218,86 @@ class OptimConfig(Section):
     """What to do when the loss or gradient is not finite: stop the run, or skip the step and say so."""
 
 
+class RolloutConfig(Section):
+    """How an algorithm that learns from the model's own answers gets them."""
+
+    engine: Literal["vllm", "local"] = "vllm"
+    """`vllm`: engines beside the training workers, or one in this process. `local`: the trained module itself, with
+    transformers, for tiny models."""
+    completions: PositiveCount = 8
+    """Completions of each prompt, ≥ 1; together they are a group."""
+    max_tokens: PositiveCount = 256
+    """Most tokens of a completion; also bounded by what `data.max_length` leaves beside the prompt."""
+    temperature: Positive = 1.0
+    """Sampling temperature, > 0. The trained log-probabilities are those at this temperature too."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: the smallest set of tokens with this probability, 0 to 1; 1 is off."""
+    top_k: Count = 0
+    """Sample among this many tokens only; 0 is off."""
+    steps_ahead: Count = 0
+    """Steps by which sampling runs ahead of learning, and so the most by which a completion's weights are older than
+    those that learn from it. 0 is exactly on-policy; 1 samples the next step's while the update runs."""
+    max_correction: NonNegative = 2.0
+    """Truncated importance sampling: the weight π_trainer / π_sampler of a token is cut to this; 0 is no correction.
+    It mends what differs between trainer and engine, and what `steps_ahead` makes older."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the engine; `auto` is `model.dtype`."""
+    timeout_s: Positive = 900.0
+    """Seconds after which a step's rollouts, or a weight sync, count as failed."""
+    cache_gb: Positive = 1.0
+    """GiB of key-value cache of an engine on a CPU."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Fraction of a GPU's memory that an engine takes, 0 to 1."""
+    max_sequences: PositiveCount = 256
+    """Completions that an engine works on at once."""
+    tensor_parallel: PositiveCount = 1
+    """GPUs of one engine."""
+
+
+class CriticConfig(Section):
+    """The value model of an algorithm that has one."""
+
+    trunk: Literal["separate", "shared"] = "separate"
+    """`separate`: a model of its own. `shared`: only a value head on the actor's last hidden states."""
+    path: str | None = None
+    """Model or reward model that a separate critic starts from; None is `model.path`."""
+    lr: Positive | None = None
+    """Peak learning rate; None is `optim.lr`."""
+    warmup_steps: Count = 0
+    """Steps in which only the critic learns."""
+
+
+class GuardsConfig(Section):
+    """When a run is no longer what it should be, and what is done about it. A limit of 0 never triggers."""
+
+    action: Literal["warn", "stop", "roll_back"] = "stop"
+    """`warn` only says so. `stop` ends the run with an error, before the step is checkpointed. `roll_back` goes on from
+    the newest checkpoint with the prompts that come next."""
+    max_roll_backs: PositiveCount = 2
+    """Roll-backs after which the run stops."""
+    max_kl: NonNegative = 0.0
+    """Largest mean KL divergence from the reference, in nats per completion."""
+    min_entropy: NonNegative = 0.0
+    """Smallest mean entropy of the sampled distributions, in nats per token."""
+    max_truncated: NonNegative = 0.0
+    """Largest share of completions that end for lack of room, 0 to 1."""
+    max_mismatch: NonNegative = 0.0
+    """Largest mean |log π_trainer − log π_sampler|, in nats per token."""
+    patience: PositiveCount = 3
+    """Steps in a row that a limit must be broken for."""
+    hacking_window: Count = 0
+    """Evaluations over which rising rewards and falling `judges` are taken for reward hacking."""
+
+
+class ScorerConfig(Section):
+    """One source of rewards."""
+
+    name: str
+    """A ready-made rule, `model`, `http`, or a dotted `package.module:function` of one's own."""
+    weight: float = 1.0
+    """Factor of this reward in the sum; may be negative."""
+
+
 class EvaluateConfig(Section):
     """Evaluation on held-out groups, and samples."""
 
@@ -257,6 +339,16 @@ class RunConfig(Section):
     """The model to align."""
     data: DataConfig
     """Where the preference data comes from."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """The model's own answers, for algorithms that learn from them."""
+    rewards: tuple[SerializeAsAny[ScorerConfig], ...] = ()
+    """What those answers are worth: the weighted sum of these."""
+    judges: tuple[SerializeAsAny[ScorerConfig], ...] = ()
+    """Scorers that see only held-out answers and teach nothing: what a hacked reward is caught with."""
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    """The value model, for algorithms that have one."""
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
+    """What may not happen to a run."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """The optimizer."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
@@ -275,6 +367,13 @@ class RunConfig(Section):
             return algorithm_class(value["name"]).model_validate(value)
         except ConfigError as error:  # pydantic collects ValueErrors, so that every other problem is told as well
             raise ValueError(str(error)) from error
+
+    @field_validator("rewards", "judges", mode="before")
+    @classmethod
+    def _load_scorers(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(_load_scorer(item) for item in value)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -313,6 +412,19 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
     if name not in algorithm_names():
         raise ConfigError(f"there is no algorithm {name!r}{_nearest(name, algorithm_names())}")
     return importlib.import_module(f"alignment.algorithms.{name}").ALGORITHM  # type: ignore[no-any-return]
+
+
+def _load_scorer(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(value.get("name"), str):
+        raise ValueError("needs a name: that of a rule, model, http, or your own package.module:function")
+    from alignment.rewards import scorer_class  # here, because scorers are Sections themselves
+
+    try:
+        return scorer_class(value["name"]).model_validate(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def json_schema(kind: type[RunConfig]) -> dict[str, Any]:

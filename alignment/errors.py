@@ -21,6 +21,18 @@ class DivergenceError(AlignmentError):
     """The loss or the gradient is no longer finite; raised before anything poisoned is written to a checkpoint."""
 
 
+class RolloutError(AlignmentError):
+    """Completions could not be sampled: an engine failed or was late, more often than it is restarted."""
+
+
+class RewardError(AlignmentError):
+    """A reward is missing, late or not a number, after the attempts that the configuration allows."""
+
+
+class GuardError(AlignmentError):
+    """A guard has stopped the run; the text says which, at which step, and the figure."""
+
+
 class CheckpointError(AlignmentError):
     """A checkpoint is damaged, incomplete, or belongs to another run."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ class Completion:
     """True if its end was cut off to fit the window: it has no end token."""
     reference_logprobs: tuple[float, ...] | None = None
     """Log-probability (nats) of each of `tokens` under the reference model, once known; 0 where not learned."""
+    sampled_logprobs: tuple[float, ...] | None = None
+    """Log-probability (nats) of each of `tokens` as it was sampled, temperature and all; None if it was not sampled by
+    us."""
+    version: int | None = None
+    """Version of the weights that sampled it: optimizer steps done by then."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What each scorer gave, before weights, by the scorer's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +63,8 @@ class Group:
     completions: tuple[Completion, ...] = ()
     prompt_tokens: tuple[int, ...] = ()
     """Token ids of the prompt, shared by all completions; empty before tokenisation."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of the row that `data.keep` names, for scorers that compare with a known answer."""
 
     @property
     def num_tokens(self) -> int:
