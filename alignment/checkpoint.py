@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,16 @@ if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need
     from alignment.models.load import LanguageModel
     from alignment.models.parallel import World
     from alignment.models.roles import Roles
+    from alignment.types import Role
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, COMMITTED = "manifest.json", "COMMITTED"
 STATE, TENSORS = "trainer/state.json", "trainer/tensors.safetensors"
+PREFIXES: dict[Role, str] = {"actor": "", "critic": "critic."}
+"""Of each trained role's tensors."""
+SAMPLING = {"completions", "max_tokens", "temperature", "top_p", "top_k"}
+"""Keys of `rollout` that results depend on; the others only say how and where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class Progress:
     """Optimizer steps done."""
     position: int
     """Groups taken from the stream."""
+    kl_coefficient: float = 0.0
+    """Price of a nat of divergence from the reference, in the next step."""
 
 
 def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, world: World) -> None:
@@ -57,10 +64,12 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
     from safetensors import SafetensorError
 
     random_states = world.gather(_random_state(world.device))
+    tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
+    for role, trained in roles.trained_by_role.items():
+        tensors |= {f"{PREFIXES[role]}{name}": tensor for name, tensor in trained.state().items()}
     if world.is_main:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
-        state = {"step": progress.step, "position": progress.position, "identity": _identity(config, data)}
-        tensors = {**roles.trained.state(), **{f"random.{rank}": state for rank, state in enumerate(random_states)}}
+        state = {**asdict(progress), "identity": _identity(config, data)}
         try:
             _write(folder, roles.actor, state, tensors)
         except (OSError, SafetensorError) as error:
@@ -78,17 +87,19 @@ def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Prog
     """
     folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
     if folder is None:
-        return Progress(step=0, position=0)
+        return Progress(step=0, position=0, kl_coefficient=roles.algorithm.first_kl_coefficient)
     from safetensors.torch import load_file
 
     state = json.loads((folder / STATE).read_text())
     _check_identity(folder, state["identity"], _identity(config, data))
     tensors = load_file(folder / TENSORS)
-    roles.trained.restore(tensors)
+    for role, trained in roles.trained_by_role.items():
+        prefix = PREFIXES[role]
+        trained.restore({name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
     mine = tensors.get(f"random.{world.rank}")
     if mine is not None:
         _set_random_state(mine, world.device)
-    return Progress(step=state["step"], position=state["position"])
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -210,6 +221,8 @@ def _identity(config: RunConfig, data: str) -> dict[str, Any]:
         "model.dtype": config.model.dtype,
         "model.lora": None if lora is None else lora.model_dump(mode="json"),
         "algorithm": config.algorithm.model_dump(mode="json"),
+        "rollout": config.rollout.model_dump(mode="json", include=SAMPLING),
+        "rewards": [scorer.model_dump(mode="json") for scorer in config.rewards],
         "groups_per_step": config.groups_per_step,
         "seed": config.seed,
         "data": data,

@@ -13,6 +13,7 @@ from alignment.errors import AlignmentError
 COMMANDS = {
     "train": ("cluster.launch:train", "train a model on preferences, as a YAML file says"),
     "serve": ("serving.launch:serve", "put a trained model behind an OpenAI-compatible HTTP endpoint"),
+    "reward-server": ("serving.rewards:reward_server", "put a reward model behind HTTP, for runs to ask"),
     "report": ("alignment.report:report", "write a run's curves and samples as one HTML page"),
     "schema": ("cluster.launch:schema", "print the JSON Schema of a run's YAML file, for editors"),
     "demo": ("alignment.demo:demo", "train, serve and compare the bundled model, from one command"),

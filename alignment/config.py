@@ -11,7 +11,7 @@ import importlib
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -70,6 +70,11 @@ class ModelConfig(Section):
 
 class AlgorithmConfig(Section):
     """What to optimise."""
+
+    samples: ClassVar[bool] = False
+    """True if it learns from the model's own answers to the prompts, as the run's scorers judge them."""
+    min_completions: ClassVar[int] = 1
+    """Fewest completions of a prompt that it can learn from."""
 
     name: str
     """A module of `alignment.algorithms`, or a dotted `package.module:Class` of one's own."""
@@ -140,6 +145,8 @@ class DataConfig(SourceConfig):
     eval_groups: Count = 0
     """Groups held out for evaluation: cut from the training data, by prompt, if `eval` is None; else the most that
     are used of `eval`, where 0 uses all."""
+    hold_out_by: Literal["prompt", "first_turn"] = "prompt"
+    """What held-out and training groups may not share: the whole prompt, or the first thing that the user says."""
     shuffle: bool = True
     """Visit groups in a new random order every epoch; false keeps the file's order."""
     shuffle_buffer: PositiveCount = 1000
@@ -189,6 +196,26 @@ class DataConfig(SourceConfig):
         return self.mixture or (self,)
 
 
+class ZeroConfig(Section):
+    """DeepSpeed's ZeRO (arXiv 1910.02054): of what a worker holds only its share, for models too large for one GPU."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    """0: of nothing; every worker holds everything, without DeepSpeed. 1: of fp32 master weights and optimizer moments.
+    2: of gradients too. 3: of weights too, also of frozen models; layers are gathered while they compute."""
+    offload_optimizer: bool = False
+    """Keep master weights and moments in the memory of the CPU, which updates them too; needs a stage of at least 1."""
+    offload_parameters: bool = False
+    """Keep weights in the memory of the CPU until they compute; needs stage 3."""
+
+    @model_validator(mode="after")
+    def _has_what_it_offloads(self) -> Self:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs a stage of 1, 2 or 3: at stage 0 there is no DeepSpeed to do it")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"offload_parameters needs stage 3: at stage {self.stage} every worker holds all weights")
+        return self
+
+
 class OptimConfig(Section):
     """The optimizer and its schedule."""
 
@@ -216,6 +243,8 @@ class OptimConfig(Section):
     """Most tokens in one forward pass, prompts counted once. Decides memory and speed, never the result."""
     on_nonfinite: Literal["fail", "skip"] = "fail"
     """What to do when the loss or gradient is not finite: stop the run, or skip the step and say so."""
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    """How a trained model is spread over the workers."""
 
 
 class RolloutConfig(Section):
@@ -237,9 +266,6 @@ class RolloutConfig(Section):
     steps_ahead: Count = 0
     """Steps by which sampling runs ahead of learning, and so the most by which a completion's weights are older than
     those that learn from it. 0 is exactly on-policy; 1 samples the next step's while the update runs."""
-    max_correction: NonNegative = 2.0
-    """Truncated importance sampling: the weight π_trainer / π_sampler of a token is cut to this; 0 is no correction.
-    It mends what differs between trainer and engine, and what `steps_ahead` makes older."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the engine; `auto` is `model.dtype`."""
     timeout_s: Positive = 900.0
@@ -296,6 +322,10 @@ class ScorerConfig(Section):
     """A ready-made rule, `model`, `http`, or a dotted `package.module:function` of one's own."""
     weight: float = 1.0
     """Factor of this reward in the sum; may be negative."""
+    clip: Positive | None = None
+    """Rewards are cut to -clip … clip before the weight; None never cuts."""
+    attempts: PositiveCount = 3
+    """Times that a reward is asked for which is missing, late or not a finite number, before the run stops."""
 
 
 class EvaluateConfig(Section):
@@ -383,6 +413,30 @@ class RunConfig(Section):
             raise ValueError("a streaming source has no known length, so give steps instead of epochs")
         return self
 
+    @model_validator(mode="after")
+    def _can_sample(self) -> Self:
+        algorithm = self.algorithm
+        if not algorithm.samples:
+            unread = [name for name in ("rewards", "judges") if getattr(self, name)]
+            if unread:
+                raise ValueError(f"{unread[0]} are of no use to {algorithm.name}, which learns from the data alone")
+            return self
+        if not self.rewards:
+            raise ValueError(f"{algorithm.name} learns from rewards, and none are given; see `rewards`")
+        if self.rollout.completions < algorithm.min_completions:
+            raise ValueError(
+                f"{algorithm.name} compares the completions of a prompt: rollout.completions "
+                f"({self.rollout.completions}) must be at least {algorithm.min_completions}"
+            )
+        if self.model.lora is not None and self.model.lora.dropout:
+            raise ValueError(f"model.lora.dropout must be 0 for {algorithm.name}, or its ratios mean nothing")
+        return self
+
+    @property
+    def wants_engines(self) -> bool:
+        """True if the run needs vLLM to answer prompts."""
+        return self.algorithm.samples and self.rollout.engine == "vllm"
+
     @property
     def folder(self) -> Path:
         """Where this run writes: metrics, checkpoints, samples."""
@@ -391,7 +445,8 @@ class RunConfig(Section):
 
 def algorithm_names() -> list[str]:
     """Names of the algorithms that come with raylign: the modules of `alignment.algorithms`."""
-    return sorted(path.stem for path in (Path(__file__).parent / "algorithms").glob("[a-z]*.py"))
+    stems = (path.stem for path in (Path(__file__).parent / "algorithms").glob("[a-z]*.py"))
+    return sorted(stem.replace("_plus_plus", "++") for stem in stems)
 
 
 def algorithm_class(name: str) -> type[AlgorithmConfig]:
@@ -411,7 +466,7 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
         return found
     if name not in algorithm_names():
         raise ConfigError(f"there is no algorithm {name!r}{_nearest(name, algorithm_names())}")
-    return importlib.import_module(f"alignment.algorithms.{name}").ALGORITHM  # type: ignore[no-any-return]
+    return importlib.import_module(f"alignment.algorithms.{name.replace('++', '_plus_plus')}").ALGORITHM  # type: ignore[no-any-return]
 
 
 def _load_scorer(value: Any) -> Any:
@@ -422,25 +477,42 @@ def _load_scorer(value: Any) -> Any:
     from alignment.rewards import scorer_class  # here, because scorers are Sections themselves
 
     try:
-        return scorer_class(value["name"]).model_validate(value)
+        kind = scorer_class(value["name"])
+        return kind.model_validate(value)
     except ConfigError as error:
         raise ValueError(str(error)) from error
+    except ValidationError as error:  # pydantic would name the key, but not which of the scorers it belongs to
+        found = (problem.removeprefix("the whole file: ") for problem in _explain(error, kind, value))
+        raise ValueError(f"{value['name']}: {'; '.join(found)}") from error
 
 
 def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
-    """JSON Schema of a run's YAML file, with one alternative per algorithm."""
+    """JSON Schema of a run's YAML file, with one alternative per algorithm and per scorer."""
+    from alignment.rewards import scorer_class, scorer_names
+
     schema = kind.model_json_schema()
-    own = {"type": "string", "pattern": ":", "description": AlgorithmConfig.model_fields["name"].description}
-    choices: list[dict[str, Any]] = [{"type": "object", "properties": {"name": own}, "required": ["name"]}]
-    for name in algorithm_names():
-        choice = algorithm_class(name).model_json_schema()
-        schema["$defs"].update(choice.pop("$defs", {}))
-        choices.append({**choice, "required": ["name", *choice.get("required", [])]})
+    algorithms = [algorithm_class(name) for name in algorithm_names()]
+    scorers = [scorer_class(name) for name in scorer_names()]
     schema["properties"]["algorithm"] = {
-        "anyOf": choices,
+        "anyOf": _alternatives(schema, AlgorithmConfig, algorithms),
         "description": RunConfig.model_fields["algorithm"].description,
     }
+    for section in ("rewards", "judges"):
+        schema["properties"][section]["items"] = {"anyOf": _alternatives(schema, ScorerConfig, scorers)}
     return schema
+
+
+def _alternatives(
+    schema: dict[str, Any], base: type[AlgorithmConfig | ScorerConfig], known: Sequence[type[Section]]
+) -> list[dict[str, Any]]:
+    """One's own, by a dotted name, or one of those known; the sections that they use join the schema's `$defs`."""
+    own = {"type": "string", "pattern": ":", "description": base.model_fields["name"].description}
+    choices: list[dict[str, Any]] = [{"type": "object", "properties": {"name": own}, "required": ["name"]}]
+    for section in known:
+        choice = section.model_json_schema()
+        schema["$defs"].update(choice.pop("$defs", {}))
+        choices.append({**choice, "required": ["name", *choice.get("required", [])]})
+    return choices
 
 
 Config = TypeVar("Config", bound=Section)

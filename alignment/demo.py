@@ -6,7 +6,6 @@ It does what a user would do, with the commands that a user would type: `raylign
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import socket
 import statistics
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from alignment.errors import AlignmentError
+from alignment.rewards.rules import contains_keyword
 
 RECIPE = Path("configs/align/demo.yaml")
 QUESTIONS = Path("configs/data/short_answers.eval.jsonl")
@@ -106,11 +106,6 @@ def ask_all(url: str, questions: list[dict[str, Any]]) -> list[Exchange]:
         Exchange(prompt=question["prompt"], before=one, after=other)
         for question, one, other in zip(questions, before, after, strict=True)
     ]
-
-
-def contains_keyword(text: str, keywords: list[str]) -> bool:
-    """True if any keyword stands in the text as whole words, in any case."""
-    return any(re.search(rf"(?<!\w){re.escape(keyword)}(?!\w)", text, re.IGNORECASE) for keyword in keywords)
 
 
 def comparison(exchanges: list[Exchange]) -> dict[str, float]:

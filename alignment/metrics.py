@@ -15,6 +15,10 @@ from alignment.update import Metrics
 
 # What the line of a step shows, if it was measured: metric, name, format.
 SHOWN = (
+    ("reward", "reward", "+.3f"),
+    ("kl", "kl", ".3f"),
+    ("entropy", "entropy", ".2f"),
+    ("completions/mean_length", "tokens", ".0f"),
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", "+.3f"),
     ("rewards/accuracies", "accuracy", ".2f"),
@@ -22,6 +26,9 @@ SHOWN = (
     ("lr", "lr", ".1e"),
     ("perf/tokens_per_second", "tok/s", ".0f"),
     ("eval/loss", "| held out: loss", ".4f"),
+    ("eval/reward", "| held out: reward", "+.3f"),
+    ("eval/kl", "kl", ".3f"),
+    ("eval/length", "tokens", ".0f"),
     ("eval/rewards/margins", "margin", "+.3f"),
     ("eval/rewards/accuracies", "accuracy", ".2f"),
 )

@@ -43,12 +43,13 @@ def _compute(groups: list[Group], roles: Roles, config: RunConfig, world: World,
     with tqdm(
         total=len(mine), desc="reference", unit=" groups", disable=None if progress else True, leave=False
     ) as bar:
-        for cut in micro_batches(mine, max_tokens=config.optim.micro_batch_tokens):
-            batch = roles.annotate(pack(cut).to(world.device))
-            assert batch.reference_logprobs is not None
-            values = batch.reference_logprobs.cpu()[batch.branches.cpu() >= 0]
-            sizes = [sum(len(completion.tokens) for completion in group.completions) for group in cut]
-            found.update(zip((group.id for group in cut), torch.split(values, sizes), strict=True))
+        lengths = [group.num_tokens for group in mine]
+        for cut in micro_batches(range(len(mine)), lengths, max_tokens=config.optim.micro_batch_tokens):
+            groups_here = [mine[index] for index in cut]
+            batch = pack(groups_here).to(world.device)
+            values = roles.annotations(batch)["reference_logprobs"].cpu()[batch.branches.cpu() >= 0]
+            sizes = [sum(len(completion.tokens) for completion in group.completions) for group in groups_here]
+            found.update(zip((group.id for group in groups_here), torch.split(values, sizes), strict=True))
             bar.update(len(cut))
     everywhere = {name: values for part in world.gather(found) for name, values in part.items()}
     return torch.cat([everywhere[group.id] for group in groups])

@@ -1,19 +1,21 @@
-"""The loop: groups → reference → update → evaluation → checkpoint. Every worker runs it; alone it is the whole program.
+"""The loop: groups → update → evaluation → checkpoint. Every worker runs it; alone it is the whole program.
 
-GroupStream ─► take ─► train_step ─► report ─► evaluate ─► save
-                         ▲  Roles: actor, reference           │
-                         └──────── restore ◄──────────────────┘
+GroupStream ─► take ─► (Feed: draw, judge) ─► learn ─► (sync) ─► report ─► evaluate ─► save
+                         ▲                     ▲  Roles: actor, critic, reference     │
+                         │                     └────────────── restore ◄──────────────┘
+                      Generator, Rewards
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,35 +26,45 @@ from alignment.checkpoint import Progress
 from alignment.config import RunConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import Data, GroupReader, ListStream, load_data
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, GuardError
+from alignment.evaluate import Examination, prompt_text
+from alignment.guards import Guards
 from alignment.metrics import Reporter
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.reference import precompute
-from alignment.rollout.local import greedy
-from alignment.types import Group
-from alignment.update import Metrics, evaluate, learning_rate, train_step
+from alignment.rewards import Rewards
+from alignment.rollout import Generator
+from alignment.rollout.feed import Feed, Step, together
+from alignment.rollout.local import LocalGenerator, greedy
+from alignment.types import Group, Role
+from alignment.update import Metrics, Pace, evaluate, learn, learning_rate
 
-SUMMARY = "summary.json"
+SUMMARY, SAMPLES = "summary.json", "samples.jsonl"
+LEDGER = "ledger.jsonl"
+"""File of a run that says, for every step, which prompts were answered by which weights and learned from."""
 
 
-def train(config: RunConfig, world: World, reporter: Reporter) -> Metrics:
+def train(config: RunConfig, world: World, reporter: Reporter, generator: Generator | None = None) -> Metrics:
     """Runs a configuration to its end, from its newest intact checkpoint if it has one.
 
     Everything is written below `config.folder`. Returns the figures that `summary.json` keeps too; none if the run was
     finished already.
 
+    Args:
+        generator: engines that answer prompts, for an algorithm that needs them; None samples from the model itself.
+
     Raises:
         AlignmentError: any of its kinds; the text is for the person who started the run.
     """
     with _only_run(config.folder) if world.is_main else contextlib.nullcontext():
-        return _Run(config, world, reporter).to_the_end()
+        return _Run(config, world, reporter, generator).to_the_end()
 
 
 class _Run:
     """One training run between its first and its last step."""
 
-    def __init__(self, config: RunConfig, world: World, reporter: Reporter) -> None:
+    def __init__(self, config: RunConfig, world: World, reporter: Reporter, generator: Generator | None) -> None:
         self.config = config
         self.world = world
         self.reporter = reporter
@@ -64,6 +76,21 @@ class _Run:
         reporter.note(f"data: {self.data.report}")
         if self.roles.reference == "precomputed":
             self._precompute_reference()
+        self.generator = generator or LocalGenerator(self.roles.actor)
+        self.judges = Rewards(config.judges, world.device)
+        self.guards = Guards(config.guards, judges=self.judges.names)
+        self.roll_backs = 0
+        self.feed: Feed | None = None
+        if self.algorithm.samples:
+            self.feed = Feed(
+                config,
+                self.algorithm,
+                self.data.train,
+                self.roles.actor,
+                self.generator,
+                Rewards(config.rewards, world.device),
+                world,
+            )
 
     def to_the_end(self) -> Metrics:
         config, reporter = self.config, self.reporter
@@ -76,41 +103,131 @@ class _Run:
             reporter.note(f"{config.folder} is finished: all {self.steps} steps are done. More steps, or another name?")
             return {}
         reporter.note(f"resuming after step {progress.step}" if progress.step else f"starting {self.steps} steps")
-        reporter.begin(progress.step, self.steps)
-        self.data.train.position = progress.position
+        self._begin(progress)
         if progress.step == 0:
-            if before := self._evaluate():
-                reporter.report(0, before)
-            self._sample(0)
-        started = time.perf_counter()
-        for step in range(progress.step + 1, self.steps + 1):
-            self._step(step)
-        summary = self._summarise(self.steps - progress.step, time.perf_counter() - started)
+            self._first(progress)
+        started, first = time.perf_counter(), progress.step
+        while progress.step < self.steps:
+            progress = self._step(progress)
+        summary = self._summarise(self.steps - first, time.perf_counter() - started)
         self._sample(self.steps)
         reporter.close()
         reporter.note(f"done. raylign serve {config.folder} puts it behind an endpoint")
         return summary
 
-    def _step(self, step: int) -> None:
-        config, started = self.config, time.perf_counter()
-        groups = self.data.train.take(config.groups_per_step)
-        lr = learning_rate(config.optim, step - 1, self.steps)
-        metrics = train_step(self.roles, self.algorithm, groups, config.optim, self.world, lr=lr)
+    def _begin(self, progress: Progress) -> None:
+        """Makes everything stand where `progress` says: cursor, reports, engines."""
+        self.reporter.begin(progress.step, self.steps)
+        self.data.train.position = progress.position
+        if self.world.is_main:
+            _keep_steps(self.config.folder / SAMPLES, progress.step if progress.step else -1)
+        if self.feed is not None:
+            if self.world.is_main:
+                _keep_steps(self.config.folder / LEDGER, progress.step)
+            self._sync(progress.step)
+
+    def _first(self, progress: Progress) -> None:
+        if before := self._evaluate(0):
+            self.reporter.report(0, before)
+            self.guards.watch(before)
+        self._sample(0)
+        if self.config.guards.action == "roll_back":
+            self._save(progress)
+
+    def _step(self, progress: Progress) -> Progress:
+        """Runs the step after `progress`; returns where the run stands then: further back, after a roll-back."""
+        config, started, step = self.config, time.perf_counter(), progress.step + 1
+        taken = self._take(step)
+        metrics = taken.metrics | self._learn(step, taken.groups, progress.kl_coefficient)
+        if self.feed is not None:
+            metrics["perf/sync_seconds"] = self._sync(step)
         seconds = time.perf_counter() - started
         metrics |= {"perf/seconds": seconds, "perf/tokens_per_second": metrics["num_tokens"] / seconds}
         if _is_due(step, config.evaluate.every, self.steps):
-            metrics |= self._evaluate()
+            metrics |= self._evaluate(step)
         # Reported before it is saved: a checkpoint never knows of a step that the metrics lack.
         self.reporter.report(step, metrics)
+        if (trouble := self.guards.watch(metrics)) and (back := self._act_on(trouble, step, taken.position)):
+            return back
+        if self.feed is not None and self.world.is_main:
+            _append(config.folder / LEDGER, _entry(step, taken))
+        progress = Progress(
+            step=step,
+            position=taken.position,
+            kl_coefficient=self.algorithm.next_kl_coefficient(
+                progress.kl_coefficient, kl=metrics.get("kl", 0.0), completions=_num_completions(taken.groups)
+            ),
+        )
         if _is_due(step, config.checkpoint.every, self.steps):
-            progress = Progress(step=step, position=self.data.train.position)
-            checkpoint.save(config, self.roles, progress, data=self.data.fingerprint, world=self.world)
+            self._save(progress)
+        return progress
 
-    def _evaluate(self) -> Metrics:
+    def _take(self, step: int) -> Step:
+        if self.feed is not None:
+            return self.feed.take(more=self.steps - step)
+        groups = self.data.train.take(self.config.groups_per_step)
+        return Step(groups=groups, position=self.data.train.position, metrics={})
+
+    def _learn(self, step: int, groups: list[Group], kl_coefficient: float) -> Metrics:
+        config, started = self.config, time.perf_counter()
+        lr: dict[Role, float] = {}
+        if step > config.critic.warmup_steps or self.roles.critic is None:
+            lr["actor"] = learning_rate(config.optim, step - 1, self.steps)
+        if self.roles.critic is not None:
+            scale = (config.critic.lr or config.optim.lr) / config.optim.lr
+            lr["critic"] = scale * learning_rate(config.optim, step - 1, self.steps)
+        pace = Pace(lr=lr, kl_coefficient=kl_coefficient, seed=config.seed + step)
+        metrics = learn(self.roles, self.algorithm, groups, config.optim, self.world, pace)
+        if self.feed is not None:
+            metrics |= {"kl_coefficient": kl_coefficient, "perf/update_seconds": time.perf_counter() - started}
+        return metrics
+
+    def _sync(self, version: int) -> float:
+        """Brings the weights into the engines; returns the seconds that it took."""
+        started = time.perf_counter()
+        together(lambda: self.generator.load(self.roles.weights(version)), self.world)
+        return time.perf_counter() - started
+
+    def _act_on(self, trouble: list[str], step: int, position: int) -> Progress | None:
+        """Warns, stops the run, or returns to the newest checkpoint, with the prompts from `position` on."""
+        guards, text = self.config.guards, f"step {step}: " + "; ".join(trouble)
+        if guards.action == "warn":
+            self.reporter.note(f"WARNING, {text}")
+            return None
+        if guards.action == "stop" or self.roll_backs == guards.max_roll_backs:
+            raise GuardError(text if guards.action == "stop" else f"{text}, after {self.roll_backs} roll-backs")
+        self.roll_backs += 1
+        if self.feed is not None:
+            self.feed.forget()
+        back = checkpoint.restore(self.config, self.roles, data=self.data.fingerprint, world=self.world)
+        back = dataclasses.replace(back, position=position)
+        self.reporter.note(f"{text}. Rolling back to step {back.step}, going on with the prompts that come next")
+        self.guards.forget()
+        self._begin(back)
+        return back
+
+    def _save(self, progress: Progress) -> None:
+        checkpoint.save(self.config, self.roles, progress, data=self.data.fingerprint, world=self.world)
+
+    def _evaluate(self, step: int) -> Metrics:
+        """Figures on what is held out, by names that begin with `eval/`."""
         if not self.data.eval:
             return {}
-        metrics = evaluate(self.roles, self.algorithm, self.data.eval, self.config.optim, self.world)
+        if self.feed is None:
+            metrics = evaluate(self.roles, self.algorithm, self.data.eval, self.config.optim, self.world)
+            self.roles.remember(metrics)
+        else:
+            metrics = self._answered(step)
         return {f"eval/{name}": value for name, value in metrics.items()}
+
+    def _answered(self, step: int) -> Metrics:
+        """Has the held-out prompts answered and judged, and keeps some of the answers."""
+        assert self.feed is not None
+        answers = Examination(self.data.eval, self.feed, self.judges, self.roles, self.config.optim, self.world)
+        if self.world.is_main:
+            for row in answers.rows(step, self.config.evaluate.samples):
+                _append(self.config.folder / SAMPLES, row)
+        return answers.metrics()
 
     def _load_data(self) -> Data:
         config, model = self.config, self.roles.actor
@@ -136,17 +253,16 @@ class _Run:
         self.data.eval[:] = known[len(visited) :]
 
     def _sample(self, step: int) -> None:
-        """Answers some held-out prompts and keeps prompt and answer."""
+        """Answers some held-out prompts and keeps prompt and answer; the feed's evaluation does so by itself."""
         groups = self.data.eval[: self.config.evaluate.samples]
-        if not groups or not self.world.is_main:
+        if not groups or not self.world.is_main or self.feed is not None or self.algorithm.head == "score":
             return
         prompts = [group.prompt_tokens for group in groups]
         answers = greedy(self.roles.actor, prompts, max_tokens=self.config.evaluate.sample_tokens)
         decode = self.roles.actor.tokenizer.decode
-        with (self.config.folder / "samples.jsonl").open("a" if step else "w", encoding="utf-8") as file:
-            for group, answer in zip(groups, answers, strict=True):
-                sample = {"step": step, "prompt": _text(group), "tokens": len(answer), "answer": decode(answer)}
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        for group, answer in zip(groups, answers, strict=True):
+            sample = {"step": step, "prompt": prompt_text(group), "tokens": len(answer), "answer": decode(answer)}
+            _append(self.config.folder / SAMPLES, sample)
 
     def _summarise(self, steps_done: int, seconds: float) -> Metrics:
         """Figures of the part of the run that this process did."""
@@ -184,5 +300,26 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def _text(group: Group) -> str:
-    return group.prompt if isinstance(group.prompt, str) else "\n".join(turn.content for turn in group.prompt)
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _keep_steps(file: Path, step: int) -> None:
+    """Leaves out of a file of rows those of later steps than `step`, which are done anew."""
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    unfinished = file.with_suffix(".unfinished")
+    whole = [row for row in rows if row.endswith("\n")]  # the last may be torn, if the process died
+    unfinished.write_text("".join(row for row in whole if json.loads(row)["step"] <= step), encoding="utf-8")
+    unfinished.rename(file)
+
+
+def _entry(step: int, taken: Step) -> dict[str, Any]:
+    """The ledger's row of a step."""
+    versions = sorted({completion.version or 0 for group in taken.groups for completion in group.completions})
+    prompts = [group.id for group in taken.groups]
+    return {"step": step, "position": taken.position, "versions": versions, "prompts": prompts}
+
+
+def _num_completions(groups: list[Group]) -> int:
+    return sum(len(group.completions) for group in groups)

@@ -1,63 +1,113 @@
-"""One optimizer step: micro-batches, gradients and metrics, all divided by the counts of the whole global batch."""
+"""Learning from one step's groups: what is known before, micro-batches, gradients, and metrics by global counts."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from alignment.algorithms import Algorithm
 from alignment.config import OptimConfig
 from alignment.data.packing import micro_batches, pack, share
 from alignment.errors import DivergenceError
-from alignment.models.forward import outputs
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
-from alignment.types import Batch, Group, Loss, Unit
+from alignment.types import Batch, Group, Loss, Role, Unit
 
 UNITS: tuple[Unit, ...] = ("token", "completion", "pair")
 
 Metrics = dict[str, float]
 
 
-def train_step(
-    roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World, *, lr: float
-) -> Metrics:
-    """Learns from the groups of one step; `groups` is the whole global batch on every worker.
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What changes from step to step in how a run learns."""
 
-    Neither the cut into micro-batches nor the number of workers changes the gradient, because every term is divided
-    by its global count and only then differentiated.
+    lr: dict[Role, float]
+    """Learning rate of each trained role; a role that is missing does not learn."""
+    kl_coefficient: float = 0.0
+    """Price of a nat of divergence from the reference."""
+    seed: int = 0
+    """Of the order in which minibatches are drawn."""
+
+
+def learn(
+    roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World, pace: Pace
+) -> Metrics:
+    """Learns from the groups of one step, in as many epochs and minibatches as the algorithm takes.
+
+    `groups` is the whole global batch on every worker. Neither the cut into micro-batches nor the number of workers
+    changes a gradient, because every term is divided by its global count and only then differentiated.
+
+    Returns:
+        The means of the metrics over all updates.
 
     Raises:
-        DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`. The weights are unchanged.
+        DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`. That update changed nothing.
     """
-    batches = _my_batches(groups, optim, world)
-    totals = _Totals(batches, world)
-    roles.actor.module.train()
-    for batch in batches:
-        loss = algorithm.loss(batch := roles.annotate(batch), outputs(roles.actor, batch))
-        roles.trained.backward(totals.add(loss))
-    metrics = totals.reduce()
-    norm = roles.trained.step(lr) if math.isfinite(metrics["loss"]) else roles.trained.discard()
-    skipped = not math.isfinite(norm)
-    if skipped and optim.on_nonfinite == "fail":
-        raise DivergenceError(
-            f"loss {metrics['loss']} and gradient norm {norm} are not both finite, in a step on {groups[0].id} and "
-            f"{len(groups) - 1} other groups; a lower optim.lr or optim.max_grad_norm may help"
-        )
-    num_tokens = sum(group.num_tokens for group in groups)
-    return {**metrics, "grad_norm": norm, "lr": lr, "num_tokens": float(num_tokens), "skipped": float(skipped)}
+    batch = annotated(roles, groups, optim, world)
+    batch = algorithm.prepare(dataclasses.replace(batch, kl_coefficient=pace.kl_coefficient))
+    updates = [
+        _update(roles, algorithm, batch.cut(part), optim, world, pace.lr)
+        for part in _minibatches(len(groups), algorithm, pace.seed)
+    ]
+    names = {name for update in updates for name in update}
+    means = {name: [update[name] for update in updates if name in update] for name in names}
+    return {
+        **{name: math.fsum(found) / len(found) for name, found in means.items()},
+        **_divergence(batch),
+        "lr": pace.lr.get("actor", 0.0),
+        "num_tokens": float(sum(group.num_tokens for group in groups)),
+    }
 
 
 @torch.no_grad()
 def evaluate(roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World) -> Metrics:
     """Loss and metrics of the actor as it is, on groups that every worker knows whole."""
-    batches = _my_batches(groups, optim, world)
-    totals = _Totals(batches, world)
-    roles.actor.module.eval()
-    for batch in batches:
-        totals.add(algorithm.loss(batch := roles.annotate(batch), outputs(roles.actor, batch)))
+    roles.train(False)
+    batch = algorithm.prepare(annotated(roles, groups, optim, world))
+    totals = _Totals(batch, world)
+    for one in _passes(batch, roles, optim, world):
+        loss = algorithm.loss(one.batch, roles.outputs(one.batch))
+        if one.counts:
+            totals.add(loss)
     return totals.reduce()
+
+
+def annotated(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Batch:
+    """The packed global batch with all that must be known before the first update; the same on every worker."""
+    batch = pack(groups).to(world.device)
+    known: dict[str, Tensor] = defaultdict(lambda: torch.zeros(batch.tokens.shape, device=world.device))
+    for one in _passes(batch, roles, optim, world):
+        for name, values in roles.annotations(one.batch).items():
+            if one.counts:
+                known[name][one.tokens] = values
+    # A worker without groups of its own knows no names, but takes part in the sums.
+    for name in sorted(set().union(*world.gather(set(known)))):
+        world.sum(known[name])
+    return Batch(**{**vars(batch), **known})
+
+
+def _divergence(batch: Batch) -> Metrics:
+    """How far the policy that answered was from the reference, in nats per completion; empty if it is not known."""
+    policy = batch.sampled_logprobs if batch.old_logprobs is None else batch.old_logprobs
+    if policy is None or batch.reference_logprobs is None:
+        return {}
+    return {"kl": float(batch.per_completion(policy - batch.reference_logprobs).mean())}
+
+
+def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> list[float]:
+    """Σ log π − log π_ref (nats) of every completion that the actor has drawn; empty without a reference."""
+    if roles.reference == "none":
+        return []
+    batch = annotated(roles, groups, optim, world)
+    assert batch.sampled_logprobs is not None and batch.reference_logprobs is not None
+    return batch.per_completion(batch.sampled_logprobs - batch.reference_logprobs).tolist()
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -78,34 +128,107 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * max(optim.min_lr_ratio, optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """One forward pass of this worker."""
+
+    batch: Batch
+    tokens: Tensor
+    """[t] int64 where its tokens stand in the global batch."""
+    counts: bool
+    """False if it only keeps this worker in step with the others."""
+
+
+def _passes(batch: Batch, roles: Roles, optim: OptimConfig, world: World) -> Iterator[_Pass]:
+    """This worker's share of a batch, in forward passes."""
+    lengths = torch.bincount(batch.groups).tolist()
+    shares = [share(lengths, rank=rank, size=world.size) for rank in range(world.size)]
+    cuts = [micro_batches(mine, lengths, max_tokens=optim.micro_batch_tokens) for mine in shares]
+    own = cuts[world.rank]
+    idle = max(map(len, cuts)) - len(own) if roles.in_lockstep else 0
+    for groups in own:
+        yield _Pass(batch=batch.cut(groups), tokens=batch.tokens_of(groups), counts=True)
+    shortest = [lengths.index(min(lengths))]
+    for _ in range(idle):
+        yield _Pass(batch=batch.cut(shortest), tokens=batch.tokens_of(shortest), counts=False)
+
+
+def _update(
+    roles: Roles, algorithm: Algorithm, batch: Batch, optim: OptimConfig, world: World, lr: dict[Role, float]
+) -> Metrics:
+    """One optimizer step on a prepared batch, which is the same on every worker."""
+    totals = _Totals(batch, world)
+    roles.train()
+    for one in _passes(batch, roles, optim, world):
+        loss = algorithm.loss(one.batch, roles.outputs(one.batch))
+        _backward(roles, totals.add(loss) if one.counts else _nothing(loss))
+    metrics = totals.reduce()
+    finite = math.isfinite(metrics["loss"])
+    norms = {
+        role: trained.step(lr[role]) if finite and role in lr else trained.discard()
+        for role, trained in roles.trained_by_role.items()
+    }
+    skipped = any(not math.isfinite(norms[role]) for role in lr)
+    if skipped and optim.on_nonfinite == "fail":
+        raise DivergenceError(
+            f"loss {metrics['loss']} and gradient norm {norms['actor']} are not both finite, in a step on "
+            f"{batch.group_ids[0]} and {len(batch.group_ids) - 1} other groups; a lower optim.lr or "
+            "optim.max_grad_norm may help"
+        )
+    named = {"grad_norm" if role == "actor" else f"grad_norm_{role}": norms[role] for role in lr}
+    return {**metrics, **named, "skipped": float(skipped)}
+
+
+def _backward(roles: Roles, losses: dict[Role, Tensor]) -> None:
+    """Differentiates each role's loss; a critic on the actor's trunk shares the actor's graph."""
+    if roles.critic is not None and roles.critic.model is None:
+        losses = {"actor": torch.stack(list(losses.values())).sum()}
+    for role, loss in losses.items():
+        roles.trained_by_role[role].backward(loss)
+
+
+def _nothing(loss: Loss) -> dict[Role, Tensor]:
+    return {term.trains: 0.0 * term.values.sum() for term in loss.terms}
+
+
+def _minibatches(num_groups: int, algorithm: Algorithm, seed: int) -> Iterator[list[int]]:
+    """The groups of each optimizer step, in the order of the data where there is one step only."""
+    if algorithm.epochs == algorithm.minibatches == 1:
+        yield list(range(num_groups))
+        return
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(algorithm.epochs):
+        shuffled = torch.randperm(num_groups, generator=order).tolist()
+        count = min(algorithm.minibatches, num_groups)
+        yield from (sorted(shuffled[part::count]) for part in range(count))
+
+
 class _Totals:
     """Sums of losses and metrics over the micro-batches of all workers, and the global counts that divide them."""
 
-    def __init__(self, batches: list[Batch], world: World) -> None:
+    def __init__(self, batch: Batch, world: World) -> None:
         self.world = world
-        counts = [float(sum(batch.count(unit) for batch in batches)) for unit in UNITS]
-        counts = world.sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
-        self.counts = dict(zip(UNITS, counts, strict=True))
-        self.sums: dict[str, float] = {}
+        self.counts = {unit: max(1, batch.count(unit)) for unit in UNITS}
+        self.loss = 0.0
+        self.sums: dict[str, float] = defaultdict(float)
+        self.numbers: dict[str, float] = defaultdict(float)
 
-    def add(self, loss: Loss) -> torch.Tensor:
-        """Adds one micro-batch; returns its share of the global mean loss, to be differentiated."""
-        total = torch.stack([term.values.sum() / self.counts[term.unit] for term in loss.terms]).sum()
-        self._count("loss", float(total.detach()))
-        for name, metric in loss.metrics.items():
-            self._count(name, float(metric.values.sum()) / self.counts[metric.unit])
-        return total
+    def add(self, loss: Loss) -> dict[Role, Tensor]:
+        """Adds one micro-batch; returns its share of each role's global mean loss, to be differentiated."""
+        shares: dict[Role, list[Tensor]] = defaultdict(list)
+        for term in loss.terms:
+            shares[term.trains].append(term.values.sum() / self.counts[term.unit])
+        losses = {role: torch.stack(parts).sum() for role, parts in shares.items()}
+        self.loss += sum(float(value.detach()) for value in losses.values())
+        for name, values in loss.metrics.items():
+            self.sums[name] += float(values.sum())
+            self.numbers[name] += values.numel()
+        return losses
 
     def reduce(self) -> Metrics:
-        """Means over the global batch, the same on every worker."""
+        """The loss, and each metric's mean over the global batch, the same on every worker."""
         names = sorted(set().union(*self.world.gather(set(self.sums))))
-        sums = torch.tensor([self.sums.get(name, 0.0) for name in names], dtype=torch.float64, device=self.world.device)
-        return dict(zip(names, self.world.sum(sums).tolist(), strict=True))
-
-    def _count(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
-
-
-def _my_batches(groups: list[Group], optim: OptimConfig, world: World) -> list[Batch]:
-    mine = share(groups, rank=world.rank, size=world.size)
-    return [pack(cut).to(world.device) for cut in micro_batches(mine, max_tokens=optim.micro_batch_tokens)]
+        found = [[self.sums[name], self.numbers[name]] for name in names] + [[self.loss, 1.0]]
+        totals = self.world.sum(torch.tensor(found, dtype=torch.float64, device=self.world.device)).tolist()
+        means = {name: total / count for name, (total, count) in zip(names, totals, strict=False) if count}
+        return {"loss": totals[-1][0], **means}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from alignment.config import Count, PositiveCount, RunConfig, Section, load_config
+from alignment.config import Count, NonNegative, PositiveCount, RunConfig, Section, load_config
 
 
 class ClusterConfig(Section):
@@ -19,6 +19,13 @@ class ClusterConfig(Section):
     """CPU cores of each worker, which are also its torch threads."""
     gpus_per_worker: Count = 0
     """GPUs of each worker: 1 trains on CUDA, 0 on the CPU."""
+    engines: PositiveCount = 1
+    """vLLM engines that answer prompts, for algorithms that learn from the model's own answers. Without Ray (`workers`
+    0) there is one, beside the loop."""
+    cpus_per_engine: NonNegative = 0.0
+    """CPU cores that each engine is counted with; 0 shares those of the workers, which wait while it answers."""
+    gpus_per_engine: NonNegative = 0.0
+    """GPUs that each engine is counted with: `rollout.tensor_parallel` of its own, or a fraction of a worker's."""
     max_failures: Count = 2
     """Times that Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 never."""
     autoscaling: bool = False

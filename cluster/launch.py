@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +19,11 @@ from alignment.config import json_schema
 from alignment.errors import ClusterError
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, plan
+
+if TYPE_CHECKING:
+    from alignment.rollout import Generator
+    from alignment.rollout.vllm import EngineSettings
+    from cluster.engines import Engines
 
 
 def train(
@@ -57,7 +64,30 @@ def _run_here(config: ClusterRunConfig) -> None:
     from alignment.train import train as loop
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loop(config, World(device=device), FileReporter(config.folder))
+    with _engine_here(config) as generator:
+        loop(config, World(device=device), FileReporter(config.folder), generator)
+
+
+@contextlib.contextmanager
+def _engine_here(config: ClusterRunConfig) -> Iterator[Generator | None]:
+    """One vLLM engine beside the loop, started by this process, if the run wants one."""
+    if not config.wants_engines:
+        yield None
+        return
+    import torch
+
+    from alignment.rollout.vllm import local_generator
+
+    print("rollout: starting a vLLM engine …", flush=True)
+    with contextlib.closing(local_generator(_engine_settings(config, gpu=torch.cuda.is_available()))) as generator:
+        yield generator
+
+
+def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> EngineSettings:
+    from alignment.rollout.vllm import EngineSettings
+
+    device: Literal["cpu", "cuda"] = "cuda" if gpu else "cpu"
+    return EngineSettings.of(config.model, config.rollout, max_length=config.data.max_length, device=device)
 
 
 def _run_on_ray(config: ClusterRunConfig) -> None:
@@ -65,14 +95,29 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
     import ray
 
     try:
-        wanted = plan(config.cluster)
+        wanted = plan(config)
         if not config.cluster.autoscaling:
             check_fits(wanted, available=ray.cluster_resources())
         print(f"cluster: starting {wanted.sentence} …", flush=True)
-        _fit(config, wanted)
+        with _engines_on_ray(config, wanted) as engines:
+            _fit(config, wanted, engines)
     finally:
         if joined:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _engines_on_ray(config: ClusterRunConfig, wanted: Plan) -> Iterator[Engines | None]:
+    """The run's engines, which outlive workers that are restarted; None if it wants none."""
+    if not wanted.engines:
+        yield None
+        return
+    from cluster.engines import running_engines
+
+    settings = _engine_settings(config, gpu=config.cluster.gpus_per_engine > 0)
+    cpus, gpus = config.cluster.cpus_per_engine, config.cluster.gpus_per_engine
+    with running_engines(settings, count=wanted.engines, cpus=cpus, gpus=gpus) as engines:
+        yield engines
 
 
 def start_ray(address: str | None) -> bool:
@@ -118,7 +163,7 @@ def _start_ray_here() -> None:
             del os.environ[name]
 
 
-def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
+def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -130,7 +175,12 @@ def _fit(config: ClusterRunConfig, wanted: Plan) -> None:
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"config": config.model_dump_json(), "folder": os.getcwd(), "bar": sys.stdout.isatty()},
+        train_loop_config={
+            "config": config.model_dump_json(),
+            "folder": os.getcwd(),
+            "bar": sys.stdout.isatty(),
+            "engines": engines,
+        },
         scaling_config=ScalingConfig(
             num_workers=wanted.workers,
             use_gpu=config.cluster.gpus_per_worker > 0,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from alignment.config import RunConfig
 from alignment.errors import AlignmentError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
+
+if TYPE_CHECKING:
+    from alignment.models.parallel import World
+    from alignment.rollout import Generator
+    from cluster.engines import Engines
 
 
 class _NoBar:
@@ -62,7 +70,7 @@ def run(settings: dict[str, Any]) -> None:
 
     Args:
         settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean; `bar`,
-            whether its output can show a progress bar.
+            whether its output can show a progress bar; `engines`, where the run's engines are, if it has any.
     """
     import ray.train
     import ray.train.torch
@@ -86,6 +94,19 @@ def run(settings: dict[str, Any]) -> None:
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())
     inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
     try:
-        train(config, world, RayReporter(inner))
+        with _attached(settings["engines"], config, world) as generator:
+            train(config, world, RayReporter(inner), generator)
     except AlignmentError as error:
         failure.write_text(json.dumps({"kind": type(error).__name__, "text": str(error)}))
+
+
+@contextlib.contextmanager
+def _attached(engines: Engines | None, config: RunConfig, world: World) -> Iterator[Generator | None]:
+    """The run's engines as the loop sees them."""
+    if engines is None:
+        yield None
+        return
+    from cluster.engines import attach
+
+    with contextlib.closing(attach(engines, config, world)) as generator:
+        yield generator

@@ -63,7 +63,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,  # 16 per head, the least that flex_attention takes
+        hidden_size=64,
+        head_dim=32,  # the least that vLLM takes on a CPU
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from alignment.config import AlgorithmConfig
 from alignment.types import Batch, Group, Loss, Outputs
 
 
 class Algorithm(AlgorithmConfig):
-    """A frozen set of hyper-parameters, and two pure methods.
+    """A frozen set of hyper-parameters, and pure methods.
 
     A new algorithm is one file in this folder with a subclass of this, named by `ALGORITHM`, and one recipe.
     """
+
+    head: ClassVar[Literal["language", "score"]] = "language"
+    """What is trained: a language model, or a model that gives every completion a score."""
+    tempered: ClassVar[bool] = False
+    """True if log-probabilities are those at the sampling temperature."""
+    needs_critic: ClassVar[bool] = False
+    """True if it has a value model."""
+
+    @property
+    def epochs(self) -> int:
+        """How often each step's groups are learned from."""
+        return 1
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps that each of those epochs is cut into, by groups."""
+        return 1
+
+    @property
+    def needs_old(self) -> bool:
+        """True if log-probabilities under the actor are wanted before the first update."""
+        return False
+
+    @property
+    def wants_entropy(self) -> bool:
+        """True if the entropy of every distribution is wanted."""
+        return False
 
     @abstractmethod
     def select(self, group: Group) -> Group:
@@ -23,9 +50,32 @@ class Algorithm(AlgorithmConfig):
             DataError: the group has nothing for this algorithm; the text says what is missing.
         """
 
+    def is_informative(self, group: Group) -> bool:
+        """Whether a scored group of the model's own answers teaches anything; others are replaced by new prompts."""
+        return True
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Sees the whole global batch of a step, annotated, before the first update: rewards become advantages."""
+        return batch
+
     @abstractmethod
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
         """Loss of one micro-batch: unreduced terms with their unit, and metrics."""
+
+    def next_kl_coefficient(self, now: float, *, kl: float, completions: int) -> float:
+        """The price of divergence in the next step, from what was measured in this one.
+
+        Args:
+            now: the price in this step.
+            kl: mean divergence from the reference, in nats per completion.
+            completions: how many it was measured on.
+        """
+        return now
+
+    @property
+    def first_kl_coefficient(self) -> float:
+        """The price of divergence in the first step."""
+        return 0.0
 
 
 class ReferencedAlgorithm(Algorithm):

@@ -36,21 +36,16 @@ class DPO(ReferencedAlgorithm):
         logps = batch.per_completion(outputs.logprobs)
         logratios = logps - batch.per_completion(batch.reference_logprobs)
         rewards = self.beta * logratios.detach()
-
-        def per_pair(values: Tensor) -> Term:
-            return Term(values=values.detach().float(), unit="pair")
-
+        margins = rewards[better] - rewards[worse]
         return Loss(
             terms=(Term(values=self._loss(batch, logratios), unit="pair"),),
             metrics={
-                "rewards/chosen": per_pair(rewards[better]),
-                "rewards/rejected": per_pair(rewards[worse]),
-                "rewards/margins": per_pair(rewards[better] - rewards[worse]),
-                "rewards/accuracies": per_pair(
-                    (rewards[better] - rewards[worse]).sign() / 2 + 0.5
-                ),  # a tie is half right
-                "logps/chosen": per_pair(logps[better]),
-                "logps/rejected": per_pair(logps[worse]),
+                "rewards/chosen": rewards[better],
+                "rewards/rejected": rewards[worse],
+                "rewards/margins": margins,
+                "rewards/accuracies": margins.sign() / 2 + 0.5,  # a tie is half right
+                "logps/chosen": logps[better].detach(),
+                "logps/rejected": logps[worse].detach(),
             },
         )
 

@@ -24,7 +24,7 @@ class SFT(Algorithm):
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
         nll = Term(values=-outputs.logprobs[batch.learned], unit="token")
-        return Loss(terms=(nll,), metrics={"nll": Term(values=nll.values.detach(), unit="token")})
+        return Loss(terms=(nll,), metrics={"nll": nll.values.detach()})
 
 
 ALGORITHM = SFT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -23,7 +24,9 @@ def pack(groups: list[Group]) -> Batch:
     learned: list[bool] = []
     rewards: list[float] = []
     pairs: list[tuple[int, int]] = []
+    truncated: list[bool] = []
     references: list[float] = []
+    sampled: list[float] = []
 
     for number, group in enumerate(groups):
         length = len(group.prompt_tokens)
@@ -34,6 +37,7 @@ def pack(groups: list[Group]) -> Batch:
         parents += [-1] * length
         learned += [False] * length
         references += [0.0] * length
+        sampled += [0.0] * length
         last_of_prompt = len(tokens) - 1
         for completion in group.completions:
             start = len(tokens)
@@ -43,11 +47,15 @@ def pack(groups: list[Group]) -> Batch:
             parents += [last_of_prompt, *range(start, len(tokens) - 1)]
             learned += completion.learned
             rewards.append(math.nan if completion.reward is None else completion.reward)
+            truncated.append(completion.truncated)
             references += completion.reference_logprobs or [0.0] * len(completion.tokens)
+            sampled += completion.sampled_logprobs or [0.0] * len(completion.tokens)
         group_of += [number] * (len(tokens) - len(group_of))
         pairs += [(first_completion + better, first_completion + worse) for better, worse in group.pairs]
 
-    known = bool(groups) and all(c.reference_logprobs is not None for group in groups for c in group.completions)
+    completions = [completion for group in groups for completion in group.completions]
+    referenced = bool(groups) and all(completion.reference_logprobs is not None for completion in completions)
+    ours = bool(completions) and all(completion.sampled_logprobs is not None for completion in completions)
     return Batch(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
@@ -57,39 +65,41 @@ def pack(groups: list[Group]) -> Batch:
         learned=torch.tensor(learned),
         rewards=torch.tensor(rewards),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        reference_logprobs=torch.tensor(references) if known else None,
+        truncated=torch.tensor(truncated, dtype=torch.bool),
+        reference_logprobs=torch.tensor(references) if referenced else None,
+        sampled_logprobs=torch.tensor(sampled) if ours else None,
         group_ids=tuple(group.id for group in groups),
     )
 
 
-def share(groups: list[Group], *, rank: int, size: int) -> list[Group]:
-    """The groups of one of `size` workers, chosen so that all have about the same number of tokens.
+def share(lengths: Sequence[int], *, rank: int, size: int) -> list[int]:
+    """Indices of one of `size` workers' groups, chosen so that all have about the same number of tokens.
 
     Every worker computes the same division: longest group first, each to the worker with the fewest tokens so far.
     """
     loads = [0] * size
     mine = []
-    for index in sorted(range(len(groups)), key=lambda i: -groups[i].num_tokens):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         worker = loads.index(min(loads))
-        loads[worker] += groups[index].num_tokens
+        loads[worker] += lengths[index]
         if worker == rank:
             mine.append(index)
-    return [groups[index] for index in sorted(mine)]
+    return sorted(mine)
 
 
-def micro_batches(groups: list[Group], *, max_tokens: int) -> list[list[Group]]:
-    """Cuts a step's groups into forward passes of at most `max_tokens` tokens; a longer group goes alone.
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Cuts groups, given by index, into forward passes of at most `max_tokens` tokens; a longer group goes alone.
 
     First fit by falling length, so that few passes are needed and those are about equally full.
     """
-    passes: list[list[Group]] = []
+    passes: list[list[int]] = []
     loads: list[int] = []
-    for group in sorted(groups, key=lambda group: -group.num_tokens):
-        fitting = (index for index, load in enumerate(loads) if load + group.num_tokens <= max_tokens)
-        index = next(fitting, len(passes))
-        if index == len(passes):
+    for index in sorted(indices, key=lambda i: -lengths[i]):
+        fitting = (number for number, load in enumerate(loads) if load + lengths[index] <= max_tokens)
+        number = next(fitting, len(passes))
+        if number == len(passes):
             passes.append([])
             loads.append(0)
-        passes[index].append(group)
-        loads[index] += group.num_tokens
+        passes[number].append(index)
+        loads[number] += lengths[index]
     return passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import string
 from typing import Any
@@ -21,7 +22,7 @@ Prompt = str | tuple[Message, ...]
 
 
 def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
-    """Reads one row in whichever shape it has.
+    """Reads one row in whichever shape it has, with the columns that `keep` names beside it.
 
     Shapes, by the fields present (after `columns`): `chosen` + `rejected` with a prompt, as strings or message lists;
     the same without a prompt, as message lists or "\\n\\nHuman: … \\n\\nAssistant: …" transcripts that share their
@@ -31,6 +32,14 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     Raises:
         DataError: the row is unusable; the text says why, without the origin.
     """
+    for column in source.keep:
+        if column not in row:
+            raise DataError(f"column {column!r} (keep) is missing")
+    group = _shaped(row, origin, source)
+    return dataclasses.replace(group, columns={column: row[column] for column in source.keep})
+
+
+def _shaped(row: Row, origin: str, source: SourceConfig) -> Group:
     shape = _Shape(row, source)
     if shape.has("chosen") and shape.has("rejected"):
         prompt, texts = _preference(shape)

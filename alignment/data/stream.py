@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from tqdm import tqdm
@@ -229,7 +229,7 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
         return Data(train=live, num_train=None, eval=held_out, report="streaming")
     groups = _read_all(reader, data.sources, seed=seed, progress=progress)
     if data.eval is None and data.eval_groups:
-        groups, held_out = hold_out(groups, data.eval_groups, seed=seed)
+        groups, held_out = hold_out(groups, data.eval_groups, seed=seed, by=data.hold_out_by)
     if not groups:
         raise DataError(f"no usable group is left to train on: {reader.summary()}")
     train = ListStream(groups, seed=seed, shuffle=data.shuffle)
@@ -237,17 +237,23 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
     return Data(train=train, num_train=len(groups), eval=held_out, report=report)
 
 
-def hold_out(groups: list[Group], count: int, *, seed: int) -> tuple[list[Group], list[Group]]:
+def hold_out(
+    groups: list[Group], count: int, *, seed: int, by: Literal["prompt", "first_turn"] = "prompt"
+) -> tuple[list[Group], list[Group]]:
     """Separates whole prompts, so that no held-out prompt is trained on, until `count` groups are held out.
 
-    Returns (the rest, the held-out groups), each in the given order.
+    Args:
+        by: what counts as the same prompt; `first_turn` is the first message of a user.
+
+    Returns:
+        The rest and the held-out groups, each in the given order.
 
     Raises:
         DataError: nothing would be left to train on.
     """
     by_prompt: dict[object, list[int]] = {}
     for index, group in enumerate(groups):
-        by_prompt.setdefault(group.prompt, []).append(index)
+        by_prompt.setdefault(group.prompt if by == "prompt" else _first_turn(group), []).append(index)
     prompts = list(by_prompt)
     random.Random(seed).shuffle(prompts)
     chosen: set[int] = set()
@@ -259,6 +265,12 @@ def hold_out(groups: list[Group], count: int, *, seed: int) -> tuple[list[Group]
         [group for index, group in enumerate(groups) if index not in chosen],
         [group for index, group in enumerate(groups) if index in chosen],
     )
+
+
+def _first_turn(group: Group) -> object:
+    if isinstance(group.prompt, str):
+        return group.prompt
+    return next((turn.content for turn in group.prompt if turn.role == "user"), group.prompt)
 
 
 def _read_all(reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: int, progress: bool) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Loads the model to align and its tokenizer, full or with LoRA adapters, ready for the packed forward pass."""
+"""Loads a model and its tokenizer, full or with LoRA adapters, ready for the packed forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from alignment.config import DataConfig, LoraConfig, ModelConfig
 from alignment.data.chat import chat_template
@@ -20,6 +27,7 @@ from alignment.models.folders import model_source
 logger = logging.getLogger(__name__)
 
 Attention = Literal["blocks", "sdpa", "flex"]
+Head = Literal["language", "score"]
 IMPLEMENTATIONS = {"blocks": attention.NAME, "sdpa": "sdpa", "flex": "flex_attention"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Settings by which a model bends its logits after the output head; the packed forward pass applies none of them.
@@ -28,7 +36,10 @@ BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A causal language model with what is needed to train it and to talk to it."""
+    """A decoder with a head, and what is needed to train it and to talk to it.
+
+    The head is that of a language model, or one number per position: a reward model's score, a critic's value.
+    """
 
     module: Any
     """A transformers model, or a peft model around one."""
@@ -39,14 +50,15 @@ class LanguageModel:
     """In which form the module takes the packed mask."""
 
     @property
-    def causal(self) -> PreTrainedModel:
+    def network(self) -> PreTrainedModel:
         """The transformers model, without peft around it."""
         return self.module if isinstance(self.module, PreTrainedModel) else self.module.get_base_model()
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's, and those that the model stops generating at."""
-        ends = self.causal.generation_config.eos_token_id
+        # A model with a score head generates nothing, and has no such settings.
+        ends = self.network.generation_config.eos_token_id if self.network.can_generate() else None
         return frozenset({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
 
 
@@ -69,10 +81,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_model(config: ModelConfig, data: DataConfig, *, device: torch.device, seed: int) -> LanguageModel:
+def load_model(
+    config: ModelConfig, data: DataConfig, *, device: torch.device, seed: int, head: Head = "language"
+) -> LanguageModel:
     """Loads weights onto `device`, with a fresh adapter if configured and every dropout but the adapter's off.
 
-    `seed` decides the adapter's first weights.
+    `seed` decides the first weights of an adapter, and of a score head that the model does not have yet.
 
     Raises:
         ModelError: the model cannot be loaded, is too short for `data.max_length`, or cannot be trained packed.
@@ -87,21 +101,25 @@ def load_model(config: ModelConfig, data: DataConfig, *, device: torch.device, s
         ) from error
     _check(settings, data, config.path)
     settings.attention_dropout = 0.0
-    module = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=config.revision,
-        config=copy.deepcopy(settings),  # a config object shared by two models is changed by both
-        dtype=DTYPES[config.dtype],
-        attn_implementation=IMPLEMENTATIONS[form],
-    )
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(seed)
+    how = {
+        "revision": config.revision,
+        "config": copy.deepcopy(settings),  # a config object shared by two models is changed by both
+        "dtype": DTYPES[config.dtype],
+        "attn_implementation": IMPLEMENTATIONS[form],
+    }
+    if head == "language":
+        module = AutoModelForCausalLM.from_pretrained(source, **how)
+    else:
+        module = _with_score_head(source, how, tokenizer, config.path)
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     if config.lora is not None:
-        module = _with_adapter(module, config.lora, seed)
+        module = _with_adapter(module, config.lora, seed, head)
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokenizer = load_tokenizer(config)
     return LanguageModel(module=module.to(device), tokenizer=tokenizer, source=source, attention=form)
 
 
@@ -130,7 +148,28 @@ def _check(settings: Any, data: DataConfig, path: str) -> None:
             raise ModelError(f"data.max_length ({data.max_length}) exceeds the model's {limit} {what}")
 
 
-def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
+def _with_score_head(source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerFast, path: str) -> Any:
+    """A decoder with one bias-free output, of variance 1 / (hidden size + 1) if the model has none yet (the
+    initialisation of arXiv 2009.01325)."""
+    how["config"].num_labels = 1
+    # Both transformers and vLLM look for the last token that is not padding: it must never be one that ends an answer.
+    how["config"].pad_token_id = _padding(tokenizer)
+    module, loading = AutoModelForSequenceClassification.from_pretrained(source, **how, output_loading_info=True)
+    if not isinstance(getattr(module, "score", None), nn.Linear):
+        raise ModelError(f"model.path {path!r}: {type(module).__name__} has no linear score head")
+    module.score.float()  # rewards differ by less than bf16 resolves
+    if "score.weight" in loading["missing_keys"]:
+        nn.init.normal_(module.score.weight, std=(module.score.in_features + 1) ** -0.5)
+    return module
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of a special token that is not the end token, or of the tokenizer's padding if there is none."""
+    others = [index for index in sorted(tokenizer.all_special_ids) if index != tokenizer.eos_token_id]
+    return int(others[0] if others else tokenizer.pad_token_id or tokenizer.eos_token_id)
+
+
+def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int, head: Head) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -142,7 +181,7 @@ def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if head == "language" else "SEQ_CLS",
     )
     torch.manual_seed(seed)
     return get_peft_model(module, peft_config, autocast_adapter_dtype=False)
@@ -157,7 +196,7 @@ def _known_targets(module: PreTrainedModel, names: tuple[str, ...]) -> list[str]
             f"none of model.lora.target_modules {list(names)} is a linear layer of this model; it has {sorted(present)}"
         )
     head = module.get_output_embeddings()
-    heads = [path.rpartition(".")[2] for path, part in module.named_modules() if part is head]
+    heads = [path.rpartition(".")[2] for path, part in module.named_modules() if part is head and head is not None]
     if set(heads) & set(found):
         raise ModelError(f"model.lora.target_modules names the output head {heads[0]!r}, which cannot have an adapter")
     if missing:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alignment.config import OptimConfig
 
@@ -59,12 +61,65 @@ class World:
             dist.barrier()
 
 
-class Trained:
+class Trained(ABC):
     """A module, the fp32 master copy of its trained weights, and the optimizer over them.
 
+    Gradients of all micro-batches and of all workers are summed, never averaged: a loss must already be divided by
+    global counts.
+    """
+
+    module: nn.Module
+    """What forward passes use."""
+    lockstep = False
+    """True if forward and backward passes are collectives, so that every worker must run equally many of them."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds this loss's gradient to that of the step."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Updates the weights from the summed gradients and clears them. Called by every worker.
+
+        Returns the global L2 norm of the gradient before clipping. If it is not finite, nothing is changed.
+        """
+
+    @abstractmethod
+    def discard(self) -> float:
+        """Clears the step's gradients unused; returns NaN in place of their norm. Called by every worker."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Masters and optimizer moments by name, for a checkpoint: whole on the main worker, empty on the others.
+
+        Called by every worker. The names depend neither on the number of workers nor on how the weights lie on them:
+        `master.NAME`, and `optimizer.MOMENT.NAME` once a step has been taken.
+        """
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `state` returned, from the same tensors on every worker.
+
+        Raises:
+            KeyError: a trained weight is missing.
+        """
+
+    def full(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the module as the module computes with it, under its name in the module.
+
+        A tied weight comes once. Called, and iterated to the end, by every worker; never is the whole model gathered
+        at once. A tensor is good until the next one is asked for: who keeps it must copy it.
+        """
+        for name, weight in named_weights(self.module):
+            if weight.requires_grad or not only_trained:
+                yield name, weight.detach()
+
+
+class Replicated(Trained):
+    """Every worker holds the whole module.
+
     Gradients are summed in fp32 into the masters as soon as a backward pass has finished with a weight, however many
-    micro-batches make a step, and over all workers once per step. The loss must therefore already be divided by global
-    counts.
+    micro-batches make a step, and over all workers once per step.
     """
 
     def __init__(self, module: nn.Module, optim: OptimConfig, world: World) -> None:
@@ -76,17 +131,12 @@ class Trained:
         for name, weight in self.weights.items():
             if self.masters[name] is not weight:
                 weight.register_post_accumulate_grad_hook(_into(self.masters[name]))  # type: ignore[no-untyped-call]
-        self.optimizer = _optimizer(list(self.masters.values()), optim)
+        self.optimizer = optimizer_over(list(self.masters.values()), optim)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds this loss's gradient to that of the step."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> float:
-        """Updates the weights from the summed gradients and clears them.
-
-        Returns the global L2 norm of the gradient before clipping. If it is not finite, nothing is changed.
-        """
         gradients = [self._gradient(master) for master in self.masters.values()]
         self._sum_over_workers(gradients)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -102,12 +152,12 @@ class Trained:
         return float(norm)
 
     def discard(self) -> float:
-        """Clears the step's gradients unused; returns NaN in place of their norm."""
         self.optimizer.zero_grad(set_to_none=True)
         return math.nan
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and optimizer moments by name, for a checkpoint."""
+        if not self.world.is_main:
+            return {}
         tensors = {f"master.{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.optimizer.state.get(master, {}).items():
@@ -115,11 +165,6 @@ class Trained:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `state` returned, bit for bit.
-
-        Raises:
-            KeyError: a trained weight is missing.
-        """
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
@@ -155,11 +200,48 @@ class Trained:
 
 
 def shard(module: nn.Module, optim: OptimConfig, world: World) -> Trained:
-    """Decides how a module is trained in this world. Nothing else knows.
+    """Decides how a module is trained in this world. Nothing else knows."""
+    # A head by itself is too small to be worth spreading.
+    if optim.zero.stage == 0 or not any(isinstance(part, PreTrainedModel) for part in module.modules()):
+        return Replicated(module, optim, world)
+    from alignment.models.zero import Partitioned
 
-    Every worker holds the whole module and sums gradients with the others; DeepSpeed's ZeRO enters here.
+    return Partitioned(module, optim, world)
+
+
+def shard_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
+    """Spreads a frozen module over the workers as a trained one would be, and returns it.
+
+    At ZeRO stage 3 its forward pass is then a collective, to be run by every worker equally often.
     """
-    return Trained(module, optim, world)
+    if optim.zero.stage < 3:
+        return module
+    from alignment.models.zero import partition_frozen
+
+    return partition_frozen(module, optim, world)
+
+
+def loading_device(optim: OptimConfig, world: World) -> torch.device:
+    """Where a model is loaded before it is sharded: where it computes, unless it may not fit there whole."""
+    return torch.device("cpu") if optim.zero.stage == 3 else world.device
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name; a tied one once, under the first of its names."""
+    seen: set[int] = set()
+    for name, weight in module.state_dict(keep_vars=True).items():
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            yield name, weight
+
+
+def optimizer_over(weights: list[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """The configured optimizer."""
+    if optim.name == "rmsprop":
+        return torch.optim.RMSprop(weights, lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(
+        weights, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
 
 
 def _master(weight: nn.Parameter) -> nn.Parameter:
@@ -176,14 +258,6 @@ def _into(master: nn.Parameter) -> Any:
         weight.grad = None
 
     return add
-
-
-def _optimizer(masters: list[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    if optim.name == "rmsprop":
-        return torch.optim.RMSprop(masters, lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(
-        masters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -1,37 +1,73 @@
-"""The models of a run by the part they play: the actor that is trained and the reference that it is compared with."""
+"""The models of a run by the part they play: actor, critic, and the reference that the actor is compared with."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from alignment.algorithms import ReferencedAlgorithm
+from alignment.algorithms import Algorithm, ReferencedAlgorithm
 from alignment.config import RunConfig
 from alignment.errors import ConfigError
-from alignment.models.forward import outputs
-from alignment.models.load import LanguageModel, freeze, load_model
-from alignment.models.parallel import Trained, World, shard
-from alignment.types import Batch
+from alignment.models.forward import outputs, scores, values
+from alignment.models.load import LanguageModel, load_model
+from alignment.models.parallel import Trained, World, shard, shard_frozen
+from alignment.types import Batch, Outputs, Role
 
 Reference = Literal["none", "adapter_off", "copy", "precomputed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """Says what a state is worth."""
+
+    model: LanguageModel | None
+    """A model of its own with a score head; None if it is only a head on the actor's trunk."""
+    head: nn.Module | None
+    """[H] → [1], for a critic without a trunk of its own."""
+    trained: Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorWeights:
+    """The Weights port over the actor."""
+
+    actor: LanguageModel
+    trained: Trained
+    version: int
+
+    def save_adapter(self, folder: Path) -> bool:
+        if isinstance(self.actor.module, PreTrainedModel):
+            return False
+        self.actor.module.save_pretrained(folder)
+        return True
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        return self.trained.full()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """What a run holds in memory."""
 
+    algorithm: Algorithm
     actor: LanguageModel
+    """The model that is trained; a reward model, if the algorithm trains one."""
     trained: Trained
     """The actor's trained weights and their optimizer."""
     reference: Reference
     """Where log π_ref comes from; `none` if the algorithm does not compare."""
     copy: LanguageModel | None
     """The frozen starting model, for `copy`."""
+    critic: Critic | None
+    temperature: float
+    """At which log-probabilities are taken."""
 
     @classmethod
     def build(cls, config: RunConfig, world: World) -> Roles:
@@ -41,22 +77,87 @@ class Roles:
             ConfigError: the way to the reference does not go with the kind of training.
             ModelError: a model cannot be loaded.
         """
+        algorithm = config.algorithm
+        assert isinstance(algorithm, Algorithm)
         reference = reference_of(config)
-        actor = load_model(config.model, config.data, device=world.device, seed=config.seed)
+        actor = load_model(config.model, config.data, device=world.device, seed=config.seed, head=algorithm.head)
         copy = None
         if reference == "copy":
             plain = config.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
             copy = load_model(plain, config.data, device=world.device, seed=config.seed)
-            freeze(copy.module)
-        return cls(actor=actor, trained=shard(actor.module, config.optim, world), reference=reference, copy=copy)
+            shard_frozen(copy.module, config.optim, world)
+        return cls(
+            algorithm=algorithm,
+            actor=actor,
+            trained=shard(actor.module, config.optim, world),
+            reference=reference,
+            copy=copy,
+            critic=_critic(config, actor, world) if algorithm.needs_critic else None,
+            temperature=config.rollout.temperature if algorithm.tempered else 1.0,
+        )
 
-    def annotate(self, batch: Batch) -> Batch:
-        """Adds the reference model's log-probabilities, if they are needed and not known yet."""
-        if self.reference == "none" or batch.reference_logprobs is not None:
-            return batch
-        model = self.copy or self.actor
-        with torch.no_grad(), _without_adapter(self.actor.module, self.reference):
-            return dataclasses.replace(batch, reference_logprobs=outputs(model, batch).logprobs)
+    @property
+    def trained_by_role(self) -> dict[Role, Trained]:
+        """Everything that is trained."""
+        critic: dict[Role, Trained] = {} if self.critic is None else {"critic": self.critic.trained}
+        return {"actor": self.trained, **critic}
+
+    @property
+    def in_lockstep(self) -> bool:
+        """True if every worker must make as many passes as the others."""
+        return any(trained.lockstep for trained in self.trained_by_role.values())
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """What the trained models say about a batch, with gradients if they are enabled."""
+        if self.algorithm.head == "score":
+            return Outputs(logprobs=torch.empty(0), scores=scores(self.actor, batch))
+        critic = self.critic
+        head = None if critic is None else critic.head
+        said = outputs(
+            self.actor,
+            batch,
+            temperature=self.temperature,
+            entropies=self.algorithm.wants_entropy,
+            value_head=head,
+        )
+        if critic is None or critic.model is None:
+            return said
+        return Outputs(logprobs=said.logprobs, entropies=said.entropies, values=values(critic.model, batch))
+
+    @torch.no_grad()
+    def annotations(self, batch: Batch) -> dict[str, Tensor]:
+        """What must be known of a batch before it is learned from, by the name of the Batch's field, each [T]."""
+        found = {}
+        if self.reference != "none" and batch.reference_logprobs is None:
+            with _without_adapter(self.actor.module, self.reference):
+                said = outputs(self.copy or self.actor, batch, temperature=self.temperature)
+            found["reference_logprobs"] = said.logprobs
+        if self.algorithm.needs_old or self.critic is not None:
+            with _evaluating(self.actor.module):
+                old = self.outputs(batch)
+            if self.algorithm.needs_old:
+                found["old_logprobs"] = old.logprobs
+            if old.values is not None:
+                found["old_values"] = old.values
+        return found
+
+    def weights(self, version: int) -> ActorWeights:
+        """The actor's weights, for the engines."""
+        return ActorWeights(actor=self.actor, trained=self.trained, version=version)
+
+    def remember(self, metrics: dict[str, float]) -> None:
+        """Keeps the level and spread of held-out rewards with a reward model, for those who normalise by them."""
+        if self.algorithm.head == "score":
+            mean, square = metrics["scores/mean"], metrics["scores/mean_square"]
+            self.actor.network.config.update(
+                {"raylign_reward_mean": mean, "raylign_reward_std": max(0.0, square - mean**2) ** 0.5}
+            )
+
+    def train(self, mode: bool = True) -> None:
+        """Switches what is trained between learning and being measured."""
+        self.actor.module.train(mode)
+        if self.critic is not None and self.critic.model is not None:
+            self.critic.model.module.train(mode)
 
 
 def reference_of(config: RunConfig) -> Reference:
@@ -67,7 +168,7 @@ def reference_of(config: RunConfig) -> Reference:
     """
     if not isinstance(config.algorithm, ReferencedAlgorithm):
         return "none"
-    wish = config.algorithm.reference
+    wish: Any = config.algorithm.reference
     if wish == "auto":
         return "adapter_off" if config.model.lora else "copy"
     if wish == "adapter_off" and config.model.lora is None:
@@ -76,15 +177,37 @@ def reference_of(config: RunConfig) -> Reference:
         )
     if wish == "precomputed" and any(source.streaming for source in config.data.sources):
         raise ConfigError("algorithm.reference precomputed needs data that is read before training, not a stream")
-    return wish
+    return wish  # type: ignore[no-any-return]
+
+
+def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
+    optim = config.optim.model_copy(update={"lr": config.critic.lr or config.optim.lr})
+    if config.critic.trunk == "separate":
+        own = (
+            config.model if config.critic.path is None else config.model.model_copy(update={"path": config.critic.path})
+        )
+        model = load_model(own, config.data, device=world.device, seed=config.seed + 1, head="score")
+        return Critic(model=model, head=None, trained=shard(model.module, optim, world))
+    size = actor.network.get_output_embeddings().weight.shape[1]
+    torch.manual_seed(config.seed + 1)
+    head = nn.Linear(size, 1, bias=False)
+    nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
+    head = head.to(world.device)
+    return Critic(model=None, head=head, trained=shard(head, optim, world))
 
 
 @contextlib.contextmanager
 def _without_adapter(module: Any, reference: Reference) -> Iterator[None]:
+    # The adapter's dropout, and gradient checkpointing, belong to training only.
+    with _evaluating(module), module.disable_adapter() if reference == "adapter_off" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
     training = module.training
-    module.eval()  # the adapter's dropout, and gradient checkpointing, belong to training only
+    module.eval()
     try:
-        with module.disable_adapter() if reference == "adapter_off" else contextlib.nullcontext():
-            yield
+        yield
     finally:
         module.train(training)

@@ -1,13 +1,41 @@
-"""Rewards: what a completion is worth. The port for scorers, and the one way from a configuration to them."""
+"""Rewards: what a completion is worth. The port for scorers, and the one way from a configuration to rated groups.
+
+Rollout ─► Rewards.score ─┬─► rules, functions (in this process)   ─┐
+                          ├─► a reward model (on this device)       ├─► weighted sum ─► Completion.reward ─► pack
+                          └─► a reward service (over HTTP)         ─┘   each alone   ─► Completion.scores
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
-import torch
+from alignment.config import ScorerConfig, _nearest
+from alignment.errors import ConfigError, RewardError
 
-from alignment.config import ScorerConfig
-from alignment.types import Group
+if TYPE_CHECKING:  # configurations are checked by processes that need no torch
+    import torch
+
+    from alignment.models.parallel import World
+    from alignment.types import Completion, Group
+
+READY_MADE = {
+    "regex": "alignment.rewards.rules:Regex",
+    "length": "alignment.rewards.rules:Length",
+    "exact_number": "alignment.rewards.numbers:ExactNumber",
+    "keywords": "alignment.rewards.rules:Keywords",
+    "repetition": "alignment.rewards.rules:Repetition",
+    "sentiment": "alignment.rewards.sentiment:Sentiment",
+    "ifeval": "alignment.rewards.ifeval:IFEval",
+    "model": "alignment.rewards.model:RewardModel",
+    "http": "alignment.rewards.remote:RewardService",
+}
+LARGEST = 3.4e38
+"""Rewards become fp32."""
 
 
 class Scorer(Protocol):
@@ -16,16 +44,27 @@ class Scorer(Protocol):
     def score(self, groups: list[Group]) -> list[list[float]]:
         """One reward for each completion of each group; higher is better.
 
+        A group with a reward that is None, NaN, infinite or missing is asked about again, whole, as often as the
+        configuration allows.
+
         Raises:
-            RewardError: a reward is missing or not a number, and trying again did not help.
+            AskAgain: nothing came of this attempt, but another may succeed.
+            RewardError: trying again would not help, or has not helped.
         """
 
     def close(self) -> None:
         """Frees what it holds."""
 
 
+class AskAgain(RewardError):
+    """An attempt to get rewards that failed in a way that may pass."""
+
+
 class BuildableScorer(ScorerConfig):
-    """The configuration of a scorer, which can make it."""
+    """The configuration of a scorer, which can make it.
+
+    A subclass named as `package.module:Class` in a run's `rewards` is a scorer like those that come with raylign.
+    """
 
     def build(self, device: torch.device) -> Scorer:
         """Makes the scorer; called once in every training worker.
@@ -36,10 +75,220 @@ class BuildableScorer(ScorerConfig):
         raise NotImplementedError
 
 
+def scorer_names() -> list[str]:
+    """Names of the scorers that come with raylign."""
+    return list(READY_MADE)
+
+
 def scorer_class(name: str) -> type[BuildableScorer]:
     """Finds the class behind a scorer's name.
 
+    Names are those of `scorer_names`, or a dotted `package.module:function` (see `alignment.rewards.functions` for what
+    such a function gets and returns) or `package.module:Class` with a subclass of `BuildableScorer`.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such scorer; the nearest known one is named.
     """
-    raise NotImplementedError(name)
+    if ":" not in name:
+        if name not in READY_MADE:
+            raise ConfigError(f"there is no scorer {name!r}{_nearest(name, scorer_names())}")
+        name = READY_MADE[name]
+    found = imported(name)
+    if isinstance(found, type):
+        if not issubclass(found, BuildableScorer):
+            raise ConfigError(f"scorer {name!r} is neither a function nor a subclass of {__name__}.BuildableScorer")
+        return found
+    from alignment.rewards.functions import RewardFunction
+
+    return RewardFunction
+
+
+def imported(name: str) -> Any:
+    """The function or class that a dotted `package.module:attribute` names.
+
+    Raises:
+        ConfigError: there is none, or it is neither.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: malformed module names
+        raise ConfigError(f"scorer {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"scorer {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+class Rewards:
+    """All scorers of a run together: the one entry that the training loop uses."""
+
+    def __init__(self, configs: Iterable[ScorerConfig], device: torch.device) -> None:
+        """Makes every scorer, in the order given; none is left open if one cannot be made.
+
+        Raises:
+            AlignmentError: a scorer needs something that is not there.
+        """
+        self._asked: list[_Asked] = []
+        try:
+            for config in configs:
+                assert isinstance(config, BuildableScorer), "configurations are loaded through scorer_class"
+                self._asked.append(_Asked(self._free_name(config.name), config, config.build(device)))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> list[str]:
+        """The scorers' names as `Completion.scores` has them: a function's without its module, a second one with -2."""
+        return [asked.name for asked in self._asked]
+
+    def score(self, groups: list[Group], *, world: World | None = None) -> list[Group]:
+        """Asks every scorer about every completion.
+
+        Called by all workers of `world` with the same groups: each asks about its share, and all get the whole. The
+        same error is raised by all, whichever of them it happened to.
+
+        Returns:
+            The groups in the given order, with `reward` = Σ weight · clipped reward, and `scores` as the scorers gave
+            them. Without scorers, the groups as they are.
+
+        Raises:
+            RewardError: a reward is missing, late or not a finite number after all attempts; the text names the scorer,
+                the group and the completion.
+        """
+        if not self._asked or not groups:
+            return groups
+        if world is None or world.size == 1:
+            return [self._rated(group, given) for group, given in zip(groups, self._ask(groups), strict=True)]
+        return self._score_together(groups, world)
+
+    def close(self) -> None:
+        """Frees what the scorers hold."""
+        for asked in self._asked:
+            asked.scorer.close()
+        self._asked.clear()
+
+    def _free_name(self, name: str) -> str:
+        short = name.rpartition(":")[2]
+        numbered = (f"{short}-{number}" for number in itertools.count(2))
+        return next(free for free in itertools.chain([short], numbered) if free not in self.names)
+
+    def _score_together(self, groups: list[Group], world: World) -> list[Group]:
+        from alignment.data.packing import share
+
+        lengths = [1 + group.num_tokens for group in groups]  # texts without tokens are divided by their number
+        mine = share(lengths, rank=world.rank, size=world.size)
+        outcome, cause = _Outcome(), None
+        try:
+            given = self._ask([groups[index] for index in mine])
+            outcome = _Outcome(rewards=dict(zip(mine, given, strict=True)))
+        except Exception as error:  # whatever it is: the other workers wait in the collective below
+            outcome, cause = _Outcome(problem=str(error) if isinstance(error, RewardError) else repr(error)), error
+        outcomes = world.gather(outcome)
+        for rank, problem in ((rank, outcome.problem) for rank, outcome in enumerate(outcomes)):
+            if problem is not None:
+                raise RewardError(f"worker {rank}: {problem}") from cause
+        rewards = {index: given for outcome in outcomes for index, given in outcome.rewards.items()}
+        return [self._rated(group, rewards[index]) for index, group in enumerate(groups)]
+
+    def _ask(self, groups: list[Group]) -> list[list[list[float]]]:
+        """What each scorer gave: by group, scorer and completion."""
+        if not groups:
+            return []
+        by_scorer = [asked.about(groups) for asked in self._asked]
+        return [list(given) for given in zip(*by_scorer, strict=True)]
+
+    def _rated(self, group: Group, given: list[list[float]]) -> Group:
+        return replace(
+            group,
+            completions=tuple(
+                self._rated_completion(completion, [rewards[number] for rewards in given])
+                for number, completion in enumerate(group.completions)
+            ),
+        )
+
+    def _rated_completion(self, completion: Completion, given: list[float]) -> Completion:
+        return replace(
+            completion,
+            reward=math.fsum(asked.worth(reward) for asked, reward in zip(self._asked, given, strict=True)),
+            scores=dict(zip(self.names, given, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A scorer, and how it is asked."""
+
+    name: str
+    config: ScorerConfig
+    scorer: Scorer
+
+    def worth(self, reward: float) -> float:
+        """The part of the sum that a reward makes."""
+        bound = math.inf if self.config.clip is None else self.config.clip
+        return self.config.weight * max(-bound, min(bound, reward))
+
+    def about(self, groups: list[Group]) -> list[list[float]]:
+        """Sound rewards of every group, or a RewardError."""
+        sound: dict[int, list[float]] = {}
+        problem = ""
+        for _ in range(self.config.attempts):
+            waiting = [index for index in range(len(groups)) if index not in sound]
+            if not waiting:
+                break
+            problem = self._attempt(groups, waiting, sound)
+        if len(sound) < len(groups):
+            raise RewardError(f"scorer {self.name}: {problem}, after {self.config.attempts} attempts")
+        return [sound[index] for index in range(len(groups))]
+
+    def _attempt(self, groups: list[Group], waiting: list[int], sound: dict[int, list[float]]) -> str:
+        """Asks once about the waiting groups and keeps what is sound; says what is wrong with the first that is not."""
+        asked = [groups[index] for index in waiting]
+        try:
+            given = self.scorer.score(asked)
+        except AskAgain as error:
+            return f"{described(asked)}: {error}"
+        except RewardError as error:
+            raise RewardError(f"scorer {self.name}: {error}") from error
+        if len(given) != len(asked):
+            return f"{described(asked)}: it rated {len(given)} groups instead of {len(asked)}"
+        problems = []
+        for index, rewards in zip(waiting, given, strict=True):
+            problem, numbers = checked(groups[index], rewards)
+            if problem:
+                problems.append(problem)
+            else:
+                sound[index] = numbers
+        return problems[0] if problems else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What became of one worker's share."""
+
+    rewards: dict[int, list[list[float]]] = field(default_factory=dict)
+    """By the index of the group: what each scorer gave."""
+    problem: str | None = None
+    """Text of the error that ended it."""
+
+
+def described(groups: list[Group]) -> str:
+    """Which groups an error is about, in a few words."""
+    return f"group {groups[0].id}" + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
+
+
+def checked(group: Group, rewards: Any) -> tuple[str, list[float]]:
+    """What is wrong with a group's rewards ("" if nothing is), and the rewards as numbers."""
+    count = len(group.completions)
+    if len(rewards) != count:
+        return f"group {group.id}: {len(rewards)} rewards for {count} completions", []
+    numbers = []
+    for number, reward in enumerate(rewards, start=1):
+        try:
+            value = float(reward) if isinstance(reward, SupportsFloat) else math.nan
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of more than one number
+            value = math.nan
+        if not abs(value) <= LARGEST:
+            return f"group {group.id}, completion {number} of {count}: the reward is {reward!r:.40}, not a number", []
+        numbers.append(value)
+    return "", numbers

@@ -59,8 +59,9 @@ Rollouts = list[list[Rollout]]
 class Weights(Protocol):
     """The actor's weights on their way to the engines. Either an adapter or all of them."""
 
-    version: int
-    """Optimizer steps done."""
+    @property
+    def version(self) -> int:
+        """Optimizer steps done."""
 
     def save_adapter(self, folder: Path) -> bool:
         """Writes the LoRA adapter as peft does; false, and nothing written, if all weights are trained."""

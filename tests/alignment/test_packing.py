@@ -54,10 +54,10 @@ def plain_logprobs(model: LanguageModel, groups: list[Group]) -> list[Tensor]:
     rows = [[*prompt, *tokens] for prompt, tokens in sequences]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    attention = model.causal.config._attn_implementation
-    model.causal.set_attn_implementation("sdpa")
+    attention = model.network.config._attn_implementation
+    model.network.set_attn_implementation("sdpa")
     logits = model.module(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
-    model.causal.set_attn_implementation(attention)
+    model.network.set_attn_implementation(attention)
     return [
         logits[number, len(prompt) - 1 : len(prompt) + len(tokens) - 1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
         for number, (prompt, tokens) in enumerate(sequences)
@@ -163,7 +163,7 @@ def test_chunked_log_probabilities_and_gradients_equal_the_plain_formula(
         hidden, weight = inputs[:2]
         offset = inputs[2] if bias else None
         if ours:
-            values = linear_logprobs(hidden, weight, targets, offset)
+            values, _ = linear_logprobs(hidden, weight, targets, offset)
         else:
             logits = torch.nn.functional.linear(hidden, weight, offset)
             values = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]

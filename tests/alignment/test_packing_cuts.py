@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from alignment.data.packing import micro_batches, share
+from alignment.data import packing
 from alignment.types import Completion, Group
 
 
@@ -18,6 +18,16 @@ def group_of(number: int, length: int) -> Group:
 
 def groups_of(*lengths: int) -> list[Group]:
     return [group_of(number, length) for number, length in enumerate(lengths)]
+
+
+def share(groups: list[Group], *, rank: int, size: int) -> list[Group]:
+    return [groups[i] for i in packing.share([group.num_tokens for group in groups], rank=rank, size=size)]
+
+
+def micro_batches(groups: list[Group], *, max_tokens: int) -> list[list[Group]]:
+    lengths = [group.num_tokens for group in groups]
+    passes = packing.micro_batches(range(len(groups)), lengths, max_tokens=max_tokens)
+    return [[groups[i] for i in part] for part in passes]
 
 
 def random_groups(seed: int) -> list[Group]:

@@ -16,7 +16,7 @@ from alignment.errors import ConfigError, DivergenceError
 from alignment.models.parallel import World
 from alignment.models.roles import Roles, reference_of
 from alignment.types import Group
-from alignment.update import evaluate, learning_rate, train_step
+from alignment.update import Metrics, Pace, evaluate, learn, learning_rate
 
 Settings = dict[str, Any]
 
@@ -29,6 +29,12 @@ def prepared(settings: Settings) -> tuple[RunConfig, Algorithm, Roles, list[Grou
     tokenizer = GroupTokenizer(roles.actor.tokenizer, config.data, roles.actor.end_tokens)
     data = load_data(GroupReader(config.data, algorithm, tokenizer), seed=0, progress=False)
     return config, algorithm, roles, data.train.take(8)
+
+
+def train_step(
+    roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World, *, lr: float
+) -> Metrics:
+    return learn(roles, algorithm, groups, optim, world, Pace(lr={"actor": lr}))
 
 
 def weights_after(settings: Settings, groups_order: int = 1, **optim: Any) -> tuple[dict[str, float], dict[str, Any]]:

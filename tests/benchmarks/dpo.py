@@ -22,28 +22,31 @@ memory_ratio.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import multiprocessing
-import os
-import random
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from tests.benchmarks.side_by_side import (
+    alone,
+    medians,
+    parser,
+    peak_memory_gb,
+    ratio,
+    rounded,
+    set_threads,
+    shuffled_rows,
+    stopwatch,
+    take_turns,
+    versions,
+)
 
 PAIRS_PER_STEP = 4
 BETA = 0.1
 LR, LORA_LR = 1e-6, 1e-4
 LORA_RANK, LORA_ALPHA = 16, 32
-DATA = Path("../shared/data/stack_exchange_paired/data/rl/train.jsonl.gz")
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class Run:
 
 def main() -> None:
     args = arguments()
+    set_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             rows=Path(folder) / "rows.jsonl",
@@ -95,50 +99,32 @@ def main() -> None:
             trl_micro_batch=min(args.pairs, args.trl_micro_batch),
             micro_batch_tokens=args.micro_batch_tokens,
         )
-        os.environ |= {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
         tokens = alone(write_rows, job, args.data)
         print(f"{job.pairs} pairs, about {tokens} tokens with each prompt counted once", flush=True)
-        sides = {name: run for name, run in {"ours": ours, "trl": trl}.items() if args.only in (None, name)}
-        runs: dict[str, list[Run]] = {name: [] for name in sides}
-        for number in range(1, args.rounds + 1):
-            for name, side in sides.items():
-                run = alone(side, job)
-                runs[name].append(run)
-                print(
-                    f"round {number}/{args.rounds}  {name:4}  {run.pairs_per_second:.4f} pairs/s  "
-                    f"{run.peak_rss_gb:.2f} GB  {sum(run.seconds):.1f} s in {len(run.seconds)} steps",
-                    flush=True,
-                )
+        runs = take_turns({"ours": ours, "trl": trl}, job, rounds=args.rounds, only=args.only, told=told)
     print(json.dumps(figures(job, tokens, runs)))
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.dpo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each side, taken in turns")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of one run: fewer than 4, or a multiple of 4")
-    parser.add_argument("--lora", action="store_true", help="train adapters instead of all weights")
-    parser.add_argument("--only", choices=("ours", "trl"), help="run one side only; there are no ratios then")
-    parser.add_argument("--data", type=Path, default=DATA, help="rows of question, response_j, response_k (.jsonl.gz)")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="folder or hub id")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and one answer")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads of each side")
-    parser.add_argument("--trl-micro-batch", type=int, default=PAIRS_PER_STEP, help="pairs in a forward pass of TRL's")
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="tokens in a forward pass of ours")
-    args = parser.parse_args()
+    options = parser("dpo", __doc__, columns="question, response_j, response_k")
+    options.add_argument("--pairs", type=int, default=16, help="pairs of one run: fewer than 4, or a multiple of 4")
+    options.add_argument("--lora", action="store_true", help="train adapters instead of all weights")
+    options.add_argument("--trl-micro-batch", type=int, default=PAIRS_PER_STEP, help="pairs in a forward pass of TRL's")
+    options.add_argument("--micro-batch-tokens", type=int, default=1024, help="tokens in a forward pass of ours")
+    args = options.parse_args()
     if args.pairs > PAIRS_PER_STEP and args.pairs % PAIRS_PER_STEP:
-        parser.error(f"--pairs ({args.pairs}) must be a multiple of {PAIRS_PER_STEP}, so that every step is full")
+        options.error(f"--pairs ({args.pairs}) must be a multiple of {PAIRS_PER_STEP}, so that every step is full")
     step, micro = min(args.pairs, PAIRS_PER_STEP), min(args.pairs, args.trl_micro_batch)
     if step % micro:
-        parser.error(f"--trl-micro-batch ({micro}) must divide the {step} pairs of a step")
-    if not args.data.is_file():
-        parser.error(f"--data {args.data} does not exist; give a .jsonl.gz file with question, response_j, response_k")
+        options.error(f"--trl-micro-batch ({micro}) must divide the {step} pairs of a step")
     return args
 
 
-def alone(work: Callable[..., Result], *arguments: object) -> Result:
-    """Does the work in a fresh process and returns what it returns."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+def told(run: Run) -> str:
+    return (
+        f"{run.pairs_per_second:.4f} pairs/s  {run.peak_rss_gb:.2f} GB  "
+        f"{sum(run.seconds):.1f} s in {len(run.seconds)} steps"
+    )
 
 
 def write_rows(job: Job, data: Path) -> int:
@@ -150,12 +136,9 @@ def write_rows(job: Job, data: Path) -> int:
     from alignment.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(path=job.model))
-    with gzip.open(data, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    random.Random(0).shuffle(rows)
     kept: list[str] = []
     tokens = 0
-    for row in rows:
+    for row in shuffled_rows(data):
         turns = [{"role": "user", "content": row["question"]}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         size = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -185,7 +168,7 @@ def ours(job: Job) -> Run:
     from alignment.data.stream import GroupReader, load_data
     from alignment.models.parallel import World
     from alignment.models.roles import Roles
-    from alignment.update import train_step
+    from alignment.update import Pace, learn
 
     torch.set_num_threads(job.threads)
     algorithm = DPO(beta=BETA)
@@ -208,7 +191,7 @@ def ours(job: Job) -> Run:
     for _ in range(job.pairs // job.pairs_per_step):
         groups = stream.take(job.pairs_per_step)
         start = time.perf_counter()
-        metrics = train_step(roles, algorithm, groups, config.optim, world, lr=job.lr)
+        metrics = learn(roles, algorithm, groups, config.optim, world, Pace(lr={"actor": job.lr}))
         seconds.append(time.perf_counter() - start)
         logps.append(metrics["logps/chosen"])
     return finished(job, seconds, logps)
@@ -218,7 +201,7 @@ def trl(job: Job) -> Run:
     """TRL's trainer as a user would set it up, reading the rows in the file's order."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     from alignment.models.folders import model_source
@@ -226,15 +209,6 @@ def trl(job: Job) -> Run:
     torch.set_num_threads(job.threads)
     source = model_source(job.model)
     seconds: list[float] = []
-
-    class Stopwatch(TrainerCallback):
-        started = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
 
     class FileOrder(DPOTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -275,7 +249,7 @@ def trl(job: Job) -> Run:
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(source),
         peft_config=adapter,
-        callbacks=[Stopwatch()],
+        callbacks=[stopwatch(seconds)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -286,30 +260,20 @@ def finished(job: Job, seconds: list[float], logps_chosen: list[float]) -> Run:
     return Run(
         seconds=seconds,
         logps_chosen=logps_chosen,
-        peak_rss_gb=peak_rss_gb(),
+        peak_rss_gb=sum(peak_memory_gb().values()),
         pairs_per_second=job.pairs / sum(seconds),
     )
 
 
-def peak_rss_gb() -> float:
-    """Most memory that this process ever held, in 10⁹ bytes.
-
-    Not `getrusage`: its figure begins with the memory of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e9
-
-
 def figures(job: Job, tokens: int, runs: dict[str, list[Run]]) -> dict[str, Any]:
     """The last line: medians over the rounds, their ratios, and what they were made of."""
-    speed = {name: statistics.median(run.pairs_per_second for run in of) for name, of in runs.items()}
-    memory = {name: statistics.median(run.peak_rss_gb for run in of) for name, of in runs.items()}
-    both = len(runs) == 2
+    speed = medians(runs, lambda run: run.pairs_per_second)
+    memory = medians(runs, lambda run: run.peak_rss_gb)
     return {
-        "pairs_per_second_ratio": round(speed["ours"] / speed["trl"], 3) if both else None,
-        "memory_ratio": round(memory["ours"] / memory["trl"], 3) if both else None,
-        "pairs_per_second": {name: round(value, 4) for name, value in speed.items()},
-        "peak_rss_gb": {name: round(value, 3) for name, value in memory.items()},
+        "pairs_per_second_ratio": ratio(speed),
+        "memory_ratio": ratio(memory),
+        "pairs_per_second": rounded(speed, 4),
+        "peak_rss_gb": rounded(memory, 3),
         "rounds": [
             {
                 name: {
@@ -321,7 +285,7 @@ def figures(job: Job, tokens: int, runs: dict[str, list[Run]]) -> dict[str, Any]
             }
             for number in range(max(map(len, runs.values())))
         ],
-        "parity": round(parity(runs["ours"], runs["trl"]), 4) if both else None,
+        "parity": round(parity(runs["ours"], runs["trl"]), 4) if len(runs) == 2 else None,
         "logps_chosen": {name: [round(value, 2) for value in of[0].logps_chosen] for name, of in runs.items()},
         "rows": job.pairs,
         "tokens": tokens,
@@ -333,7 +297,7 @@ def figures(job: Job, tokens: int, runs: dict[str, list[Run]]) -> dict[str, Any]
         "threads": job.threads,
         "trl_micro_batch": job.trl_micro_batch,
         "micro_batch_tokens": job.micro_batch_tokens,
-        "versions": {name: version(name) for name in ("raylign", "trl", "torch", "transformers", "peft")},
+        "versions": versions("raylign", "trl", "torch", "transformers", "peft"),
     }
 
 

@@ -249,7 +249,7 @@ def entrypoint_problems(entrypoint: str, cluster: Document) -> Iterator[str]:
         yield f"entrypoint: output={run.output} is not the shared volume"
     if not run.cluster.autoscaling:
         yield "entrypoint: without cluster.autoscaling a cluster that has no workers yet is refused"
-    room = room_for(plan(run.cluster).resources, cluster)
+    room = room_for(plan(run).resources, cluster)
     if not 0 < run.cluster.workers <= room:
         yield f"entrypoint: {run.cluster.workers} workers where there is room for {room}"
 

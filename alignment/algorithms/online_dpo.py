@@ -1,0 +1,33 @@
+"""Online DPO (arXiv 2402.04792): the pairs are the model's own answers, ordered by the run's scorers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from alignment.algorithms.dpo import DPO
+from alignment.errors import DataError
+from alignment.types import Group
+
+
+class OnlineDPO(DPO):
+    """DPO on every two completions of a prompt that got different rewards."""
+
+    samples: ClassVar[bool] = True
+    min_completions: ClassVar[int] = 2
+
+    name: Literal["online_dpo"] = "online_dpo"  # type: ignore[assignment]
+    """DPO on the model's own answers."""
+    reference: Literal["auto", "adapter_off", "copy"] = "auto"
+    """Where log π_ref comes from: `adapter_off` (LoRA only) or a frozen `copy`; `auto` is the former with LoRA."""
+
+    def select(self, group: Group) -> Group:
+        if not group.prompt:
+            raise DataError("online_dpo needs a prompt to answer; this row has none")
+        return dataclasses.replace(group, completions=())
+
+    def is_informative(self, group: Group) -> bool:
+        return bool(group.pairs)
+
+
+ALGORITHM = OnlineDPO

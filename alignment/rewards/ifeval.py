@@ -1,0 +1,228 @@
+"""The rule for checkable instructions, in the form of IFEval (arXiv 2311.07911): which share of them is followed.
+
+A row says what is asked in two columns: `instruction_id_list`, and `kwargs` with one mapping per instruction. 24 of the
+25 kinds are checked as the benchmark's strict score does, with what Python has. Where the benchmark asks a package that
+we do not, the rule here is our own and may differ at the edges: `number_sentences` (a sentence ends with . ! or ? and
+white space, abbreviations apart), `capital_word_frequency` (words between white space), and the two `english_…` of
+`change_case` (nine of ten letters are those of English). `language:response_language` needs a language detector and
+is not known here; such rows are refused, or the instruction is left out with `unsupported: ignore`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignment.errors import RewardError
+from alignment.rewards.rules import Rule, contains_keyword, kept_column
+
+if TYPE_CHECKING:
+    from alignment.types import Completion, Group
+
+Arguments = Mapping[str, Any]
+UNSUPPORTED = frozenset({"language:response_language"})
+CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+ENGLISH_SHARE = 0.9
+ABBREVIATIONS = frozenset(
+    word
+    for line in ("mr mrs ms dr prof st sr jr vs etc e.g i.e cf no fig inc ltd co dept approx p.s p.p.s",)
+    for word in line.split()
+)
+
+
+class IFEval(Rule):
+    """Share of a row's instructions that the text follows, 0 to 1; an empty text follows none."""
+
+    name: Literal["ifeval"] = "ifeval"
+    """Checkable instructions, as in IFEval; `data.keep` must name `instruction_id_list` and `kwargs`."""
+    unsupported: Literal["fail", "ignore"] = "fail"
+    """What to do with `language:response_language`, the one kind that is not checked: stop, or leave it out. A row that
+    asks for nothing else stops the run in either case."""
+
+    def reward(self, completion: Completion, group: Group) -> float:
+        instructions = self._instructions(group)
+        if not completion.text.strip():
+            return 0.0
+        followed = [_follows(completion.text, kind, arguments) for kind, arguments in instructions]
+        return sum(followed) / len(followed)
+
+    def _instructions(self, group: Group) -> list[tuple[str, Arguments]]:
+        kinds, arguments = kept_column(group, "instruction_id_list"), kept_column(group, "kwargs")
+        if not (
+            isinstance(kinds, list | tuple) and isinstance(arguments, list | tuple) and len(kinds) == len(arguments)
+        ):
+            raise RewardError("instruction_id_list and kwargs are not lists of equal length")
+        for kind in kinds:
+            if kind not in CHECKS and not (kind in UNSUPPORTED and self.unsupported == "ignore"):
+                raise RewardError(f"the instruction {kind!r:.60} cannot be checked here; known are {', '.join(CHECKS)}")
+        known = [(kind, given) for kind, given in zip(kinds, arguments, strict=True) if kind in CHECKS]
+        if not known:
+            raise RewardError(f"none of its instructions {list(kinds)} can be checked here; leave the row out")
+        return known
+
+
+def _follows(text: str, kind: str, arguments: Arguments) -> bool:
+    given = {name: value for name, value in (arguments or {}).items() if value is not None}
+    try:
+        return CHECKS[kind](text, given)
+    except (LookupError, TypeError, AttributeError, re.error) as error:
+        raise RewardError(f"the arguments {given!r:.100} of {kind} are not those it needs: {error!r}") from error
+
+
+def compared(count: int, relation: str, bound: int) -> bool:
+    """`less than` or `at least`, the two relations of the benchmark.
+
+    Raises:
+        LookupError: it is another one.
+    """
+    return {"less than": count < bound, "at least": count >= bound}[relation]
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences: they end with . ! ? or …, perhaps in quotes or brackets, before white space or the end of the text."""
+    parts: list[str] = []
+    begin = 0
+    for match in re.finditer(r"[.!?…]+[\"'”’)\]]*(?=\s|$)", text):
+        before = text[begin : match.start()].split()
+        word = before[-1].lstrip("(\"'“‘[") if before else ""
+        shortened = word.lower() in ABBREVIATIONS or re.fullmatch(r"[B-HJ-Z]", word)  # the initial of a name
+        if match.group() != "." or not shortened:
+            parts.append(text[begin : match.end()].strip())
+            begin = match.end()
+    return [part for part in [*parts, text[begin:].strip()] if part]
+
+
+def paragraphs_between_stars(text: str) -> int | None:
+    """Number of paragraphs divided by `***`; None if one of them, not at an end, is empty."""
+    parts = re.split(r"\s?\*\*\*\s?", text)
+    inner = [bool(part.strip()) for part in parts[1:-1]]
+    return sum(bool(part.strip()) for part in parts) if all(inner) else None
+
+
+def _contains(text: str, phrase: str) -> bool:
+    return phrase.lower() in text.lower()
+
+
+def _keyword_frequency(text: str, given: Arguments) -> bool:
+    count = len(re.findall(re.escape(given["keyword"].strip()), text, re.IGNORECASE))
+    return compared(count, given["relation"], given["frequency"])
+
+
+def _letter_frequency(text: str, given: Arguments) -> bool:
+    return compared(text.lower().count(given["letter"].lower()), given["let_relation"], given["let_frequency"])
+
+
+def _number_paragraphs(text: str, given: Arguments) -> bool:
+    return paragraphs_between_stars(text) == int(given["num_paragraphs"])
+
+
+def _nth_paragraph_first_word(text: str, given: Arguments) -> bool:
+    paragraphs, number = text.split("\n\n"), int(given["nth_paragraph"])
+    count = sum(bool(paragraph.strip()) for paragraph in paragraphs)
+    if number > count or not paragraphs[number - 1].strip():
+        return False
+    word = paragraphs[number - 1].split()[0].lstrip("'").lstrip('"')
+    first = re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower()
+    return count == int(given["num_paragraphs"]) and first == str(given["first_word"]).lower()
+
+
+def _placeholders(text: str, given: Arguments) -> bool:
+    return len(re.findall(r"\[[^\n\]]*\]", text)) >= int(given["num_placeholders"])
+
+
+def _postscript(text: str, given: Arguments) -> bool:
+    marker = given["postscript_marker"].strip()
+    spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    return re.search(spaced.get(marker, re.escape(marker.lower())), text.lower()) is not None
+
+
+def _bullets(text: str, given: Arguments) -> bool:
+    return len(re.findall(r"^\s*(?:\*[^*\n]|-)", text, re.MULTILINE)) == int(given["num_bullets"])
+
+
+def _highlights(text: str, given: Arguments) -> bool:
+    single = re.findall(r"\*([^\n*]*)\*", text)
+    double = re.findall(r"\*\*([^\n*]*)\*\*", text)
+    return sum(bool(part.strip()) for part in single + double) >= int(given["num_highlights"])
+
+
+def _sections(text: str, given: Arguments) -> bool:
+    splitter = re.escape(given["section_spliter"].strip())  # the benchmark's spelling
+    return len(re.findall(rf"\s?{splitter}\s?\d+\s?", text)) >= int(given["num_sections"])
+
+
+def _json(text: str, _: Arguments) -> bool:
+    fenced = re.fullmatch(r"(?:```(?:json|Json|JSON)?)?(.*?)(?:```)?", text.strip(), re.DOTALL)
+    assert fenced is not None, "everything in it is optional"
+    try:
+        json.loads(fenced.group(1).strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _title(text: str, _: Arguments) -> bool:
+    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+
+
+def _two_responses(text: str, _: Arguments) -> bool:
+    parts = [part.strip() for part in text.split("******")]
+    if not all(parts[1:-1]):
+        return False
+    responses = [part for part in parts if part]
+    return len(responses) == 2 and responses[0] != responses[1]
+
+
+def _ends_with(text: str, given: Arguments) -> bool:
+    return text.strip().strip('"').lower().endswith(str(given["end_phrase"]).strip().lower())
+
+
+def _quoted(text: str, _: Arguments) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text.startswith('"') and text.endswith('"')
+
+
+def _mostly_english(text: str) -> bool:
+    letters = [letter for letter in text if letter.isalpha()]
+    return sum(letter.isascii() for letter in letters) >= ENGLISH_SHARE * len(letters)
+
+
+def _capital_words(text: str, given: Arguments) -> bool:
+    count = sum(word.isupper() for word in text.split())
+    return compared(count, given["capital_relation"], given["capital_frequency"])
+
+
+CHECKS: dict[str, Callable[[str, Arguments], bool]] = {
+    "keywords:existence": lambda text, given: all(_contains(text, keyword) for keyword in given["keywords"]),
+    "keywords:frequency": _keyword_frequency,
+    "keywords:forbidden_words": lambda text, given: not contains_keyword(text, given["forbidden_words"]),
+    "keywords:letter_frequency": _letter_frequency,
+    "length_constraints:number_sentences": lambda text, given: compared(
+        len(sentences(text)), given["relation"], given["num_sentences"]
+    ),
+    "length_constraints:number_paragraphs": _number_paragraphs,
+    "length_constraints:number_words": lambda text, given: compared(
+        len(re.findall(r"\w+", text)), given["relation"], given["num_words"]
+    ),
+    "length_constraints:nth_paragraph_first_word": _nth_paragraph_first_word,
+    "detectable_content:number_placeholders": _placeholders,
+    "detectable_content:postscript": _postscript,
+    "detectable_format:number_bullet_lists": _bullets,
+    "detectable_format:constrained_response": lambda text, _: any(answer in text for answer in CONSTRAINED),
+    "detectable_format:number_highlighted_sections": _highlights,
+    "detectable_format:multiple_sections": _sections,
+    "detectable_format:json_format": _json,
+    "detectable_format:title": _title,
+    "combination:two_responses": _two_responses,
+    "combination:repeat_prompt": lambda text, given: (
+        text.strip().lower().startswith(given["prompt_to_repeat"].strip().lower())
+    ),
+    "startend:end_checker": _ends_with,
+    "startend:quotation": _quoted,
+    "change_case:english_capital": lambda text, _: text.isupper() and _mostly_english(text),
+    "change_case:english_lowercase": lambda text, _: text.islower() and _mostly_english(text),
+    "change_case:capital_word_frequency": _capital_words,
+    "punctuation:no_comma": lambda text, _: "," not in text,
+}

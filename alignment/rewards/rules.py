@@ -1,0 +1,211 @@
+"""Ready-made rules: rewards that are read from the text itself, or from a comparison with a kept column."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from alignment.config import Count, PositiveCount
+from alignment.errors import RewardError
+from alignment.rewards import BuildableScorer
+
+if TYPE_CHECKING:
+    import torch
+
+    from alignment.types import Completion, Group
+
+Unit = Literal["tokens", "words", "characters"]
+Shape = Literal["linear", "quadratic", "step"]
+
+
+class Rule(BuildableScorer):
+    """A rule: a pure function of one completion and its group."""
+
+    @abstractmethod
+    def reward(self, completion: Completion, group: Group) -> float:
+        """What the completion is worth.
+
+        Raises:
+            RewardError: the group has not what the rule needs; the text says what, without the group.
+        """
+
+    def build(self, device: torch.device) -> RuleScorer:
+        return RuleScorer(self)
+
+
+class RuleScorer:
+    """Applies a rule to every completion; it holds nothing."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def score(self, groups: list[Group]) -> list[list[float]]:
+        """As the port says."""
+        return [self._of_group(group) for group in groups]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _of_group(self, group: Group) -> list[float]:
+        try:
+            return [self.rule.reward(completion, group) for completion in group.completions]
+        except RewardError as error:
+            raise RewardError(f"group {group.id}: {error}") from error
+
+
+class Regex(Rule):
+    """1 for a text that matches a pattern (or does not, with `forbid`), else 0."""
+
+    name: Literal["regex"] = "regex"
+    """A pattern that the answer must, or must not, match."""
+    pattern: str
+    """Regular expression, as Python's `re` reads it; `(?i)` in front ignores case, `(?s)` lets a dot match newlines."""
+    match: Literal["search", "full"] = "search"
+    """`search`: anywhere in the text. `full`: the whole text."""
+    forbid: bool = False
+    """Reward texts that do not match."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from error
+        return pattern
+
+    def reward(self, completion: Completion, group: Group) -> float:
+        find = re.search if self.match == "search" else re.fullmatch
+        return float((find(self.pattern, completion.text) is None) == self.forbid)
+
+
+class Length(Rule):
+    """Closeness to a target length, a penalty near a largest length, or the sum of both."""
+
+    name: Literal["length"] = "length"
+    """How long the answer is."""
+    unit: Unit = "words"
+    """`tokens` of the actor, with the end token; `words` between white space; or `characters`."""
+    target: PositiveCount | None = None
+    """Length that gives 1; None asks for none."""
+    tolerance: Count = 0
+    """By how much the target may be missed for nothing."""
+    shape: Shape = "linear"
+    """How the reward falls with d = distance beyond the tolerance / target: `linear` is 1 - d and `quadratic` 1 - d²,
+    neither below 0; `step` is 0 at once."""
+    max_length: PositiveCount | None = None
+    """Length beyond which the penalty is the whole -1 (arXiv 2503.14476, equation 13); None is no penalty."""
+    buffer: Count = 0
+    """Length before `max_length` over which the penalty grows from 0; 0 is a cliff."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.target is None and self.max_length is None:
+            raise ValueError("length needs target, max_length or both")
+        if self.max_length is not None and self.buffer > self.max_length:
+            raise ValueError(f"buffer ({self.buffer}) must not exceed max_length ({self.max_length})")
+        return self
+
+    def reward(self, completion: Completion, group: Group) -> float:
+        length = length_of(completion, self.unit)
+        reward = 0.0
+        if self.target is not None:
+            reward += closeness(length, target=self.target, tolerance=self.tolerance, shape=self.shape)
+        if self.max_length is not None:
+            reward += overlong_penalty(length, max_length=self.max_length, buffer=self.buffer)
+        return reward
+
+
+class Keywords(Rule):
+    """Whether the words that a row names stand in the text, as whole words, in any case."""
+
+    name: Literal["keywords"] = "keywords"
+    """Words that the row's own column names."""
+    column: str = "keywords"
+    """Column with a list of words or phrases, or one; `data.keep` must name it."""
+    need: Literal["any", "all", "share"] = "any"
+    """`any` or `all` of them for a reward of 1, or the `share` that is there as the reward."""
+
+    def reward(self, completion: Completion, group: Group) -> float:
+        keywords = kept_column(group, self.column)
+        keywords = [keywords] if isinstance(keywords, str) else keywords
+        if not isinstance(keywords, list | tuple) or not keywords or not all(isinstance(k, str) for k in keywords):
+            raise RewardError(f"column {self.column!r} holds {keywords!r:.50} instead of a list of words")
+        found = [contains_keyword(completion.text, [keyword]) for keyword in keywords]
+        if self.need == "share":
+            return sum(found) / len(found)
+        return float(any(found) if self.need == "any" else all(found))
+
+
+class Repetition(Rule):
+    """Minus the share of n-grams that have been there before: 0 for a text that never repeats, down to -1."""
+
+    name: Literal["repetition"] = "repetition"
+    """A penalty for repeated n-grams."""
+    n: PositiveCount = 3
+    """Length of the n-grams."""
+    unit: Literal["words", "tokens"] = "words"
+    """What they are made of: lower-case words, or the actor's tokens (for languages without spaces)."""
+
+    def reward(self, completion: Completion, group: Group) -> float:
+        parts: Sequence[Any] = _tokens(completion) if self.unit == "tokens" else completion.text.lower().split()
+        return -repeated_share(parts, n=self.n)
+
+
+def contains_keyword(text: str, keywords: list[str]) -> bool:
+    """True if any keyword stands in the text as whole words, in any case."""
+    return any(re.search(rf"(?<!\w){re.escape(keyword)}(?!\w)", text, re.IGNORECASE) for keyword in keywords)
+
+
+def kept_column(group: Group, column: str) -> Any:
+    """A column of the group's row.
+
+    Raises:
+        RewardError: the row has none, or `data.keep` does not name it.
+    """
+    if column not in group.columns:
+        raise RewardError(f"it has no column {column!r}; name it in data.keep, e.g. data.keep=[{column}]")
+    return group.columns[column]
+
+
+def length_of(completion: Completion, unit: Unit) -> int:
+    """Number of tokens, words or characters.
+
+    Raises:
+        RewardError: tokens are asked for and the completion has none.
+    """
+    if unit == "tokens":
+        return len(_tokens(completion))
+    return len(completion.text.split() if unit == "words" else completion.text)
+
+
+def closeness(length: int, *, target: int, tolerance: int, shape: Shape) -> float:
+    """1 within `tolerance` of `target`, and less beyond, down to 0; see `Length.shape`."""
+    distance = max(0, abs(length - target) - tolerance) / target
+    if shape == "step":
+        return float(distance == 0)
+    return max(0.0, 1 - (distance if shape == "linear" else distance**2))
+
+
+def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
+    """0 up to max_length - buffer, then falling in a line to -1 at max_length (arXiv 2503.14476, equation 13)."""
+    beyond = length - (max_length - buffer)
+    if beyond <= 0:
+        return 0.0
+    return -1.0 if length > max_length else -beyond / buffer
+
+
+def repeated_share(parts: Sequence[Any], *, n: int) -> float:
+    """Share of n-grams that stand further in front already, 0 to 1; 0 if there is none."""
+    ngrams = [tuple(parts[start : start + n]) for start in range(len(parts) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _tokens(completion: Completion) -> tuple[int, ...]:
+    if completion.text and not completion.tokens:
+        raise RewardError("a length in tokens needs completions with tokens; these have text alone")
+    return completion.tokens

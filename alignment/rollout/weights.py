@@ -1,0 +1,219 @@
+"""Rollout's other half: the trainer's weights on their way into vLLM engines, as files in shared memory.
+
+    trainer: Outbox.put ─► files of an Update ─► engine: one start→finish session of vLLM's weight transfer
+
+An adapter travels as the folder that peft writes, all weights as safetensors files of bounded size. vLLM's own
+transports need CUDA; this one needs memory that both processes see, so it also serves as the plain way on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.errors import RolloutError
+from alignment.rollout import Weights
+
+FILES = "raylign_files"
+"""What vLLM knows our weight transfer by."""
+SHARD_BYTES = 64 << 20
+"""Bytes of weights that are copied before they are written: the extra memory of a sync."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One version of the weights, as files that an engine can read."""
+
+    version: int
+    """Optimizer steps done."""
+    adapter: str | None
+    """Folder of a LoRA adapter, another one each time; None if all weights are in `files`."""
+    files: tuple[str, ...] = ()
+    """safetensors files that together hold every weight once, by its Hugging Face name."""
+
+
+def local_places() -> tuple[Path, ...]:
+    """Where processes of one machine can leave weights for each other: shared memory first, then the disk."""
+    temporary = Path(tempfile.gettempdir())
+    return (SHARED_MEMORY, temporary) if SHARED_MEMORY.is_dir() else (temporary,)
+
+
+class Outbox:
+    """Where a trainer leaves its weights. The newest update stays, for engines that are restarted, until the next."""
+
+    def __init__(self, name: str, places: tuple[Path, ...]) -> None:
+        """
+        Args:
+            name: of this run, unlike any other's on the machine; all it writes begins with it.
+            places: folders in order of preference; the next is used when one is full.
+        """
+        self.name = name
+        self.places = places
+        self.count = 0
+
+    def put(self, weights: Weights, *, adapter: bool) -> Update:
+        """Writes weights, in place of those before.
+
+        Raises:
+            RolloutError: there is no room, or an adapter was promised and there is none.
+        """
+        from safetensors import SafetensorError
+
+        self.clear()
+        self.count += 1
+        try:
+            return self._put_adapter(weights) if adapter else self._put_all(weights)
+        except (OSError, SafetensorError) as error:
+            raise RolloutError(f"the weights for the engines cannot be written: {error}") from error
+
+    def clear(self) -> None:
+        """Deletes what this run has written, also in an earlier process that was killed."""
+        for place in self.places:
+            for folder in place.glob(f"{self.name}-weights-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _put_adapter(self, weights: Weights) -> Update:
+        folder = self._folder(self.places[-1], version=weights.version)
+        if not weights.save_adapter(folder):
+            raise RolloutError("the engines were started for an adapter (model.lora), and the trainer has none")
+        return Update(version=weights.version, adapter=str(folder))
+
+    def _put_all(self, weights: Weights) -> Update:
+        from safetensors.torch import save_file
+
+        files: list[str] = []
+        stream = weights.full()
+        try:
+            for shard in _shards(stream):
+                place = self._place_for(sum(tensor.nbytes for tensor in shard.values()))
+                file = self._folder(place, version=weights.version) / f"{len(files):05d}.safetensors"
+                save_file(shard, file)
+                files.append(str(file))
+        finally:
+            for _ in stream:  # after a failure too: the other workers gather every weight together with this one
+                pass
+        return Update(version=weights.version, adapter=None, files=tuple(files))
+
+    def _place_for(self, size: int) -> Path:
+        roomy = (place for place in self.places if shutil.disk_usage(place).free > 2 * size)
+        return next(roomy, self.places[-1])
+
+    def _folder(self, place: Path, *, version: int) -> Path:
+        folder = place / f"{self.name}-weights-{version}-{self.count}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        # A copy: a gathered tensor is only there until the next one.
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+        if size >= SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def read(files: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of some safetensors files, mapped, not copied."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # not a dict
+                yield name, opened.get_tensor(name)
+
+
+def register() -> None:
+    """Makes `FILES` known to vLLM, which calls this in each of its processes (entry point `vllm.general_plugins`)."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    with contextlib.suppress(ValueError):  # known already: vLLM may call it twice
+        WeightTransferEngineFactory.register_engine(FILES, _receiver())
+
+
+@dataclass
+class NoInit:
+    """What vLLM's side of the transfer has to know beforehand: nothing."""
+
+
+@dataclass
+class FilesInfo:
+    """What vLLM's side of the transfer is told for an update."""
+
+    files: list[str]
+
+
+def _receiver() -> type[Any]:
+    """vLLM's side of the transfer. A class made here, because its base can only be had by importing vLLM."""
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    class FilesReceiver(WeightTransferEngine):  # type: ignore[misc]
+        init_info_cls = NoInit
+        update_info_cls = FilesInfo
+
+        def init_transfer_engine(self, init_info: NoInit) -> None: ...
+
+        def start_weight_update(self) -> None:
+            self.missing = {name for name, _ in self.model.named_parameters()} - _tied_names(self.model)
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: FilesInfo) -> None:
+            # One call for all files: several would end a layer that is spread over two of them too early.
+            self.missing -= self.model.load_weights(read(update_info.files)) or self.missing
+            if self.missing:
+                raise ValueError(f"an update of all weights lacks {len(self.missing)}, such as {min(self.missing)}")
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+            tie_again(self.model)
+
+        def shutdown(self) -> None: ...
+
+    return FilesReceiver
+
+
+def _tied_names(model: torch.nn.Module) -> set[str]:
+    """Names of the weights of output heads that are tied to the embedding."""
+    return {f"{name}.weight" for name, _ in _tied_heads(model)}
+
+
+def _tied_heads(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    config: Any = model.config
+    if not config.tie_word_embeddings:
+        return []
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, ParallelLMHead)]
+
+
+def tie_again(model: torch.nn.Module) -> None:
+    """Gives output heads that are tied to the embedding its new weights.
+
+    On a CPU, vLLM 0.32 keeps a packed copy of a linear layer's weight, and a layerwise reload makes a new one only if a
+    weight comes by the layer's own name. None comes for a tied head: without this, it would stay the old one.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for _, head in _tied_heads(model):
+        embedding = next(
+            part
+            for part in model.modules()
+            if isinstance(part, VocabParallelEmbedding) and not isinstance(part, ParallelLMHead)
+        )
+        head.tie_weights(embedding)
+        head.quant_method.process_weights_after_loading(head)

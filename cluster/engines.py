@@ -1,0 +1,223 @@
+"""The machines' side of rollouts: vLLM engines as Ray actors, started by the driver and driven by the main worker.
+
+The driver starts them before Ray Train's workers and owns them, so that they outlive workers that are restarted. Ray
+restarts an actor that dies; the pool that drives it then brings it the weights again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.config import RunConfig
+from alignment.errors import AlignmentError, RolloutError
+from alignment.models.parallel import World
+from alignment.rollout import Prompt, Rollout, Sampling
+from alignment.rollout.pool import EngineLost, Pool
+from alignment.rollout.vllm import Engine, EngineSettings
+from alignment.rollout.weights import Outbox, Update, local_places
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+STOP_S = 15.0
+"""Seconds that an engine gets to end by itself. One that is killed leaves its shared memory behind."""
+RETRY_S = 0.5
+"""Seconds between two attempts to reach an actor that is being restarted."""
+REQUESTS = 100_000
+"""Calls that an actor works on at once: more prompts than a step has, so that none is in the way of a health check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """Where to find the engines; crosses process borders."""
+
+    name: str
+    """What every name begins with; no other run's does."""
+    namespace: str
+    count: int
+
+    def actors(self) -> list[ActorHandle]:
+        """The engines' actors.
+
+        Raises:
+            RolloutError: they are gone.
+        """
+        import ray
+
+        try:
+            return [ray.get_actor(f"{self.name}-{index}", namespace=self.namespace) for index in range(self.count)]
+        except ValueError as error:
+            raise RolloutError(f"the engines are gone: {error}") from error
+
+
+@contextlib.contextmanager
+def running_engines(settings: EngineSettings, *, count: int, cpus: float, gpus: float) -> Iterator[Engines]:
+    """Engines for as long as the block runs. They start while it goes on; whoever attaches waits for them.
+
+    Args:
+        cpus: of each, as Ray counts them; how many threads it has, `settings` says.
+        gpus: of each.
+
+    Raises:
+        RolloutError: the cluster has no place for them.
+    """
+    import ray
+
+    name = f"raylign-{secrets.token_hex(4)}"
+    found = Engines(name=name, namespace=ray.get_runtime_context().namespace, count=count)
+    kind = ray.remote(EngineActor).options(
+        num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_concurrency=REQUESTS, namespace=found.namespace
+    )
+    actors = [kind.options(name=f"{name}-{index}").remote(settings) for index in range(count)]
+    try:
+        _wait_for_places(actors, timeout_s=settings.rollout.timeout_s)
+        for actor in actors:
+            actor.begin.remote()
+        yield found
+    finally:
+        _end(actors)
+        Outbox(name, local_places()).clear()
+
+
+def attach(found: Engines, config: RunConfig, world: World) -> Pool:
+    """The `Generator` over the engines, for a training worker; called by each. Earlier workers' prompts are dropped.
+
+    Raises:
+        RolloutError: an engine does not start.
+    """
+    seats = [RaySeat(actor) for actor in found.actors()] if world.is_main else []
+    outbox = Outbox(found.name, _places(seats, config))
+    adapter = config.model.lora is not None
+    pool = Pool(seats, outbox, adapter=adapter, timeout_s=config.rollout.timeout_s, main=world.is_main)
+    pool.begin()
+    return pool
+
+
+class EngineActor:
+    """A Ray actor around an engine."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.engine = Engine(settings)
+        self.life = secrets.token_hex(8)
+        self._starting = asyncio.Lock()
+        self._started = False
+
+    async def place(self) -> str:
+        """The id of the node that it runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    async def begin(self) -> str:
+        """Starts the engine, or makes one that has started idle and stale. Returns the name of this actor's life."""
+        async with self._starting:
+            if self._started:
+                await self.engine.reset()
+            else:
+                await self.engine.start()
+                self._started = True
+        return self.life
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        return await self.engine.generate(prompt, sampling)
+
+    async def load(self, update: Update) -> None:
+        await self.engine.load(update)
+
+    async def check(self) -> None:
+        await self.engine.check()
+
+    async def stop(self) -> None:
+        await self.engine.stop()
+
+
+class RaySeat:
+    """The place of an engine in a Ray actor."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self.actor = actor
+        self.life = ""
+
+    async def begin(self) -> None:
+        try:
+            self.life = await self._call("begin")
+        except EngineLost:
+            await self.restart()
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        rollouts: list[Rollout] = await self._call("generate", prompt, sampling)
+        return rollouts
+
+    async def load(self, update: Update) -> None:
+        await self._call("load", update)
+
+    async def check(self) -> None:
+        await self._call("check")
+
+    async def restart(self) -> None:
+        """Ends the actor; Ray starts it again."""
+        import ray
+
+        with contextlib.suppress(RolloutError, TimeoutError):
+            await asyncio.wait_for(self._call("stop"), STOP_S)
+        ray.kill(self.actor, no_restart=False)
+        before = self.life
+        while self.life == before:  # a call may still reach the actor that is being killed
+            try:
+                self.life = await self._call("begin")
+            except EngineLost:
+                await asyncio.sleep(RETRY_S)
+
+    async def stop(self) -> None:
+        """Nothing: the driver has started the engine, and ends it."""
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        answer = getattr(self.actor, method).remote(*arguments)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            ray.cancel(answer)
+            raise
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, AlignmentError):
+                raise type(cause)(str(cause)) from error
+            raise RolloutError(f"an engine failed: {cause}") from error
+        except RayActorError as error:
+            raise EngineLost(f"an engine's process has died: {error}") from error
+
+
+def _wait_for_places(actors: list[ActorHandle], *, timeout_s: float) -> None:
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        ray.get([actor.place.remote() for actor in actors], timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise RolloutError(f"the cluster found no place for {len(actors)} engines within {timeout_s:g} s") from error
+
+
+def _end(actors: list[ActorHandle]) -> None:
+    import ray
+
+    ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=STOP_S)
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _places(seats: list[RaySeat], config: RunConfig) -> tuple[Path, ...]:
+    """Where weights are left: in shared memory if every engine is on this machine, else in the run's folder."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = ray.get([seat.actor.place.remote() for seat in seats], timeout=config.rollout.timeout_s)
+    return local_places() if all(node == here for node in nodes) else (config.folder.resolve(),)

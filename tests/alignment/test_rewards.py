@@ -1,0 +1,371 @@
+"""Rewards are asked for until they are sound, summed by weight, and never silently missing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import torch.distributed as dist
+
+from alignment.config import RunConfig, check_config, json_schema
+from alignment.errors import ConfigError, RewardError
+from alignment.models.parallel import World
+from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, scorer_class, scorer_names
+from alignment.types import Completion, Group, Message
+
+CPU = torch.device("cpu")
+CALLS: list[dict[str, Any]] = []
+SCRIPT: list[Any] = []
+"""What `scripted` does, call by call: returns a list, raises an exception, or calls a function."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    CALLS.clear()
+    SCRIPT.clear()
+    yield
+
+
+def scripted(prompts: list[Any], completions: list[str], **rest: Any) -> Any:
+    CALLS.append({"prompts": prompts, "completions": completions, **rest})
+    step = SCRIPT.pop(0) if SCRIPT else [float(len(text)) for text in completions]
+    if isinstance(step, Exception):
+        raise step
+    return step(completions) if callable(step) else step
+
+
+def shout(*, completions: list[str], prompts: list[str]) -> list[bool]:
+    return [text.isupper() for text in completions]
+
+
+def distance(completions: list[str], prompts: list[str], answer: list[str], *, factor: float) -> torch.Tensor:
+    return torch.tensor([-factor * abs(float(a) - float(c)) for a, c in zip(answer, completions, strict=True)])
+
+
+async def slowly(completions: list[str], prompts: list[str], seconds: float) -> list[float]:
+    await asyncio.sleep(seconds)
+    return [float(len(text)) for text in completions]
+
+
+def sleeps(completions: list[str], prompts: list[str], seconds: float) -> list[float]:
+    time.sleep(seconds)
+    return [0.0] * len(completions)
+
+
+def loses_its_loop(completions: list[str], prompts: list[str]) -> Any:
+    CALLS.append({"thread": threading.current_thread().name})
+    return _loop_of()
+
+
+async def _loop_of() -> list[int]:
+    return [id(asyncio.get_running_loop()) % 1000]
+
+
+class Constant(BuildableScorer):
+    """A scorer of one's own, by class."""
+
+    value: float = 1.0
+
+    def build(self, device: torch.device) -> Scorer:
+        return ConstantScorer(self.value)
+
+
+class ConstantScorer:
+    """Gives everything the same reward."""
+
+    closed = 0
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def score(self, groups: list[Group]) -> list[list[float]]:
+        if self.value == 13:
+            raise AskAgain("bad luck")
+        return [[self.value] * len(group.completions) for group in groups]
+
+    def close(self) -> None:
+        ConstantScorer.closed += 1
+
+
+def here(function: Callable[..., Any] | type) -> str:
+    return f"{__name__}:{function.__name__}"
+
+
+def group(*texts: str, name: str = "rows.jsonl:7", prompt: Any = "p", **columns: Any) -> Group:
+    return Group(id=name, prompt=prompt, completions=tuple(Completion(text=text) for text in texts), columns=columns)
+
+
+def rewards_of(*settings: dict[str, Any]) -> Rewards:
+    return Rewards(tuple(scorer_class(each["name"]).model_validate(each) for each in settings), CPU)
+
+
+def given(groups: list[Group]) -> list[list[float | None]]:
+    return [[completion.reward for completion in each.completions] for each in groups]
+
+
+def test_a_function_gets_one_entry_per_completion_and_every_kept_column() -> None:
+    turns = (Message(role="user", content="hi"),)
+    groups = [group("a", "bb", answer=[1], topic="x"), group("ccc", name="r:8", prompt=turns, answer="z")]
+    rated = rewards_of({"name": here(scripted), "kwargs": {"factor": 2}}).score(groups)
+    assert CALLS == [
+        {
+            "prompts": ["p", "p", [{"role": "user", "content": "hi"}]],
+            "completions": ["a", "bb", "ccc"],
+            "answer": [[1], [1], "z"],
+            "topic": ["x", "x", None],
+            "factor": 2,
+        }
+    ]
+    assert given(rated) == [[1.0, 2.0], [3.0]]
+    assert [each.id for each in rated] == ["rows.jsonl:7", "r:8"]
+
+
+def test_a_function_gets_only_the_columns_that_it_has_parameters_for() -> None:
+    assert given(rewards_of({"name": here(shout)}).score([group("A", "b", answer="z")])) == [[1.0, 0.0]]
+
+
+def test_numbers_of_any_kind_are_taken() -> None:
+    rewards = rewards_of({"name": here(distance), "kwargs": {"factor": 0.5}})
+    assert given(rewards.score([group("3", "5", answer="4")])) == [[-0.5, -0.5]]
+    SCRIPT.append([True, 2, 2.5])
+    assert given(rewards_of({"name": here(scripted)}).score([group("a", "b", "c")])) == [[1.0, 2.0, 2.5]]
+
+
+def test_a_function_that_needs_a_column_says_which() -> None:
+    with pytest.raises(RewardError, match=r"scorer distance: missing a required argument: 'answer'.*data.keep"):
+        rewards_of({"name": here(distance), "kwargs": {"factor": 1}}).score([group("3", other=1)])
+
+
+def test_a_column_that_is_an_argument_already_is_refused() -> None:
+    rewards = rewards_of({"name": here(scripted), "kwargs": {"factor": 2}})
+    with pytest.raises(RewardError, match="column 'factor'"):
+        rewards.score([group("a", factor=3)])
+    with pytest.raises(RewardError, match="column 'prompts'"):
+        rewards.score([group("a", prompts=3)])
+
+
+def test_an_asynchronous_function_is_awaited_in_one_loop() -> None:
+    rewards = rewards_of({"name": here(slowly), "kwargs": {"seconds": 0.01}})
+    assert given(rewards.score([group("a", "bb")])) == [[1.0, 2.0]]
+    rewards.close()
+    rewards = rewards_of({"name": here(loses_its_loop)})
+    first, second = (given(rewards.score([group("a")])) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("function", [slowly, sleeps])
+def test_a_late_function_is_asked_again_and_then_named(function: Callable[..., Any]) -> None:
+    settings = {"name": here(function), "kwargs": {"seconds": 30}, "timeout_s": 0.1, "attempts": 2}
+    rewards = rewards_of(settings)
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"it was not done after 0\.1 s, after 2 attempts"):
+        rewards.score([group("a")])
+    rewards.close()
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ([1.0, None], "group rows.jsonl:7, completion 2 of 2: the reward is None, not a number"),
+        ([math.nan, 1.0], "group rows.jsonl:7, completion 1 of 2: the reward is nan, not a number"),
+        ([1.0, math.inf], "group rows.jsonl:7, completion 2 of 2: the reward is inf, not a number"),
+        ([1.0, 1e39], "group rows.jsonl:7, completion 2 of 2: the reward is 1e+39, not a number"),
+        ([1.0, "3"], "group rows.jsonl:7, completion 2 of 2: the reward is '3', not a number"),
+        ([1.0], "group rows.jsonl:7: it returned 1 rewards for 2 completions"),
+        (None, "group rows.jsonl:7: it returned a NoneType instead of a list of numbers"),
+        (3.0, "group rows.jsonl:7: it returned a float instead of a list of numbers"),
+        (ZeroDivisionError("no"), "group rows.jsonl:7: it raised ZeroDivisionError: no"),
+        (AskAgain("tired"), "group rows.jsonl:7: tired"),
+    ],
+)
+def test_what_is_wrong_is_asked_again_and_then_named(wrong: Any, problem: str) -> None:
+    rewards = rewards_of({"name": here(scripted)})
+    SCRIPT.extend([(lambda _: wrong) if wrong is None else wrong] * 2)
+    assert given(rewards.score([group("a", "bb")])) == [[1.0, 2.0]], "the third attempt is sound"
+    SCRIPT.extend([(lambda _: wrong) if wrong is None else wrong] * 3)
+    with pytest.raises(RewardError) as caught:
+        rewards.score([group("a", "bb")])
+    assert str(caught.value) == f"scorer scripted: {problem}, after 3 attempts"
+    assert len(CALLS) == 6
+
+
+def test_only_the_groups_without_sound_rewards_are_asked_about_again() -> None:
+    SCRIPT.append([1.0, math.nan, 3.0, 4.0])
+    groups = [group("a", name="1"), group("b", "c", name="2"), group("d", name="3")]
+    assert given(rewards_of({"name": here(scripted)}).score(groups)) == [[1.0], [1.0, 1.0], [4.0]]
+    assert [call["completions"] for call in CALLS] == [["a", "b", "c", "d"], ["b", "c"]]
+
+
+def test_rewards_are_clipped_weighted_and_summed_and_the_breakdown_is_kept() -> None:
+    settings = [
+        {"name": here(Constant), "value": 40, "clip": 10, "weight": 0.5},
+        {"name": here(Constant), "value": -40, "clip": 10, "weight": -1},
+        {"name": "length", "target": 2},
+        {"name": here(Constant), "value": 0.25},
+    ]
+    rewards = rewards_of(*settings)
+    assert rewards.names == ["Constant", "Constant-2", "length", "Constant-3"]
+    ((completion,),) = (each.completions for each in rewards.score([group("one two")]))
+    assert completion.scores == {"Constant": 40.0, "Constant-2": -40.0, "length": 1.0, "Constant-3": 0.25}
+    assert completion.reward == 5 + 10 + 1 + 0.25
+
+
+def test_a_scorer_of_ones_own_is_asked_again_as_well() -> None:
+    with pytest.raises(RewardError, match="scorer Constant: group 1 and 1 more: bad luck, after 3 attempts"):
+        rewards_of({"name": here(Constant), "value": 13}).score([group("a", name="1"), group("b", name="2")])
+
+
+def test_closing_closes_every_scorer_also_when_a_later_one_cannot_be_made() -> None:
+    ConstantScorer.closed = 0
+    rewards = rewards_of({"name": here(Constant)}, {"name": here(Constant)})
+    rewards.close()
+    assert ConstantScorer.closed == 2
+    with pytest.raises(ConfigError, match="RAYLIGN_NO_SUCH_KEY"):
+        rewards_of({"name": here(Constant)}, {"name": "http", "url": "http://x/", "key_env": "RAYLIGN_NO_SUCH_KEY"})
+    assert ConstantScorer.closed == 3
+
+
+def test_without_scorers_or_groups_nothing_changes() -> None:
+    groups = [group("a")]
+    assert rewards_of().score(groups) == groups
+    assert rewards_of({"name": "length", "target": 2}).score([]) == []
+
+
+def score_shared_groups(world: World) -> tuple[list[Group], list[str]]:
+    """Five groups rated by two scorers, and the texts that the function was asked about."""
+    groups = [group("x" * i, "y" * (i + 1), name=str(i)) for i in range(1, 6)]
+    rewards = rewards_of({"name": here(scripted)}, {"name": "length", "unit": "characters", "target": 3, "weight": 10})
+    rated = rewards.score(groups, world=world)
+    return rated, [text for call in CALLS for text in call["completions"]]
+
+
+def _on_worker(rank: int, size: int, meeting: str, bad: str | None) -> Any:
+    """One of several workers, in a process of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    if bad is not None:
+        SCRIPT.extend([lambda texts: [math.nan if text == bad else 0.0 for text in texts]] * 9)
+    try:
+        return score_shared_groups(World(rank=rank, size=size))
+    except RewardError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+
+
+def _on_workers(size: int, meeting: Path, bad: str | None) -> list[Any]:
+    with ProcessPoolExecutor(size, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(_on_worker, rank, size, str(meeting), bad) for rank in range(size)]
+        return [each.result(timeout=120) for each in waiting]
+
+
+def test_workers_share_the_asking_and_all_end_with_everything(tmp_path: Path) -> None:
+    alone, asked_alone = score_shared_groups(World())
+    first, second = _on_workers(2, tmp_path / "meeting", None)
+    assert first[0] == second[0] == alone
+    assert first[1] and second[1]
+    assert sorted(first[1] + second[1]) == sorted(asked_alone)
+
+
+def test_an_error_of_one_worker_is_raised_by_all_of_them(tmp_path: Path) -> None:
+    first, second = _on_workers(2, tmp_path / "meeting", "yyy")
+    assert first == second
+    assert first.endswith(
+        "scorer scripted: group 2, completion 2 of 2: the reward is nan, not a number, after 3 attempts"
+    )
+    assert first.startswith("worker ")
+
+
+GOOD = {"name": "run", "steps": 3, "data": {"path": "x"}}
+
+
+def problems(*scorers: Any) -> list[str]:
+    tree = {**GOOD, "algorithm": {"name": "grpo"}, "rewards": list(scorers)}
+    with pytest.raises(ConfigError) as caught:
+        check_config(tree, kind=RunConfig)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("scorer", "expected"),
+    [
+        ({"name": "lenght", "target": 3}, "rewards: there is no scorer 'lenght'; did you mean 'length'?"),
+        ({"name": "zzzz"}, f"rewards: there is no scorer 'zzzz'; known are {', '.join(scorer_names())}"),
+        ({"target": 3}, "rewards: needs a name: "),
+        ({"name": "no.such:thing"}, "rewards: scorer 'no.such:thing' cannot be imported: No module named 'no'"),
+        ({"name": "json:nothing"}, "rewards: scorer 'json:nothing' cannot be imported: "),
+        ({"name": ":nothing"}, "rewards: scorer ':nothing' cannot be imported: "),
+        ({"name": "math:pi"}, "rewards: scorer 'math:pi' is a float, not a function"),
+        ({"name": "json:JSONDecoder"}, "rewards: scorer 'json:JSONDecoder' is neither a function nor a subclass"),
+        ({"name": "os.path:basename"}, "rewards: os.path:basename: os.path:basename(p) cannot be called with prompts="),
+        ({"name": "length", "targte": 3, "target": 2}, "rewards: length: targte: unknown key; did you mean 'target'?"),
+        (
+            {"name": "length", "target": 0},
+            "rewards: length: target: Input should be greater than or equal to 1 (given: 0)",
+        ),
+        ({"name": "length"}, "rewards: length: length needs target, max_length or both"),
+        ({"name": "regex", "pattern": "("}, "rewards: regex: pattern: is not a regular expression: missing )"),
+        ({"name": "http", "url": "ftp://x/"}, "rewards: http: url: must be http://HOST/PATH"),
+        ({"name": "http", "url": "http://u:secret@x/"}, "rewards: http: url: must be http://HOST/PATH"),
+        ({"name": "model"}, "rewards: model: path: is required and missing"),
+    ],
+)
+def test_a_wrong_scorer_is_refused_with_its_name_and_key(scorer: Any, expected: str) -> None:
+    (problem,) = problems(scorer)
+    assert problem.startswith(expected)
+
+
+def test_scorers_survive_the_way_to_a_worker() -> None:
+    tree = {
+        **GOOD,
+        "algorithm": {"name": "grpo"},
+        "rewards": [{"name": "length", "target": 3, "weight": -1}, {"name": here(scripted), "kwargs": {"a": [1]}}],
+        "judges": [{"name": "model", "path": "somewhere"}],
+    }
+    config = check_config(tree, kind=RunConfig)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    assert [type(scorer).__name__ for scorer in config.rewards] == ["Length", "RewardFunction"]
+
+
+def test_the_schema_knows_every_scorer_and_describes_every_key() -> None:
+    schema = json_schema(RunConfig)
+    check = jsonschema.Draft202012Validator(schema)
+    good = {**GOOD, "algorithm": {"name": "dpo"}}
+    for right in ({"name": "length", "target": 3}, {"name": "my.own:function", "kwargs": {}}, {"name": "sentiment"}):
+        assert check.is_valid({**good, "rewards": [right], "judges": [right]}), right
+    for wrong in ({"name": "lenght"}, {"name": "length", "targte": 3}, {"name": "regex"}, {"weight": 1}):
+        assert not check.is_valid({**good, "rewards": [wrong]}), wrong
+        assert not check.is_valid({**good, "judges": [wrong]}), wrong
+    alternatives = schema["properties"]["rewards"]["items"]["anyOf"]
+    assert len(alternatives) == len(scorer_names()) + 1
+    undescribed = [
+        (alternative["title"], key)
+        for alternative in alternatives[1:]
+        for key, field in alternative["properties"].items()
+        if not field.get("description")
+    ]
+    assert undescribed == []
+
+
+def test_checking_a_configuration_with_scorers_needs_no_torch() -> None:
+    code = (
+        "import json, sys\n"
+        "from alignment.rewards import scorer_class, scorer_names\n"
+        "classes = [scorer_class(name) for name in scorer_names()]\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "numpy", "httpx"} & set(json.loads(done.stdout))

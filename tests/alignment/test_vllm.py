@@ -1,0 +1,348 @@
+"""vLLM beside the trainer: after every sync both say the same, and an engine without whole weights says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+import alignment.rollout.weights as movement
+from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RolloutConfig
+from alignment.data.packing import pack
+from alignment.errors import ConfigError, RolloutError
+from alignment.models.forward import outputs
+from alignment.models.load import LanguageModel, load_model
+from alignment.models.parallel import Trained, World, shard
+from alignment.models.roles import ActorWeights
+from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
+from alignment.rollout.pool import Pool
+from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed_of
+from alignment.rollout.weights import Outbox
+from alignment.types import Completion, Group
+from tests.conftest import make_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+MAX_LENGTH = 96
+TINY = RolloutConfig(cache_gb=0.05, max_sequences=32, timeout_s=120)
+PROMPTS = [Prompt(tokens=tuple(range(20 + i, 60 + 2 * i)), seed=i) for i in range(4)]
+
+
+def sampling(**changed: object) -> Sampling:
+    settings = {"completions": 3, "max_tokens": 12, "max_length": MAX_LENGTH, "temperature": 1.0, **changed}
+    return Sampling(**settings)  # type: ignore[arg-type]
+
+
+@dataclass
+class Trainer:
+    """A trainer's side in fp32, whose weights can be moved about."""
+
+    actor: LanguageModel
+    trained: Trained
+    version: int = 0
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Trainer:
+        actor = load_model(config, DataConfig(path="-", max_length=MAX_LENGTH), device=torch.device("cpu"), seed=0)
+        return cls(actor, shard(actor.module, OptimConfig(), World()))
+
+    def change(self) -> ActorWeights:
+        """Changes every trained weight, as an optimizer step would, and more."""
+        torch.manual_seed(self.version)
+        with torch.no_grad():
+            for weight in self.actor.module.parameters():
+                if weight.requires_grad:
+                    weight.add_(torch.randn_like(weight), alpha=0.05)
+        self.version += 1
+        return self.weights()
+
+    def weights(self) -> ActorWeights:
+        return ActorWeights(actor=self.actor, trained=self.trained, version=self.version)
+
+    @torch.no_grad()
+    def mismatch(self, drawn: Rollouts, *, temperature: float = 1.0) -> Tensor:
+        """[T] |log π_trainer − log π_engine| of every drawn token."""
+        groups = [
+            Group(id="", prompt="", prompt_tokens=prompt.tokens, completions=tuple(map(completion, rollouts)))
+            for prompt, rollouts in zip(PROMPTS, drawn, strict=True)
+        ]
+        batch = pack(groups)
+        self.actor.module.eval()
+        ours = outputs(self.actor, batch, temperature=temperature).logprobs[batch.learned]
+        theirs = torch.tensor([logprob for each in drawn for rollout in each for logprob in rollout.logprobs])
+        return (ours - theirs).abs()
+
+
+def completion(rollout: Rollout) -> Completion:
+    return Completion(text="", tokens=rollout.tokens, learned=(True,) * len(rollout.tokens))
+
+
+def settings_of(config: ModelConfig) -> EngineSettings:
+    return EngineSettings.of(config, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
+
+
+def assert_equal_within_rounding(mismatch: Tensor) -> None:
+    print(f"mean {mismatch.mean():.1e}, max {mismatch.max():.1e}")
+    assert mismatch.mean() < 1e-4
+    assert mismatch.max() < 1e-3
+
+
+def write_model(folder: Path, *, tied: bool) -> Path:
+    """A random two-layer Llama in fp32 with 32 numbers per attention head, the least that vLLM takes on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The small model without and with tied embeddings."""
+    return {tied: write_model(tmp_path_factory.mktemp("model"), tied=tied) for tied in (False, True)}
+
+
+@dataclass
+class Pair:
+    """A trainer and an engine of its model."""
+
+    trainer: Trainer
+    engine: Pool
+
+    def sync(self) -> None:
+        self.engine.load(self.trainer.change())
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "adapter"])
+def pair(request: pytest.FixtureRequest, models: dict[bool, Path]) -> Iterator[Pair]:
+    folder = models[request.param != "untied"]
+    lora = LoraConfig(rank=4, alpha=8.0) if request.param == "adapter" else None
+    config = ModelConfig(path=str(folder), dtype="fp32", lora=lora)
+    before = engine_processes()
+    engine = local_generator(settings_of(config))
+    found = Pair(Trainer.of(config), engine)
+    found.sync()
+    yield found
+    engine.close()
+    assert engine_processes() <= before
+    assert not list(Path("/dev/shm").glob(f"{engine.outbox.name}-*"))
+
+
+def engine_processes() -> set[psutil.Process]:
+    """Processes of engines that this process has started and that run."""
+    children = psutil.Process().children(recursive=True)
+    return {each for each in children if each.status() != psutil.STATUS_ZOMBIE and "EngineCore" in each.name()}
+
+
+def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
+    (process,) = engine_processes()
+    memory = []
+    for _ in range(10):
+        pair.sync()
+        drawn = pair.engine.submit(PROMPTS, sampling())()
+        assert {rollout.version for each in drawn for rollout in each} == {pair.trainer.version}
+        assert_equal_within_rounding(pair.trainer.mismatch(drawn))
+        memory.append(process.memory_info().rss)
+    assert memory[-1] - memory[2] < 16 << 20
+
+
+def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(pair: Pair) -> None:
+    drawn = pair.engine.submit(PROMPTS, sampling(temperature=0.6))()
+    assert_equal_within_rounding(pair.trainer.mismatch(drawn, temperature=0.6))
+
+
+def test_the_same_seeds_draw_the_same_and_others_something_else(pair: Pair) -> None:
+    once, again = (pair.engine.submit(PROMPTS, sampling())() for _ in range(2))
+    assert tokens_of(once) == tokens_of(again)
+    assert len({rollout.tokens for rollout in once[0]}) > 1, "completions of one prompt differ"
+    others = [Prompt(tokens=prompt.tokens, seed=prompt.seed + 100) for prompt in PROMPTS]
+    assert tokens_of(pair.engine.submit(others, sampling())()) != tokens_of(once)
+
+
+def tokens_of(drawn: Rollouts) -> list[tuple[int, ...]]:
+    return [rollout.tokens for rollouts in drawn for rollout in rollouts]
+
+
+def test_a_completion_ends_with_its_end_token_or_for_lack_of_room(pair: Pair) -> None:
+    free = pair.engine.submit(PROMPTS, sampling(max_tokens=30))()
+    assert all(rollout.truncated and len(rollout.tokens) == 30 for each in free for rollout in each)
+    end = free[0][0].tokens[9]
+    ended = pair.engine.submit(PROMPTS, sampling(max_tokens=30, end_tokens=frozenset({end})))()
+    for rollout, longer in zip(ended[0], free[0], strict=True):
+        length = longer.tokens.index(end) + 1 if end in longer.tokens else 30
+        assert rollout.tokens == longer.tokens[:length]
+        assert rollout.truncated == (end not in longer.tokens)
+        assert len(rollout.logprobs) == length
+
+
+def test_prompt_and_completion_fit_together_into_the_window(pair: Pair) -> None:
+    long = Prompt(tokens=tuple(range(20, 20 + MAX_LENGTH - 2)), seed=0)
+    ((rollout, *_),) = pair.engine.submit([long], sampling())()
+    assert len(rollout.tokens) == 2
+    assert rollout.truncated
+    with pytest.raises(RolloutError, match="96 tokens leaves no room within 96"):
+        pair.engine.submit([Prompt(tokens=(5,) * MAX_LENGTH, seed=0)], sampling())()
+
+
+def test_what_is_being_drawn_when_weights_come_is_drawn_from_the_old_ones(pair: Pair) -> None:
+    version = pair.trainer.version
+    wait = pair.engine.submit(PROMPTS, sampling(max_tokens=40))
+    pair.sync()
+    assert {rollout.version for each in wait() for rollout in each} == {version}
+    assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
+
+
+class Failure(Exception):
+    """Of the sender."""
+
+
+@dataclass
+class Failing:
+    """Weights of which only the first comes."""
+
+    weights: ActorWeights
+    version: int = 0
+
+    def save_adapter(self, folder: Path) -> bool:
+        raise Failure
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        yield next(self.weights.full())
+        raise Failure
+
+
+def test_a_sender_that_fails_half_way_leaves_nothing_to_draw_from(pair: Pair) -> None:
+    weights = pair.trainer.change()
+    with pytest.raises(Failure):
+        pair.engine.load(Failing(weights))
+    with pytest.raises(RolloutError, match="no weights"):
+        pair.engine.submit(PROMPTS, sampling())
+    pair.engine.load(weights)
+    assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
+
+
+class Damaging(Outbox):
+    """Loses the last file of what it writes."""
+
+    def put(self, weights: movement.Weights, *, adapter: bool) -> movement.Update:
+        update = super().put(weights, adapter=adapter)
+        folder = Path(update.adapter or update.files[0]).parent
+        files = sorted(Path(update.adapter).glob("*.safetensors")) if update.adapter else list(map(Path, update.files))
+        assert folder.exists()
+        files[-1].unlink()
+        return update
+
+
+def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)  # several files, of which the first ones are whole
+    processes = engine_processes()
+    good = pair.engine.outbox
+    pair.engine.outbox = Damaging(good.name, good.places)
+    with pytest.raises(RolloutError, match="could not be loaded"):
+        pair.engine.load(pair.trainer.change())
+    pair.engine.outbox = good
+    with pytest.raises(RolloutError, match="no weights"):
+        pair.engine.submit(PROMPTS, sampling())
+    with pytest.raises(RolloutError, match="stale"):
+        asyncio.run(pair.engine.places[0].seat.generate(PROMPTS[0], sampling()))
+    pair.sync()
+    assert not processes & engine_processes()
+    assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
+
+
+def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair: Pair) -> None:
+    (process,) = engine_processes()
+    expected = pair.engine.submit(PROMPTS, sampling(max_tokens=40))()
+    wait = pair.engine.submit(PROMPTS, sampling(max_tokens=40))
+    time.sleep(0.05)
+    process.kill()
+    drawn = wait()
+    assert tokens_of(drawn) == tokens_of(expected)
+    assert {rollout.version for each in drawn for rollout in each} == {pair.trainer.version}
+    assert_equal_within_rounding(pair.trainer.mismatch(drawn))
+    assert process not in engine_processes()
+
+
+WITHOUT_TYING = """
+import json, os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
+import alignment.rollout.weights as movement
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+folder, file, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=96,
+          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=movement.FILES))
+llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+tie, found = movement.tie_again, {}
+for name, tied in (("without", lambda model: None), ("with", tie)):
+    movement.tie_again = tied
+    llm.start_weight_update()
+    llm.update_weights(WeightTransferUpdateRequest(update_info={"files": [file]}))
+    llm.finish_weight_update()
+    llm.reset_prefix_cache()
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([{"prompt_token_ids": tokens}], asked, use_tqdm=False)
+    found[name] = [known[token].logprob for known, token in zip(output.prompt_logprobs[1:], tokens[1:])]
+print("FOUND" + json.dumps(found))
+"""
+
+
+def test_without_its_tying_the_output_head_would_stay_the_old_one(models: dict[bool, Path], tmp_path: Path) -> None:
+    trainer = Trainer.of(ModelConfig(path=str(models[True]), dtype="fp32"))
+    update = Outbox("update", (tmp_path,)).put(trainer.change(), adapter=False)
+    tokens = list(range(20, 60))
+    command = [sys.executable, "-c", WITHOUT_TYING, str(models[True]), update.files[0], json.dumps(tokens)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200, check=False)
+    assert "FOUND" in ended.stdout, ended.stderr[-2000:]
+    found = json.loads(ended.stdout.partition("FOUND")[2])
+    trainer.actor.network.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = trainer.actor.network.eval()(torch.tensor([tokens])).logits[0, :-1]
+    ours = logits.log_softmax(1).gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
+    assert (torch.tensor(found["with"]) - ours).abs().max() < 1e-3
+    assert (torch.tensor(found["without"]) - ours).abs().mean() > 0.01
+
+
+def test_an_engine_draws_nothing_before_it_has_weights() -> None:
+    engine = Engine(settings_of(ModelConfig()))
+    with pytest.raises(RolloutError, match="stale"):
+        asyncio.run(engine.generate(PROMPTS[0], sampling()))
+
+
+def test_a_rank_that_no_engine_takes_is_refused_before_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"rank 600.* 512 at most"):
+        settings_of(ModelConfig(lora=LoraConfig(rank=600)))
+
+
+def test_completions_of_neighbouring_seeds_share_no_randomness() -> None:
+    seeds = [seed_of(Prompt(tokens=(1,), seed=seed), k) for seed in range(50) for k in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds) < 2**63
