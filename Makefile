@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCKS := configs/locks/cpu.txt configs/locks/dev.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-ppo test lint format clean
 
 demo: .venv/.installed
 	$(BIN)/raylign demo
+
+demo-ppo: .venv/.installed
+	$(BIN)/raylign demo-ppo
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

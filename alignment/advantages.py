@@ -48,10 +48,9 @@ def group_relative(rewards: Tensor, groups: Tensor, *, divide: bool) -> Tensor:
             prompts weigh alike.
 
     Returns:
-        [N] advantages; 0 in groups of one or of equal rewards.
+        [N] advantages; exactly 0 in groups of one or of equal rewards.
     """
-    count, mean = _moments(rewards, groups)
-    centred = rewards - mean[groups]
+    centred, count = _centred(rewards, groups)
     if not divide:
         return centred
     squares = torch.zeros_like(count).index_add(0, groups, centred.square())
@@ -67,30 +66,32 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
         groups: [N] int64 group of each completion.
 
     Returns:
-        [N] advantages; 0 in groups of one.
+        [N] advantages; exactly 0 in groups of one or of equal rewards.
     """
-    count, mean = _moments(rewards, groups)
-    return (rewards - mean[groups]) * (count / (count - 1).clamp(min=1))[groups]
+    centred, count = _centred(rewards, groups)
+    return centred * (count / (count - 1).clamp(min=1))[groups]
 
 
-def whiten(values: Tensor, *, keep_mean: bool = False) -> Tensor:
-    """Values with mean 0 (unless kept) and variance 1.
+def whiten(values: Tensor) -> Tensor:
+    """Values with mean 0 and variance 1.
 
     Args:
         values: [n], the whole global batch's.
 
     Returns:
-        [n]; of one value, or of equal ones, zeros (or the value itself, if the mean is kept).
+        [n]; of one value, or of equal ones, zeros.
     """
-    mean = values.mean()
-    deviation = ((values - mean).square().sum() / max(1, values.numel() - 1)).sqrt()
-    white = (values - mean) / (deviation + 1e-8)
-    return white + mean if keep_mean else white
+    centred, _ = _centred(values, torch.zeros(values.shape, dtype=torch.int64, device=values.device))
+    deviation = (centred.square().sum() / max(1, values.numel() - 1)).sqrt()
+    return centred / (deviation + 1e-8)
 
 
-def _moments(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """[G] number of completions and [G] mean reward of each group."""
-    size = int(groups.max()) + 1
-    count = torch.zeros(size, dtype=rewards.dtype, device=rewards.device).index_add(0, groups, torch.ones_like(rewards))
-    total = torch.zeros_like(count).index_add(0, groups, rewards)
-    return count, total / count.clamp(min=1)
+def _centred(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] rewards minus the mean of their group, and [G] number of completions of each group."""
+    count = torch.bincount(groups).to(rewards.dtype)
+    # Measured from the group's best, equal rewards are exactly 0; the mean of equal numbers need not be that number,
+    # and the rest of the rounding would be divided by a deviation that is rounding too.
+    best = torch.full_like(count, -torch.inf).scatter_reduce(0, groups, rewards, "amax")
+    below = rewards - best[groups]
+    mean = torch.zeros_like(count).index_add(0, groups, below) / count.clamp(min=1)
+    return below - mean[groups], count

@@ -67,11 +67,12 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
     tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
     for role, trained in roles.trained_by_role.items():
         tensors |= {f"{PREFIXES[role]}{name}": tensor for name, tensor in trained.state().items()}
+    weights = roles.trained.gathered(only_trained=roles.actor.has_adapter)
     if world.is_main:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
         state = {**asdict(progress), "identity": _identity(config, data)}
         try:
-            _write(folder, roles.actor, state, tensors)
+            _write(folder, roles.actor, weights, state, tensors)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
         for old in _folders(config.folder)[config.checkpoint.keep :]:
@@ -167,7 +168,9 @@ def _folders(run: Path) -> list[Path]:
     return sorted(checkpoints_of(run).glob("step-*"), reverse=True)
 
 
-def _write(folder: Path, actor: LanguageModel, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(
+    folder: Path, actor: LanguageModel, weights: dict[str, Tensor], state: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all."""
     from safetensors.torch import save_file
 
@@ -175,7 +178,9 @@ def _write(folder: Path, actor: LanguageModel, state: dict[str, Any], tensors: d
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         (unfinished / "trainer").mkdir(parents=True)
-        actor.module.save_pretrained(unfinished)
+        actor.module.save_pretrained(unfinished, state_dict=weights)
+        if not actor.network.can_generate():
+            actor.network.config.save_pretrained(unfinished)  # what a reward model's adapter folder lacks
         actor.tokenizer.save_pretrained(unfinished)
         (unfinished / STATE).write_text(json.dumps(state, indent=1))
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)

@@ -12,11 +12,13 @@ from alignment.errors import AlignmentError
 # name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer.
 COMMANDS = {
     "train": ("cluster.launch:train", "train a model on preferences, as a YAML file says"),
+    "pipeline": ("cluster.pipeline:pipeline", "train several models in a chain, as SFT, reward model, PPO"),
     "serve": ("serving.launch:serve", "put a trained model behind an OpenAI-compatible HTTP endpoint"),
     "reward-server": ("serving.rewards:reward_server", "put a reward model behind HTTP, for runs to ask"),
     "report": ("alignment.report:report", "write a run's curves and samples as one HTML page"),
     "schema": ("cluster.launch:schema", "print the JSON Schema of a run's YAML file, for editors"),
-    "demo": ("alignment.demo:demo", "train, serve and compare the bundled model, from one command"),
+    "demo": ("alignment.demo:demo", "train by DPO, serve and compare the bundled model, from one command"),
+    "demo-ppo": ("alignment.demo_ppo:demo_ppo", "the original RLHF, SFT, reward model and PPO, from one command"),
 }
 
 USAGE = """\
@@ -34,7 +36,7 @@ def main() -> None:
     """Entry point of the console script."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:13} {what}" for name, (_, what) in COMMANDS.items())))
     elif name in COMMANDS:
         del sys.argv[1]
         run_command(name, f"raylign {name}")

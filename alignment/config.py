@@ -421,6 +421,8 @@ class RunConfig(Section):
             if unread:
                 raise ValueError(f"{unread[0]} are of no use to {algorithm.name}, which learns from the data alone")
             return self
+        if self.rollout.engine == "local" and self.optim.zero.stage == 3:
+            raise ValueError("rollout.engine local needs all weights on one worker, which optim.zero.stage 3 spreads")
         if not self.rewards:
             raise ValueError(f"{algorithm.name} learns from rewards, and none are given; see `rewards`")
         if self.rollout.completions < algorithm.min_completions:

@@ -68,16 +68,16 @@ def demo(
     started = time.monotonic()
     run = output / "demo"
     shutil.rmtree(run, ignore_errors=True)
-    _say(f"1/3  Training on {RECIPE}")
-    _raylign("train", str(RECIPE), f"output={output}", *(overrides or []))
-    _say("2/3  Serving base and aligned model")
+    say(f"1/3  Training on {RECIPE}")
+    call_raylign("train", str(RECIPE), f"output={output}", *(overrides or []))
+    say("2/3  Serving base and aligned model")
     with _served(run) as url:
-        _say(f"3/3  Asking both the held-out questions of {QUESTIONS}")
+        say(f"3/3  Asking both the held-out questions of {QUESTIONS}")
         exchanges = ask_all(url, read_questions(QUESTIONS))
     print(table(exchanges[:SHOWN]))
     figures = {**_training_figures(run), **comparison(exchanges), "seconds_total": time.monotonic() - started}
     page = write_report(run, [vars(exchange) for exchange in exchanges], figures)
-    _say(f"Report: {page}")
+    say(f"Report: {page}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
@@ -158,7 +158,12 @@ def _training_figures(run: Path) -> dict[str, float]:
     }
 
 
-def _raylign(*arguments: str) -> None:
+def call_raylign(*arguments: str) -> None:
+    """Runs the command `raylign` as a person would.
+
+    Raises:
+        AlignmentError: it failed; its own words have been printed.
+    """
     ended = subprocess.run([sys.executable, "-m", "alignment.cli", *arguments], check=False)
     if ended.returncode:
         raise AlignmentError(f"`raylign {' '.join(arguments)}` failed; its own words are above")
@@ -196,5 +201,6 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     raise AlignmentError(f"`raylign serve` was not ready after {START_LIMIT_S:g} s")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a headline."""
     print(f"\n\033[1m{text}\033[0m", flush=True)

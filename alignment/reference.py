@@ -12,10 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignment.config import RunConfig
-from alignment.data.packing import micro_batches, pack
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.types import Completion, Group
+from alignment.update import annotated
+
+GROUPS_AT_ONCE = 256
+"""Groups whose log-probabilities the workers share out among them at a time."""
 
 
 def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: World, *, progress: bool) -> list[Group]:
@@ -38,21 +41,16 @@ def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: Worl
 
 def _compute(groups: list[Group], roles: Roles, config: RunConfig, world: World, *, progress: bool) -> Tensor:
     """[total] fp32 log-probability (nats) of every completion token, group after group."""
-    mine = groups[world.rank :: world.size]
-    found: dict[str, Tensor] = {}
+    parts = []
     with tqdm(
-        total=len(mine), desc="reference", unit=" groups", disable=None if progress else True, leave=False
+        total=len(groups), desc="reference", unit=" groups", disable=None if progress else True, leave=False
     ) as bar:
-        lengths = [group.num_tokens for group in mine]
-        for cut in micro_batches(range(len(mine)), lengths, max_tokens=config.optim.micro_batch_tokens):
-            groups_here = [mine[index] for index in cut]
-            batch = pack(groups_here).to(world.device)
-            values = roles.annotations(batch)["reference_logprobs"].cpu()[batch.branches.cpu() >= 0]
-            sizes = [sum(len(completion.tokens) for completion in group.completions) for group in groups_here]
-            found.update(zip((group.id for group in groups_here), torch.split(values, sizes), strict=True))
-            bar.update(len(cut))
-    everywhere = {name: values for part in world.gather(found) for name, values in part.items()}
-    return torch.cat([everywhere[group.id] for group in groups])
+        for start in range(0, len(groups), GROUPS_AT_ONCE):
+            batch = annotated(roles, groups[start : start + GROUPS_AT_ONCE], config.optim, world)
+            assert batch.reference_logprobs is not None
+            parts.append(batch.reference_logprobs[batch.branches >= 0].cpu())
+            bar.update(len(batch.group_ids))
+    return torch.cat(parts)
 
 
 def _attach(groups: list[Group], known: Tensor) -> list[Group]:

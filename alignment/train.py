@@ -255,10 +255,13 @@ class _Run:
     def _sample(self, step: int) -> None:
         """Answers some held-out prompts and keeps prompt and answer; the feed's evaluation does so by itself."""
         groups = self.data.eval[: self.config.evaluate.samples]
-        if not groups or not self.world.is_main or self.feed is not None or self.algorithm.head == "score":
+        idle = not self.world.is_main and not self.roles.in_lockstep
+        if not groups or idle or self.feed is not None or self.algorithm.head == "score":
             return
         prompts = [group.prompt_tokens for group in groups]
         answers = greedy(self.roles.actor, prompts, max_tokens=self.config.evaluate.sample_tokens)
+        if not self.world.is_main:
+            return
         decode = self.roles.actor.tokenizer.decode
         for group, answer in zip(groups, answers, strict=True):
             sample = {"step": step, "prompt": prompt_text(group), "tokens": len(answer), "answer": decode(answer)}

@@ -71,12 +71,13 @@ def running_engines(settings: EngineSettings, *, count: int, cpus: float, gpus: 
 
     name = f"raylign-{secrets.token_hex(4)}"
     found = Engines(name=name, namespace=ray.get_runtime_context().namespace, count=count)
-    kind = ray.remote(EngineActor).options(
-        num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_concurrency=REQUESTS, namespace=found.namespace
-    )
-    actors = [kind.options(name=f"{name}-{index}").remote(settings) for index in range(count)]
+    how = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_concurrency": REQUESTS}
+    actors = [
+        ray.remote(EngineActor).options(name=f"{name}-{index}", namespace=found.namespace, **how).remote(settings)
+        for index in range(count)
+    ]
+    _wait_for_places(actors, timeout_s=settings.rollout.timeout_s)
     try:
-        _wait_for_places(actors, timeout_s=settings.rollout.timeout_s)
         for actor in actors:
             actor.begin.remote()
         yield found
@@ -203,6 +204,8 @@ def _wait_for_places(actors: list[ActorHandle], *, timeout_s: float) -> None:
     try:
         ray.get([actor.place.remote() for actor in actors], timeout=timeout_s)
     except GetTimeoutError as error:
+        for actor in actors:
+            ray.kill(actor)
         raise RolloutError(f"the cluster found no place for {len(actors)} engines within {timeout_s:g} s") from error
 
 

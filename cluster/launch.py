@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from cluster.engines import Engines
 
 
+CONFIG = "config.json"
+"""File of a run that holds its whole configuration."""
+
+
 def train(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/align/demo.yaml")
@@ -49,7 +53,7 @@ def run(config: ClusterRunConfig) -> None:
         AlignmentError: any of its kinds, also when it was raised in a worker.
     """
     config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(config.model_dump_json(indent=1))
+    (config.folder / CONFIG).write_text(config.model_dump_json(indent=1))
     if config.cluster.workers == 0:
         _run_here(config)
     else:

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+ALIGN = Path(__file__).parents[1] / "configs" / "align"
+RECIPES = sorted(path for path in ALIGN.glob("*.yaml") if "stages" not in yaml.safe_load(path.read_text()))
+"""Every file of one run; the others chain several."""
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

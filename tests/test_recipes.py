@@ -18,13 +18,14 @@ from alignment.config import RunConfig
 from alignment.metrics import read_metrics
 from cluster.config import load_run
 from cluster.launch import run
-from tests.conftest import SHARED_DATA, pair_rows
+from tests.conftest import RECIPES, SHARED_DATA, pair_rows
 
 Row = dict[str, Any]
 Launch = Callable[..., RunConfig]
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs" / "align").glob("*.yaml"))
+SAMPLED = ["rollout.engine=local", "rollout.completions=2", "rollout.max_tokens=8", "rollout.steps_ahead=0"]
+"""What makes a recipe that learns from the model's own answers small."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,3 +169,46 @@ def preference(pair: Row) -> Row:
 
 def turns_of(question: str, answer: str) -> list[Row]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+
+
+@pytest.mark.parametrize("recipe", ["grpo_smollm2", "rloo_smollm2", "online_dpo_smollm2"])
+def test_the_recipes_that_learn_from_rules_run(launch: Launch, recipe: str) -> None:
+    config = launch(recipe, *SAMPLED, "model.dtype=fp32", "data.eval_groups=4")
+    assert [line["step"] for line in read_metrics(config.folder)] == [0, 1, 2]
+    assert "eval/judges/keywords" in read_metrics(config.folder)[-1]
+
+
+def test_the_ppo_recipe_runs_against_the_reward_model_of_its_own_recipe(launch: Launch) -> None:
+    reward = launch("reward_smollm2", "data.eval_groups=4")
+    assert read_metrics(reward.folder)[-1]["eval/rewards/accuracies"] >= 0
+    config = launch("ppo_smollm2", *SAMPLED, f"rewards.0.path={reward.folder}", "data.eval_groups=4")
+    assert {"value_loss", "kl", "eval/judges/keywords"} <= read_metrics(config.folder)[-1].keys()
+
+
+def test_the_hh_reward_recipe_runs(launch: Launch, write_rows: Callable[..., Path]) -> None:
+    rows = [
+        {side: f"\n\nHuman: {row['prompt']}\n\nAssistant:{row[side]}" for side in ("chosen", "rejected")}
+        for row in pair_rows(24)
+    ]
+    config = launch("reward_hh", f"data.path={write_rows(rows)}", "data.data_dir=null", "data.eval_groups=4")
+    assert_two_steps(config)
+
+
+def test_the_stack_llama_recipes_run_one_after_the_other(launch: Launch, write_rows: Callable[..., Path]) -> None:
+    rows = write_rows([stack_exchange_row(row) for row in pair_rows(24)])
+    files = [f"data.path={rows}", "data.data_dir=null", "data.max_length=128", "data.max_prompt_length=64"]
+    reward = launch("reward_stack_llama", *files, f"data.eval.path={rows}", "data.eval.data_dir=null")
+    config = launch("stack_llama_ppo", *SAMPLED, *files, f"rewards.0.path={reward.folder}")
+    assert next(line["kl_coefficient"] for line in read_metrics(config.folder) if line["step"]) == 0.2
+
+
+@pytest.mark.parametrize("recipe", ["grpo_8b", "ppo_8b"])
+def test_the_recipes_for_a_gpu_cluster_run_small(launch: Launch, write_rows: Callable[..., Path], recipe: str) -> None:
+    rows = write_rows([{"question": row["prompt"], "prompt": row["prompt"], "answer": "42"} for row in pair_rows(24)])
+    places = [f"data.path={rows}", "data.name=null", "optim.zero.stage=0", "data.max_length=128", "data.split=train"]
+    changes = {
+        "grpo_8b": [f"data.eval.path={rows}", "data.eval.name=null", "data.eval_groups=4", "data.eval.split=train"],
+        "ppo_8b": ["critic.path=null", "data.max_prompt_length=64", "rewards=[{name: sentiment}]"],
+    }
+    config = launch(recipe, *SAMPLED, *places, *changes[recipe])
+    assert read_metrics(config.folder)[-1]["step"] == 2

@@ -7,6 +7,7 @@ rewards ─► shaping ─► advantages ─► clipped policy loss ◄── ra
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -68,14 +69,14 @@ class PolicyGradient(ReferencedAlgorithm):
     max_correction: Annotated[float, Field(gt=1)] = 2.0
     """Bound of the correction, > 1."""
     truncated: Literal["keep", "mask", "penalise"] = "keep"
-    """What becomes of completions that ended for lack of room: learned like the others, not at all, or with
-    `truncated_penalty` taken from their reward."""
+    """What becomes of completions that ended for lack of room: learned like the others, not at all (they still count in
+    the average of their prompt), or with `truncated_penalty` taken from their reward."""
     truncated_penalty: NonNegative = 1.0
     """See `truncated`."""
     reward_clip: NonNegative = 0.0
     """Rewards are cut to ± this; 0 leaves them."""
     normalise_rewards: bool = False
-    """Shift and scale each step's rewards to mean 0 and variance 1 before anything else."""
+    """Shift and scale each step's rewards to mean 0 and variance 1, after `truncated_penalty`, before `reward_clip`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -87,6 +88,8 @@ class PolicyGradient(ReferencedAlgorithm):
             raise ValueError(f"kl_in {self.kl_in} needs a reference; set kl_in to none too")
         if self.kl_target and self.kl_in == "none":
             raise ValueError("kl_target has no price to adapt: kl_in is none")
+        if self.kl_target and not self.kl_coefficient:
+            raise ValueError("kl_target changes the price by a factor, and kl_coefficient is 0; start from e.g. 0.05")
         return self
 
     @abstractmethod
@@ -127,10 +130,11 @@ class PolicyGradient(ReferencedAlgorithm):
         if self.reward_clip:
             rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
         batch = dataclasses.replace(batch, rewards=rewards)
-        if self.truncated == "mask":
+        advantages = self.advantages(batch)
+        if self.truncated == "mask":  # only now: what they are worth still tells what is usual for their prompt
             kept = ~batch.truncated[batch.branches] | (batch.branches < 0)
             batch = dataclasses.replace(batch, learned=batch.learned & kept)
-        return dataclasses.replace(batch, advantages=self.advantages(batch))
+        return dataclasses.replace(batch, advantages=batch.on_learned(advantages[batch.learned]))
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
         assert batch.advantages is not None and outputs.entropies is not None, "the loop prepares and asks for both"
@@ -152,7 +156,7 @@ class PolicyGradient(ReferencedAlgorithm):
         if not self.kl_target:
             return now
         error = max(-LARGEST_CHANGE, min(LARGEST_CHANGE, kl / self.kl_target - 1))
-        return now * (1 + error * completions / self.kl_horizon)
+        return now * math.exp(error * completions / self.kl_horizon)  # never negative, however short the horizon
 
     def token_rewards(self, batch: Batch) -> Tensor:
         """[T] reward of every action: the price of its divergence, if `kl_in` is reward, and the completion's reward

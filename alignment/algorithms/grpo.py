@@ -1,7 +1,7 @@
 """Group relative policy optimisation (arXiv 2402.03300), with what Dr. GRPO and DAPO changed as options.
 
 Dr. GRPO (arXiv 2503.20783) is `divide_by_deviation: false, loss_per: constant`. DAPO (arXiv 2503.14476) is `clip_high:
-0.28, loss_per: token, kl_in: none, drop_equal_groups: true`, and the scorer `overlong`.
+0.28, loss_per: token, kl_in: none, drop_equal_groups: true`, and the scorer `length` with `max_length` and `buffer`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class GRPO(PolicyGradient):
     """Replace groups whose rewards are all equal, which teach nothing, by new prompts (DAPO's dynamic sampling)."""
 
     def is_informative(self, group: Group) -> bool:
-        return not self.drop_equal_groups or len({completion.reward for completion in group.completions}) > 1
+        if not self.drop_equal_groups:
+            return True
+        # Rewards are compared as they are learned from: a penalty can tell two of them apart.
+        penalty = self.truncated_penalty if self.truncated == "penalise" else 0.0
+        return len({(c.reward or 0.0) - penalty * c.truncated for c in group.completions}) > 1
 
     def advantages(self, batch: Batch) -> Tensor:
         rewards = batch.rewards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -22,13 +23,19 @@ class ReinforcePlusPlus(Discounted):
     baseline: Literal["none", "group"] = "none"
     """`group` takes the mean of the prompt's completions off every reward first (REINFORCE++-baseline)."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        batch = super().prepare(batch)
+        assert batch.advantages is not None
+        white = whiten(batch.advantages[batch.learned])
+        return dataclasses.replace(batch, advantages=batch.on_learned(white))
+
     def advantages(self, batch: Batch) -> Tensor:
         rewards = batch.rows(self.token_rewards(batch))
         if self.baseline == "group":
             relative = group_relative(batch.rewards, batch.group_of_completion, divide=False)
             rewards = rewards + batch.rows(batch.at_the_end(relative - batch.rewards))
         to_come = gae(rewards, torch.zeros_like(rewards), batch.lengths, gamma=self.gamma, lam=1.0)
-        return batch.on_learned(whiten(batch.from_rows(to_come)[batch.learned]))
+        return batch.from_rows(to_come)
 
 
 ALGORITHM = ReinforcePlusPlus

@@ -118,15 +118,20 @@ def _merged(adapter: Path) -> Path:
         if not (adapter / file).is_file():
             raise ModelError(f"{adapter} is an adapter's folder without {file}")
         digest.update((adapter / file).read_bytes())
-    return _made_once(cache_folder() / "models" / f"merged-{digest.hexdigest()[:16]}", lambda to: _merge(adapter, to))
+    return _made_once(cache_folder() / "models" / f"merged-2-{digest.hexdigest()[:16]}", lambda to: _merge(adapter, to))
 
 
 def _merge(adapter: Path, folder: Path) -> None:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    base = AutoModelForCausalLM.from_pretrained(model_source(base_of(adapter)), dtype="auto")
+    source = model_source(base_of(adapter))
+    if json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
+        settings = AutoConfig.from_pretrained(adapter)  # knows the score head, which the base does not have
+        base = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto", config=settings)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     dtype = base.dtype
     merged = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
     merged.to(dtype).save_pretrained(folder)

@@ -55,6 +55,11 @@ class LanguageModel:
         return self.module if isinstance(self.module, PreTrainedModel) else self.module.get_base_model()
 
     @property
+    def has_adapter(self) -> bool:
+        """True if only an adapter is trained, and saved."""
+        return not isinstance(self.module, PreTrainedModel)
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's, and those that the model stops generating at."""
         # A model with a score head generates nothing, and has no such settings.

@@ -70,6 +70,7 @@ class Trained(ABC):
 
     module: nn.Module
     """What forward passes use."""
+    world: World
     lockstep = False
     """True if forward and backward passes are collectives, so that every worker must run equally many of them."""
 
@@ -113,6 +114,17 @@ class Trained(ABC):
         for name, weight in named_weights(self.module):
             if weight.requires_grad or not only_trained:
                 yield name, weight.detach()
+
+    def gathered(self, *, only_trained: bool = False) -> dict[str, Tensor]:
+        """What `full` gives, together and on the CPU, for a file: on the main worker; empty on the others.
+
+        Called by every worker.
+        """
+        weights = {}
+        for name, weight in self.full(only_trained=only_trained):
+            if self.world.is_main:
+                weights[name] = weight.cpu()
+        return weights
 
 
 class Replicated(Trained):
@@ -210,10 +222,11 @@ def shard(module: nn.Module, optim: OptimConfig, world: World) -> Trained:
 
 
 def shard_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
-    """Spreads a frozen module over the workers as a trained one would be, and returns it.
+    """Makes a module a constant, spreads it over the workers as a trained one would be, and returns it.
 
     At ZeRO stage 3 its forward pass is then a collective, to be run by every worker equally often.
     """
+    module.requires_grad_(False).eval()
     if optim.zero.stage < 3:
         return module
     from alignment.models.zero import partition_frozen

@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from alignment.algorithms import Algorithm, ReferencedAlgorithm
 from alignment.config import RunConfig
 from alignment.errors import ConfigError
 from alignment.models.forward import outputs, scores, values
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import Trained, World, shard, shard_frozen
+from alignment.models.parallel import Trained, World, loading_device, shard, shard_frozen
 from alignment.types import Batch, Outputs, Role
 
 Reference = Literal["none", "adapter_off", "copy", "precomputed"]
@@ -43,10 +42,15 @@ class ActorWeights:
     version: int
 
     def save_adapter(self, folder: Path) -> bool:
-        if isinstance(self.actor.module, PreTrainedModel):
+        if not self.actor.has_adapter:
             return False
-        self.actor.module.save_pretrained(folder)
+        weights = self.trained.gathered(only_trained=True)
+        self.actor.module.save_pretrained(folder, state_dict=weights)
         return True
+
+    def join(self) -> None:
+        for _ in self.trained.full(only_trained=self.actor.has_adapter):
+            pass
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
         return self.trained.full()
@@ -80,11 +84,12 @@ class Roles:
         algorithm = config.algorithm
         assert isinstance(algorithm, Algorithm)
         reference = reference_of(config)
-        actor = load_model(config.model, config.data, device=world.device, seed=config.seed, head=algorithm.head)
+        device = loading_device(config.optim, world)
+        actor = load_model(config.model, config.data, device=device, seed=config.seed, head=algorithm.head)
         copy = None
         if reference == "copy":
             plain = config.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
-            copy = load_model(plain, config.data, device=world.device, seed=config.seed)
+            copy = load_model(plain, config.data, device=device, seed=config.seed)
             shard_frozen(copy.module, config.optim, world)
         return cls(
             algorithm=algorithm,
@@ -186,7 +191,8 @@ def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
         own = (
             config.model if config.critic.path is None else config.model.model_copy(update={"path": config.critic.path})
         )
-        model = load_model(own, config.data, device=world.device, seed=config.seed + 1, head="score")
+        device = loading_device(config.optim, world)
+        model = load_model(own, config.data, device=device, seed=config.seed + 1, head="score")
         return Critic(model=model, head=None, trained=shard(model.module, optim, world))
     size = actor.network.get_output_embeddings().weight.shape[1]
     torch.manual_seed(config.seed + 1)

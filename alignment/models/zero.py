@@ -27,10 +27,6 @@ from alignment.models.parallel import GRADIENT_BUCKET, Trained, World, named_wei
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 """Optimizer state of the shape of a weight, by the optimizer's name."""
 
-STAGE_3 = {"stage3_param_persistence_threshold": 100_000, "stage3_max_reuse_distance": 1_000_000_000}
-"""Numbers in a weight up to which it always stays whole, and until its next use for which it is kept. Tiny models would
-never be spread at all: tests set both to 0."""
-
 
 class Partitioned(Trained):
     """A module whose fp32 masters and moments (stage 1), gradients (2) and weights (3) lie in shares on the workers."""
@@ -104,7 +100,8 @@ class Partitioned(Trained):
             for moment in MOMENTS[self.optim.name] if self.num_updates else ():
                 self._restore_moment(weight, moment, tensors[f"optimizer.{moment}.{name}"])
         if self.gathering:
-            self.gathering.refresh()
+            self.engine.empty_partition_cache()  # what is whole just now, is as it was before
+            self.gathering.hold()
         else:
             self.engine.optimizer.update_lp_params()
 
@@ -193,12 +190,6 @@ class _Gathering:
         for weight in self.held:
             weight.all_gather()
 
-    def refresh(self) -> None:
-        """Makes the head whole from shares that have changed."""
-        for weight in self.held:
-            weight.partition()
-        self.hold()
-
     def whole(self, weight: Any) -> Any:
         """A context in which a weight is whole; a collective."""
         from deepspeed.runtime.zero import GatheredParameters
@@ -266,17 +257,20 @@ def _settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[str, 
         "bf16": {"enabled": is_bf16, "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_settings(optim, world),
+        "zero_optimization": _zero_settings(module, optim, world),
     }
 
 
-def _zero_settings(optim: OptimConfig, world: World) -> dict[str, Any]:
+def _zero_settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": optim.zero.stage, "reduce_bucket_size": GRADIENT_BUCKET}
-    if optim.zero.stage == 3:
-        settings |= STAGE_3
     on_cpu = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     if optim.zero.offload_optimizer:
         settings["offload_optimizer"] = on_cpu
     if optim.zero.offload_parameters:
         settings["offload_param"] = on_cpu
+    if optim.zero.stage == 3:
+        size = sum(weight.numel() for weight in module.parameters())
+        # DeepSpeed's own figures are the upper ends: with those alone a small model would never be spread at all.
+        settings["stage3_param_persistence_threshold"] = min(100_000, size // 1000)
+        settings["stage3_max_reuse_distance"] = min(1_000_000_000, size // 8)
     return settings

@@ -131,9 +131,8 @@ class Pool:
     def load(self, weights: Weights) -> None:
         if self.main:
             self._load(weights)
-        elif not self.adapter:
-            for _ in weights.full():
-                pass
+        else:
+            weights.join()
 
     def close(self) -> None:
         if not self.main or not self._thread.is_alive():
@@ -146,6 +145,8 @@ class Pool:
 
     def _load(self, weights: Weights) -> None:
         self._finish_drawing()
+        # Engines that are being restarted read the files that are about to be replaced.
+        self._wait(self._start(self._settle()), "a restart did not end")
         self.update = None
         update = self.outbox.put(weights, adapter=self.adapter)
         loading = self._start(_each(self._bring(place, update) for place in self.places))
@@ -159,11 +160,14 @@ class Pool:
                 self._wait(drawing, "")
         self._drawing.clear()
 
+    async def _settle(self) -> None:
+        """Waits until no engine is being restarted."""
+        if revivals := [place.revival for place in self.places if place.revival is not None]:
+            await asyncio.wait(revivals)
+
     async def _bring(self, place: _Place, update: Update) -> None:
         """Loads an update into an engine, or else into its successor."""
-        if place.revival is not None:
-            await asyncio.wait([place.revival])
-            place.revival = None
+        place.revival = None  # or it has failed, and is tried once more
         try:
             await asyncio.wait_for(place.seat.load(update), self.timeout_s)
         except (RolloutError, TimeoutError) as error:
@@ -171,9 +175,13 @@ class Pool:
             await self._revive(place, update)
 
     async def _revive(self, place: _Place, update: Update) -> None:
-        await place.seat.restart()
-        place.lives += 1
-        await place.seat.load(update)
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await place.seat.restart()
+                place.lives += 1
+                await place.seat.load(update)
+        except TimeoutError as error:
+            raise RolloutError(f"an engine was not back within {self.timeout_s:g} s (rollout.timeout_s)") from error
 
     async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> Rollouts:
         watch = asyncio.ensure_future(self._watch())
@@ -187,8 +195,8 @@ class Pool:
 
     async def _answer(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         cost = len(prompt.tokens) + sampling.completions * sampling.max_tokens
-        for _ in range(ATTEMPTS):
-            place = await self._ready()
+        for attempt in range(ATTEMPTS):
+            place = await self._ready() if attempt == 0 else await self._alive()
             life = place.lives
             place.outstanding += cost
             try:
@@ -199,6 +207,23 @@ class Pool:
             finally:
                 place.outstanding -= cost
         raise RolloutError(f"{ATTEMPTS} engines were lost over a prompt of {len(prompt.tokens)} tokens: {lost}")
+
+    async def _alive(self) -> _Place:
+        """A ready place whose engine says that it lives: where one was lost, others may be, and nobody knows yet."""
+        while True:
+            place = await self._ready()
+            if await self._lives(place):
+                return place
+
+    async def _lives(self, place: _Place) -> bool:
+        """Asks an engine, and starts to replace it if it does not answer."""
+        life = place.lives
+        try:
+            await asyncio.wait_for(place.seat.check(), HEARTBEAT_S)
+        except (EngineLost, TimeoutError):
+            self._lose(place, life)
+            return False
+        return True
 
     async def _ready(self) -> _Place:
         """The ready place with the least to do; waits for a restart if there is none."""
@@ -223,11 +248,7 @@ class Pool:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             for place in [place for place in self.places if place.revival is None and place.outstanding]:
-                life = place.lives
-                try:
-                    await asyncio.wait_for(place.seat.check(), HEARTBEAT_S)
-                except (EngineLost, TimeoutError):
-                    self._lose(place, life)
+                await self._lives(place)
 
     def _start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

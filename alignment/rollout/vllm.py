@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+LOCAL = "raylign-local-"
+"""What the names of weights for engines of the same process begin with; the process id follows."""
 CPU_BLOCK_TOKENS = 32
 """Tokens of a block of the key-value cache on a CPU. Completions share whole blocks of their prompt; by itself vLLM
 takes 128, with which most prompts would share nothing."""
@@ -257,7 +260,8 @@ def local_generator(settings: EngineSettings) -> Pool:
     Raises:
         RolloutError: the engine does not start.
     """
-    outbox = Outbox(f"raylign-{os.getpid()}", local_places())
+    _sweep()
+    outbox = Outbox(f"{LOCAL}{os.getpid()}", local_places())
     pool = Pool(
         [LocalSeat(settings)], outbox, adapter=settings.model.lora is not None, timeout_s=settings.rollout.timeout_s
     )
@@ -267,6 +271,15 @@ def local_generator(settings: EngineSettings) -> Pool:
         pool.close()
         raise
     return pool
+
+
+def _sweep() -> None:
+    """Deletes what runs in processes that were killed have left behind."""
+    for place in local_places():
+        for folder in place.glob(f"{LOCAL}*-weights-*"):
+            owner = folder.name.removeprefix(LOCAL).partition("-")[0]
+            if not Path("/proc", owner).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def seed_of(prompt: Prompt, k: int) -> int:

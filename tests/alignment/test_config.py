@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from alignment.config import RunConfig, algorithm_names, check_config, json_schema, load_config
 from alignment.errors import ConfigError
 from cluster.config import ClusterRunConfig
+from tests.conftest import RECIPES
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs" / "align").glob("*.yaml"))
 GOOD = {"name": "run", "steps": 3, "algorithm": {"name": "dpo"}, "data": {"path": "pairs.jsonl"}}
 
 Load = Callable[..., ClusterRunConfig]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from alignment.errors import ModelError
@@ -169,3 +170,27 @@ def test_an_incomplete_adapter_is_refused_by_name(adapter: Path, damage: Any, ex
     with pytest.raises(ModelError) as caught:
         model_source(str(adapter))
     assert expected in str(caught.value)
+
+
+def test_a_reward_models_adapter_keeps_its_score_head_and_statistics_when_it_is_merged(
+    run_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from alignment.config import RunConfig
+    from alignment.metrics import Silent
+    from alignment.models.parallel import World
+    from alignment.train import train
+
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
+    model = {**run_settings["model"], "lora": {"rank": 4}}
+    config = RunConfig.model_validate({**run_settings, "algorithm": {"name": "reward_model"}, "model": model})
+    train(config, World(), Silent())
+    merged = AutoModelForSequenceClassification.from_pretrained(
+        model_source(str(config.folder / "checkpoints" / "step-00000004"))
+    )
+    assert merged.config.raylign_reward_std > 0
+    assert merged.score.weight.shape == (1, 64)
+    trained = safetensors.torch.load_file(config.folder / "checkpoints" / "step-00000004" / "adapter_model.safetensors")
+    torch.testing.assert_close(merged.score.weight, trained["base_model.model.score.weight"])

@@ -4,8 +4,18 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from alignment.losses import hinge_preference, ipo_preference, sigmoid_preference
+from alignment.losses import (
+    KLEstimator,
+    clipped_policy,
+    clipped_value,
+    hinge_preference,
+    ipo_preference,
+    kl_penalty,
+    pairwise_reward,
+    sigmoid_preference,
+)
 
 
 def test_golden_numbers_worked_by_hand() -> None:
@@ -48,3 +58,116 @@ def test_hinge_has_no_gradient_once_the_margin_is_kept() -> None:
     gap = torch.tensor([9.0, 11.0], requires_grad=True)
     hinge_preference(gap, beta=0.1).sum().backward()
     assert gap.grad is not None and gap.grad.tolist() == pytest.approx([-0.1, 0.0])
+
+
+def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return gradient
+
+
+def test_the_reward_models_loss_worked_by_hand() -> None:
+    loss = pairwise_reward(torch.tensor([2.0, 0.0, 0.0]), torch.tensor([2.0, -1.0, 1.0]))
+    assert loss.tolist() == pytest.approx([math.log(2), 0.3132617, 1.3132617])
+    extreme = torch.tensor([-1e4, 1e4], requires_grad=True)
+    assert torch.isfinite(gradient_of(pairwise_reward(extreme, torch.zeros(2)), extreme)).all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.1, 2.0, -2.2, -2.2),
+        (1.5, 2.0, -2.6, 0.0),  # good, and grown enough: 1.3 · 2
+        (1.5, -2.0, 3.0, 3.0),  # bad, and grown all the same: no bound
+        (0.5, 2.0, -1.0, -1.0),  # good, and shrunk all the same
+        (0.5, -2.0, 1.8, 0.0),  # bad, and shrunk enough: 0.9 · 2
+        (1.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_clipped_loss_worked_by_hand(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    logratio = torch.tensor([ratio]).log().requires_grad_()
+    found = clipped_policy(logratio, torch.tensor([advantage]), low=0.1, high=0.3)
+    assert found.item() == pytest.approx(loss, abs=1e-6)
+    assert gradient_of(found, logratio).item() == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "slope"),
+    [
+        (1.1, 0.5 * 0.9**2, -0.9),  # near the old value of 1: not clipped
+        (1.5, 0.5 * 0.8**2, 0.0),  # moved by more than 0.2 towards the return of 2: no further
+        (0.5, 0.5 * 1.5**2, -1.5),  # moved away from it: the way back is open
+    ],
+)
+def test_the_critics_loss_worked_by_hand(value: float, loss: float, slope: float) -> None:
+    said = torch.tensor([value], requires_grad=True)
+    found = clipped_value(said, torch.ones(1), torch.tensor([2.0]), clip=0.2)
+    assert found.item() == pytest.approx(loss)
+    assert gradient_of(found, said).item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_a_value_without_a_bound_is_half_the_squared_error() -> None:
+    values, old, returns = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    found = clipped_value(values, old, returns, clip=math.inf)
+    torch.testing.assert_close(found, (values - returns).square() / 2)
+
+
+def test_divergence_estimates_worked_by_hand() -> None:
+    gap = torch.tensor([0.0, 0.5, -0.5])
+    assert kl_penalty(gap, estimator="k2").tolist() == pytest.approx([0, 0.125, 0.125])
+    k3 = [0, math.exp(-0.5) - 0.5, math.exp(0.5) - 1.5]
+    assert kl_penalty(gap, estimator="k3").tolist() == pytest.approx(k3)
+    assert kl_penalty(gap, estimator="k3_plain").tolist() == pytest.approx(k3)
+
+
+def test_k3_has_its_own_value_and_the_gradient_of_k2() -> None:
+    gap = torch.linspace(-3, 3, 31, requires_grad=True)
+    torch.testing.assert_close(kl_penalty(gap, estimator="k3"), kl_penalty(gap, estimator="k3_plain"))
+    torch.testing.assert_close(
+        gradient_of(kl_penalty(gap, estimator="k3"), gap), gradient_of(kl_penalty(gap, estimator="k2"), gap)
+    )
+
+
+def softmaxes(size: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a policy, its probabilities, and those of a reference that is clearly another."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+    return logits, logits.softmax(0), torch.randn(size, generator=generator, dtype=torch.float64).softmax(0)
+
+
+def expected_slope(estimator: KLEstimator) -> Tensor:
+    """Of the penalty, over all tokens of the vocabulary, each as often as the policy draws it."""
+    logits, policy, reference = softmaxes()
+    penalty = kl_penalty(policy.log() - reference.log(), estimator=estimator)
+    return gradient_of(policy.detach() * penalty, logits)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_in_expectation_the_gradient_of_the_penalty_is_that_of_the_divergence(estimator: KLEstimator) -> None:
+    logits, policy, reference = softmaxes()
+    divergence = (policy * (policy / reference).log()).sum()
+    torch.testing.assert_close(expected_slope(estimator), gradient_of(divergence, logits))
+
+
+def test_in_expectation_plain_k3_follows_the_reversed_divergence_instead() -> None:
+    logits, policy, reference = softmaxes()
+    reversed_divergence = (reference * (reference / policy).log()).sum()
+    torch.testing.assert_close(expected_slope("k3_plain"), gradient_of(reversed_divergence, logits))
+    assert (expected_slope("k3_plain") - expected_slope("k2")).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k3_plain"])
+def test_in_expectation_the_value_of_k3_is_the_divergence(estimator: KLEstimator) -> None:
+    _, policy, reference = softmaxes()
+    found = (policy * kl_penalty(policy.log() - reference.log(), estimator=estimator)).sum()
+    torch.testing.assert_close(found, (policy * (policy / reference).log()).sum())
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_plain"])
+def test_extreme_log_ratios_stay_finite(estimator: KLEstimator) -> None:
+    gap = torch.tensor([-1e4, 1e4, 0.0], requires_grad=True)
+    for loss in (
+        kl_penalty(gap, estimator=estimator),
+        clipped_policy(gap, torch.tensor([-1.0, -1.0, 1.0]), low=0.2, high=0.2),
+    ):
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient_of(loss, gap)).all()

@@ -170,3 +170,111 @@ def test_chunked_log_probabilities_and_gradients_equal_the_plain_formula(
         return values.detach(), list(torch.autograd.grad((values * upstream).sum(), inputs))
 
     torch.testing.assert_close(run(True), run(False), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_temperature_and_entropies_equal_the_plain_formula_with_their_gradients(
+    temperature: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.models.forward.LOGITS_AT_ONCE", 3 * 50)
+    torch.manual_seed(0)
+    leaves = [torch.randn(10, 8), torch.randn(50, 8), torch.randn(50)][: 3 if bias else 2]
+    targets, upstream, for_entropy = torch.randint(0, 50, (10,)), torch.randn(10), torch.randn(10)
+
+    def run(ours: bool, wanted: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """`wanted`: 0 differentiates log-probabilities alone, 1 entropies alone, 2 both."""
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        offset = inputs[2] if bias else None
+        if ours:
+            values, entropies = linear_logprobs(*inputs[:2], targets, offset, temperature=temperature, entropies=True)
+        else:
+            logs = (torch.nn.functional.linear(*inputs[:2], offset) / temperature).log_softmax(-1)
+            values, entropies = logs.gather(1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
+        losses = [(values * upstream).sum(), (entropies * for_entropy).sum()]
+        loss = losses[wanted] if wanted < 2 else losses[0] + losses[1]
+        return values.detach(), entropies.detach(), list(torch.autograd.grad(loss, inputs))
+
+    for wanted in range(3):
+        torch.testing.assert_close(run(True, wanted), run(False, wanted), atol=1e-5, rtol=1e-5)
+
+
+def test_entropies_nobody_asked_for_are_not_computed() -> None:
+    _, entropies = linear_logprobs(torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 1, 2, 3]))
+    assert entropies.tolist() == [0.0] * 4
+
+
+def with_gaps(groups: list[Group]) -> list[Group]:
+    """The same groups, but every third token of a completion is not learned, so that some have none left at all."""
+
+    def gapped(completion: Completion, first: int) -> Completion:
+        learned = tuple((place + first) % 3 > 0 for place in range(len(completion.tokens)))
+        return dataclasses.replace(completion, learned=learned, truncated=first == 1)
+
+    return [
+        dataclasses.replace(g, completions=tuple(gapped(c, number % 3) for number, c in enumerate(g.completions)))
+        for g in groups
+    ]
+
+
+@pytest.mark.parametrize("wanted", [[0], [4, 1], [8, 0, 3, 5], list(range(9))[::-1]])
+def test_a_cut_is_what_packing_only_those_groups_would_have_given(wanted: list[int]) -> None:
+    groups = with_gaps(random_groups(9))
+    whole, alone = pack(groups), pack([groups[index] for index in wanted])
+    cut = whole.cut(wanted)
+    for name, value in vars(alone).items():
+        if isinstance(value, Tensor):
+            same = (
+                sorted(cut.pairs.tolist()) == value.tolist()
+                if name == "pairs"
+                else torch.equal(getattr(cut, name), value)
+            )
+            assert same, name
+    assert torch.equal(cut.tokens, whole.tokens[whole.tokens_of(wanted)])
+
+
+def test_a_cut_takes_what_was_found_out_about_its_tokens_along() -> None:
+    groups = random_groups(5)
+    batch = pack(groups)
+    numbers = torch.arange(len(batch.tokens), dtype=torch.float32)
+    batch = dataclasses.replace(batch, old_logprobs=numbers, advantages=-numbers, kl_coefficient=0.3)
+    cut = batch.cut([3, 1])
+    assert cut.old_logprobs is not None and cut.advantages is not None
+    assert torch.equal(cut.tokens, batch.tokens[cut.old_logprobs.long()])
+    assert torch.equal(cut.advantages, -cut.old_logprobs)
+    assert cut.kl_coefficient == 0.3 and cut.old_values is None
+
+
+def test_rows_hold_the_learned_tokens_of_each_completion_and_come_back_from_them() -> None:
+    batch = pack(with_gaps(random_groups(9)))
+    values = torch.arange(1.0, 1 + len(batch.tokens))
+    table = batch.rows(values)
+    for number in range(batch.num_completions):
+        mine = values[(batch.branches == number) & batch.learned].tolist()
+        assert table[number].tolist() == mine + [0.0] * (table.shape[1] - len(mine))
+    assert torch.equal(batch.from_rows(table), values * batch.learned)
+    assert batch.lengths.tolist() == (table > 0).sum(1).tolist()
+
+
+def test_the_end_of_a_completion_is_its_last_learned_token() -> None:
+    batch = pack(with_gaps(random_groups(9)))
+    values = torch.arange(1.0, 1 + batch.num_completions)
+    found = batch.at_the_end(values)
+    for number in range(batch.num_completions):
+        mine = ((batch.branches == number) & batch.learned).nonzero().flatten().tolist()
+        for token in mine:
+            assert found[token] == (values[number] if token == mine[-1] else 0)
+    assert found[~batch.learned].abs().sum() == 0
+
+
+def test_of_completions_gives_every_learned_token_its_completions_value() -> None:
+    batch = pack(with_gaps(random_groups(9)))
+    values = torch.arange(1.0, 1 + batch.num_completions)
+    expected = [
+        values[branch].item() if learned else 0.0
+        for branch, learned in zip(batch.branches.tolist(), batch.learned.tolist(), strict=True)
+    ]
+    assert batch.of_completions(values).tolist() == expected
+    assert batch.group_of_completion.tolist() == [
+        g for g, group in enumerate(random_groups(9)) for _ in group.completions
+    ]

@@ -20,8 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alignment.config import RunConfig, check_config, json_schema
-from alignment.errors import ConfigError, RewardError
+from alignment.config import RunConfig, SourceConfig, check_config, json_schema
+from alignment.data.shapes import to_group
+from alignment.errors import ConfigError, DataError, RewardError
 from alignment.models.parallel import World
 from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, scorer_class, scorer_names
 from alignment.types import Completion, Group, Message
@@ -251,6 +252,28 @@ def score_shared_groups(world: World) -> tuple[list[Group], list[str]]:
     rewards = rewards_of({"name": here(scripted)}, {"name": "length", "unit": "characters", "target": 3, "weight": 10})
     rated = rewards.score(groups, world=world)
     return rated, [text for call in CALLS for text in call["completions"]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+        {"question": "p", "response_j": "a", "response_k": "b"},
+        {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0]},
+        {"prompt": "p", "completion": "a", "label": True},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]},
+        {"text": "a"},
+        {"prompt": "p"},
+    ],
+)
+def test_kept_columns_stay_beside_every_shape(row: dict[str, Any]) -> None:
+    kept = {"answer": "#### 4", "extra": [1, None]}
+    source = SourceConfig(path="rows.jsonl", keep=("answer", "extra"))
+    assert to_group({**row, **kept, "other": 1}, "rows.jsonl:7", source).columns == kept
+    assert to_group({**row, **kept}, "rows.jsonl:7", SourceConfig(path="rows.jsonl")).columns == {}
+    with pytest.raises(DataError, match=r"^column 'extra' \(keep\) is missing$"):
+        to_group({**row, "answer": None}, "rows.jsonl:7", source)
 
 
 def _on_worker(rank: int, size: int, meeting: str, bad: str | None) -> Any:

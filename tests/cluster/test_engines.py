@@ -1,0 +1,194 @@
+"""Engines in Ray actors: whatever dies, every prompt is answered once, and only from whole weights of one version."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+import alignment.rollout.weights as movement
+from alignment.config import DataConfig, ModelConfig, RunConfig
+from alignment.errors import RolloutError
+from alignment.models.parallel import World
+from alignment.rollout import Rollouts
+from alignment.rollout.pool import Pool
+from alignment.rollout.vllm import EngineSettings
+from cluster.engines import Engines, attach, running_engines
+from cluster.launch import start_ray
+from tests.alignment.test_vllm import (
+    MAX_LENGTH,
+    PROMPTS,
+    TINY,
+    Damaging,
+    Failing,
+    Failure,
+    Trainer,
+    assert_equal_within_rounding,
+    sampling,
+    tokens_of,
+    write_model,
+)
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """One Ray for all tests of this file."""
+    start_ray(None)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run on a small model, whose engines get all weights."""
+    model = write_model(tmp_path_factory.mktemp("model"), tied=True)
+    return RunConfig(
+        name="run",
+        output=str(tmp_path_factory.mktemp("runs")),
+        steps=1,
+        algorithm={"name": "dpo"},
+        model=ModelConfig(path=str(model), dtype="fp32"),
+        data=DataConfig(path="-", max_length=MAX_LENGTH),
+        rollout=TINY,
+    )
+
+
+@pytest.fixture(scope="module")
+def engines(ray_here: None, config: RunConfig) -> Iterator[Engines]:
+    """Two engines."""
+    settings = EngineSettings.of(config.model, config.rollout, max_length=MAX_LENGTH, device="cpu", threads=1)
+    with running_engines(settings, count=2, cpus=0.1, gpus=0) as found:
+        yield found
+    assert not engine_processes()
+    assert not list(Path("/dev/shm").glob(f"{found.name}-*"))
+
+
+@pytest.fixture(scope="module")
+def trainer(config: RunConfig) -> Trainer:
+    return Trainer.of(config.model)
+
+
+@pytest.fixture
+def pool(engines: Engines, config: RunConfig, trainer: Trainer) -> Iterator[Pool]:
+    """What a training worker has; like a restarted one, it attaches to engines that others have used before."""
+    found = attach(engines, config, World())
+    with pytest.raises(RolloutError, match="no weights"):
+        found.submit(PROMPTS, sampling())
+    found.load(trainer.change())
+    yield found
+    found.close()
+
+
+def engine_processes() -> list[psutil.Process]:
+    """Processes of vLLM's engines that this test session has started, by age."""
+    return [each for each in ours() if "EngineCore" in each.name()]
+
+
+def actor_processes() -> list[psutil.Process]:
+    return [each for each in ours() if "EngineActor" in " ".join(each.cmdline())]
+
+
+def ours() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def draw(pool: Pool, **settings: Any) -> Rollouts:
+    return pool.submit(PROMPTS, sampling(**settings))()
+
+
+def assert_right(pool: Pool, trainer: Trainer, drawn: Rollouts) -> None:
+    assert [len(rollouts) for rollouts in drawn] == [3] * len(PROMPTS)
+    assert {rollout.version for rollouts in drawn for rollout in rollouts} == {trainer.version}
+    assert_equal_within_rounding(trainer.mismatch(drawn))
+
+
+def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: Pool, trainer: Trainer) -> None:
+    for _ in range(3):
+        pool.load(trainer.change())
+        wait = pool.submit(PROMPTS, sampling())
+        assert_right(pool, trainer, wait())
+    assert len(engine_processes()) == 2
+
+
+def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: Pool, trainer: Trainer) -> None:
+    expected = draw(pool, max_tokens=40)
+    killed = engine_processes()[0]
+    wait = pool.submit(PROMPTS, sampling(max_tokens=40))
+    time.sleep(0.05)
+    killed.kill()
+    drawn = wait()
+    assert_right(pool, trainer, drawn)
+    assert tokens_of(drawn) == tokens_of(expected)
+    pool.load(trainer.change())  # waits until the engine is back
+    assert_right(pool, trainer, draw(pool))
+    assert len(engine_processes()) == 2
+    assert killed not in engine_processes()
+
+
+def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(pool: Pool, trainer: Trainer) -> None:
+    killed = actor_processes()
+    assert len(killed) == 2
+    wait = pool.submit(PROMPTS, sampling(max_tokens=40))
+    time.sleep(0.05)
+    for actor in killed:  # all, so that nobody else can answer
+        actor.kill()
+    assert_right(pool, trainer, wait())
+    pool.load(trainer.change())
+    assert_right(pool, trainer, draw(pool))
+    assert not set(killed) & set(actor_processes())
+
+
+def test_an_update_that_is_cut_in_half_is_an_error_in_bounded_time(
+    engines: Engines, config: RunConfig, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = attach(dataclasses.replace(engines, count=1), config, World())
+    pool.load(trainer.change())
+    monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)
+    good = pool.outbox
+    pool.outbox = Damaging(good.name, good.places)
+    started = time.monotonic()
+    with pytest.raises(RolloutError, match="could not be loaded"):
+        pool.load(trainer.change())
+    assert time.monotonic() - started < 2 * TINY.timeout_s
+    with pytest.raises(RolloutError, match="no weights"):
+        draw(pool)
+    for actor in [place.seat.actor for place in pool.places]:
+        with pytest.raises(RolloutError, match="stale"):
+            ray.get(actor.generate.remote(PROMPTS[0], sampling()))
+    pool.outbox = good
+    pool.load(trainer.weights())
+    assert_right(pool, trainer, draw(pool))
+    pool.close()
+
+
+def test_after_a_sender_that_failed_nothing_is_drawn(pool: Pool, trainer: Trainer) -> None:
+    with pytest.raises(Failure):
+        pool.load(Failing(trainer.change()))
+    with pytest.raises(RolloutError, match="no weights"):
+        draw(pool)
+
+
+def test_engines_that_do_not_start_say_why(ray_here: None, config: RunConfig, tmp_path: Path) -> None:
+    broken = config.model_copy(update={"model": ModelConfig(path=str(tmp_path))})
+    settings = EngineSettings.of(broken.model, TINY, max_length=MAX_LENGTH, device="cpu")
+    with running_engines(settings, count=1, cpus=0.1, gpus=0) as found, pytest.raises(Exception, match=r"config\.json"):
+        attach(found, broken, World())
+
+
+def test_engines_that_the_cluster_has_no_place_for_are_refused_in_bounded_time(
+    ray_here: None, config: RunConfig
+) -> None:
+    rollout = TINY.model_copy(update={"timeout_s": 5.0})
+    settings = EngineSettings.of(config.model, rollout, max_length=MAX_LENGTH, device="cpu")
+    with (
+        pytest.raises(RolloutError, match="no place for 1 engines within 5 s"),
+        running_engines(settings, count=1, cpus=1000, gpus=0),
+    ):
+        pass

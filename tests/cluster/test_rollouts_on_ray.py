@@ -1,0 +1,127 @@
+"""Whole runs with training workers and vLLM engines on Ray, each with a process killed in the middle of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from alignment.metrics import read_metrics
+from cluster.config import ClusterRunConfig
+from cluster.launch import run, start_ray
+from tests.cluster.test_train_on_ray import train_workers
+
+Settings = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("ray_here")
+STEPS, PROMPTS = 8, 3
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    start_ray(None)
+    yield
+    ray.shutdown()
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's own processes among those that this test session has started."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "EngineCore" in " ".join(child.cmdline() or [child.name()])]
+
+
+def run_on_ray(settings: Settings, write_rows: Callable[..., Path], **cluster: int) -> Path:
+    prompts = write_rows([{"prompt": f"the quick brown fox {number}"} for number in range(40)], "prompts.jsonl")
+    config = ClusterRunConfig.model_validate(
+        {
+            **settings,
+            "steps": STEPS,
+            "groups_per_step": PROMPTS,
+            "algorithm": {"name": "ppo" if cluster["workers"] == 2 else "grpo"},
+            "data": {"path": str(prompts), "max_length": 64, "eval_groups": 4},
+            "rollout": {"completions": 2, "max_tokens": 12, "timeout_s": 240},
+            "rewards": [{"name": "length", "unit": "characters", "target": 20}],
+            "checkpoint": {"every": 2},
+            "cluster": {"cpus_per_worker": 1, **cluster},
+        }
+    )
+    run(config)
+    return config.folder
+
+
+def when_reported(folder: Path, step: int, then: Callable[[], None]) -> threading.Thread:
+    """Does something in the middle of the step after `step`."""
+
+    def wait() -> None:
+        while not any(line["step"] >= step for line in read_metrics(folder)):
+            time.sleep(0.01)
+        then()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def assert_each_prompt_was_used_once(folder: Path) -> None:
+    """Every step is in the ledger once, with the prompts that come next and the weights of the step before."""
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in ledger] == list(range(1, STEPS + 1))
+    assert [entry["position"] for entry in ledger] == [PROMPTS * step for step in range(1, STEPS + 1)]
+    prompts = [prompt for entry in ledger for prompt in entry["prompts"]]
+    assert len(set(prompts)) == len(prompts) == STEPS * PROMPTS
+    assert [entry["versions"] for entry in ledger] == [[step] for step in range(STEPS)]
+    metrics = read_metrics(folder)
+    assert [line["step"] for line in metrics] == list(range(STEPS + 1))
+    assert max(line["mismatch/mean_abs"] for line in metrics[1:]) < 1e-4, "engine and trainer have the same weights"
+
+
+def test_a_killed_engine_is_replaced_and_no_prompt_is_lost(
+    run_settings: Settings, write_rows: Callable[..., Path]
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        for engine in engine_processes():
+            killed.append(engine.pid)
+            engine.kill()
+
+    killer = when_reported(Path(run_settings["output"]) / "run", 3, kill)
+    folder = run_on_ray(run_settings, write_rows, workers=1, engines=1)
+    killer.join(timeout=1)
+    assert killed, "the test did not kill anything"
+    assert_each_prompt_was_used_once(folder)
+
+
+def test_a_killed_worker_comes_back_to_the_same_two_engines(
+    run_settings: Settings, write_rows: Callable[..., Path]
+) -> None:
+    seen: list[set[int]] = []
+
+    def kill() -> None:
+        seen.append({engine.pid for engine in engine_processes()})
+        for worker in train_workers():
+            worker.kill()
+
+    def look() -> None:
+        seen.append({engine.pid for engine in engine_processes()})
+
+    folder = Path(run_settings["output"]) / "run"
+    threads = [when_reported(folder, 3, kill), when_reported(folder, STEPS - 1, look)]
+    assert run_on_ray(run_settings, write_rows, workers=1, engines=2) == folder
+    for thread in threads:
+        thread.join(timeout=1)
+    before, after = seen
+    assert len(before) == 2, "two engines"
+    assert after == before, "engines outlive the workers"
+    assert_each_prompt_was_used_once(folder)
+
+
+def test_two_workers_share_one_engine(run_settings: Settings, write_rows: Callable[..., Path]) -> None:
+    folder = run_on_ray(run_settings, write_rows, workers=2, engines=1)
+    assert_each_prompt_was_used_once(folder)
