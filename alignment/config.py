@@ -71,6 +71,8 @@ class ModelConfig(Section):
 class AlgorithmConfig(Section):
     """What to optimise."""
 
+    head: ClassVar[Literal["language", "score"]] = "language"
+    """What is trained: a language model, or a model that gives every completion a score."""
     samples: ClassVar[bool] = False
     """True if it learns from the model's own answers to the prompts, as the run's scorers judge them."""
     min_completions: ClassVar[int] = 1
@@ -374,7 +376,8 @@ class RunConfig(Section):
     rewards: tuple[SerializeAsAny[ScorerConfig], ...] = ()
     """What those answers are worth: the weighted sum of these."""
     judges: tuple[SerializeAsAny[ScorerConfig], ...] = ()
-    """Scorers that see only held-out answers and teach nothing: what a hacked reward is caught with."""
+    """Scorers that see only held-out answers and teach nothing: what a hacked reward is caught with. With them, any
+    language model's run answers its held-out prompts at every evaluation."""
     critic: CriticConfig = Field(default_factory=CriticConfig)
     """The value model, for algorithms that have one."""
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
@@ -417,9 +420,10 @@ class RunConfig(Section):
     def _can_sample(self) -> Self:
         algorithm = self.algorithm
         if not algorithm.samples:
-            unread = [name for name in ("rewards", "judges") if getattr(self, name)]
-            if unread:
-                raise ValueError(f"{unread[0]} are of no use to {algorithm.name}, which learns from the data alone")
+            if self.rewards:
+                raise ValueError(f"{algorithm.name} learns from the data, not from rewards; give them as judges")
+            if self.judges and algorithm.head == "score":
+                raise ValueError(f"{algorithm.name} trains a model that answers nothing that judges could see")
             return self
         if self.rollout.engine == "local" and self.optim.zero.stage == 3:
             raise ValueError("rollout.engine local needs all weights on one worker, which optim.zero.stage 3 spreads")
@@ -435,9 +439,14 @@ class RunConfig(Section):
         return self
 
     @property
+    def answers_prompts(self) -> bool:
+        """True if the run draws completions, to learn from or to be judged by."""
+        return self.algorithm.samples or bool(self.judges)
+
+    @property
     def wants_engines(self) -> bool:
-        """True if the run needs vLLM to answer prompts."""
-        return self.algorithm.samples and self.rollout.engine == "vllm"
+        """True if it draws them by vLLM."""
+        return self.answers_prompts and self.rollout.engine == "vllm"
 
     @property
     def folder(self) -> Path:

@@ -39,10 +39,9 @@ class Examination:
         """Means over the prompts: reward and its standard deviation, every score, every judge, length, divergence."""
         answers = [group.completions[0] for group in self.groups]
         judged = [group.completions[0].scores for group in self.judged]
-        rewards = [answer.reward or 0.0 for answer in answers]
+        rewards = [answer.reward for answer in answers if answer.reward is not None]
         return {
-            "reward": statistics.fmean(rewards),
-            "reward_std": statistics.pstdev(rewards),
+            **({"reward": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards)} if rewards else {}),
             **{f"scores/{name}": statistics.fmean(a.scores[name] for a in answers) for name in answers[0].scores},
             **{f"judges/{name}": statistics.fmean(scores[name] for scores in judged) for name in self.judges},
             **({"kl": statistics.fmean(self.kl)} if self.kl else {}),

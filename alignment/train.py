@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,6 +29,7 @@ from alignment.data.stream import Data, GroupReader, ListStream, load_data
 from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Examination, prompt_text
 from alignment.guards import Guards
+from alignment.journal import Journal
 from alignment.metrics import Reporter
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
@@ -40,9 +41,7 @@ from alignment.rollout.local import LocalGenerator, greedy
 from alignment.types import Group, Role
 from alignment.update import Metrics, Pace, evaluate, learn, learning_rate
 
-SUMMARY, SAMPLES = "summary.json", "samples.jsonl"
-LEDGER = "ledger.jsonl"
-"""File of a run that says, for every step, which prompts were answered by which weights and learned from."""
+SUMMARY = "summary.json"
 
 
 def train(config: RunConfig, world: World, reporter: Reporter, generator: Generator | None = None) -> Metrics:
@@ -80,8 +79,9 @@ class _Run:
         self.judges = Rewards(config.judges, world.device)
         self.guards = Guards(config.guards, judges=self.judges.names)
         self.roll_backs = 0
+        self.journal = Journal(config.folder)
         self.feed: Feed | None = None
-        if self.algorithm.samples:
+        if config.answers_prompts:
             self.feed = Feed(
                 config,
                 self.algorithm,
@@ -120,10 +120,8 @@ class _Run:
         self.reporter.begin(progress.step, self.steps)
         self.data.train.position = progress.position
         if self.world.is_main:
-            _keep_steps(self.config.folder / SAMPLES, progress.step if progress.step else -1)
-        if self.feed is not None:
-            if self.world.is_main:
-                _keep_steps(self.config.folder / LEDGER, progress.step)
+            self.journal.rewind(progress.step)
+        if self.algorithm.samples:
             self._sync(progress.step)
 
     def _first(self, progress: Progress) -> None:
@@ -139,7 +137,7 @@ class _Run:
         config, started, step = self.config, time.perf_counter(), progress.step + 1
         taken = self._take(step)
         metrics = taken.metrics | self._learn(step, taken.groups, progress.kl_coefficient)
-        if self.feed is not None:
+        if self.algorithm.samples:
             metrics["perf/sync_seconds"] = self._sync(step)
         seconds = time.perf_counter() - started
         metrics |= {"perf/seconds": seconds, "perf/tokens_per_second": metrics["num_tokens"] / seconds}
@@ -149,8 +147,8 @@ class _Run:
         self.reporter.report(step, metrics)
         if (trouble := self.guards.watch(metrics)) and (back := self._act_on(trouble, step, taken.position)):
             return back
-        if self.feed is not None and self.world.is_main:
-            _append(config.folder / LEDGER, _entry(step, taken))
+        if self.algorithm.samples and self.world.is_main:
+            self.journal.step(step, taken.groups, taken.position)
         progress = Progress(
             step=step,
             position=taken.position,
@@ -163,7 +161,8 @@ class _Run:
         return progress
 
     def _take(self, step: int) -> Step:
-        if self.feed is not None:
+        if self.algorithm.samples:
+            assert self.feed is not None
             return self.feed.take(more=self.steps - step)
         groups = self.data.train.take(self.config.groups_per_step)
         return Step(groups=groups, position=self.data.train.position, metrics={})
@@ -178,7 +177,7 @@ class _Run:
             lr["critic"] = scale * learning_rate(config.optim, step - 1, self.steps)
         pace = Pace(lr=lr, kl_coefficient=kl_coefficient, seed=config.seed + step)
         metrics = learn(self.roles, self.algorithm, groups, config.optim, self.world, pace)
-        if self.feed is not None:
+        if self.algorithm.samples:
             metrics |= {"kl_coefficient": kl_coefficient, "perf/update_seconds": time.perf_counter() - started}
         return metrics
 
@@ -213,20 +212,21 @@ class _Run:
         """Figures on what is held out, by names that begin with `eval/`."""
         if not self.data.eval:
             return {}
-        if self.feed is None:
+        metrics: Metrics = {}
+        if not self.algorithm.samples:
             metrics = evaluate(self.roles, self.algorithm, self.data.eval, self.config.optim, self.world)
             self.roles.remember(metrics)
-        else:
-            metrics = self._answered(step)
+        if self.feed is not None:
+            metrics |= self._answered(self.feed, step)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
-    def _answered(self, step: int) -> Metrics:
+    def _answered(self, feed: Feed, step: int) -> Metrics:
         """Has the held-out prompts answered and judged, and keeps some of the answers."""
-        assert self.feed is not None
-        answers = Examination(self.data.eval, self.feed, self.judges, self.roles, self.config.optim, self.world)
+        if not self.algorithm.samples:
+            self._sync(step)
+        answers = Examination(self.data.eval, feed, self.judges, self.roles, self.config.optim, self.world)
         if self.world.is_main:
-            for row in answers.rows(step, self.config.evaluate.samples):
-                _append(self.config.folder / SAMPLES, row)
+            self.journal.samples(answers.rows(step, self.config.evaluate.samples))
         return answers.metrics()
 
     def _load_data(self) -> Data:
@@ -263,9 +263,10 @@ class _Run:
         if not self.world.is_main:
             return
         decode = self.roles.actor.tokenizer.decode
-        for group, answer in zip(groups, answers, strict=True):
-            sample = {"step": step, "prompt": prompt_text(group), "tokens": len(answer), "answer": decode(answer)}
-            _append(self.config.folder / SAMPLES, sample)
+        self.journal.samples(
+            {"step": step, "prompt": prompt_text(group), "tokens": len(answer), "answer": decode(answer)}
+            for group, answer in zip(groups, answers, strict=True)
+        )
 
     def _summarise(self, steps_done: int, seconds: float) -> Metrics:
         """Figures of the part of the run that this process did."""
@@ -301,27 +302,6 @@ def _only_run(folder: Path) -> Iterator[None]:
 
 def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
-
-
-def _append(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _keep_steps(file: Path, step: int) -> None:
-    """Leaves out of a file of rows those of later steps than `step`, which are done anew."""
-    rows = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    unfinished = file.with_suffix(".unfinished")
-    whole = [row for row in rows if row.endswith("\n")]  # the last may be torn, if the process died
-    unfinished.write_text("".join(row for row in whole if json.loads(row)["step"] <= step), encoding="utf-8")
-    unfinished.rename(file)
-
-
-def _entry(step: int, taken: Step) -> dict[str, Any]:
-    """The ledger's row of a step."""
-    versions = sorted({completion.version or 0 for group in taken.groups for completion in group.completions})
-    prompts = [group.id for group in taken.groups]
-    return {"step": step, "position": taken.position, "versions": versions, "prompts": prompts}
 
 
 def _num_completions(groups: list[Group]) -> int:

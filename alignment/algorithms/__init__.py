@@ -15,8 +15,6 @@ class Algorithm(AlgorithmConfig):
     A new algorithm is one file in this folder with a subclass of this, named by `ALGORITHM`, and one recipe.
     """
 
-    head: ClassVar[Literal["language", "score"]] = "language"
-    """What is trained: a language model, or a model that gives every completion a score."""
     tempered: ClassVar[bool] = False
     """True if log-probabilities are those at the sampling temperature."""
     needs_critic: ClassVar[bool] = False

@@ -365,7 +365,13 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "generation_config": "vllm",  # nothing of the model's own: a run says all
     }
     if cpu:
-        arguments |= {"kv_cache_memory_bytes": int(rollout.cache_gb * 2**30), "block_size": CPU_BLOCK_TOKENS}
+        arguments |= {
+            "kv_cache_memory_bytes": int(rollout.cache_gb * 2**30),
+            "block_size": CPU_BLOCK_TOKENS,
+            # A prompt that is computed in two parts ends the engine if its completion has a seed: vLLM turns the
+            # generator back, which it can do on a GPU only.
+            "enable_chunked_prefill": False,
+        }
     else:
         arguments |= {
             "gpu_memory_utilization": rollout.gpu_memory,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from alignment.errors import RolloutError
-from alignment.rollout import Weights
+from alignment.rollout import Weights, adapter_speed
 
 FILES = "raylign_files"
 """What vLLM knows our weight transfer by."""
@@ -141,6 +141,7 @@ def register() -> None:
     """Makes `FILES` known to vLLM, which calls this in each of its processes (entry point `vllm.general_plugins`)."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
+    adapter_speed.install() if not __import__("os").environ.get("NOPATCH") else None
     with contextlib.suppress(ValueError):  # known already: vLLM may call it twice
         WeightTransferEngineFactory.register_engine(FILES, _receiver())
 
