@@ -15,6 +15,13 @@ from alignment.metrics import read_metrics
 PAGE = "report.html"
 # Title, then the metrics that share its axes: (metric, legend).
 CHARTS = (
+    ("Reward", (("reward", "training"), ("eval/reward", "held out"))),
+    ("Divergence from the reference, nats per answer", (("kl", "training"), ("eval/kl", "held out"))),
+    ("Entropy, nats per token", (("entropy", "training"),)),
+    ("Tokens per answer", (("completions/mean_length", "training"), ("eval/length", "held out"))),
+    ("Judge: keywords", (("eval/judges/keywords", "held out"),)),
+    ("Trainer against sampler, mean |Δ log π|", (("mismatch/mean_abs", "training"),)),
+    ("Value loss", (("value_loss", "training"),)),
     ("Loss", (("loss", "training"), ("eval/loss", "held out"))),
     (
         "Margin: implicit reward of chosen minus rejected",

@@ -141,7 +141,7 @@ def register() -> None:
     """Makes `FILES` known to vLLM, which calls this in each of its processes (entry point `vllm.general_plugins`)."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    adapter_speed.install() if not __import__("os").environ.get("NOPATCH") else None
+    adapter_speed.install()
     with contextlib.suppress(ValueError):  # known already: vLLM may call it twice
         WeightTransferEngineFactory.register_engine(FILES, _receiver())
 
