@@ -227,6 +227,7 @@ def _identity(config: RunConfig, data: str) -> dict[str, Any]:
         "model.lora": None if lora is None else lora.model_dump(mode="json"),
         "algorithm": config.algorithm.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json", include=SAMPLING),
+        "critic": config.critic.model_dump(mode="json", include={"trunk", "path"}),
         "rewards": [scorer.model_dump(mode="json") for scorer in config.rewards],
         "groups_per_step": config.groups_per_step,
         "seed": config.seed,

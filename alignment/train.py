@@ -203,6 +203,9 @@ class _Run:
         self.reporter.note(f"{text}. Rolling back to step {back.step}, going on with the prompts that come next")
         self.guards.forget()
         self._begin(back)
+        if back.step == 0:
+            self._first(back)
+        self._save(back)  # so that a restart goes on with these prompts too
         return back
 
     def _save(self, progress: Progress) -> None:

@@ -60,7 +60,6 @@ def learn(
     means = {name: [update[name] for update in updates if name in update] for name in names}
     return {
         **{name: math.fsum(found) / len(found) for name, found in means.items()},
-        **_divergence(batch),
         "lr": pace.lr.get("actor", 0.0),
         "num_tokens": float(sum(group.num_tokens for group in groups)),
     }
@@ -93,21 +92,19 @@ def annotated(roles: Roles, groups: list[Group], optim: OptimConfig, world: Worl
     return Batch(**{**vars(batch), **known})
 
 
-def _divergence(batch: Batch) -> Metrics:
-    """How far the policy that answered was from the reference, in nats per completion; empty if it is not known."""
-    policy = batch.sampled_logprobs if batch.old_logprobs is None else batch.old_logprobs
-    if policy is None or batch.reference_logprobs is None:
-        return {}
-    return {"kl": float(batch.per_completion(policy - batch.reference_logprobs).mean())}
-
-
 def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> list[float]:
     """Σ log π − log π_ref (nats) of every completion that the actor has drawn; empty without a reference."""
     if roles.reference == "none":
         return []
     batch = annotated(roles, groups, optim, world)
-    assert batch.sampled_logprobs is not None and batch.reference_logprobs is not None
-    return batch.per_completion(batch.sampled_logprobs - batch.reference_logprobs).tolist()
+    assert batch.reference_logprobs is not None
+    logprobs = torch.zeros(batch.tokens.shape, device=world.device)
+    with torch.no_grad():
+        for one in _passes(batch, roles, optim, world):
+            said = roles.outputs(one.batch).logprobs
+            if one.counts:
+                logprobs[one.tokens] = said
+    return batch.per_completion(world.sum(logprobs) - batch.reference_logprobs).tolist()
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -164,10 +161,10 @@ def _update(
         _backward(roles, totals.add(loss) if one.counts else _nothing(loss))
     metrics = totals.reduce()
     finite = math.isfinite(metrics["loss"])
-    norms = {
-        role: trained.step(lr[role]) if finite and role in lr else trained.discard()
-        for role, trained in roles.trained_by_role.items()
-    }
+    norms: dict[Role, float] = {}
+    for role, trained in reversed(roles.trained_by_role.items()):  # an actor does not follow a critic that has failed
+        finite = finite and all(math.isfinite(norm) for done, norm in norms.items() if done in lr)
+        norms[role] = trained.step(lr[role]) if finite and role in lr else trained.discard()
     skipped = any(not math.isfinite(norms[role]) for role in lr)
     if skipped and optim.on_nonfinite == "fail":
         raise DivergenceError(

@@ -91,7 +91,12 @@ def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> EngineSettings:
     from alignment.rollout.vllm import EngineSettings
 
     device: Literal["cpu", "cuda"] = "cuda" if gpu else "cpu"
-    return EngineSettings.of(config.model, config.rollout, max_length=config.data.max_length, device=device)
+    # Engines on one CPU share its cores; more threads than cores would wait for each other.
+    engines = config.cluster.engines if config.cluster.workers else 1
+    threads = max(1, len(os.sched_getaffinity(0)) // engines)
+    return EngineSettings.of(
+        config.model, config.rollout, max_length=config.data.max_length, device=device, threads=threads
+    )
 
 
 def _run_on_ray(config: ClusterRunConfig) -> None:

@@ -106,7 +106,11 @@ def _attached(engines: Engines | None, config: RunConfig, world: World) -> Itera
     if engines is None:
         yield None
         return
+    from alignment.rollout.feed import together
     from cluster.engines import attach
 
-    with contextlib.closing(attach(engines, config, world)) as generator:
-        yield generator
+    with contextlib.ExitStack() as attached:
+        generators: list[Generator] = []
+        together(lambda: generators.append(attach(engines, config, world)), world)
+        attached.callback(generators[0].close)
+        yield generators[0]

@@ -65,7 +65,8 @@ class PolicyGradient(ReferencedAlgorithm):
     """Bonus for a nat of entropy, ≥ 0."""
     correction: Literal["token", "sequence", "none"] = "token"
     """How differences between trainer and sampler are mended: each token's loss is weighted by π_old/π_sampler, cut to
-    `max_correction`; or completions are left out whose mean ratio is not within a factor of it; or not at all."""
+    `max_correction` (with a `ratio_per` of sequences, by the mean of its tokens' weights); or completions are left out
+    whose mean ratio is not within a factor of it; or not at all."""
     max_correction: Annotated[float, Field(gt=1)] = 2.0
     """Bound of the correction, > 1."""
     truncated: Literal["keep", "mask", "penalise"] = "keep"
@@ -144,6 +145,8 @@ class PolicyGradient(ReferencedAlgorithm):
             "entropy": outputs.entropies[batch.learned].detach(),
             "ratio": logratio.detach()[batch.learned].clamp(-LARGEST_LOGRATIO, LARGEST_LOGRATIO).exp(),
         }
+        if batch.reference_logprobs is not None:
+            metrics["kl"] = batch.per_completion(old - batch.reference_logprobs)[batch.lengths > 0]
         weights = self._correction(batch, old, metrics)
         terms = [self._policy(batch, logratio, weights, metrics)]
         if batch.reference_logprobs is not None:

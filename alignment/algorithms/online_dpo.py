@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from alignment.algorithms.dpo import DPO
 from alignment.errors import DataError
-from alignment.types import Group
+from alignment.types import Batch, Group, Loss, Outputs
 
 
 class OnlineDPO(DPO):
@@ -25,6 +25,12 @@ class OnlineDPO(DPO):
         if not group.prompt:
             raise DataError("online_dpo needs a prompt to answer; this row has none")
         return dataclasses.replace(group, completions=())
+
+    def loss(self, batch: Batch, outputs: Outputs) -> Loss:
+        assert batch.reference_logprobs is not None, "the loop annotates the batches of a ReferencedAlgorithm"
+        loss = super().loss(batch, outputs)
+        kl = batch.per_completion(outputs.logprobs.detach() - batch.reference_logprobs)
+        return dataclasses.replace(loss, metrics=loss.metrics | {"kl": kl})
 
     def is_informative(self, group: Group) -> bool:
         return bool(group.pairs)

@@ -158,7 +158,7 @@ def _with_score_head(source: str, how: dict[str, Any], tokenizer: PreTrainedToke
     initialisation of arXiv 2009.01325)."""
     how["config"].num_labels = 1
     # Both transformers and vLLM look for the last token that is not padding: it must never be one that ends an answer.
-    how["config"].pad_token_id = _padding(tokenizer)
+    how["config"].pad_token_id = tokenizer.pad_token_id = _padding(tokenizer)
     module, loading = AutoModelForSequenceClassification.from_pretrained(source, **how, output_loading_info=True)
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise ModelError(f"model.path {path!r}: {type(module).__name__} has no linear score head")
@@ -170,8 +170,9 @@ def _with_score_head(source: str, how: dict[str, Any], tokenizer: PreTrainedToke
 
 def _padding(tokenizer: PreTrainedTokenizerFast) -> int:
     """Id of a special token that is not the end token, or of the tokenizer's padding if there is none."""
-    others = [index for index in sorted(tokenizer.all_special_ids) if index != tokenizer.eos_token_id]
-    return int(others[0] if others else tokenizer.pad_token_id or tokenizer.eos_token_id)
+    named = sorted(tokenizer.all_special_ids)
+    added = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return int(next(index for index in [*named, *added, *range(len(tokenizer))] if index != tokenizer.eos_token_id))
 
 
 def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int, head: Head) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from alignment.models.load import LanguageModel
 from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
@@ -112,13 +113,16 @@ def _generate(
 
 @contextlib.contextmanager
 def _ready_to_generate(model: LanguageModel) -> Iterator[None]:
-    """Generation pads, so it needs an attention of transformers' own."""
+    """Generation pads, so it needs an attention of transformers' own; and how it draws, only the caller says."""
     attention, training = model.network.config._attn_implementation, model.module.training
+    own = model.network.generation_config
     model.module.eval()
     model.network.set_attn_implementation("sdpa")
+    model.network.generation_config = GenerationConfig()
     try:
         yield
     finally:
+        model.network.generation_config = own
         model.network.set_attn_implementation(attention)
         model.module.train(training)
 

@@ -147,7 +147,6 @@ def test_without_a_checkpoint_so_far_a_roll_back_goes_to_the_beginning(guarded: 
     assert positions(folder) == [8, 12]
 
 
-@pytest.mark.xfail(strict=True, reason="what was reported of step 0 is deleted, and not measured again")
 def test_a_roll_back_to_the_beginning_keeps_what_was_measured_there(guarded: Settings) -> None:
     folder = run(guarded, Scripted(endless={1}), steps=2, checkpoint={"every": 0})
     samples = [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()]

@@ -202,17 +202,12 @@ def test_top_k_of_one_is_greedy(sampling_run: Settings) -> None:
     assert first["groups/equal_rewards"] == 1 and first["policy_loss"] == 0
 
 
-NOT_SAMPLED = pytest.mark.xfail(
-    strict=True, reason="kl is taken from the sampler's log-probabilities, which are filtered or of another temperature"
-)
-
-
 @pytest.mark.parametrize(
     ("algorithm", "rollout"),
     [
-        pytest.param("grpo", {"top_p": 0.6}, marks=NOT_SAMPLED),
-        pytest.param("online_dpo", {"temperature": 0.7}, marks=NOT_SAMPLED),
-        pytest.param("online_dpo", {"top_k": 3}, marks=NOT_SAMPLED),
+        ("grpo", {"top_p": 0.6}),
+        ("online_dpo", {"temperature": 0.7}),
+        ("online_dpo", {"top_k": 3}),
         ("grpo", {"temperature": 0.7}),
         ("online_dpo", {}),
     ],

@@ -197,21 +197,8 @@ def with_special(model: Path, folder: Path) -> Path:
     return folder
 
 
-def known_bug(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-@pytest.mark.parametrize(
-    ("special", "padding"),
-    [
-        (True, "the model's"),
-        pytest.param(True, "the tokenizer's", marks=known_bug("the saved tokenizer pads with the end token")),
-        pytest.param(
-            False, "the model's", marks=known_bug("the end token is the padding if it is the only special one")
-        ),
-        pytest.param(False, "the tokenizer's", marks=known_bug("the end token is the padding")),
-    ],
-)
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("padding", ["the model's", "the tokenizer's"])
 def test_transformers_reads_the_scores_that_we_do_from_a_checkpoint(
     special: bool, padding: str, reward_settings: Settings, tiny_model: Path, tmp_path: Path
 ) -> None:
