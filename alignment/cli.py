@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 import typer
@@ -46,6 +47,7 @@ def main() -> None:
 
 def run_command(name: str, program: str) -> None:
     """Runs one command on the arguments in `sys.argv`; an error of ours is printed without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines and locks are given back
     module, _, function = COMMANDS[name][0].partition(":")
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(getattr(importlib.import_module(module), function))

@@ -9,8 +9,13 @@ transports need CUDA; this one needs memory that both processes see, so it also 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +146,23 @@ def register() -> None:
     """Makes `FILES` known to vLLM, which calls this in each of its processes (entry point `vllm.general_plugins`)."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
+    _end_with_parent()
     adapter_speed.install()
     with contextlib.suppress(ValueError):  # known already: vLLM may call it twice
         WeightTransferEngineFactory.register_engine(FILES, _receiver())
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, killed even: an engine without a trainer is only heat."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), name="lifeline", daemon=True).start()
 
 
 @dataclass

@@ -376,3 +376,19 @@ def test_adapters_are_multiplied_token_by_token(adapters: list[int]) -> None:
     torch.testing.assert_close(sliced[:, 2:], expected)
     for result, untouched in ((shrunk, slice(6, 8)), (added, slice(6, 8)), (sliced, slice(0, 2))):
         torch.testing.assert_close(result[:, untouched], start[:, untouched])
+
+
+def test_an_engine_ends_with_the_process_that_started_it_even_if_that_is_killed(models: dict[bool, Path]) -> None:
+    code = (
+        "import time; from tests.alignment.test_vllm import settings_of, local_generator, ModelConfig\n"
+        f"pool = local_generator(settings_of(ModelConfig(path={str(models[True])!r}, dtype='fp32')))\n"
+        "print('started', flush=True); time.sleep(600)"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None and trainer.stdout.readline() == "started\n"
+    engines = [child for child in psutil.Process(trainer.pid).children(recursive=True) if "Engine" in child.name()]
+    assert engines, "nothing was started"
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(engines, timeout=10)
+    assert not alive
