@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import subprocess
 import sys
 
 import typer
@@ -55,6 +56,17 @@ def run_command(name: str, program: str) -> None:
         app(prog_name=program)
     except AlignmentError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def call(*arguments: str) -> int:
+    """Runs `raylign` in a process of its own and returns its exit status; if this process is ended, so is that."""
+    child = subprocess.Popen([sys.executable, "-m", "alignment.cli", *arguments])
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from alignment.cli import call
 from alignment.errors import AlignmentError
 from alignment.rewards.rules import contains_keyword
 
@@ -164,8 +165,7 @@ def call_raylign(*arguments: str) -> None:
     Raises:
         AlignmentError: it failed; its own words have been printed.
     """
-    ended = subprocess.run([sys.executable, "-m", "alignment.cli", *arguments], check=False)
-    if ended.returncode:
+    if call(*arguments):
         raise AlignmentError(f"`raylign {' '.join(arguments)}` failed; its own words are above")
 
 

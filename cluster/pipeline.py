@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -13,6 +10,7 @@ import typer
 from pydantic import Field, model_validator
 
 from alignment.checkpoint import find_checkpoint
+from alignment.cli import call
 from alignment.config import Section, load_config
 from alignment.errors import ClusterError, ConfigError
 from cluster.config import ClusterRunConfig, load_run
@@ -117,7 +115,5 @@ def _run(stage: StageConfig, file: Path, settings: list[str]) -> None:
     if (run.folder / SUMMARY).exists() and (run.folder / CONFIG).read_text() == run.model_dump_json(indent=1):
         print(f"{run.folder} is finished")
         return
-    command = [sys.executable, "-m", "cluster", str(file), *settings]
-    ended = subprocess.run(command, check=False, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    if ended.returncode:
+    if call("train", str(file), *settings):
         raise ClusterError(f"stage {stage.name} failed; its own words are above. The same command goes on from here")

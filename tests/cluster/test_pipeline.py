@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -91,3 +96,16 @@ def test_the_shipped_chain_is_whole() -> None:
     file = Path(__file__).parents[2] / "configs" / "align" / "rlhf_smollm2.yaml"
     runs = check(load_config(file, kind=PipelineConfig), file.parent)
     assert [run.algorithm.name for run in runs] == ["sft", "reward_model", "ppo"]
+
+
+def test_a_chain_that_is_ended_ends_its_stage_too(chain: Path, tmp_path: Path) -> None:
+    endless = "stages.0.set={steps: 1000000}"
+    started = subprocess.Popen([sys.executable, "-m", "alignment.cli", "pipeline", str(chain), endless])
+    metrics = tmp_path / "out" / "chain" / "sft" / "metrics.jsonl"
+    while not metrics.exists() or metrics.stat().st_size == 0:
+        assert started.poll() is None
+        time.sleep(0.1)
+    stages = psutil.Process(started.pid).children(recursive=True)
+    started.terminate()
+    assert started.wait(timeout=60) == 128 + signal.SIGTERM
+    assert stages and not any(stage.is_running() for stage in stages)

@@ -68,6 +68,26 @@ def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(run_settings: S
     assert_same_run(undisturbed, folder)
 
 
+def test_a_worker_that_hangs_is_noticed_and_replaced(
+    run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "10")
+    stopped: list[int] = []
+
+    def stop() -> None:
+        while not any(line["step"] >= 10 for line in read_metrics(tmp_path / "runs" / "run")):
+            time.sleep(0.01)
+        for worker in train_workers():
+            stopped.append(worker.pid)
+            worker.suspend()
+
+    threading.Thread(target=stop, daemon=True).start()
+    folder = run_on_ray({**run_settings, "steps": 200, "checkpoint": {"every": 10}})
+    assert stopped, "the test did not stop anything"
+    assert [line["step"] for line in read_metrics(folder)] == list(range(201))
+    assert not any(psutil.pid_exists(pid) for pid in stopped)
+
+
 def test_two_workers_compute_what_one_process_does(run_settings: Settings, tmp_path: Path) -> None:
     settings = {**run_settings, "steps": 5, "groups_per_step": 5, "evaluate": {"every": 1}}
     alone = run_on_ray(settings, workers=0)
