@@ -6,9 +6,11 @@ temperature 1 and two threads. They take turns, each run in processes of its own
 
 What is timed is whole steps: drawing, scoring, the reference model's log-probabilities, forward, backward, clipping,
 AdamW, and for us bringing the new weights into the engine; TRL draws from the module that it trains. Loading and
-starting are not timed. The first step, in which both pay for what is set up once, is in the lists; ratios are of
-medians. Ours draws with a vLLM engine in a process beside the trainer, as a run with `cluster.workers: 0` does; TRL as
-it comes, with transformers. Memory is the sum of the peaks of all processes of a side, at whatever time each was.
+starting are not timed. The first step, in which both pay for what is set up once, is in the lists; step_time_ratio is
+of medians. Steps differ in their prompts, to whose longest TRL pads, so that the medians may be of different steps;
+total_time_ratio is of the sums. Ours draws with a vLLM engine in a process beside the trainer, as a run with
+`cluster.workers: 0` does; TRL as it comes, with transformers. Memory is the sum of the peaks of all processes of a
+side, at whatever time each was.
 
 Not the same, because each library is used as it comes: how a loss weighs its tokens; fp32 master weights and moments of
 ours, where TRL trains the bf16 weights themselves, under autocast. What is drawn differs too, but not in length:
@@ -16,9 +18,9 @@ ours, where TRL trains the bf16 weights themselves, under autocast. What is draw
 
 `fraction_of_limit` says what part of the speed that this machine could have each phase of ours reaches. The limits are
 of arithmetic alone (`limits`), with matrix products and memory as fast as they were measured before and after the runs;
-the faster counts. With `--steps-ahead 1`, phases overlap, and only the step's time means something.
+the faster counts. With `--steps-ahead 1`, phases overlap and have no limits of their own, so it is left out.
 
-The last line is one JSON object; ratios are ours / TRL's: below 1 is better for both.
+The last line is one JSON object; ratios are ours / TRL's: below 1 is better for all.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def arguments() -> argparse.Namespace:
     options = parser("grpo", __doc__, columns="question")
     options.add_argument("--steps", type=int, default=3, help="optimizer steps of one run")
     options.add_argument("--steps-ahead", type=int, default=0, help="rollout.steps_ahead of ours; 0 is on-policy")
-    options.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens in a forward pass of ours")
+    options.add_argument("--micro-batch-tokens", type=int, default=1024, help="tokens in a forward pass of ours")
     return options.parse_args()
 
 
@@ -414,10 +416,12 @@ def figures(job: Job, runs: dict[str, list[Run]], machine: Machine) -> dict[str,
     steps, memory = medians(runs, lambda run: run.step_seconds), medians(runs, lambda run: sum(run.peaks_gb))
     return {
         "step_time_ratio": ratio(steps),
+        "total_time_ratio": ratio(medians(runs, lambda run: sum(run.seconds))),
         "memory_ratio": ratio(memory),
         "step_seconds": rounded(steps, 2),
         "peak_gb": rounded(memory, 3),
-        **(of_phases(runs["ours"], machine) if "ours" in runs else {}),
+        **(of_phases(runs["ours"]) if "ours" in runs else {}),
+        **(of_limits(runs["ours"], machine) if "ours" in runs and not job.steps_ahead else {}),
         "prompt_tokens": rounded(medians(runs, lambda run: run.prompt_tokens), 1),
         "completion_tokens": rounded(medians(runs, lambda run: run.completion_tokens), 1),
         "reward": rounded(medians(runs, lambda run: run.reward), 3),
@@ -437,8 +441,13 @@ def figures(job: Job, runs: dict[str, list[Run]], machine: Machine) -> dict[str,
     }
 
 
-def of_phases(runs: list[Run], machine: Machine) -> dict[str, Any]:
-    """What the phases of ours took, and how near that is to their limits."""
+def of_phases(runs: list[Run]) -> dict[str, Any]:
+    """What the phases of ours took."""
+    return {"seconds": {phase: round(statistics.median(phase_seconds(r, phase) for r in runs), 3) for phase in PHASES}}
+
+
+def of_limits(runs: list[Run], machine: Machine) -> dict[str, Any]:
+    """How near the phases of ours, one after another, are to their limits."""
     reached: dict[str, list[float]] = {}
     speeds = []
     for run in runs:
@@ -448,7 +457,6 @@ def of_phases(runs: list[Run], machine: Machine) -> dict[str, Any]:
             for phase, limit in limits(step, run.size, machine).items():
                 reached.setdefault(phase, []).append(limit / step.seconds[phase])
     return {
-        "seconds": {phase: round(statistics.median(phase_seconds(run, phase) for run in runs), 3) for phase in PHASES},
         "fraction_of_limit": {phase: round(statistics.median(parts), 3) for phase, parts in reached.items()},
         "generation_tokens_per_second": round(statistics.median(speeds), 1),
     }
@@ -458,6 +466,7 @@ def told_whole(run: Run) -> dict[str, Any]:
     return {
         "seconds_per_step": [round(value, 2) for value in run.seconds],
         "phases": [rounded(step.seconds, 3) for step in run.steps],
+        "prompt_tokens": [step.prompt_tokens for step in run.steps],
         "peaks_gb": [round(peak, 3) for peak in run.peaks_gb],
     }
 
