@@ -20,38 +20,30 @@ NAME = "raylign_packed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Branch:
-    """A completion of a group, beside its prompt."""
+class Blocks:
+    """Where groups and their branches lie in a packed batch."""
 
-    begin: int
-    end: int
-    mask: Tensor
-    """[queries, keys] added to the scores of the branch over prompt + branch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """A group in the packed order: prompt and first completion are one causal sequence, further completions follow."""
-
-    begin: int
-    prompt_end: int
-    first_end: int
-    """Where the first completion ends, or the prompt if there is none."""
-    others: tuple[Branch, ...]
+    lengths: list[int]
+    """Tokens of each run, in order: a group's prompt, then each of its branches."""
+    groups: list[list[Tensor]]
+    """For each group, and each of its branches: [queries, keys] added to the scores of the branch over prompt +
+    branch."""
 
 
-def blocks_of(batch: Batch, dtype: torch.dtype) -> list[Block]:
+def blocks_of(batch: Batch, dtype: torch.dtype) -> Blocks:
     """Where each group and its branches lie; `dtype` is that of the attention's queries."""
-    runs: list[list[tuple[int, int]]] = []  # (begin, end) of the prompt and of each branch, by group
     keys = torch.stack([batch.groups, batch.branches])
-    lengths = torch.unique_consecutive(keys, dim=1, return_counts=True)
-    begin = 0
-    for group, length in zip(lengths[0][0].tolist(), lengths[1].tolist(), strict=True):
-        if group == len(runs):
-            runs.append([])
-        runs[group].append((begin, begin + length))
-        begin += length
-    return [_block(run, dtype, batch.tokens.device) for run in runs]
+    runs, counts = torch.unique_consecutive(keys, dim=1, return_counts=True)
+    lengths: list[int] = counts.tolist()
+    groups: list[list[Tensor]] = []
+    prompt = 0
+    for branch, length in zip(runs[1].tolist(), lengths, strict=True):
+        if branch == -1:
+            groups.append([])
+            prompt = length
+        else:
+            groups[-1].append(_after_prompt(prompt, length, dtype, batch.tokens.device))
+    return Blocks(lengths=lengths, groups=groups)
 
 
 def packed_attention(
@@ -62,7 +54,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    packed: list[Block] | None = None,
+    packed: Blocks | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer.
@@ -80,33 +72,17 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    # Split once: the gradient of a slice would be a whole tensor of zeros around it, for every slice.
+    runs = zip(*(torch.split(tensor, packed.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
-    for block in packed:
-        whole = slice(block.begin, block.first_end)
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, whole], key[:, :, whole], value[:, :, whole], is_causal=True, scale=scaling
-            )
-        )
-        prompt = slice(block.begin, block.prompt_end)
-        for branch in block.others:
-            own = slice(branch.begin, branch.end)
-            keys = torch.cat([key[:, :, prompt], key[:, :, own]], dim=2)
-            values = torch.cat([value[:, :, prompt], value[:, :, own]], dim=2)
-            parts.append(
-                scaled_dot_product_attention(query[:, :, own], keys, values, attn_mask=branch.mask, scale=scaling)
-            )
+    for masks in packed.groups:
+        own_query, prompt_key, prompt_value = next(runs)
+        parts.append(scaled_dot_product_attention(own_query, prompt_key, prompt_value, is_causal=True, scale=scaling))
+        for mask in masks:
+            own_query, own_key, own_value = next(runs)
+            keys, values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
+            parts.append(scaled_dot_product_attention(own_query, keys, values, attn_mask=mask, scale=scaling))
     return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _block(runs: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Block:
-    (begin, prompt_end), *branches = runs
-    others = [
-        Branch(begin=start, end=end, mask=_after_prompt(prompt_end - begin, end - start, dtype, device))
-        for start, end in branches[1:]
-    ]
-    first_end = branches[0][1] if branches else prompt_end
-    return Block(begin=begin, prompt_end=prompt_end, first_end=first_end, others=tuple(others))
 
 
 def _after_prompt(prompt: int, branch: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from alignment.data.chat import chat_template
 from alignment.errors import ModelError
 from alignment.models import attention
 from alignment.models.folders import model_source
+from alignment.models.lean import make_lean
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def load_model(
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+    make_lean(module)
     if config.lora is not None:
         module = _with_adapter(module, config.lora, seed, head)
     if config.gradient_checkpointing:
