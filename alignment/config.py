@@ -23,6 +23,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""Also the name of a folder."""
 
 
 class Section(BaseModel):
@@ -123,7 +125,7 @@ class SourceConfig(Section):
     def _known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
         for field in columns:
             if field not in FIELDS:
-                raise ValueError(f"there is no field {field!r}{_nearest(field, FIELDS)}")
+                raise ValueError(f"there is no field {field!r}{nearest(field, FIELDS)}")
         return columns
 
     @field_validator("prompt_template")
@@ -353,7 +355,7 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """Everything about one training run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: RunName
     """Name of the run, and of its folder under `output`: letters, digits, dot, dash and underscore."""
     output: str = "runs"
     """Folder of all runs. On several machines it must be shared between them."""
@@ -460,23 +462,35 @@ def algorithm_names() -> list[str]:
     return sorted(stem.replace("_plus_plus", "++") for stem in stems)
 
 
+def imported(name: str, what: str) -> Any:
+    """What a dotted `package.module:attribute` names.
+
+    Args:
+        what: what it is the name of, for the error.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: malformed module names
+        raise ConfigError(f"{what} {name!r} cannot be imported: {error}") from error
+
+
 def algorithm_class(name: str) -> type[AlgorithmConfig]:
     """Finds the class behind an algorithm's name.
 
     Raises:
         ConfigError: no module of that name, or `package.module:Class` does not exist.
     """
-    module, _, attribute = name.partition(":")
-    if attribute:
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: malformed module names
-            raise ConfigError(f"algorithm {name!r} cannot be imported: {error}") from error
+    if ":" in name:
+        found = imported(name, "algorithm")
         if not (isinstance(found, type) and issubclass(found, AlgorithmConfig)):
             raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
         return found
     if name not in algorithm_names():
-        raise ConfigError(f"there is no algorithm {name!r}{_nearest(name, algorithm_names())}")
+        raise ConfigError(f"there is no algorithm {name!r}{nearest(name, algorithm_names())}")
     return importlib.import_module(f"alignment.algorithms.{name.replace('++', '_plus_plus')}").ALGORITHM  # type: ignore[no-any-return]
 
 
@@ -606,7 +620,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: dict[str, Any]
         # pydantic names the alternatives of a union as if they were keys, as in `target_modules.tuple[str, ...].0`.
         where = ".".join(str(part) for part in problem["loc"] if "[" not in str(part)) or "the whole file"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{_nearest(str(last), _fields(kind, parents, tree))}")
+            lines.append(f"{where}: unknown key{nearest(str(last), _fields(kind, parents, tree))}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: is required and missing")
         else:
@@ -653,7 +667,7 @@ NAMES_IN_TRL = {
 """What people who come from TRL may type, and what we call it."""
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     if NAMES_IN_TRL.get(name) in known:
         return f"; it is called {NAMES_IN_TRL[name]!r} here"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,15 +81,7 @@ def evaluate(roles: Roles, algorithm: Algorithm, groups: list[Group], optim: Opt
 def annotated(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Batch:
     """The packed global batch with all that must be known before the first update; the same on every worker."""
     batch = pack(groups).to(world.device)
-    known: dict[str, Tensor] = defaultdict(lambda: torch.zeros(batch.tokens.shape, device=world.device))
-    for one in _passes(batch, roles, optim, world):
-        for name, values in roles.annotations(one.batch).items():
-            if one.counts:
-                known[name][one.tokens] = values
-    # A worker without groups of its own knows no names, but takes part in the sums.
-    for name in sorted(set().union(*world.gather(set(known)))):
-        world.sum(known[name])
-    return Batch(**{**vars(batch), **known})
+    return Batch(**{**vars(batch), **_said(batch, roles.annotations, roles, optim, world)})
 
 
 def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> list[float]:
@@ -98,13 +90,27 @@ def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: Wo
         return []
     batch = annotated(roles, groups, optim, world)
     assert batch.reference_logprobs is not None
-    logprobs = torch.zeros(batch.tokens.shape, device=world.device)
-    with torch.no_grad():
-        for one in _passes(batch, roles, optim, world):
-            said = roles.outputs(one.batch).logprobs
+    logprobs = batch.old_logprobs
+    if logprobs is None:
+        with torch.no_grad():
+            said = _said(batch, lambda one: {"logprobs": roles.outputs(one).logprobs}, roles, optim, world)
+        logprobs = said["logprobs"]
+    return batch.per_completion(logprobs - batch.reference_logprobs).tolist()
+
+
+def _said(
+    batch: Batch, ask: Callable[[Batch], dict[str, Tensor]], roles: Roles, optim: OptimConfig, world: World
+) -> dict[str, Tensor]:
+    """What the models say of a batch, each [T] by name: every worker asks about its share, and all know the whole."""
+    known: dict[str, Tensor] = defaultdict(lambda: torch.zeros(batch.tokens.shape, device=world.device))
+    for one in _passes(batch, roles, optim, world):
+        for name, values in ask(one.batch).items():
             if one.counts:
-                logprobs[one.tokens] = said
-    return batch.per_completion(world.sum(logprobs) - batch.reference_logprobs).tolist()
+                known[name][one.tokens] = values
+    # A worker without groups of its own knows no names, but takes part in the sums.
+    for name in sorted(set().union(*world.gather(set(known)))):
+        world.sum(known[name])
+    return known
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

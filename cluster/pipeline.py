@@ -11,19 +11,18 @@ from pydantic import Field, model_validator
 
 from alignment.checkpoint import find_checkpoint
 from alignment.cli import call
-from alignment.config import Section, load_config
+from alignment.config import RunName, Section, load_config
 from alignment.errors import ClusterError, ConfigError
 from cluster.config import ClusterRunConfig, load_run
 from cluster.launch import CONFIG
 
 SUMMARY = "summary.json"  # as alignment.train writes it, whose import takes seconds
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class StageConfig(Section):
     """One training run of the chain."""
 
-    name: str = Field(pattern=NAME, max_length=100)
+    name: RunName
     """Name of the stage; later stages write its checkpoint as `{name}`."""
     config: str
     """YAML file of the run, as seen from the pipeline's file."""
@@ -34,7 +33,7 @@ class StageConfig(Section):
 class PipelineConfig(Section):
     """A chain of training runs."""
 
-    name: str = Field(pattern=NAME, max_length=100)
+    name: RunName
     """Name of the chain; its runs go to `output`/`name`/STAGE."""
     output: str = "runs"
     """Folder of all runs."""

@@ -7,14 +7,13 @@ Rollout ─► Rewards.score ─┬─► rules, functions (in this process)   �
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
-from alignment.config import ScorerConfig, _nearest
+from alignment.config import ScorerConfig, imported, nearest
 from alignment.errors import ConfigError, RewardError
 
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
@@ -91,9 +90,9 @@ def scorer_class(name: str) -> type[BuildableScorer]:
     """
     if ":" not in name:
         if name not in READY_MADE:
-            raise ConfigError(f"there is no scorer {name!r}{_nearest(name, scorer_names())}")
+            raise ConfigError(f"there is no scorer {name!r}{nearest(name, scorer_names())}")
         name = READY_MADE[name]
-    found = imported(name)
+    found = callable_named(name)
     if isinstance(found, type):
         if not issubclass(found, BuildableScorer):
             raise ConfigError(f"scorer {name!r} is neither a function nor a subclass of {__name__}.BuildableScorer")
@@ -103,17 +102,13 @@ def scorer_class(name: str) -> type[BuildableScorer]:
     return RewardFunction
 
 
-def imported(name: str) -> Any:
+def callable_named(name: str) -> Any:
     """The function or class that a dotted `package.module:attribute` names.
 
     Raises:
         ConfigError: there is none, or it is neither.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: malformed module names
-        raise ConfigError(f"scorer {name!r} cannot be imported: {error}") from error
+    found = imported(name, "scorer")
     if not callable(found):
         raise ConfigError(f"scorer {name!r} is a {type(found).__name__}, not a function")
     return found

@@ -32,7 +32,7 @@ from pydantic import Field, model_validator
 
 from alignment.config import Positive
 from alignment.errors import RewardError
-from alignment.rewards import AskAgain, BuildableScorer, imported
+from alignment.rewards import AskAgain, BuildableScorer, callable_named
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class RewardFunction(BuildableScorer):
 
     @model_validator(mode="after")
     def _takes_its_arguments(self) -> Self:
-        signature = inspect.signature(imported(self.name))
+        signature = inspect.signature(callable_named(self.name))
         try:
             signature.bind_partial(**dict.fromkeys(OURS), **self.kwargs)
         except TypeError as error:
@@ -73,7 +73,7 @@ class FunctionScorer:
 
     def __init__(self, config: RewardFunction) -> None:
         self.config = config
-        self.function: Callable[..., Any] = imported(config.name)
+        self.function: Callable[..., Any] = callable_named(config.name)
         self.loop = Loop(f"{config.name} event loop")
 
     def score(self, groups: list[Group]) -> list[list[float]]:
