@@ -112,7 +112,8 @@ class _Run:
         summary = self._summarise(self.steps - first, time.perf_counter() - started)
         self._sample(self.steps)
         reporter.close()
-        reporter.note(f"done. raylign serve {config.folder} puts it behind an endpoint")
+        command = "serve" if self.algorithm.head == "language" else "reward-server"
+        reporter.note(f"done. raylign {command} {config.folder} puts it behind HTTP")
         return summary
 
     def _begin(self, progress: Progress) -> None:

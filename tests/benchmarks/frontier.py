@@ -36,9 +36,9 @@ OPENINGS = (
 )
 KINDS = ("comedy", "drama", "thriller", "documentary", "western", "love story", "war film", "musical")
 NUM_HELD_OUT = 24
-DPO_BETAS = (0.05, 0.1, 0.5, 1.0)
-PPO_PRICES = (0.0, 0.01, 0.03, 0.1)
-STEPS, EVERY, PROMPTS_PER_STEP, COMPLETIONS, TOKENS = 18, 6, 16, 4, 24
+DPO_BETAS = (0.05, 0.2, 1.0)
+PPO_PRICES = (0.0, 0.03, 0.1)
+STEPS, EVERY, PROMPTS_PER_STEP, COMPLETIONS, TOKENS = 12, 4, 16, 4, 24
 WIDTH, HEIGHT, EDGE = 640, 420, 56
 COLOURS = {"dpo": "#1f6feb", "ppo": "#d1495b"}
 
