@@ -118,6 +118,17 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
+def checkpoint_or_path(path: str) -> str:
+    """For the folder of a run or checkpoint of ours the verified checkpoint that it means, else the path as it stands.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the run has none.
+    """
+    folder = Path(path).expanduser()
+    ours = (folder / COMMITTED, folder / MANIFEST, checkpoints_of(folder))
+    return str(find_checkpoint(folder)) if any(mark.exists() for mark in ours) else path
+
+
 def newest_intact(run: Path) -> Path | None:
     """The newest checkpoint of a run that proves to be whole; damaged newer ones are moved to `quarantine`."""
     for folder in _folders(run):
@@ -158,6 +169,34 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
 
 
+def commit(folder: Path) -> str:
+    """Writes the manifest of a folder's files and the mark that it is whole, and brings all of it onto the disk.
+
+    Returns:
+        sha256 of the manifest, in hex; the same for folders with the same files.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    known = {str(file.relative_to(folder)): {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
+    manifest = json.dumps(known, indent=1)
+    mark = hashlib.sha256(manifest.encode()).hexdigest()
+    (folder / MANIFEST).write_text(manifest)
+    (folder / COMMITTED).write_text(mark)
+    for place in [*folder.rglob("*"), folder]:
+        if place.is_dir() or place.stat().st_nlink == 1:  # a file that lies elsewhere too keeps its mode
+            place.chmod(0o755 if place.is_dir() else 0o644)  # the endpoint may run as another user
+        to_disk(place)
+    return mark
+
+
+def to_disk(place: Path) -> None:
+    """Waits until a file or folder is on the disk, and not only in the system's memory."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def checkpoints_of(run: Path) -> Path:
     """The folder in which a run keeps its checkpoints."""
     return run / "checkpoints"
@@ -184,33 +223,13 @@ def _write(
         actor.tokenizer.save_pretrained(unfinished)
         (unfinished / STATE).write_text(json.dumps(state, indent=1))
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
-        manifest = json.dumps(
-            {
-                str(file.relative_to(unfinished)): {"sha256": _sha256(file), "bytes": file.stat().st_size}
-                for file in sorted(unfinished.rglob("*"))
-                if file.is_file()
-            },
-            indent=1,
-        )
-        (unfinished / MANIFEST).write_text(manifest)
-        (unfinished / COMMITTED).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-        for place in [*unfinished.rglob("*"), unfinished]:
-            place.chmod(0o755 if place.is_dir() else 0o644)  # the endpoint may run as another user
-            _to_disk(place)
+        commit(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _to_disk(place: Path) -> None:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(file: Path) -> str:

@@ -11,12 +11,18 @@ import typer
 
 from alignment.errors import AlignmentError
 
-# name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer.
+# name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer; a command that has
+# commands of its own is a `typer.Typer`.
 COMMANDS = {
     "train": ("cluster.launch:train", "train a model on preferences, as a YAML file says"),
     "pipeline": ("cluster.pipeline:pipeline", "train several models in a chain, as SFT, reward model, PPO"),
     "serve": ("serving.launch:serve", "put a trained model behind an OpenAI-compatible HTTP endpoint"),
+    "bench": ("serving.bench:bench", "measure the endpoint under load, beside plain vLLM"),
+    "promote": ("serving.promote:promote", "make an endpoint answer with another checkpoint, checked and gated"),
+    "rollback": ("serving.promote:rollback", "make an endpoint answer with the version before"),
+    "versions": ("serving.promote:versions", "list the versions that an endpoint has, and which of them answers"),
     "reward-server": ("serving.rewards:reward_server", "put a reward model behind HTTP, for runs to ask"),
+    "keys": ("serving.keys:commands", "create, list, revoke and rotate the keys that an endpoint lets in"),
     "report": ("alignment.report:report", "write a run's curves and samples as one HTML page"),
     "schema": ("cluster.launch:schema", "print the JSON Schema of a run's YAML file, for editors"),
     "demo": ("alignment.demo:demo", "train by DPO, serve and compare the bundled model, from one command"),
@@ -49,9 +55,14 @@ def main() -> None:
 def run_command(name: str, program: str) -> None:
     """Runs one command on the arguments in `sys.argv`; an error of ours is printed without a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines and locks are given back
-    module, _, function = COMMANDS[name][0].partition(":")
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(getattr(importlib.import_module(module), function))
+    place, what = COMMANDS[name]
+    module, _, function = place.partition(":")
+    command = getattr(importlib.import_module(module), function)
+    app = typer.Typer(help=what, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    if isinstance(command, typer.Typer):
+        app.add_typer(command)  # without a name: its commands become those of `app`
+    else:
+        app.command()(command)
     try:
         app(prog_name=program)
     except AlignmentError as error:

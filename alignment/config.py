@@ -12,9 +12,19 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from alignment.errors import ConfigError
 
@@ -45,6 +55,9 @@ class LoraConfig(Section):
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get an adapter. A name that matches nothing is tolerated, with a warning, as long as
     another matches. `all-linear` is every linear layer except the output head."""
+    start: str | None = None
+    """An adapter to go on from: a run, a checkpoint or a folder, made on `model.path` with the same rank and modules.
+    The reference is the model without it. None starts a new one, which changes nothing at first."""
 
 
 class ModelConfig(Section):
@@ -89,11 +102,14 @@ FIELDS = ("prompt", "chosen", "rejected", "completion", "completions", "rewards"
 
 
 class SourceConfig(Section):
-    """One source of rows: a file, a folder or a hub id."""
+    """One source of rows: a file, a folder, a hub id, or what people said to an endpoint."""
 
     path: str | None = None
     """A `.jsonl`, `.json` or `.parquet` file (each also as `.gz`, except parquet), a folder of such files, or a hub
-    id."""
+    id. What people said to an endpoint is read from its `http(s)://HOST/v1/feedback/export` (as the administrator whose
+    key is in $RAYLIGN_KEY; with `?since=jdg-7`, what came after that) or from its database, `sqlite:///FILE` or
+    `postgresql+psycopg://USER@HOST/NAME`. It grows, and a run resumes only with the data that it began with: write it
+    to a file for a long one."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     data_dir: str | None = None
@@ -119,6 +135,13 @@ class SourceConfig(Section):
     prompt_as: Literal["text", "user_message"] = "text"
     """What a prompt that is a string means: `text` is continued as it stands, `user_message` goes through the chat
     template as the user's turn."""
+
+    @field_validator("path")
+    @classmethod
+    def _holds_no_password(cls, path: str | None) -> str | None:
+        if path is not None and "://" in path and urlsplit(path).password is not None:
+            raise ValueError("must hold no password, for it is kept with the run; PGPASSWORD or ~/.pgpass may")
+        return path
 
     @field_validator("columns")
     @classmethod
@@ -332,6 +355,14 @@ class ScorerConfig(Section):
     """Times that a reward is asked for which is missing, late or not a finite number, before the run stops."""
 
 
+def _load_scorers(value: Any) -> Any:
+    return tuple(_load_scorer(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+Scorers = Annotated[tuple[SerializeAsAny[ScorerConfig], ...], BeforeValidator(_load_scorers)]
+"""Each with the settings of its own class, which its name decides."""
+
+
 class EvaluateConfig(Section):
     """Evaluation on held-out groups, and samples."""
 
@@ -375,9 +406,9 @@ class RunConfig(Section):
     """Where the preference data comes from."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """The model's own answers, for algorithms that learn from them."""
-    rewards: tuple[SerializeAsAny[ScorerConfig], ...] = ()
+    rewards: Scorers = ()
     """What those answers are worth: the weighted sum of these."""
-    judges: tuple[SerializeAsAny[ScorerConfig], ...] = ()
+    judges: Scorers = ()
     """Scorers that see only held-out answers and teach nothing: what a hacked reward is caught with. With them, any
     language model's run answers its held-out prompts at every evaluation."""
     critic: CriticConfig = Field(default_factory=CriticConfig)
@@ -402,13 +433,6 @@ class RunConfig(Section):
             return algorithm_class(value["name"]).model_validate(value)
         except ConfigError as error:  # pydantic collects ValueErrors, so that every other problem is told as well
             raise ValueError(str(error)) from error
-
-    @field_validator("rewards", "judges", mode="before")
-    @classmethod
-    def _load_scorers(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        return tuple(_load_scorer(item) for item in value)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

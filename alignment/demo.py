@@ -175,8 +175,9 @@ def _served(run: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "alignment.cli", "serve", str(run), f"port={port}", "max_model_len=1024"]
-    server = subprocess.Popen(command)
+    own = [f"folder={run}/serving", f"feedback.database=sqlite:///{run.resolve()}/serving/feedback.sqlite"]
+    settings = [f"port={port}", "max_model_len=1024", "no_keys=true", *own]
+    server = subprocess.Popen([sys.executable, "-m", "alignment.cli", "serve", str(run), *settings])
     try:
         _wait_until_ready(url, server)
         yield url

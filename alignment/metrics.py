@@ -7,11 +7,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from alignment.update import Metrics
+if TYPE_CHECKING:  # who only reads a run's metrics, as the endpoint does, need not wait for torch
+    from alignment.update import Metrics
 
 # What the line of a step shows, if it was measured: metric, name, format.
 SHOWN = (

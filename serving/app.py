@@ -9,19 +9,24 @@ from ray import serve
 from ray.serve import Application
 
 from alignment.config import check_config
-from serving.config import ServeConfig
-from serving.engine import Device, Engine, EngineSettings
-from serving.ingress import Ingress, app
-from serving.served import Served, resolve
+from serving.config import Device, ServeConfig
+from serving.engine import Engine, EngineSettings
+from serving.ingress import Ingress
+from serving.registry import Registry
+from serving.scoring import MAX_BATCH, Scoring
+from serving.served import Served, publish
 
 INGRESS_NAME = "ingress"
 ENGINE_NAME = "engine"
+SCORING_NAME = "scoring"
 """The deployments' names; a Serve config file overrides a deployment's options by it."""
 INGRESS_CPUS = 0.1
 REPLICA_CPUS = 1.0
-
-# Not a decorator on the class: that copies the module's functions while half of them are still undefined.
-Front = serve.ingress(app)(Ingress)
+SCORING_CPUS = 0.1
+AT_ONCE = 10_000
+"""Requests in progress in a replica that only passes on."""
+SCORING_IDLE_S = 600.0
+"""Seconds without a request after which a scorer that nobody wants to keep ends."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -29,19 +34,21 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises:
         ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
-        AlignmentError: the checkpoint cannot be served (see `serving.served.resolve`).
+        AlignmentError: the checkpoint cannot be served (see `serving.served.publish`).
     """
     config = check_config(args, kind=ServeConfig)
-    return application(config, resolve(config))
+    return application(config, *publish(config))
 
 
-def application(config: ServeConfig, served: Served) -> Application:
-    """The same for a checkpoint that is resolved already, since proving a large one takes a while."""
+def application(config: ServeConfig, served: Served, registry: Registry) -> Application:
+    """The same for a checkpoint that is published already, since proving a large one takes a while."""
     device = choose_device(config)
-    settings = EngineSettings(config=config, served=served, device=device)
+    folder = str(registry.folder)
+    settings = EngineSettings(config=config, registry=folder, device=device)
     engine = serve.deployment(Engine, name=ENGINE_NAME, **_engine_options(config, device)).bind(settings)
-    ingress = serve.deployment(Front, name=INGRESS_NAME, **_ingress_options(config))
-    return ingress.bind(engine, config, served)
+    scoring = serve.deployment(Scoring, name=SCORING_NAME, **_scoring_options(config, device))
+    ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS_NAME, **_ingress_options(config))
+    return ingress.bind(engine, scoring.bind(config, device, folder), config, served, folder)
 
 
 def choose_device(config: ServeConfig) -> Device:
@@ -54,9 +61,27 @@ def choose_device(config: ServeConfig) -> Device:
 def _ingress_options(config: ServeConfig) -> dict[str, Any]:
     return {
         "ray_actor_options": {"num_cpus": INGRESS_CPUS},
-        "max_ongoing_requests": 10_000,  # it only passes on; the limits are the engine's
+        "max_ongoing_requests": AT_ONCE,  # the limits are the engine's
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _scoring_options(config: ServeConfig, device: Device) -> dict[str, Any]:
+    gpus = {"num_gpus": config.rewards.num_gpus} if device == "cuda" else {}
+    return {
+        "ray_actor_options": {"num_cpus": SCORING_CPUS, **gpus},
+        "autoscaling_config": {
+            "min_replicas": config.rewards.min_replicas,
+            "max_replicas": config.rewards.max_replicas,
+            "target_ongoing_requests": MAX_BATCH,
+            "downscale_delay_s": SCORING_IDLE_S,
+        },
+        "max_ongoing_requests": 2 * MAX_BATCH,  # one batch in progress, one waiting
+        "max_queued_requests": config.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "max_constructor_retry_count": 2,
     }
 
 
@@ -74,6 +99,7 @@ def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 2.0,  # an engine that died is replaced
         # Each attempt loads the whole model, and what failed twice (memory, a bad file) fails a third time.
         "max_constructor_retry_count": 2,
     }

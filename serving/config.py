@@ -10,6 +10,64 @@ from pydantic import Field, model_validator
 
 from alignment.config import Count, NonNegative, Positive, PositiveCount, Section, load_config
 
+Device = Literal["cpu", "cuda"]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class LimitsConfig(Section):
+    """What one request, and one key, may ask for; more is refused."""
+
+    max_body_mib: Positive = 4.0
+    """Largest request body (MiB)."""
+    body_timeout_s: Positive = 30.0
+    """Seconds that a client may take to send its request."""
+    max_tokens: PositiveCount = 4096
+    """Most tokens of one answer; an answer that asks for no limit gets this one."""
+    max_n: PositiveCount = 16
+    """Most answers to one prompt."""
+    max_logprobs: Count = 20
+    """Most alternatives per token whose log-probabilities are told."""
+    max_stop: PositiveCount = 16
+    """Most texts at which an answer stops."""
+    max_completions: PositiveCount = 256
+    """Most completions in one request for rewards."""
+    requests_per_minute: Count = 0
+    """Requests of one key, at most that many at once; 0 is no limit. Each ingress counts by itself."""
+
+
+class RewardsConfig(Section):
+    """What answers `POST /v1/rewards`."""
+
+    model: str | None = None
+    """A reward model (run, checkpoint, sequence classifier or hub id). None takes the served model's own implicit
+    reward, β (log π - log π_ref)."""
+    reference: str | None = None
+    """π_ref of whole weights: folder or hub id. None takes the model that their training began with. Of an adapter it
+    is always the base model."""
+    beta: Positive | None = None
+    """β of the implicit reward; None takes that of the version's training, or 0.1."""
+    max_length: PositiveCount = 2048
+    """Most tokens of a prompt and one completion."""
+    min_replicas: Count = 0
+    """Replicas kept at all times. With 0, the first request waits for a start (about 15 s), and an idle one ends."""
+    max_replicas: PositiveCount = 1
+    """Replicas at most; 0 GPUs each on CPU."""
+    num_gpus: NonNegative = 1.0
+    """GPUs of one replica, a fraction if it shares one; not used on CPU."""
+
+
+class FeedbackConfig(Section):
+    """What is kept of requests, and of what people say about the answers."""
+
+    record: bool = False
+    """Keep prompts and answers, from which one can then train. Without it judgements are counted, and hold no text."""
+    database: str | None = None
+    """Where judgements and keys are kept: `sqlite:///FILE` on a disk of this machine, or, for several machines,
+    `postgresql+psycopg://USER@HOST/NAME` (a password belongs into PGPASSWORD or ~/.pgpass). None is the file
+    `raylign/feedback.sqlite` in $XDG_DATA_HOME, or in ~/.local/share."""
+    retention_days: Positive | None = None
+    """Days after which a prompt is deleted, with its answers and judgements; None keeps it."""
+
 
 class ServeConfig(Section):
     """Everything about one endpoint."""
@@ -19,6 +77,13 @@ class ServeConfig(Section):
     or the bundled `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)
     """Name that requests give as `model`. None takes the name of the run, folder or hub id."""
+    folder: str = "runs/serving"
+    """Folder of the model's versions and of what people said, `FOLDER/NAME`. On several machines it must be shared
+    between them, as must PostgreSQL in place of the database file."""
+    no_keys: bool = False
+    """Serve everyone who can reach `host`, which must then be this machine's own 127.0.0.1."""
+    public_metrics: bool = False
+    """Whether `/metrics` needs no key."""
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` is every network interface."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -53,8 +118,18 @@ class ServeConfig(Section):
     """Seconds until a request that is not answered in full is given up."""
     drain_timeout_s: NonNegative = 20.0
     """Seconds that answers in progress still get when a replica stops."""
-    max_body_mib: Positive = 4.0
-    """Largest request body (MiB)."""
+    limits: LimitsConfig = LimitsConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+
+    @model_validator(mode="after")
+    def _open_to_this_machine_only(self) -> Self:
+        if self.no_keys and self.host not in LOOPBACK:
+            raise ValueError(
+                f"no_keys is for host 127.0.0.1; on {self.host} every machine that reaches it could ask, so it needs "
+                "keys: `raylign keys create`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Self:

@@ -4,33 +4,43 @@ vLLM is imported by the replica alone. It costs 10 s of CPU time per process, wh
 ingress may touch it, and why this module does so inside functions.
 
 Names of Ray that are not public, each used in one place: `VLLMEngine` and its `_start_async_llm_engine`
-(`_engine_class`), `_oai_models`, vLLM's model registry (`_load_adapter`), `_engine_client`, vLLM's AsyncLLM
+(`_engine_class`), `_oai_models`, vLLM's model registry (`Adapters`), `_engine_client`, vLLM's AsyncLLM
 (`Engine.__init__`), `LLMConfig.get_or_create_callback` (`_llm_config`), `ErrorResponse` (`_outgoing`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from alignment.errors import ServingError
-from serving.config import ServeConfig
+from serving.config import Device, ServeConfig
+from serving.fits import Adapter, Room
+from serving.registry import Registry
 from serving.schema import Reply, Route, event, refusal
-from serving.served import LORA_RANKS, Adapter, Served
+from serving.served import Served, adapter_name, served_version
+from serving.versions import HalfLoaded, Loader, Versions
 
 if TYPE_CHECKING:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.llm import LLMConfig
-    from ray.serve.llm.deployment import LLMServer
-
-Device = Literal["cpu", "cuda"]
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger("ray.serve")
+
+ADAPTERS_AT_ONCE = 3
+"""The current version, the canary, and one that answers its last requests."""
+FORMS = {"response_format", "structured_outputs"}
+"""Fields of requests that ask for an answer in a certain form."""
+MAX_MESSAGE = 1000
+"""Characters of an error message, which may quote what was sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +48,19 @@ class EngineSettings:
     """All that a replica needs to start."""
 
     config: ServeConfig
-    served: Served
+    registry: str
+    """Folder of the versions."""
     device: Device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What a replica says of itself."""
+
+    version: int
+    loaded: tuple[int, ...]
+    error: str | None = None
+    """Why it could not move to what the registry says; None if it has."""
 
 
 class Engine:
@@ -50,46 +71,186 @@ class Engine:
         _set_environment(settings)
         from ray.serve.llm.deployment import LLMServer
 
-        config = _llm_config(settings)
+        registry = Registry(Path(settings.registry))
+        state = registry.state()  # not what the service began with: this replica may be a late one
+        self._served = served_version(settings.config, registry, state.current)
+        config = _llm_config(settings, self._served)
         self._server = LLMServer.sync_init(config)
         # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
         self._server.engine = _engine_class(settings)(config)
         await self._server.engine.start()
-        self._cleanup.callback(self._server.engine._engine_client.shutdown)
-        if settings.served.adapter:
-            await _load_adapter(self._server, settings.served.adapter)
+        client = self._server.engine._engine_client
+        self._cleanup.callback(client.shutdown)
+        loader: Loader
+        if self._served.adapter:
+            loader = Adapters(self._server.engine._oai_models, registry)
+            await loader.load(state.current)
+        else:
+            loader = WholeWeights(client, registry)
+            await loader.begin()
+        self._versions = Versions(registry, loader)
+        self._versions.begin(state)
+        await self._versions.adopt()  # it may have changed meanwhile
+        self._following = asyncio.create_task(self._versions.follow())
 
-    async def answer(self, route: Route, body: dict[str, Any]) -> AsyncIterator[str | Reply]:
-        """Answers one request: with server-sent events if it asks for a stream, else with one `Reply`."""
+    async def answer(self, route: Route, body: dict[str, Any], wanted: int | None) -> AsyncIterator[str | Reply]:
+        """Answers one request: with server-sent events if it asks for a stream, else with one `Reply`.
+
+        What comes first is always a `Reply`; that of a stream has no body yet.
+
+        Args:
+            wanted: number of the model version to answer; None leaves it to the registry.
+        """
         try:
             request = _parse(route, body)
             if isinstance(request, Reply):
                 yield request
-                return
-            method = self._server.chat if route == "chat" else self._server.completions
-            async for part in await method(request):
-                yield _outgoing(part)
+            elif route == "tokenize":
+                yield await asyncio.to_thread(self._tokens, body)
+            elif body["model"] == self._served.base_name:
+                async for part in self._parts(route, request, _Names(asked=body["model"], inside=body["model"])):
+                    yield part
+            else:
+                async with self._versions.hold(wanted) as number:
+                    names = _Names(asked=body["model"], inside=self._served.inside(number), version=number)
+                    async for part in self._parts(route, request, names):
+                        yield part
+        except ServingError as error:
+            yield refusal(503 if isinstance(error, HalfLoaded) else 409, str(error))
         except Exception:  # the client must get an answer, and must not get the exception's text
             logger.exception("A request failed in the engine")
+            if self._server.engine._engine_client.errored:
+                raise  # the ingress asks another replica
             failure = refusal(500, "The engine failed on this request.")
+            if FORMS & body.keys():  # the grammar is compiled after the request has been taken
+                failure = refusal(400, "The engine could not answer in the form that was asked for.")
             yield event(failure) if body.get("stream") else failure
 
-    async def is_ready(self) -> bool:
-        """True when the engine can answer."""
+    def _tokens(self, body: dict[str, Any]) -> Reply:
+        """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
+        tokenizer = self._server.engine._engine_client.renderer.get_tokenizer()
+        if "messages" in body:
+            adapter = self._served.adapter
+            ids = tokenizer.apply_chat_template(
+                body["messages"],
+                add_generation_prompt=body.get("add_generation_prompt", True),
+                chat_template=Path(adapter.chat_template).read_text() if adapter and adapter.chat_template else None,
+                return_dict=False,
+            )
+        else:
+            ids = tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]
+        limit = self._server.engine._engine_client.model_config.max_model_len
+        texts = {"token_strs": tokenizer.convert_ids_to_tokens(ids)} if body.get("return_token_strs") else {}
+        return Reply(status=200, body=json.dumps({"count": len(ids), "max_model_len": limit, "tokens": ids, **texts}))
+
+    async def _parts(self, route: Route, request: Any, names: _Names) -> AsyncIterator[str | Reply]:
+        request.model = names.inside
+        began = False
+        async for part in await getattr(self._server, route)(request):
+            told = _outgoing(part, names)
+            if isinstance(told, str) and not began:
+                yield Reply(status=200, body="", version=names.label)
+            began = True
+            yield told
+
+    async def status(self) -> Status:
+        """Which versions this replica holds; also says that it can answer."""
         await self._server.check_health()
-        return True
+        return Status(version=self._versions.current, loaded=self._versions.loaded)
+
+    async def adopt(self) -> Status:
+        """Moves to what the registry says."""
+        return await self._moved(self._versions.adopt())
+
+    async def prepare(self, number: int) -> Status:
+        """Makes a version ready, as far as requests do not notice."""
+        return await self._moved(self._versions.prepare(number))
+
+    async def _moved(self, moving: Awaitable[object]) -> Status:
+        error = None
+        try:
+            await moving
+        except ServingError as problem:
+            error = str(problem)
+        return Status(version=self._versions.current, loaded=self._versions.loaded, error=error)
 
     async def check_health(self) -> None:
         """Asked by Ray Serve every 10 s; a replica whose engine died is replaced.
 
         Raises:
             EngineDeadError: the engine is gone.
+            HalfLoaded: it got stuck between two versions.
         """
+        if self._versions.broken:
+            raise HalfLoaded("this replica got stuck between two versions")
         await self._server.check_health()
 
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops: an engine that is killed leaves its shared memory behind."""
         self._cleanup.close()
+
+
+class Adapters:
+    """LoRA adapters on their way into an engine, one beside the other."""
+
+    beside = True
+
+    def __init__(self, models: Any, registry: Registry) -> None:
+        """`models`: vLLM's registry of the names that requests can give. Ray's own way to adapters wants them in a
+        cloud bucket; this one takes a local folder."""
+        self._models = models
+        self._registry = registry
+
+    async def load(self, number: int) -> None:
+        """As the port says."""
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        folder = self._registry.folder_of(number)
+        loaded = await self._models.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=adapter_name(number), lora_path=str(folder))
+        )
+        if not isinstance(loaded, str):
+            raise ServingError(f"The adapter {folder} cannot be loaded: {loaded.error.message}")
+
+    async def unload(self, number: int) -> None:
+        """As the port says."""
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_name(number)))
+
+
+class WholeWeights:
+    """All weights of a model on their way into an engine, in place of those before."""
+
+    beside = False
+
+    def __init__(self, client: AsyncLLM, registry: Registry) -> None:
+        self._client = client
+        self._registry = registry
+
+    async def begin(self) -> None:
+        """Prepares vLLM's weight transfer."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._client.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+
+    async def load(self, number: int) -> None:
+        """As the port says. Nothing may be in progress."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._registry.verify(number)
+        files = sorted(str(file) for file in self._registry.folder_of(number).glob("*.safetensors"))
+        try:
+            await self._client.pause_generation(mode="wait", clear_cache=True)
+            await self._client.start_weight_update()
+            await self._client.update_weights(WeightTransferUpdateRequest(update_info={"files": files}))
+            await self._client.finish_weight_update(str(number))
+            await self._client.resume_generation()
+        except Exception as error:  # of any kind: vLLM passes on what happened in its process
+            raise HalfLoaded(f"version {number} got stuck half-way into the engine: {error}") from error
+
+    async def unload(self, number: int) -> None:
+        """Nothing to do: the next weights took its place."""
 
 
 def _set_environment(settings: EngineSettings) -> None:
@@ -99,15 +260,22 @@ def _set_environment(settings: EngineSettings) -> None:
         # Read by the engine's process when it starts. Ray allows one thread per reserved CPU, and vLLM by itself leaves
         # one core to the process that reads requests; all cores give up to twice the tokens per second.
         os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+        if _is_eager(settings.config, cpu=True):
+            # A helper that ranks log-probabilities would still be compiled, for 25 s, at the first request for some.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
-def _llm_config(settings: EngineSettings) -> LLMConfig:
+def _is_eager(config: ServeConfig, *, cpu: bool) -> bool:
+    return cpu if config.enforce_eager is None else config.enforce_eager
+
+
+def _llm_config(settings: EngineSettings, served: Served) -> LLMConfig:
     from ray.serve.llm import LLMConfig
 
     config = LLMConfig(
-        model_loading_config={"model_id": settings.served.name, "model_source": settings.served.source},
+        model_loading_config={"model_id": served.engine_name, "model_source": served.source},
         accelerator_config={"kind": "gpu" if settings.device == "cuda" else "cpu"},
-        engine_kwargs=engine_arguments(settings),
+        engine_kwargs=engine_arguments(settings, served),
     )
     # vLLM finds folders and hub ids itself; Ray would do it first, in a process that imports vLLM once more (10 s).
     config.get_or_create_callback().ctx.run_init_node = False
@@ -132,78 +300,104 @@ def _engine_class(settings: EngineSettings) -> type[VLLMEngine]:
     return OneProcessEngine if one_process else VLLMEngine
 
 
-def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`."""
     config, cpu = settings.config, settings.device == "cpu"
     arguments: dict[str, Any] = {
         "dtype": {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[config.dtype],
         "max_num_seqs": config.max_num_seqs,
-        "enforce_eager": cpu if config.enforce_eager is None else config.enforce_eager,
+        "enforce_eager": _is_eager(config, cpu=cpu),
         "tensor_parallel_size": config.tensor_parallel_size,
     }
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len
     if cpu:
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+        # A prompt that is computed in two parts kills the engine if its request has a seed: vLLM turns the generator
+        # back, which it can do on a GPU only.
+        arguments["enable_chunked_prefill"] = False
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
-    return arguments | (_adapter_arguments(settings.served.adapter) if settings.served.adapter else {})
+    return arguments | (
+        _adapter_arguments(served.adapter, served.room) if served.adapter and served.room else _transfer_arguments()
+    )
 
 
-def _adapter_arguments(adapter: Adapter) -> dict[str, Any]:
+def _transfer_arguments() -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig
+
+    from alignment.rollout.weights import FILES
+
+    return {"weight_transfer_config": WeightTransferConfig(backend=FILES)}
+
+
+def _adapter_arguments(adapter: Adapter, room: Room) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "enable_lora": True,
-        # One more than there are adapters. On CPU, vLLM 0.32 applies the last place to requests for the base model when
-        # they share a batch with requests for the adapter, so the last place has to stay empty.
-        "max_loras": 2,
-        "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= adapter.rank),
+        # One more than are in use at a time. On CPU, vLLM 0.32 applies the last place to requests for the base model
+        # when they share a batch with requests for an adapter, so the last place has to stay empty.
+        "max_loras": ADAPTERS_AT_ONCE + 1,
+        "max_lora_rank": room.rank,
     }
-    if adapter.target_modules:
+    if room.target_modules:
         # With the output head wrapped too, a batch of requests for prompt log-probabilities kills vLLM's CPU engine.
-        arguments["lora_target_modules"] = list(adapter.target_modules)
+        arguments["lora_target_modules"] = list(room.target_modules)
     if adapter.chat_template:
         arguments["chat_template"] = adapter.chat_template
     return arguments
 
 
-async def _load_adapter(server: LLMServer, adapter: Adapter) -> None:
-    """Ray's own way to adapters wants them in a cloud bucket; vLLM's model registry takes a local folder.
-
-    Raises:
-        ServingError: vLLM refuses the adapter.
-    """
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
-    loaded = await server.engine._oai_models.load_lora_adapter(
-        LoadLoRAAdapterRequest(lora_name=adapter.name, lora_path=adapter.folder)
-    )
-    if not isinstance(loaded, str):
-        raise ServingError(f"The adapter {adapter.folder} cannot be loaded: {loaded.error.message}")
-
-
 def _parse(route: Route, body: dict[str, Any]) -> Any:
     from pydantic import ValidationError
     from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+    from vllm.exceptions import VLLMClientError
 
-    kind = ChatCompletionRequest if route == "chat" else CompletionRequest
+    kinds = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
     try:
-        return kind.model_validate(body)
+        return kinds[route].model_validate(body) if route in kinds else body
     except ValidationError as error:
         problems = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()[:5]]
-        return refusal(400, "The request is not valid. " + "; ".join(problems))
+        return refusal(400, ("The request is not valid. " + "; ".join(problems))[:MAX_MESSAGE])
+    except VLLMClientError as error:
+        return refusal(400, f"The request is not valid. {error}"[:MAX_MESSAGE])
 
 
-def _outgoing(part: Any) -> str | Reply:
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """What one request's model is called."""
+
+    asked: str
+    """By the client."""
+    inside: str
+    """By vLLM."""
+    version: int | None = None
+    """None for the base model of an adapter, which has no versions."""
+
+    @property
+    def label(self) -> str:
+        return "base" if self.version is None else str(self.version)
+
+    def told(self, text: str) -> str:
+        """One server-sent event with the client's name for the model, and the version.
+
+        The key cannot be mistaken: in a text of the answer, its quotation marks would be escaped.
+        """
+        inside = f'"model":{json.dumps(self.inside)}'
+        return text.replace(inside, f'"model":{json.dumps(self.asked)},"system_fingerprint":"{self.label}"', 1)
+
+
+def _outgoing(part: Any, names: _Names) -> str | Reply:
     """Ray Serve LLM's answers in ours: a list of events, a whole answer, or an error."""
     # Not the public class of that name, which is a subclass of the one that is used.
     from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
     if isinstance(part, list):
         errors = [each for each in part if isinstance(each, ErrorResponse)]
-        return _outgoing(errors[0]) if errors else "".join(_without_exceptions(each) for each in part)
-    if not isinstance(part, ErrorResponse):
-        return Reply(status=200, body=part.model_dump_json())
-    return _refusal(part.error.code, part.error.message)
+        return _outgoing(errors[0], names) if errors else "".join(_without_exceptions(names.told(one)) for one in part)
+    if isinstance(part, ErrorResponse):
+        return _refusal(part.error.code, part.error.message.replace(names.inside, names.asked))
+    part.model, part.system_fingerprint = names.asked, names.label
+    return Reply(status=200, body=part.model_dump_json(), version=names.label)
 
 
 def _without_exceptions(text: str) -> str:
@@ -216,6 +410,6 @@ def _without_exceptions(text: str) -> str:
 
 def _refusal(status: int, message: str) -> Reply:
     if status < 500:
-        return refusal(status, message)
+        return refusal(status, message[:MAX_MESSAGE])
     logger.error("The engine answered with an error: %s", message)
     return refusal(500, "The engine failed on this request.")

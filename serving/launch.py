@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from serving.config import ServeConfig
+    from serving.registry import Registry
     from serving.served import Served
 
 APPLICATION = "raylign"
@@ -74,13 +75,23 @@ class Endpoint:
     """As `http://127.0.0.1:8000`; OpenAI's clients want `/v1` behind it."""
     names: list[str]
     """The model names it answers to, the aligned model first."""
+    version: int
+    """Number of the version that answers."""
+    keys: bool
+    """Whether requests need a key."""
 
     def __str__(self) -> str:
         message = {"role": "user", "content": "Hello!"}
         body = json.dumps({"model": self.names[0], "messages": [message], "max_tokens": 50})
+        key = " -H 'Authorization: Bearer KEY'" if self.keys else ""
+        how = (
+            f" with a KEY from `raylign keys create`; its page is {self.url}/"
+            if self.keys
+            else f"; its page is {self.url}/"
+        )
         return (
-            f"{self.url}/v1 serves {' and '.join(self.names)}. Try: "
-            f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{how}. Try: "
+            f"curl {self.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
         )
 
 
@@ -90,17 +101,17 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
 
     Raises:
         ServingError: the port is taken, or the engine did not start.
-        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served.resolve`).
+        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served.publish`).
     """
-    from serving.served import resolve
+    from serving.served import publish
 
     if _is_local():
         refuse_busy_port(config.host, config.port)
-    served = resolve(config)
+    served, registry = publish(config)
     doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
     typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
-    with _ray(config), _application(config, served):
-        yield Endpoint(url=_url(config), names=served.names)
+    with _ray(config), _application(config, served, registry):
+        yield Endpoint(url=_url(config), names=served.names, version=registry.state().current, keys=not config.no_keys)
 
 
 def _is_local() -> bool:
@@ -163,13 +174,14 @@ def _ray(config: ServeConfig) -> Iterator[None]:
 
 def _num_cpus(config: ServeConfig) -> int:
     """CPUs that Ray shall believe in: with fewer than the replicas ask for, Serve would wait forever, silently."""
-    from serving.app import INGRESS_CPUS, REPLICA_CPUS
+    from serving.app import INGRESS_CPUS, REPLICA_CPUS, SCORING_CPUS
 
-    return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + REPLICA_CPUS * config.max_replicas))
+    scoring = SCORING_CPUS * config.rewards.max_replicas
+    return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + scoring + REPLICA_CPUS * config.max_replicas))
 
 
 @contextmanager
-def _application(config: ServeConfig, served: Served) -> Iterator[None]:
+def _application(config: ServeConfig, served: Served, registry: Registry) -> Iterator[None]:
     """The deployed endpoint, answering; taken down afterwards.
 
     Raises:
@@ -184,7 +196,7 @@ def _application(config: ServeConfig, served: Served) -> Iterator[None]:
         proxy_location="HeadOnly" if _is_local() else "EveryNode",
         http_options={"host": config.host, "port": config.port},
     )
-    target = application(config, served)
+    target = application(config, served, registry)
     typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
         _deploy(target, config)

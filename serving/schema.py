@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-Route = Literal["chat", "completions"]
+Route = Literal["chat", "completions", "tokenize"]
 
 MAX_DEPTH = 64  # levels of lists and objects; requests use about six
 
@@ -19,21 +19,32 @@ class Reply:
     status: int
     """HTTP status code."""
     body: str
-    """JSON text."""
+    """JSON text; empty for a stream, whose events follow."""
+    version: str | None = None
+    """Of the model that answers: a number, or `base` for the base model of an adapter; None if none does."""
+    retry_after_s: float | None = None
+    """When it makes sense to ask again; None if it does not."""
 
 
 class Refused(Exception):
     """A request that is not carried out; `reply` tells the client why."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
-        self.reply = refusal(status, message)
+        self.reply = refusal(status, message, retry_after_s=retry_after_s)
+
+    @classmethod
+    def by(cls, reply: Reply) -> Refused:
+        """The refusal that another process gave."""
+        refused = cls(reply.status, "refused")
+        refused.reply = reply
+        return refused
 
 
-def refusal(status: int, message: str) -> Reply:
+def refusal(status: int, message: str, *, retry_after_s: float | None = None) -> Reply:
     """An error in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
     error = {"message": message, "type": _error_type(status), "param": None, "code": status}
-    return Reply(status=status, body=json.dumps({"error": error}))
+    return Reply(status=status, body=json.dumps({"error": error}), retry_after_s=retry_after_s)
 
 
 def event(reply: Reply) -> str:
@@ -44,7 +55,8 @@ def event(reply: Reply) -> str:
 def _error_type(status: int) -> str:
     if status >= 500:
         return "server_error"
-    return {404: "not_found_error"}.get(status, "invalid_request_error")
+    known = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    return known.get(status, "invalid_request_error")
 
 
 def sound_json(body: bytes) -> dict[str, Any]:

@@ -1,120 +1,109 @@
-"""From a configured checkpoint to what the engine loads, and to the names that clients ask for."""
+"""From a configured checkpoint to a version in the registry, what an engine loads for it, and the names in requests."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alignment.errors import ServingError
-from alignment.models.folders import BUNDLED, base_of, bundled, is_adapter, model_source
+from alignment.models.folders import base_of, model_source
 from serving.config import ServeConfig
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """A LoRA adapter that the engine holds beside its base model."""
-
-    name: str
-    """Model name of the adapted model."""
-    folder: str
-    """Absolute path of the adapter."""
-    rank: int
-    """Largest rank of its matrices."""
-    target_modules: tuple[str, ...] | None
-    """Names of the layers it adapts; None when the adapter gives a pattern instead of names."""
-    chat_template: str | None
-    """File with the chat template that it was trained with; None when it keeps the base model's."""
+from serving.fits import Adapter, Room, adapter_of
+from serving.registry import Registry, Version, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model, and perhaps an adapter on it."""
+    """One version of a model, as an engine loads it."""
 
     name: str
-    """Model name of the whole model."""
+    """Model name under which versions answer."""
     source: str
-    """Absolute path or hub id of the whole model."""
+    """Absolute path or hub id of the whole model that the engine loads."""
+    base_name: str | None
+    """Model name of `source`, if versions are adapters on it; None if they are whole models."""
     adapter: Adapter | None
+    room: Room | None
+    """What the engine has to be able to hold; None for whole models."""
 
     @property
     def names(self) -> list[str]:
         """Every model name that clients can ask for, the aligned model first."""
-        return [self.adapter.name, self.name] if self.adapter else [self.name]
+        return [self.name] if self.base_name is None else [self.name, self.base_name]
+
+    @property
+    def engine_name(self) -> str:
+        """What the engine calls the model in `source`."""
+        return self.base_name or self.name
+
+    def inside(self, number: int) -> str:
+        """What the engine calls a version."""
+        return self.name if self.base_name is None else adapter_name(number)
 
 
-def resolve(config: ServeConfig) -> Served:
-    """Finds what a configuration serves, and checks it as far as is possible without loading it.
+def adapter_name(number: int) -> str:
+    """What an engine calls a version's adapter; no model name of ours begins with this sign."""
+    return f"@{number}"
+
+
+def publish(config: ServeConfig) -> tuple[Served, Registry]:
+    """Puts the configured checkpoint into the registry, and says what the endpoint serves.
+
+    A checkpoint that the registry does not know becomes the current version. One that it knows leaves what is current
+    as it is: who starts the same service again goes on with what was promoted since.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run has none.
         ModelError: there is no model where the checkpoint, or its base, says.
-        ServingError: the adapter is of a kind that vLLM does not serve, or would have the same name as its base.
+        ServingError: it is of a kind that is not served, or an adapter would have the same name as its base.
     """
-    folder = _folder(config.checkpoint)
-    if folder is None or not is_adapter(folder):
-        source = config.checkpoint if folder is None else str(folder)
-        return Served(name=config.name or _name(config.checkpoint), source=model_source(source), adapter=None)
-    base = base_of(folder)
-    served = Served(
-        name=_name(base), source=model_source(base), adapter=_adapter(folder, config.name or _name(config.checkpoint))
-    )
-    if len(set(served.names)) == 1:
+    name = config.name or name_of(config.checkpoint)
+    registry = Registry(Path(config.folder) / name.replace("/", "--"))
+    known = {version.number for version in registry.versions()}
+    state = registry.state()
+    version = registry.add(_folder(config.checkpoint), parent=state.current or None)
+    if version.number not in known or not state.current:
+        state = registry.promote(version.number)
+    return served_version(config, registry, state.current), registry
+
+
+def served_version(config: ServeConfig, registry: Registry, number: int) -> Served:
+    """What an engine loads for a version.
+
+    Raises:
+        ServingError: there is no such version, or it would have the same name as its base.
+    """
+    version = registry.version(number)
+    name = config.name or name_of(config.checkpoint)
+    folder = registry.folder_of(number)
+    if version.kind == "full":
+        return Served(name=name, source=str(folder), base_name=None, adapter=None, room=None)
+    base = _base(version, folder)
+    if name_of(base) == name:
         raise ServingError(
-            f"The adapter {config.checkpoint} and its base model would both be called {served.name!r}, and requests "
-            "choose between them by name; give the adapter another with name=..."
+            f"The adapter {config.checkpoint} and its base model would both be called {name!r}, and requests choose "
+            "between them by name; give the adapter another with name=..."
         )
-    return served
-
-
-def _folder(checkpoint: str) -> Path | None:
-    """The folder to load for a local checkpoint; None for the bundled model and for hub ids."""
-    path = Path(checkpoint).expanduser()
-    if checkpoint == BUNDLED or not path.is_dir():
-        return None
-    if any((path / mark).exists() for mark in ("COMMITTED", "manifest.json", "checkpoints")):
-        from alignment.checkpoint import find_checkpoint
-
-        path = find_checkpoint(path)
-    return path.resolve()
-
-
-def _name(checkpoint: str) -> str:
-    path = Path(checkpoint).expanduser().resolve()
-    if not path.is_dir():
-        return checkpoint
-    if path.parent.name == "checkpoints":
-        return f"{path.parents[1].name}-{path.name}"
-    return BUNDLED if path.name == bundled().name else path.name
-
-
-def _adapter(folder: Path, name: str) -> Adapter:
-    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max(settings["r"], *settings.get("rank_pattern", {}).values(), 1)
-    _check_kind(folder, settings, rank)
-    targets, template = settings["target_modules"], folder / "chat_template.jinja"
-    return Adapter(
+    return Served(
         name=name,
-        folder=str(folder),
-        rank=rank,
-        target_modules=None if isinstance(targets, str) else tuple(sorted(targets)),
-        chat_template=str(template) if template.is_file() else None,
+        source=model_source(base),
+        base_name=name_of(base),
+        adapter=adapter_of(folder, name),
+        room=registry.room(),
     )
 
 
-def _check_kind(folder: Path, settings: dict[str, Any], rank: int) -> None:
-    """Refuses what vLLM would refuse half a minute later."""
-    reasons = {
-        f"its rank is {rank}, above {LORA_RANKS[-1]}": rank > LORA_RANKS[-1],
-        "it is a DoRA adapter": settings.get("use_dora", False),
-        f"it replaces whole modules ({settings.get('modules_to_save')})": bool(settings.get("modules_to_save")),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ServingError(
-                f"The adapter {folder} cannot be served beside its base model, since {reason}; "
-                "merge it into the base model and serve the result"
-            )
+def _base(version: Version, folder: Path) -> str:
+    return version.base or base_of(folder)
+
+
+def _folder(checkpoint: str) -> Path:
+    """The folder of a checkpoint; what is bundled or lies on a hub is fetched first."""
+    if Path(checkpoint).expanduser().is_dir():
+        return Path(checkpoint)
+    source = Path(model_source(checkpoint))
+    if source.is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(checkpoint, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))

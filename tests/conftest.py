@@ -124,3 +124,22 @@ def run_settings(tiny_model: Path, tmp_path: Path, write_rows: Callable[..., Pat
         "data": {"path": str(write_rows(pair_rows(24), "pairs.jsonl")), "max_length": 96, "eval_groups": 4},
         "optim": {"lr": 1e-3, "schedule": "constant"},
     }
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URL of a PostgreSQL server without the name of a database; skips where none can run."""
+    from tests.databases import postgresql_server
+
+    with postgresql_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a database without tables, once of SQLite and once of PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'feedback.sqlite'}"
+    from tests.databases import new_schema
+
+    return new_schema(request.getfixturevalue("postgresql"))

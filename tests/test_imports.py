@@ -21,6 +21,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Importing these must stay cheap: they run before anything heavy, or in processes that need nothing heavy.
 LIGHT = ["alignment.config", "alignment.errors", "alignment.cli", "cluster.config", "cluster.plan", "cluster.launch"]
+LIGHT += ["serving.promote", "serving.registry"]
 
 
 def imported(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:

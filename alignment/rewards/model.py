@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignment.checkpoint import checkpoint_or_path
 from alignment.config import DataConfig, ModelConfig, PositiveCount
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.rewards import BuildableScorer
@@ -68,7 +68,7 @@ class ModelScorer:
         self.config = config
         self.device = device
         self.num_cut = 0
-        path = whole_model(config.path)
+        path = checkpoint_or_path(config.path)
         self.max_length = config.max_length or longest_input(path, config.revision)
         self.model = _load(config, path, self.max_length, device)
         data = DataConfig(path=path, max_length=UNLIMITED)  # the cutting is done here, by another rule
@@ -168,19 +168,6 @@ def fitted(group: Group, index: int, *, max_length: int, bos: int | None) -> lis
         )
         for room, numbers in by_room.items()
     ]
-
-
-def whole_model(path: str) -> str:
-    """What `load_model` opens: for a run's folder its newest intact checkpoint, else the path as it stands.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or the run has none.
-    """
-    from alignment.checkpoint import COMMITTED, MANIFEST, checkpoints_of, find_checkpoint
-
-    folder = Path(path).expanduser()
-    ours = (folder / COMMITTED, folder / MANIFEST, checkpoints_of(folder))
-    return str(find_checkpoint(folder)) if any(mark.exists() for mark in ours) else path
 
 
 def longest_input(path: str, revision: str | None) -> int:

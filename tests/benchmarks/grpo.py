@@ -12,8 +12,8 @@ total_time_ratio is of the sums. Ours draws with a vLLM engine in a process besi
 `cluster.workers: 0` does; TRL as it comes, with transformers. Memory is the sum of the peaks of all processes of a
 side, at whatever time each was.
 
-Ours computes activations again in the backward pass (`model.gradient_checkpointing`) and TRL keeps them: that costs ours
-a quarter of its update's time, which it has to spare, and saves it 0.8 GB.
+Ours computes activations again in the backward pass (`model.gradient_checkpointing`) and TRL keeps them: that costs
+ours a quarter of its update's time, which it has to spare, and saves it 0.8 GB.
 
 Not the same, because each library is used as it comes: how a loss weighs its tokens; fp32 master weights and moments of
 ours, where TRL trains the bf16 weights themselves, under autocast. What is drawn differs too, but not in length:

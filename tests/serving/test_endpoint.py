@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,75 +15,18 @@ import httpx
 import openai
 import psutil
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoTokenizer
 
 from alignment.models.folders import BUNDLED, bundled
-from tests.conftest import free_port
+from tests.serving.conftest import ALIGNED, Running
 
-ALIGNED = "random-adapter"
 QUESTION = "What is the capital of France, and what is it known for?"
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
 TOKENS = 16
-START_TIMEOUT_S = 240
 
 
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    process: subprocess.Popen[bytes]
-    url: str
-    output: Path
-    before: dict[str, int]
-    """Status codes while the model was loading."""
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def adapted() -> PeftModel:
-    """The bundled model with an adapter that, unlike a fresh one, is not zero: it has to change the answers."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
-
-
-@pytest.fixture(scope="module")
-def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("serving")
-    adapted.save_pretrained(folder / ALIGNED)
-    port, output = free_port(), folder / "output.txt"
-    settings = [f"port={port}", "dtype=fp32", "max_model_len=512", "kv_cache_gib=0.5", "max_body_mib=0.1"]
-    command = [sys.executable, "-m", "alignment.cli", "serve", str(folder / ALIGNED), *settings]
-    with output.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(process, f"{url}/healthz", output)
-        before = {path: httpx.get(url + path).status_code for path in ("/healthz", "/readyz", "/v1/models")}
-        wait_for(process, f"{url}/readyz", output)
-        yield Running(process=process, url=url, output=output, before=before)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, output.read_text()
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    pytest.fail(f"{url} did not answer within {START_TIMEOUT_S} s:\n{output.read_text()}")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected(adapted: PeftModel) -> dict[str, str]:
     """What transformers answers, greedily, with and without the adapter."""
     tokenizer = AutoTokenizer.from_pretrained(bundled())
@@ -109,7 +49,8 @@ def greedy_answer(endpoint: Running, model: str) -> str:
 
 
 def post(endpoint: Running, body: bytes, path: str = "/v1/chat/completions") -> httpx.Response:
-    return httpx.post(endpoint.url + path, content=body, headers={"content-type": "application/json"}, timeout=60)
+    headers = {"content-type": "application/json", "authorization": f"Bearer {endpoint.keys['user']}"}
+    return httpx.post(endpoint.url + path, content=body, headers=headers, timeout=60)
 
 
 def assert_openai_error(response: Any, status: int) -> None:
@@ -128,7 +69,7 @@ def test_one_line_says_where_it_is_and_how_to_try_it(endpoint: Running) -> None:
         assert time.monotonic() < deadline, endpoint.output.read_text()
         time.sleep(0.1)
     assert f"{endpoint.url}/v1 serves {ALIGNED} and {BUNDLED}" in ready[0]
-    command = ready[0].partition("Try: ")[2]
+    command = ready[0].partition("Try: ")[2].replace("KEY", endpoint.keys["user"])
     answer = subprocess.run(command, shell=True, capture_output=True, timeout=60)
     assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
 
@@ -238,12 +179,12 @@ def test_too_large_a_body_is_refused_before_it_is_read(endpoint: Running) -> Non
 
 
 def test_unknown_paths_and_methods_are_refused_in_the_same_form(endpoint: Running) -> None:
-    assert_openai_error(httpx.get(f"{endpoint.url}/docs"), 404)
-    assert_openai_error(httpx.get(f"{endpoint.url}/v1/chat/completions"), 405)
+    assert_openai_error(endpoint.ask("GET", "/docs"), 404)
+    assert_openai_error(endpoint.ask("GET", "/v1/chat/completions"), 405)
 
 
 def test_no_other_web_page_may_ask(endpoint: Running) -> None:
-    answer = httpx.get(f"{endpoint.url}/v1/models", headers={"origin": "https://elsewhere.example"})
+    answer = endpoint.ask("GET", "/v1/models", origin="https://elsewhere.example")
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
@@ -274,13 +215,3 @@ def test_a_second_endpoint_on_the_same_port_is_refused_at_once(endpoint: Running
     assert refused.returncode == 1
     assert f"Cannot listen on port {port}" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_it_stops_on_a_signal_and_leaves_no_process(endpoint: Running) -> None:
-    started = psutil.Process(endpoint.process.pid).children(recursive=True)
-    assert len(started) > 5
-    endpoint.process.send_signal(signal.SIGINT)
-    assert endpoint.process.wait(30) == 0
-    _, alive = psutil.wait_procs(started, timeout=5)
-    assert not alive
-    assert endpoint.output.read_text().splitlines()[-1] == "Stopped."

@@ -1,0 +1,332 @@
+"""`raylign bench serve`: what the endpoint costs, beside plain vLLM and beside Ray Serve LLM as it comes.
+
+Three servers of one model, with the same engine settings, take turns under the same load, so that a machine that slows
+down slows all of them. Then ours alone answers a mix of chats, rewards and feedback.
+
+The last line printed is one JSON object. Seconds are of whole requests; `overhead` is ours against Ray Serve LLM: what
+keys, limits, versions and the keeping of answers cost beyond what Ray Serve itself does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alignment.errors import ServingError
+
+if TYPE_CHECKING:
+    import httpx
+
+START_TIMEOUT_S = 300.0
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Name three animals that live in the sea.",
+    "How does a bicycle stay upright?",
+    "What should I cook with rice and eggs?",
+    "Explain what a prime number is.",
+    "Who wrote Romeo and Juliet?",
+    "How do I boil an egg?",
+)
+
+
+def bench(
+    what: Annotated[str, typer.Argument(help="serve")],
+    model: Annotated[str, typer.Option(help="Model or checkpoint to serve.")] = "smollm2-135m-instruct",
+    requests: Annotated[int, typer.Option(min=1, help="Chats in one round of one server.")] = 48,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients that ask at the same time.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every server.")] = 3,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure ours only.")] = False,
+) -> None:
+    """Measures the endpoint under load, beside plain vLLM and Ray Serve LLM on this machine.
+
+    Takes about five minutes on two cores. Prints requests per second, p50 and p99 of the seconds that a request takes,
+    and the time to the first token.
+    """
+    if what != "serve":
+        raise typer.BadParameter(f"there is no benchmark {what!r}; there is serve")
+    from alignment.models.folders import model_source
+
+    load = Load(requests=requests, concurrency=concurrency, tokens=tokens)
+    names = ["ours"] if alone else ["vllm", "ray", "ours"]
+    with tempfile.TemporaryDirectory(prefix="raylign-bench-") as folder, ExitStack() as running:
+        servers = [running.enter_context(server(name, model_source(model), Path(folder))) for name in names]
+        found = asyncio.run(measured(servers, load, rounds))
+    print(json.dumps(figures(found, load)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked."""
+
+    requests: int
+    concurrency: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that answers."""
+
+    name: str
+    url: str
+    model: str
+    key: str | None
+
+
+@dataclass(kw_only=True)
+class Taken:
+    """How long the requests of one kind took."""
+
+    seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    """Until the first token."""
+    rates: list[float] = field(default_factory=list)
+    """Requests per second, of each round."""
+    failed: int = 0
+
+    def told(self) -> dict[str, float | int]:
+        return {
+            "requests_per_second": round(statistics.median(self.rates), 3) if self.rates else 0.0,
+            **_quantiles("", self.seconds),
+            **(_quantiles("first_token_", self.first) if self.first else {}),
+            "failed": self.failed,
+        }
+
+
+def _quantiles(name: str, seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    in_order = sorted(seconds)
+    last = in_order[min(len(in_order) - 1, int(len(in_order) * 0.99))]
+    return {f"{name}p50_s": round(statistics.median(in_order), 4), f"{name}p99_s": round(last, 4)}
+
+
+@contextmanager
+def server(name: str, model: str, folder: Path) -> Iterator[Server]:
+    """Starts one of the servers, and ends it afterwards.
+
+    Raises:
+        ServingError: it does not start.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    commands: dict[str, Callable[[], list[str]]] = {
+        "vllm": lambda: [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(model, port)],
+        "ray": lambda: [sys.executable, "-m", "serving.bench_ray", model, str(port)],
+        "ours": lambda: [sys.executable, "-m", "alignment.cli", "serve", model, *our_settings(port, folder)],
+    }
+    log = folder / f"{name}.log"
+    key = _key(folder) if name == "ours" else None
+    print(f"Starting {name} …", flush=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(commands[name](), stdout=output, stderr=subprocess.STDOUT, env=_environment())
+    try:
+        path = {"vllm": "/health", "ray": "/v1/models", "ours": "/readyz"}[name]
+        _wait_for(process, url + path, log)
+        yield Server(name=name, url=url, model="bench", key=key)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def vllm_arguments(model: str, port: int) -> list[str]:
+    """Of vLLM's own server: the engine settings that ours has too."""
+    settings = {**ENGINE, "model": model, "served-model-name": "bench", "host": "127.0.0.1", "port": port}
+    flags = ["--enforce-eager", "--no-enable-chunked-prefill", "--disable-uvicorn-access-log"]
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))] + flags
+
+
+ENGINE = {"max-model-len": 1024, "max-num-seqs": 16, "kv-cache-memory-bytes": 2**29}
+"""Engine settings of all three."""
+
+
+def our_settings(port: int, folder: Path) -> list[str]:
+    """Settings of our endpoint."""
+    return [
+        f"port={port}",
+        f"folder={folder}",
+        f"feedback.database=sqlite:///{folder}/bench.sqlite",
+        "name=bench",
+        "max_model_len=1024",
+        "max_num_seqs=16",
+        "kv_cache_gib=0.5",
+        "rewards.min_replicas=1",
+        "feedback.record=true",
+    ]
+
+
+def _key(folder: Path) -> str:
+    """A key of ours, made as `raylign keys create` does."""
+    from serving.keys import create_key
+    from serving.store import Store
+
+    store = Store(f"sqlite:///{folder}/bench.sqlite")
+    try:
+        return create_key(store, name="bench", role="admin")
+    finally:
+        store.close()
+
+
+def _environment() -> dict[str, str]:
+    threads = str(len(os.sched_getaffinity(0)))
+    return {**os.environ, "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1", "TORCH_COMPILE_DISABLE": "1"}
+
+
+async def measured(servers: list[Server], load: Load, rounds: int) -> dict[str, Taken]:
+    """All rounds; the first requests of each server are for warming up."""
+    import httpx
+
+    found = {name: Taken() for name in [one.name for one in servers] + ["mixed_chat", "rewards", "feedback"]}
+    limits = httpx.Limits(max_connections=4 * load.concurrency)
+    async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
+        for one in servers:
+            await together([chat(client, one, load, Taken()) for _ in range(2)], load)
+        for number in range(rounds):
+            for one in servers:
+                taken = found[one.name]
+                taken.rates.append(await together([chat(client, one, load, taken) for _ in range(load.requests)], load))
+                print(f"round {number + 1}/{rounds}  {one.name:5} {taken.rates[-1]:.2f} requests/s", flush=True)
+        await mixed(client, servers[-1], load, found)
+    return found
+
+
+async def mixed(client: httpx.AsyncClient, ours: Server, load: Load, found: dict[str, Taken]) -> None:
+    """Chats, rewards and feedback at once."""
+    ids: list[str] = []
+    await together([chat(client, ours, load, Taken(), ids) for _ in range(4)], load)
+    kinds: list[Callable[[], Awaitable[None]]] = [
+        lambda: chat(client, ours, load, found["mixed_chat"], ids),
+        lambda: rewards(client, ours, found["rewards"]),
+        lambda: feedback(client, ours, ids, found["feedback"]),
+    ]
+    draw = random.Random(0)
+    chosen = draw.choices(range(3), weights=(2, 1, 1), k=2 * load.requests)
+    rate = await together([kinds[kind]() for kind in chosen], load)
+    for kind, name in enumerate(("mixed_chat", "rewards", "feedback")):
+        found[name].rates.append(rate * chosen.count(kind) / len(chosen))
+
+
+async def together(asking: list[Awaitable[None]], load: Load) -> float:
+    """Does all of it, so many at a time; returns how many per second."""
+    room = asyncio.Semaphore(load.concurrency)
+
+    async def one(work: Awaitable[None]) -> None:
+        async with room:
+            await work
+
+    started = time.perf_counter()
+    await asyncio.gather(*map(one, asking))
+    return len(asking) / (time.perf_counter() - started)
+
+
+async def chat(
+    client: httpx.AsyncClient, server: Server, load: Load, taken: Taken, ids: list[str] | None = None
+) -> None:
+    """One streamed chat of a fixed number of tokens."""
+    question = f"{random.choice(QUESTIONS)} ({random.randrange(10**6)})"
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": load.tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0.7,
+    }
+    started, first = time.perf_counter(), None
+    async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=_headers(server)) as reply:
+        if reply.status_code != 200:
+            taken.failed += 1
+            return
+        async for line in reply.aiter_lines():
+            if first is None and '"content":"' in line and '"content":""' not in line:
+                first = time.perf_counter() - started
+            if ids is not None and line.startswith("data: {"):
+                ids[:] = [*ids[-99:], json.loads(line.removeprefix("data: "))["id"]]
+                ids = None
+    taken.seconds.append(time.perf_counter() - started)
+    taken.first.append(taken.seconds[-1] if first is None else first)
+
+
+async def rewards(client: httpx.AsyncClient, server: Server, taken: Taken) -> None:
+    """Two answers rated."""
+    question = random.choice(QUESTIONS)
+    turns = [{"role": "user", "content": question}]
+    item = {"messages": turns, "completions": ["I do not know.", "That is a good question: it depends."]}
+    await _post(client, server, "/v1/rewards", {"items": [item]}, taken)
+
+
+async def feedback(client: httpx.AsyncClient, server: Server, ids: list[str], taken: Taken) -> None:
+    """One thumb."""
+    body = {"kind": "thumb", "id": random.choice(ids), "up": random.random() < 0.5}
+    await _post(client, server, "/v1/feedback", body, taken)
+
+
+async def _post(client: httpx.AsyncClient, server: Server, path: str, body: dict[str, Any], taken: Taken) -> None:
+    started = time.perf_counter()
+    reply = await client.post(server.url + path, json=body, headers=_headers(server))
+    taken.failed += reply.status_code != 200
+    taken.seconds.append(time.perf_counter() - started)
+
+
+def figures(found: dict[str, Taken], load: Load) -> dict[str, Any]:
+    """The last line."""
+    told: dict[str, Any] = {name: taken.told() for name, taken in found.items()}
+    if "ray" in found:
+        told["overhead"] = {
+            "throughput": _loss(found["ray"], found["ours"]),
+            "p50_ms": _later_ms(found["ray"], found["ours"]),
+            "throughput_of_ray_serve": _loss(found["vllm"], found["ray"]),
+            "p50_ms_of_ray_serve": _later_ms(found["vllm"], found["ray"]),
+        }
+    return {**told, "concurrency": load.concurrency, "tokens": load.tokens, "requests": load.requests}
+
+
+def _loss(before: Taken, after: Taken) -> float:
+    """Median over the rounds of what part of the requests per second is lost."""
+    parts = [1 - later / earlier for earlier, later in zip(before.rates, after.rates, strict=True)]
+    return round(statistics.median(parts), 4)
+
+
+def _later_ms(before: Taken, after: Taken) -> float:
+    return round(1000 * (statistics.median(after.seconds) - statistics.median(before.seconds)), 1)
+
+
+def _headers(server: Server) -> dict[str, str]:
+    return {"Authorization": f"Bearer {server.key}"} if server.key else {}
+
+
+def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    import httpx
+
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise ServingError(f"a server did not start:\n{log.read_text(errors='replace')[-2000:]}")

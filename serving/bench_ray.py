@@ -1,0 +1,40 @@
+"""Ray Serve LLM as it comes, for `raylign bench serve` to compare with: `python -m serving.bench_ray MODEL PORT`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+from serving.bench import ENGINE
+from serving.launch import OBJECT_STORE_BYTES
+
+
+def main(model: str, port: int) -> None:
+    """Serves a model until it is ended."""
+    import ray
+    from ray import serve
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    ray.init(
+        num_cpus=4,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    settings = {name.replace("-", "_"): value for name, value in ENGINE.items()}
+    config = LLMConfig(
+        model_loading_config={"model_id": "bench", "model_source": model},
+        accelerator_config={"kind": "cpu"},
+        placement_group_config={"bundles": [{"CPU": 1}]},
+        engine_kwargs={**settings, "enforce_eager": True, "enable_chunked_prefill": False},
+    )
+    serve.run(build_openai_app({"llm_configs": [config]}), route_prefix="/")
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,219 @@
+"""What every request has to pass before it reaches a route: a key, limits on its size and frequency, sound JSON.
+
+connection ─► key ─► rate ─► whole body ─► JSON that breaks nothing ─► route (its role) ─► answer, or the end of both
+
+Plain ASGI and in front of everything, so that a new route is closed until somebody opens it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.config import LimitsConfig
+from serving.keys import Key
+from serving.schema import Refused, Reply, refusal, sound_json
+
+logger = logging.getLogger("ray.serve")
+
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+Who = Callable[[list[bytes]], Key | None]
+"""From the Authorization headers of a request to the key behind them; None if there is none."""
+
+
+class Guard:
+    """Lets in what may come in, and cleans up behind it."""
+
+    def __init__(self, app: ASGIApp, *, who: Who, is_public: Callable[[str], bool], limits: LimitsConfig) -> None:
+        """
+        Args:
+            who: finds the key of a request.
+            is_public: whether a path needs no key.
+        """
+        self._app = app
+        self._who = who
+        self._is_public = is_public
+        self._limits = limits
+        self._max_body_bytes = int(limits.max_body_mib * 2**20)
+        self._rates: dict[str, Rate] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._answer(scope, receive, _Sender(send))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
+        try:
+            scope.setdefault("state", {})["key"] = self._admit(scope)
+            body = await self._body(scope, receive)
+            if body:
+                scope["state"]["json"] = sound_json(body)
+            await _until_gone(self._app, scope, _Replay(body, receive), send)
+        except Refused as refused:
+            await _say(refused.reply, scope, send)
+        except Exception as error:  # the client must get an answer, and must not get the exception's text
+            # Where, and not the message, which may quote what was sent.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("A request failed with %s\n%s", type(error).__name__, where)
+            await _say(refusal(500, "Internal error."), scope, send)
+
+    def _admit(self, scope: Scope) -> Key | None:
+        """The key of a request; None for what needs none.
+
+        Raises:
+            Refused: 401 without a valid key, 429 when it asks too often.
+        """
+        if self._is_public(scope["path"]):
+            return None
+        key = self._who([value for name, value in scope["headers"] if name == b"authorization"])
+        if key is None:
+            raise Refused(401, "A valid key is needed: Authorization: Bearer KEY.")
+        if self._limits.requests_per_minute:
+            rate = self._rates.setdefault(key.name, Rate(self._limits.requests_per_minute))
+            wait_s = rate.take(time.monotonic())
+            if wait_s:
+                raise Refused(429, "This key asks too often. Try again later.", retry_after_s=wait_s)
+        return key
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body; empty for requests that have none.
+
+        Raises:
+            Refused: it is too large, too slow, compressed, or not JSON by its own account.
+        """
+        headers = dict(scope["headers"])
+        if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+            return b""
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise Refused(415, "Compressed bodies are not read; send plain JSON.")
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise Refused(415, "The body has to be JSON: send the header Content-Type: application/json.")
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                return await self._read(receive, headers)
+        except TimeoutError as error:
+            raise Refused(408, f"The request was not complete after {self._limits.body_timeout_s:g} s.") from error
+
+    async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
+        announced = headers.get(b"content-length", b"0")
+        body = bytearray()
+        more = True
+        while more:
+            if len(body) > self._max_body_bytes or (announced.isdigit() and int(announced) > self._max_body_bytes):
+                raise Refused(413, f"The request body is larger than {self._max_body_bytes} bytes.")
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refused(400, "The request was not complete.")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if len(body) > self._max_body_bytes:
+            raise Refused(413, f"The request body is larger than {self._max_body_bytes} bytes.")
+        return bytes(body)
+
+
+class Rate:
+    """A bucket that fills steadily: so many requests per minute, and that many at once after a pause."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._size = float(per_minute)
+        self._level = self._size
+        self._filled = 0.0
+
+    def take(self, now: float) -> float:
+        """Takes one request out; returns the seconds to wait if there is none, else 0."""
+        if self._filled:
+            self._level = min(self._size, self._level + (now - self._filled) * self._size / 60)
+        self._filled = now
+        if self._level < 1:
+            return (1 - self._level) * 60 / self._size
+        self._level -= 1
+        return 0.0
+
+
+class _Sender:
+    """Passes an answer on, with the headers that all answers have, and knows whether it has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.began = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.began = True
+            given = {name for name, _ in message["headers"]}
+            message["headers"] = [*message["headers"], *(one for one in HEADERS if one[0] not in given)]
+        await self._send(message)
+
+
+class _Replay:
+    """Gives the routes the body that was read already, and after it what the connection says."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+        self._receive = receive
+        self.gone = asyncio.Event()
+
+    async def __call__(self) -> Message:
+        if self._message is not None:
+            message, self._message = self._message, None
+            return message
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def watch(self) -> None:
+        """Returns when the client has gone away."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone.set()
+
+
+async def _until_gone(app: ASGIApp, scope: Scope, replay: _Replay, send: Send) -> None:
+    """Runs a route until it has answered, or its client has gone away, whatever the client's headers say of that."""
+    answering = asyncio.ensure_future(app(scope, replay, send))
+    watching = asyncio.ensure_future(replay.watch())
+    try:
+        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            answering.cancel()
+            await asyncio.wait({answering})
+        if not answering.cancelled():
+            answering.result()
+    finally:
+        answering.cancel()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _say(reply: Reply, scope: Scope, send: _Sender) -> None:
+    if not send.began:
+        await as_response(reply)(scope, _nothing, send)
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
+
+
+def as_response(reply: Reply, **more: Any) -> Response:
+    """A reply as the HTTP response that it describes."""
+    headers = {} if reply.version is None else {"x-model-version": reply.version}
+    if reply.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(reply.retry_after_s))
+    if reply.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(reply.body, reply.status, headers | more, media_type="application/json")

@@ -1,0 +1,202 @@
+"""Who may come in: bearer keys with roles, kept hashed, looked up in memory, and managed by `raylign keys`.
+
+A key is `rk_{id}_{secret}`. The id finds it, the secret proves it; the secret has 256 random bits, so one round of
+SHA-256 is enough to keep it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from alignment.errors import ConfigError
+
+if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
+    from serving.store import Store
+    from serving.store.records import StoredKey
+
+Role = Literal["user", "labeller", "admin"]
+ROLES: tuple[Role, ...] = ("user", "labeller", "admin")
+"""Each may do what those before it may."""
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}"
+KEY = re.compile(rb"Bearer rk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+REFRESH_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """Whom a request comes from."""
+
+    name: str
+    role: Role
+
+    def may(self, role: Role) -> bool:
+        """Whether this key may do what is meant for `role`."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+class Keys:
+    """The valid keys, at most a second or two old. While the database is away, those that were valid last."""
+
+    def __init__(self, store: Store) -> None:
+        """Raises StoreAway if the database cannot be read."""
+        self._store = store
+        self._known = _valid(store)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="keys", daemon=True)
+        self._thread.start()
+
+    def who(self, authorization: list[bytes]) -> Key | None:
+        """Whom a request comes from; None refuses it.
+
+        Args:
+            authorization: all its `Authorization` headers. Two are refused: another program may look at the other.
+        """
+        found = KEY.fullmatch(authorization[0]) if len(authorization) == 1 else None
+        if found is None:
+            return None
+        stored = self._known.get(found[1].decode())
+        # An unknown id takes as long as a wrong secret.
+        matches = hmac.compare_digest(_digest(found[2]), stored.digest if stored else "0" * 64)
+        return Key(name=stored.name, role=stored.role) if stored and matches else None
+
+    def close(self) -> None:
+        """Ends the refreshing; the store stays open."""
+        self._done.set()
+        self._thread.join()
+
+    def _refresh(self) -> None:
+        fails = False
+        while not self._done.wait(REFRESH_S):
+            try:
+                self._known, fails = _valid(self._store), False
+            except Exception as error:  # whatever it is: without this thread, no key could be revoked
+                if not fails:
+                    logger.warning("Keys stay as they are until the database can be read again: %s", error)
+                fails = True
+
+
+def create_key(store: Store, *, name: str, role: Role) -> str:
+    """Makes a key that is valid at once, and returns it: it is kept nowhere.
+
+    Raises:
+        ConfigError: the name is not one.
+        Conflict: it is taken.
+    """
+    if not re.fullmatch(NAME, name):
+        raise ConfigError("a key's name has 1 to 100 letters, digits, dots, dashes, underscores and @, a letter first")
+    stored, key = _new(name, role)
+    store.add_key(stored)
+    return key
+
+
+def rotate_key(store: Store, name: str) -> str:
+    """Makes another key in place of a valid one of this name, and returns it; the old one is refused from then on.
+
+    Raises:
+        UnknownId: there is no valid key of this name.
+    """
+    stored, key = _new(name, "user")  # the role stays what it is
+    store.renew_key(stored)
+    return key
+
+
+def _new(name: str, role: Role) -> tuple[StoredKey, str]:
+    from serving.store.records import StoredKey
+
+    id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    stored = StoredKey(id=id, name=name, role=role, digest=_digest(secret.encode()), created=time.time())
+    return stored, f"rk_{id}_{secret}"
+
+
+def _digest(secret: bytes) -> str:
+    return hashlib.sha256(secret).hexdigest()
+
+
+def _valid(store: Store) -> dict[str, StoredKey]:
+    keys = store.keys()
+    return {key.id: key for key in keys if key.revoked is None}
+
+
+commands = typer.Typer()
+
+Database = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAYLIGN_DATABASE",
+        help="URL of the endpoint's database (its feedback.database); the default is the same as there.",
+    ),
+]
+
+
+@commands.command("create")
+def _create(
+    name: Annotated[str, typer.Option(help="Who it is for. Judgements bear this name.")],
+    role: Annotated[Role, typer.Option(help="user: completions and rewards; labeller: feedback too; admin: all.")],
+    database: Database = None,
+) -> None:
+    """Make a key and print it, this once: only its hash is kept."""
+    with _store(database) as store:
+        typer.echo(create_key(store, name=name, role=role))
+
+
+@commands.command("list")
+def _list(database: Database = None) -> None:
+    """Print who has a key."""
+    with _store(database) as store:
+        keys = store.keys()
+    typer.echo(f"{'name':24} {'role':9} {'created':17} {'id':17} state")
+    for key in keys:
+        state = "valid" if key.revoked is None else f"revoked {_day(key.revoked)}"
+        typer.echo(f"{key.name:24} {key.role:9} {_day(key.created):17} {key.id:17} {state}")
+
+
+@commands.command("revoke")
+def _revoke(name: Annotated[str, typer.Argument(help="Whose key.")], database: Database = None) -> None:
+    """Refuse a key from now on.
+
+    A running endpoint learns it within two seconds.
+    """
+    with _store(database) as store:
+        store.revoke_key(name)
+
+
+@commands.command("rotate")
+def _rotate(name: Annotated[str, typer.Argument(help="Whose key.")], database: Database = None) -> None:
+    """Replace a key and print the new one.
+
+    A running endpoint refuses the old one within two seconds.
+    """
+    with _store(database) as store:
+        typer.echo(rotate_key(store, name))
+
+
+@contextmanager
+def _store(database: str | None) -> Iterator[Store]:
+    from serving.store import Store
+    from serving.store.opening import default_database
+
+    store = Store(database or default_database())
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%MZ")

@@ -1,0 +1,421 @@
+"""Versions of the served model: whole copies of checkpoints, and a small file that says which of them answers.
+
+checkpoint ─► add ─► versions/00003/ ─► promote, or canary ─► state.json ─► every replica
+
+REGISTRY/versions/00001.json   what is known about a version
+REGISTRY/versions/00001/       the files that transformers, peft and vLLM open, manifest.json and COMMITTED; it appears
+                               last and whole, and with it the version
+REGISTRY/state.json            which version answers, those before it, and the canary
+
+The folder lies where every replica can read it. A process that is killed leaves it readable: files appear whole or not
+at all, what is unfinished is cleared away by the next `add`, and the system frees the locks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
+
+from alignment.checkpoint import (
+    COMMITTED,
+    MANIFEST,
+    STATE,
+    checkpoint_or_path,
+    checkpoints_of,
+    commit,
+    to_disk,
+    verify,
+)
+from alignment.errors import CheckpointError, ServingError
+from alignment.metrics import read_metrics
+from alignment.models.folders import BUNDLED, base_of, bundled_folder, is_adapter
+from serving.fits import Room, adapter_of, check_fits, check_servable, room_for, weight_files
+
+__all__ = ["Registry", "State", "Version", "check_fits"]
+
+COPIED = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
+"""Endings of the files that belong to a model; trainer state, pickles and programs do not."""
+LINKED_BYTES = 64 * 2**20
+"""Files from this size on are hard links if they can be; what people edit by hand is smaller, and copied."""
+REMEMBERED = 100
+"""Versions that rollbacks can go back over."""
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One model that the endpoint can answer with."""
+
+    number: int
+    """1, 2, … in the order of arrival."""
+    name: str
+    """What the checkpoint was called, as `demo-step-00000024`."""
+    kind: Literal["adapter", "full"]
+    """A LoRA adapter on a base model, or all weights."""
+    base: str | None
+    """Folder or hub id of an adapter's base model; None for all weights."""
+    content: str
+    """sha256 (hex) over names, sizes and hashes of its files."""
+    source: str
+    """Folder that it was copied from."""
+    parent: int | None
+    """The version that it is meant to follow; None for the first."""
+    data: str | None
+    """Fingerprint of the data that it was trained on; None if the checkpoint does not say."""
+    config: dict[str, Any] | None
+    """Configuration of the run that made it; None if the checkpoint lies in no run."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The run's last evaluation before the checkpoint, by the names in metrics.jsonl, with its `step`."""
+    created: float
+    """When it was added (seconds since 1970, UTC)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Which versions answer requests."""
+
+    current: int = 0
+    """Number of the version that answers; 0 before one was promoted."""
+    previous: int | None = None
+    """The one that a rollback returns to; None if there is none."""
+    older: tuple[int, ...] = ()
+    """Those that further rollbacks return to, the newest first."""
+    canary: int | None = None
+    """The version that is tried out."""
+    share: float = 0.0
+    """Fraction of the requests that the canary answers, 0 to below 1; at 0 it answers those that ask for it."""
+    serial: int = 0
+    """Changes so far."""
+
+
+VERSIONS, STATES = TypeAdapter(Version), TypeAdapter(State)
+
+
+class Registry:
+    """Versions in a folder. Safe to use from several processes and threads at once; makes the folder when it writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().resolve()
+        self._versions = self.folder / "versions"
+        self._state = self.folder / "state.json"
+
+    def add(self, checkpoint: Path, *, parent: int | None = None, fits: int | None = None) -> Version:
+        """Keeps a checkpoint as a new version, or returns the version that holds the same files already.
+
+        It answers nothing before it is promoted. What becomes of the checkpoint afterwards does not matter.
+
+        Args:
+            checkpoint: a run's folder (its newest intact checkpoint), a checkpoint, or any model or adapter folder.
+            parent: number of the version that it is meant to follow.
+            fits: number of a version that running engines must be able to change from; None asks for nothing.
+
+        Raises:
+            CheckpointError: it is not there, damaged or incomplete, or cannot be copied.
+            ModelError: it is an adapter whose base model is not there.
+            ServingError: it is of a kind that is not served, or does not fit.
+        """
+        origin = Path(checkpoint_or_path(str(checkpoint))).expanduser().resolve()
+        if not origin.is_dir():
+            raise CheckpointError(f"{checkpoint} is not a folder here (looked from {Path.cwd()})")
+        check_servable(origin)
+        if fits is not None:
+            check_fits(origin, self.folder_of(fits), room=self.room())
+        try:
+            with self._adding() as unfinished:
+                content = _copy(origin, unfinished)
+                return self._same(content) or self._keep(unfinished, origin, content, parent)
+        except OSError as error:
+            raise CheckpointError(f"{origin} cannot be copied into {self.folder}: {error}") from error
+
+    def versions(self) -> list[Version]:
+        """All versions, in the order of their numbers."""
+        return [self.version(number) for number in self._numbers()]
+
+    def version(self, number: int) -> Version:
+        """What is known about a version.
+
+        Raises:
+            ServingError: there is none of that number.
+            CheckpointError: its file is missing or damaged.
+        """
+        file = self.folder_of(number).with_suffix(".json")
+        version = _read(file, VERSIONS)
+        if version is None:
+            raise CheckpointError(f"{file} is missing")
+        return version
+
+    def folder_of(self, number: int) -> Path:
+        """The folder with a version's files: an absolute path that no other version ever has.
+
+        Raises:
+            ServingError: there is none of that number.
+        """
+        folder = self._place(number)
+        if not folder.is_dir():
+            known = ", ".join(map(str, self._numbers())) or "none"
+            raise ServingError(f"there is no version {number}; there are {known}")
+        return folder
+
+    def room(self) -> Room | None:
+        """What every engine needs to be able to hold any of the adapters here; None if there are none.
+
+        An engine with room for the current version alone could not go back to a larger one.
+        """
+        folders = [self._place(number) for number in self._numbers() if is_adapter(self._place(number))]
+        return room_for(adapter_of(folder, folder.name) for folder in folders) if folders else None
+
+    def verify(self, number: int) -> None:
+        """Reads all of a version's files and compares their hashes.
+
+        Raises:
+            ServingError: there is none of that number.
+            CheckpointError: a file is missing or has changed; the text names it.
+        """
+        verify(self.folder_of(number))
+
+    def state(self) -> State:
+        """Which version answers now. Reads one small file.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return _read(self._state, STATES) or State()
+
+    def promote(self, number: int) -> State:
+        """Makes a version the one that answers, and ends any canary; promoting the current one does only that.
+
+        Raises:
+            ServingError: there is none of that number.
+        """
+        return self._change(lambda now: _promoted(now, self.version(number).number))
+
+    def canary(self, number: int, share: float) -> State:
+        """Gives a version a share of the requests, or another share than it has.
+
+        Raises:
+            ServingError: there is none of that number, it is the current one, another canary is being tried, or the
+                share is not from 0 to below 1.
+        """
+        if not 0 <= share < 1:
+            raise ServingError(f"the share of a canary is from 0 to below 1, not {share:g}; to give it all, promote it")
+        return self._change(lambda now: _tried(now, self.version(number).number, share))
+
+    def end_canary(self) -> State:
+        """Gives the canary's share back to the current version."""
+        return self._change(_settled)
+
+    def rollback(self) -> State:
+        """Takes the newest change back.
+
+        A canary ends, and no more. Without one, the version before answers again; the next rollback goes further back,
+        never forth: after versions 1, 2 and 3 were promoted it returns to 2, then to 1, and then refuses.
+
+        Raises:
+            ServingError: there is nothing to go back to.
+        """
+        return self._change(self._rolled_back)
+
+    def restore(self, before: State) -> State:
+        """Takes back the one change since a state, as when replicas could not follow it; if there were more, none."""
+        return self._change(lambda now: replace(before, serial=now.serial) if now.serial == before.serial + 1 else now)
+
+    def _rolled_back(self, now: State) -> State:
+        if now.canary is not None:
+            return _settled(now)
+        if now.previous is None:
+            raise ServingError(f"nothing answered before version {now.current}, so there is nothing to go back to")
+        before = now.older[0] if now.older else None
+        return replace(now, current=self.version(now.previous).number, previous=before, older=now.older[1:])
+
+    def _change(self, change: Callable[[State], State]) -> State:
+        """Replaces the state, one process at a time. What changes nothing is not counted."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".state.lock"):
+                now = self.state()
+                then = change(now)
+                if then != now:
+                    then = replace(then, serial=now.serial + 1)
+                    _write(self._state, STATES.dump_json(then, indent=1))
+                return then
+        except OSError as error:
+            raise CheckpointError(f"{self._state} cannot be written: {error}") from error
+
+    @contextmanager
+    def _adding(self) -> Iterator[Path]:
+        """An empty folder for a version that arrives, one at a time; its lock is not the state's, so that nobody who
+        rolls back waits for a copy."""
+        self._versions.mkdir(parents=True, exist_ok=True)
+        unfinished = self._versions / ".unfinished"
+        with FileLock(self.folder / ".adding.lock"):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            unfinished.mkdir()
+            try:
+                yield unfinished
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _same(self, content: str) -> Version | None:
+        """The intact version with that content, if there is one."""
+        for number in self._numbers():
+            with suppress(CheckpointError, OSError):  # a damaged one is of no use, and a fresh copy is
+                if (self._place(number) / COMMITTED).read_text() == content:
+                    self.verify(number)
+                    return self.version(number)
+        return None
+
+    def _keep(self, unfinished: Path, origin: Path, content: str, parent: int | None) -> Version:
+        version = Version(
+            number=max(self._numbers(), default=0) + 1,
+            name=name_of(str(origin)),
+            kind="adapter" if is_adapter(origin) else "full",
+            base=base_of(origin) if is_adapter(origin) else None,
+            content=content,
+            source=str(origin),
+            parent=parent,
+            created=time.time(),
+            **_history(origin),
+        )
+        folder = self._place(version.number)
+        _write(folder.with_suffix(".json"), VERSIONS.dump_json(version, indent=1))
+        unfinished.rename(folder)
+        to_disk(self._versions)
+        return version
+
+    def _place(self, number: int) -> Path:
+        return self._versions / f"{number:05d}"
+
+    def _numbers(self) -> list[int]:
+        folders = self._versions.glob("[0-9]*")
+        return sorted(int(folder.name) for folder in folders if folder.name.isdecimal() and folder.is_dir())
+
+
+def name_of(checkpoint: str) -> str:
+    """What a checkpoint is called: after its run, folder or hub id."""
+    path = Path(checkpoint).expanduser().resolve()
+    if not path.is_dir():
+        return checkpoint
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}-{path.name}"
+    return BUNDLED if path.name == bundled_folder().name else path.name
+
+
+def _promoted(now: State, number: int) -> State:
+    if number == now.current:
+        return _settled(now)
+    older = now.older if now.previous is None else (now.previous, *now.older)
+    return replace(_settled(now), current=number, previous=now.current or None, older=older[:REMEMBERED])
+
+
+def _tried(now: State, number: int, share: float) -> State:
+    if number == now.current:
+        raise ServingError(f"version {number} answers already, so it cannot be tried beside itself")
+    if now.canary not in (None, number):
+        raise ServingError(f"version {now.canary} is being tried already; promote it first, or roll it back")
+    return replace(now, canary=number, share=share)
+
+
+def _settled(now: State) -> State:
+    return replace(now, canary=None, share=0.0)
+
+
+def _copy(origin: Path, target: Path) -> str:
+    """Brings a model's files into an empty folder; returns their content hash.
+
+    Raises:
+        CheckpointError: one of ours is not what was committed any more.
+    """
+    known = _manifest(origin)
+    for name in known or [file.name for file in origin.iterdir() if file.is_file()]:
+        if _belongs(name, weight_files(origin)):
+            _bring((origin / name).resolve(), target / name)
+    content = commit(target)
+    changed = [name for name, entry in _manifest(target).items() if known and known[name] != entry]
+    if changed:
+        raise CheckpointError(f"{origin} changed while it was copied ({', '.join(changed)}); add it again")
+    return content
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Size and hash of every file, by name; empty for a folder that training did not write."""
+    file = folder / MANIFEST
+    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+
+
+def _belongs(name: str, weights: list[str]) -> bool:
+    suffix = Path(name).suffix
+    if suffix == ".safetensors":
+        return name in weights  # some folders hold the same weights in a second form
+    return suffix in COPIED and "/" not in name and name != MANIFEST
+
+
+def _bring(source: Path, target: Path) -> None:
+    known = source.stat()
+    if known.st_size >= LINKED_BYTES and known.st_mode & stat.S_IROTH:  # the endpoint may run as another user
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another disk, or a file that is not ours to link
+            pass
+    shutil.copyfile(source, target)
+
+
+def _history(origin: Path) -> dict[str, Any]:
+    """What a checkpoint and the run around it say about how it was made."""
+    if STATE not in _manifest(origin):
+        return {"data": None, "config": None}
+    state = json.loads((origin / STATE).read_bytes())
+    data, run = state["identity"]["data"], origin.parent.parent
+    if origin.parent != checkpoints_of(run):
+        return {"data": data, "config": None}
+    return {"data": data, "config": _config(run / "config.json"), "metrics": _evaluation(run, state["step"])}
+
+
+def _config(file: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError):  # none, or the run is starting again and writes it just now
+        return None
+
+
+def _evaluation(run: Path, step: int) -> dict[str, float]:
+    """The last figures on held-out data up to a step."""
+    for line in reversed(read_metrics(run)):
+        found = {name: value for name, value in line.items() if name.startswith("eval/") and math.isfinite(value)}
+        if found and line["step"] <= step:
+            return {"step": line["step"], **found}
+    return {}
+
+
+def _read(file: Path, kind: TypeAdapter[Read]) -> Read | None:
+    """What a file holds; None if there is no such file."""
+    try:
+        return kind.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: it does not hold what was written there") from error
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Replaces a file whole, and waits until it is on the disk. Called under a lock."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with unfinished.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    unfinished.replace(file)
+    to_disk(file.parent)

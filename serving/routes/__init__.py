@@ -1,0 +1,67 @@
+"""What the endpoint answers, one module per subject. A route's tag is the role that a key needs for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from serving.backend import Backend
+from serving.config import ServeConfig
+from serving.keys import Key
+from serving.meters import Meters
+from serving.registry import Registry
+from serving.schema import Refused
+from serving.served import Served
+from serving.store import Store
+
+PUBLIC = "public"
+"""Tag of routes that need no key."""
+VERSION_HEADER = "x-model-version"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """All that routes use."""
+
+    config: ServeConfig
+    served: Served
+    backend: Backend
+    store: Store
+    registry: Registry
+    meters: Meters
+
+
+def key_of(request: Request) -> Key:
+    """The key that a request came with; `serving.guard` let nothing in without one."""
+    key = request.scope["state"]["key"]
+    assert isinstance(key, Key), "only public routes go without"
+    return key
+
+
+def authorise(request: Request) -> None:
+    """Checks a request's key against its route. Who adds a route without a tag has opened it to admins alone.
+
+    Raises:
+        Refused: 403, the key's role is not enough.
+    """
+    needed: Any = next(iter(request.scope["route"].tags), "admin")
+    if needed != PUBLIC and not key_of(request).may(needed):
+        raise Refused(403, f"This needs a key with the role {needed}, and yours is {key_of(request).role}.")
+
+
+def wanted_version(request: Request) -> int | None:
+    """The version that a request asks for by its header; None if it leaves that to the service.
+
+    Raises:
+        Refused: 400 it is no number, 403 the key may not choose.
+    """
+    value = request.headers.get(VERSION_HEADER)
+    if value is None:
+        return None
+    if not key_of(request).may("labeller"):
+        raise Refused(403, f"Choosing a version by {VERSION_HEADER} needs a key with the role labeller.")
+    if not value.isascii() or not value.isdigit() or len(value) > 9:
+        raise Refused(400, f"{VERSION_HEADER} has to be the number of a version.")
+    return int(value)

@@ -1,0 +1,235 @@
+"""Where people say what they prefer: comparisons, judgements, and their way back into training."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+import uuid
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serving.issuing import number_of, prompt_of
+from serving.routes import Service, key_of
+from serving.routes.openai import ChatTurn, Tokens, whole
+from serving.schema import Refused
+from serving.store.records import (
+    BadVerdict,
+    Choice,
+    Conflict,
+    Correction,
+    Issued,
+    IssuedAnswer,
+    Judgement,
+    Ranking,
+    StoreAway,
+    StoreError,
+    StoreFull,
+    Thumb,
+    UnknownId,
+    Verdict,
+)
+
+STATUS = {UnknownId: 404, Conflict: 409, BadVerdict: 400, StoreFull: 507, StoreAway: 503}
+ATTEMPTS = 2
+"""Draws of two answers, in case both are the same."""
+TEMPERATURE = 0.8
+RETRY_S = 1.0
+
+Id = Annotated[str, Field(min_length=1, max_length=200)]
+Kept = TypeVar("Kept")
+
+
+class ComparisonBody(BaseModel):
+    """Body of `/v1/comparisons`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=1000)] | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    model: Annotated[str, Field(max_length=200)] | None = None
+    versions: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(min_length=2, max_length=2)] | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class FeedbackBody(BaseModel):
+    """Body of `/v1/feedback`; which fields it has depends on its kind."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    kind: Literal["choice", "thumb", "ranking", "correction"]
+    id: Id
+    winner: Id | None = None
+    up: bool | None = None
+    order: Annotated[list[Id], Field(min_length=2, max_length=100)] | None = None
+    text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    comment: Annotated[str, Field(max_length=2000)] | None = None
+
+    @model_validator(mode="after")
+    def _what_its_kind_needs(self) -> Self:
+        fields = {"choice": "winner", "thumb": "up", "ranking": "order", "correction": "text"}
+        for kind, field in fields.items():
+            if (getattr(self, field) is not None) != (kind == self.kind):
+                raise ValueError(f"a {self.kind} has the field {fields[self.kind]}, and none of the other kinds'")
+        return self
+
+    @property
+    def verdict(self) -> Verdict:
+        """The same as the store knows it."""
+        if self.winner is not None:
+            return Choice(winner=self.winner)
+        if self.up is not None:
+            return Thumb(up=self.up)
+        if self.order is not None:
+            return Ranking(order=tuple(self.order))
+        assert self.text is not None
+        return Correction(text=self.text)
+
+
+def routes(service: Service) -> APIRouter:
+    """The router of this module."""
+    router = APIRouter()
+    config, store = service.config, service.store
+
+    @router.post("/v1/comparisons", tags=["labeller"])
+    async def comparisons(request: Request, body: ComparisonBody) -> Response:
+        """Two answers to one prompt, in random order, for a person to choose between."""
+        if not config.feedback.record:
+            raise Refused(409, "This service keeps no texts (feedback.record is off), so nobody could learn from it.")
+        asked = question(request, body)
+        for _ in range(ATTEMPTS):
+            said = await asyncio.gather(*(answer(asked, version) for version in versions(body)))
+            if said[0].text != said[1].text:
+                break
+        id = f"cmp-{uuid.uuid4().hex}"
+        answers = [
+            IssuedAnswer(
+                id=f"{id}-{place}",
+                text=one.text,
+                version=one.version,
+                model=service.served.name,
+                finish_reason=one.finish_reason,
+            )
+            for place, one in enumerate(said)
+        ]
+        prompt = prompt_of(asked)
+        assert prompt is not None
+        issued = Issued(
+            id=id,
+            kind="comparison",
+            prompt=prompt,
+            answers=tuple(answers),
+            asked_by=key_of(request).name,
+            created=time.time(),
+            recorded=True,
+        )
+        await kept(store.record(issued))
+        shown = random.sample(answers, 2)
+        told = {"id": id, "object": "comparison", "answers": [{"id": one.id, "text": one.text} for one in shown]}
+        return JSONResponse(told)
+
+    def question(request: Request, body: ComparisonBody) -> dict[str, Any]:
+        if body.model not in (None, service.served.name):
+            raise Refused(404, f"Versions of {service.served.name} are compared here.")
+        limit = min(body.max_tokens or config.limits.max_tokens, config.limits.max_tokens)
+        sent = request.scope["state"]["json"]
+        asked = {name: sent[name] for name in ("messages", "prompt") if name in sent}
+        if prompt_of(asked) is None:
+            raise Refused(400, "Messages are texts of the roles system, user and assistant.")
+        temperature = TEMPERATURE if body.temperature is None else body.temperature
+        return {**asked, "model": service.served.name, "max_tokens": limit, "temperature": temperature}
+
+    def versions(body: ComparisonBody) -> tuple[int, int]:
+        """Those asked for; else the current one and the canary; else the current one twice."""
+        if body.versions is not None:
+            return body.versions[0], body.versions[1]
+        state = service.registry.state()
+        return state.current, state.current if state.canary is None else state.canary
+
+    async def answer(asked: dict[str, Any], version: int) -> _Said:
+        seeded = {**asked, "seed": random.getrandbits(62)}
+        reply = await whole(service.backend.ask("chat" if "messages" in asked else "completions", seeded, version))
+        if reply.status != 200:
+            raise Refused.by(reply)
+        return _Said.of(reply.body, number_of(reply.version))
+
+    @router.post("/v1/feedback", tags=["labeller"])
+    async def feedback(
+        request: Request,
+        body: FeedbackBody,
+        idempotency_key: Annotated[str | None, Header(max_length=200, pattern=r"^[\x20-\x7e]+$")] = None,
+    ) -> Response:
+        """Keeps a judgement; when this answers, it is on the disk."""
+        judgement = Judgement(
+            target=body.id,
+            verdict=body.verdict,
+            labeller=key_of(request).name,
+            comment=body.comment,
+            key=idempotency_key,
+        )
+        receipt = await kept(store.judge(judgement))
+        service.meters.judged(body.kind)
+        told = asdict(receipt) | {"object": "feedback", "created": int(receipt.created)}
+        return JSONResponse(told)
+
+    @router.get("/v1/feedback/export", tags=["admin"])
+    async def export(
+        since: Annotated[str | None, Query(max_length=200)] = None,
+        limit: Annotated[int | None, Query(ge=1, le=10**6)] = None,
+    ) -> Response:
+        """Training rows as JSON lines; `raylign train` reads them."""
+        rows = await asyncio.to_thread(lambda: store.export(since=since, limit=limit))
+        return StreamingResponse(rows, media_type="application/x-ndjson")
+
+    @router.get("/v1/feedback/statistics", tags=["labeller"])
+    async def statistics() -> Response:
+        """How much there is, and how far people agree."""
+        return JSONResponse(asdict(await asyncio.to_thread(store.statistics)))
+
+    @router.delete("/v1/records/{id}", tags=["admin"])
+    async def delete(id: Annotated[str, Field(max_length=200)]) -> Response:
+        """Deletes what was kept of an answer, a comparison or a judgement, and what hangs on it."""
+        return JSONResponse({"deleted": await kept(store.delete(id))})
+
+    return router
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """One answer of the engine."""
+
+    text: str
+    version: int
+    finish_reason: str | None
+
+    @classmethod
+    def of(cls, body: str, version: int) -> _Said:
+        choice = json.loads(body)["choices"][0]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        return cls(text=text or "", version=version, finish_reason=choice["finish_reason"])
+
+
+async def kept(future: Future[Kept]) -> Kept:
+    """What the store answers when all is on the disk.
+
+    Raises:
+        Refused: it keeps nothing of this, and why.
+    """
+    try:
+        return await asyncio.wrap_future(future)
+    except StoreError as error:
+        status = STATUS.get(type(error), 500)
+        raise Refused(status, f"{error}.", retry_after_s=RETRY_S if status == 503 else None) from error

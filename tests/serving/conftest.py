@@ -1,0 +1,120 @@
+"""Real endpoints for tests, started as a user starts them: Ray Serve, vLLM, keys, a database."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from serving.keys import create_key
+from serving.store import Store
+from transformers import AutoModelForCausalLM
+
+from alignment.models.folders import bundled
+from tests.conftest import free_port
+
+ALIGNED = "random-adapter"
+START_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """An endpoint that answers."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    output: Path
+    folder: Path
+    """Of its versions and its database."""
+    keys: dict[str, str]
+    """By role."""
+    before: dict[str, int]
+    """Status codes while the model was loading."""
+
+    @property
+    def database(self) -> str:
+        return database_in(self.folder)
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys["admin"], max_retries=0)
+
+    def ask(self, method: str, path: str, body: Any = None, *, role: str = "admin", **headers: str) -> httpx.Response:
+        """One request, with the key of a role."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = {"authorization": f"Bearer {self.keys[role]}", **named}
+        return httpx.request(method, self.url + path, json=body, headers=sent, timeout=300)
+
+
+def database_in(folder: Path) -> str:
+    return f"sqlite:///{folder}/raylign.sqlite"
+
+
+@contextmanager
+def started(checkpoint: Path | str, folder: Path, *settings: str) -> Iterator[Running]:
+    """`raylign serve`, ended afterwards."""
+    port, output = free_port(), folder / "output.txt"
+    store = Store(database_in(folder))
+    keys = {role: create_key(store, name=f"the-{role}", role=role) for role in ("user", "labeller", "admin")}  # type: ignore[arg-type]
+    store.close()
+    ours = [f"port={port}", f"folder={folder}", f"feedback.database={database_in(folder)}", "kv_cache_gib=0.5"]
+    command = [sys.executable, "-m", "alignment.cli", "serve", str(checkpoint), *ours, *settings]
+    with output.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(process, f"{url}/healthz", output)
+        bearer = {"authorization": f"Bearer {keys['user']}"}
+        paths = ("/healthz", "/readyz", "/v1/models")
+        before = {path: httpx.get(url + path, headers=bearer).status_code for path in paths}
+        wait_for(process, f"{url}/readyz", output)
+        yield Running(process=process, url=url, output=output, folder=folder, keys=keys, before=before)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:
+    """Returns when a URL answers with status 200."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, output.read_text()
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"{url} did not answer within {START_TIMEOUT_S} s:\n{output.read_text()}")
+
+
+def random_adapter(seed: int, base: Any = None) -> PeftModel:
+    """The bundled model with an adapter that, unlike a fresh one, is not zero: it has to change the answers."""
+    torch.manual_seed(seed)
+    model = base or AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+
+
+@pytest.fixture(scope="session")
+def adapted() -> PeftModel:
+    return random_adapter(0)
+
+
+@pytest.fixture(scope="session")
+def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """An adapter on the bundled model, in fp32; what people say is recorded."""
+    folder = tmp_path_factory.mktemp("serving")
+    adapted.save_pretrained(folder / ALIGNED)
+    settings = ("dtype=fp32", "max_model_len=512", "limits.max_body_mib=0.1", "limits.max_tokens=400")
+    with started(folder / ALIGNED, folder, *settings, "feedback.record=true", "rewards.max_length=512") as running:
+        yield running

@@ -1,0 +1,128 @@
+"""The whole circle with the real model: train, serve, ask people, train on what they said, gate, promote."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.serving.conftest import Running, started
+
+DATA = Path("configs/data")
+TOKENS = 64
+NUM_JUDGED = 40
+NUM_ASKED = 16
+LORA = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def raylign(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "alignment.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def prompts(name: str, count: int) -> list[str]:
+    lines = (DATA / f"short_answers.{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+def recipe(folder: Path, name: str, **more: Any) -> str:
+    config = {
+        "name": name,
+        "output": str(folder),
+        "algorithm": {"name": "dpo", "beta": 0.1},
+        "groups_per_step": 8,
+        "optim": {"lr": 3e-4, "schedule": "constant", "micro_batch_tokens": 2048},
+        "evaluate": {"every": 0, "samples": 0},
+        **more,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return str(file)
+
+
+def turns(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def judged(endpoint: Running, prompt: str) -> None:
+    """A person who likes short answers, and cannot decide between equally long ones."""
+    body = {"messages": turns(prompt), "max_tokens": TOKENS, "temperature": 1.0}
+    asked = endpoint.ask("POST", "/v1/comparisons", body, role="labeller").json()
+    one, other = asked["answers"]
+    shorter = min(one, other, key=lambda each: len(each["text"]))
+    winner = "tie" if len(one["text"]) == len(other["text"]) else shorter["id"]
+    verdict = {"kind": "choice", "id": asked["id"], "winner": winner}
+    said = endpoint.ask("POST", "/v1/feedback", verdict, role="labeller")
+    assert said.status_code == 200, said.text
+
+
+def lengths(endpoint: Running) -> float:
+    """Mean tokens of greedy answers to prompts that nobody judged."""
+
+    def one(prompt: str) -> int:
+        body = {"model": "circle", "messages": turns(prompt), "max_tokens": 2 * TOKENS, "temperature": 0}
+        return int(endpoint.ask("POST", "/v1/chat/completions", body).json()["usage"]["completion_tokens"])
+
+    with ThreadPoolExecutor(8) as pool:
+        return statistics.fmean(pool.map(one, prompts("eval", NUM_ASKED)))
+
+
+@pytest.mark.timeout(1200)
+def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
+    first = recipe(
+        tmp_path,
+        "first",
+        steps=2,
+        model={"lora": LORA},
+        data={"path": str(DATA / "short_answers.train.jsonl"), "prompt_as": "user_message", "max_length": 256},
+    )
+    raylign("train", first)
+    settings = ("name=circle", "max_model_len=512", "feedback.record=true", "rewards.max_length=512")
+    with started(tmp_path / "first", tmp_path, *settings) as endpoint:
+        before = lengths(endpoint)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda prompt: judged(endpoint, prompt), prompts("train", NUM_JUDGED)))
+        second = recipe(
+            tmp_path,
+            "second",
+            steps=10,
+            model={"lora": {**LORA, "start": str(tmp_path / "first")}},
+            data={
+                "path": f"{endpoint.url}/v1/feedback/export",
+                "max_length": 256,
+                "on_bad_row": "skip",
+                "bad_row_budget": 0.5,
+            },
+        )
+        key = {"RAYLIGN_KEY": endpoint.keys["admin"]}
+        raylign("train", second, **key)
+        gate = tmp_path / "gate.yaml"
+        held_out = {"path": str(DATA / "short_answers.eval.jsonl"), "prompt_as": "user_message", "keep": ["keywords"]}
+        gate.write_text(
+            yaml.safe_dump(
+                {
+                    "data": held_out,
+                    "prompts": NUM_ASKED,
+                    "judges": [{"name": "keywords"}],
+                    "max_tokens": 2 * TOKENS,
+                    "margins": {"accuracy": 0.2, "reward": 0.25, "max_length_ratio": 1.0, "max_kl": 100},
+                }
+            )
+        )
+        told = raylign("promote", str(tmp_path / "second"), "--gate", str(gate), "--url", endpoint.url, **key)
+        assert "accuracy" in told and "length" in told
+        state = endpoint.ask("GET", "/v1/admin/versions").json()
+        assert state["state"]["current"] == 2
+        assert state["versions"][1]["parent"] == 1 and state["versions"][1]["data"]
+        after = lengths(endpoint)
+    assert after < 0.85 * before, (before, after)

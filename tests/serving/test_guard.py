@@ -1,0 +1,203 @@
+"""What the guard lets through to a route, and what it never does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from starlette.types import Message
+
+from serving.config import LimitsConfig
+from serving.guard import Guard, Rate
+from serving.keys import Key
+
+ANNA = Key(name="anna", role="user")
+SECRET = "a secret in /etc/passwd"
+GOOD = {"authorization": "Bearer good"}
+
+
+def who(headers: list[bytes]) -> Key | None:
+    return ANNA if headers == [b"Bearer good"] else None
+
+
+def guarded(*, broken: bool = False, **limits: Any) -> Guard:
+    app = FastAPI()
+
+    @app.get("/healthz")
+    async def healthz() -> str:
+        return "ok"
+
+    @app.post("/echo")
+    async def echo(request: Request) -> Any:
+        assert request.scope["state"]["key"] == ANNA
+        return {"sent": request.scope["state"]["json"], "body": json.loads(await request.body())}
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError(SECRET)
+
+    return Guard(
+        app if not broken else fails, who=who, is_public=lambda path: path == "/healthz", limits=LimitsConfig(**limits)
+    )
+
+
+def ask(guard: Guard, method: str, path: str, **what: Any) -> httpx.Response:
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.request(method, path, **what)
+
+    return asyncio.run(asked())
+
+
+def assert_refused(answer: httpx.Response, status: int) -> None:
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert len(answer.content) < 2048
+    assert "Traceback" not in answer.text and "/etc" not in answer.text and "File " not in answer.text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("authorization", "")],
+        [("authorization", "good")],
+        [("authorization", "bearer good")],
+        [("authorization", "Basic good")],
+        [("authorization", "Bearer bad")],
+        [("authorization", "Bearer good"), ("authorization", "Bearer good")],
+    ],
+    ids=["none", "empty", "no-scheme", "lower-case", "basic", "wrong", "twice"],
+)
+@pytest.mark.parametrize("path", ["/echo", "/nowhere", "/openapi.json", "//healthz", "/healthz/", "/HEALTHZ"])
+def test_without_a_valid_key_every_path_but_the_public_ones_is_closed(path: str, headers: list[Any]) -> None:
+    answer = ask(guarded(), "POST", path, json={}, headers=headers)
+    assert_refused(answer, 401)
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_public_path_needs_no_key() -> None:
+    assert ask(guarded(), "GET", "/healthz").json() == "ok"
+
+
+def test_the_route_gets_the_body_and_what_was_read_from_it() -> None:
+    sent = {"a": [1, 2.5, None, "ü"]}
+    answer = ask(guarded(), "POST", "/echo", json=sent, headers=GOOD)
+    assert answer.json() == {"sent": sent, "body": sent}
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"a": ', 400),
+        (b'{"a": "\xff"}', 400),
+        (b'{"a": NaN}', 400),
+        (b'{"a": 1e999}', 400),
+        (b'{"a": "\\ud800"}', 400),
+        (b'{"a": "\\u0000"}', 400),
+        (b"[1]", 400),
+        (b"[" * 5000 + b"]" * 5000, 400),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, 400),
+        (b'{"a": ' + b"9" * 5000 + b"}", 400),
+        (b'{"a": "' + b"x" * 2_000_000 + b'"}', 413),
+    ],
+    ids=["cut", "utf8", "nan", "inf", "surrogate", "nul", "list", "deep", "nested", "digits", "large"],
+)
+def test_a_body_that_would_break_something_further_on_is_refused(body: bytes, status: int) -> None:
+    headers = GOOD | {"content-type": "application/json"}
+    assert_refused(ask(guarded(max_body_mib=1), "POST", "/echo", content=body, headers=headers), status)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-type": "text/plain"}, {}, {"content-type": "application/json", "content-encoding": "gzip"}],
+    ids=["text", "none", "gzip"],
+)
+def test_only_plain_json_is_read(headers: dict[str, str]) -> None:
+    assert_refused(ask(guarded(), "POST", "/echo", content=b"{}", headers=GOOD | headers), 415)
+
+
+def test_a_body_of_unknown_length_is_counted_as_it_comes() -> None:
+    async def pieces() -> Any:
+        for _ in range(100):
+            yield b"x" * 20_000
+
+    headers = GOOD | {"content-type": "application/json"}
+    assert_refused(ask(guarded(max_body_mib=1), "POST", "/echo", content=pieces(), headers=headers), 413)
+
+
+def test_a_route_that_fails_tells_nobody_how(caplog: pytest.LogCaptureFixture) -> None:
+    assert_refused(ask(guarded(broken=True), "POST", "/fails", json={}, headers=GOOD), 500)
+    assert SECRET not in caplog.text and "RuntimeError" in caplog.text
+
+
+def test_who_asks_too_often_is_told_when_to_come_back() -> None:
+    guard = guarded(requests_per_minute=3)
+    answers = [ask(guard, "POST", "/echo", json={}, headers=GOOD) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert 15 <= int(answers[-1].headers["retry-after"]) <= 20
+
+
+def test_a_bucket_fills_steadily_and_never_beyond_its_size() -> None:
+    rate = Rate(2)
+    assert [rate.take(100.0), rate.take(100.0)] == [0.0, 0.0]
+    assert rate.take(100.0) == pytest.approx(30.0)
+    assert rate.take(130.0) == 0.0
+    assert [rate.take(1000.0), rate.take(1000.0)] == [0.0, 0.0]
+    assert rate.take(1000.0) > 0
+
+
+def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> None:
+    ended = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def scene() -> None:
+        guard = Guard(slow, who=who, is_public=lambda _: False, limits=LimitsConfig())
+        messages: list[Message] = [{"type": "http.disconnect"}]
+
+        async def receive() -> Message:
+            await asyncio.sleep(0.01)
+            return messages[0]
+
+        async def send(_: Message) -> None:
+            raise AssertionError("nobody listens any more")
+
+        headers = [(b"authorization", b"Bearer good"), (b"x-request-disconnect-disabled", b"?1")]
+        await asyncio.wait_for(guard({"type": "http", "path": "/slow", "headers": headers}, receive, send), 2)
+        assert ended.is_set()
+
+    asyncio.run(scene())
+
+
+def test_a_body_that_does_not_end_is_given_up() -> None:
+    async def scene() -> None:
+        guard = guarded(body_timeout_s=0.05)
+        said: list[Message] = []
+
+        async def receive() -> Message:
+            await asyncio.sleep(0.02)
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+        async def send(message: Message) -> None:
+            said.append(message)
+
+        headers = [
+            (b"authorization", b"Bearer good"),
+            (b"content-type", b"application/json"),
+            (b"content-length", b"100"),
+        ]
+        await guard({"type": "http", "path": "/echo", "method": "POST", "headers": headers}, receive, send)
+        assert said[0]["status"] == 408
+
+    asyncio.run(scene())

@@ -1,0 +1,254 @@
+"""A service of two replicas under hostile, impatient and unlucky circumstances."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.serving.conftest import Running, started
+
+TURNS = [{"role": "user", "content": "the quick brown fox"}]
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A tiny model on two replicas, with narrow limits."""
+    settings = (
+        f"name={MODEL}",
+        "min_replicas=2",
+        "max_replicas=2",
+        "max_num_seqs=4",
+        "max_queued_requests=8",
+        "limits.max_tokens=300",
+        "limits.max_n=4",
+        "limits.max_body_mib=0.1",
+        "limits.body_timeout_s=2",
+        "kv_cache_gib=0.1",
+        f"rewards.reference={tiny_model}",
+        "rewards.max_length=256",
+    )
+    with started(tiny_model, tmp_path_factory.mktemp("tiny"), *settings) as running:
+        yield running
+
+
+def chat(endpoint: Running, **more: Any) -> httpx.Response:
+    body = {"model": MODEL, "messages": TURNS, "max_tokens": 4, **more}
+    return endpoint.ask("POST", "/v1/chat/completions", body, role="user")
+
+
+def assert_refused(answer: httpx.Response, *statuses: int) -> None:
+    assert answer.status_code in (statuses or (400, 413, 422)), answer.text[:300]
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert len(answer.content) < 2048
+    assert "Traceback" not in answer.text and 'File "' not in answer.text
+
+
+def engines_of(endpoint: Running) -> list[psutil.Process]:
+    """The processes of vLLM; waits for two."""
+    deadline = time.monotonic() + 90
+    while True:
+        family = psutil.Process(endpoint.process.pid).children(recursive=True)
+        engines = [child for child in family if "EngineCore" in "".join(child.cmdline())]
+        if len(engines) == 2 or time.monotonic() > deadline:
+            return engines
+        time.sleep(1)
+
+
+def test_every_route_wants_a_key(tiny: Running) -> None:
+    schema = tiny.ask("GET", "/openapi.json").json()
+    public = {"/healthz", "/readyz"}
+    assert {"/v1/chat/completions", "/v1/rewards", "/v1/feedback", "/metrics"} <= schema["paths"].keys()
+    for path, methods in schema["paths"].items():
+        for method in methods:
+            answer = httpx.request(method, tiny.url + path.replace("{", "").replace("}", ""), timeout=60)
+            assert (answer.status_code == 401) == (path not in public), path
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/collective_rpc", "/update_weights", "/pause", "/invocations", "/load", "/server_info", "/v1/load_lora_adapter"],
+)
+def test_controls_of_the_engine_are_not_there(tiny: Running, path: str) -> None:
+    assert_refused(tiny.ask("POST", path, {}), 404)
+    assert httpx.post(tiny.url + path, json={}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"max_tokens": 10**9},
+        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"n": 10**6},
+        {"n": 0},
+        {"logprobs": True, "top_logprobs": 10**6},
+        {"top_logprobs": -1},
+        {"temperature": -1},
+        {"temperature": 10**9},
+        {"top_p": 0},
+        {"stop": ["x"] * 1000},
+        {"stop": ""},
+        {"seed": 2**80},
+        {"model": "another"},
+        {"model": None},
+        {"messages": []},
+        {"messages": [{"role": "user"}] * 2000},
+        {"messages": [{"role": "user", "content": "fox " * 2000}]},
+        {"messages": [{"role": "god", "content": "x"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
+            ]
+        },
+        {"chat_template": "{{ 7 * 7 }}"},
+        {"chat_template_kwargs": {"a": 1}},
+        {"prompt_embeds": "AAAA"},
+        {"prompt_logprobs": 5},
+        {"best_of": 10**6},
+        {"use_beam_search": True},
+        {"response_format": {"type": "json_schema"}},
+        {"logit_bias": {"99999999": 100}},
+    ],
+    ids=lambda more: "-".join(more),
+)
+def test_what_asks_for_too_much_is_refused_and_the_engine_lives(tiny: Running, more: dict[str, Any]) -> None:
+    assert_refused(chat(tiny, **more), 400, 404)
+    assert chat(tiny).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "(a+)+$("}}},
+    ],
+    ids=["endless", "unknown-type", "bad-pattern"],
+)
+def test_an_impossible_form_of_answer_hurts_nobody_else(tiny: Running, format: dict[str, Any]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(chat, tiny) for _ in range(4)]
+        answer = chat(tiny, response_format=format)
+        assert answer.status_code < 500, answer.text[:300]
+        assert all(other.result().status_code == 200 for other in others)
+
+
+def test_an_answer_can_be_asked_for_in_a_form(tiny: Running) -> None:
+    properties = {"a": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    answer = chat(tiny, response_format=form, max_tokens=60)
+    assert answer.status_code == 200, answer.text
+    assert set(json.loads(answer.json()["choices"][0]["message"]["content"])) == {"a"}
+
+
+def test_tokens_of_a_text_and_of_a_chat(tiny: Running) -> None:
+    answer = tiny.ask("POST", "/tokenize", {"model": MODEL, "prompt": "fox"}, role="user")
+    assert answer.status_code == 200, answer.text
+    text = answer.json()
+    whole = tiny.ask("POST", "/tokenize", {"model": MODEL, "messages": TURNS}, role="user").json()
+    assert text["count"] == len(text["tokens"]) < whole["count"]
+
+
+def test_headers_cannot_switch_off_the_end_of_a_request(tiny: Running) -> None:
+    headers = {
+        "authorization": f"Bearer {tiny.keys['user']}",
+        "x-request-disconnect-disabled": "?1",
+        "x-request-timeout-seconds": "0",
+        "serve-multiplexed-model-id": "something",
+    }
+    body = {"model": MODEL, "messages": TURNS, "max_tokens": 300, "stream": True, "ignore_eos": True}
+    for _ in range(20):
+        with httpx.stream("POST", f"{tiny.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as stream:
+            assert stream.status_code == 200
+            next(stream.iter_lines())
+    started_at = time.monotonic()
+    assert chat(tiny).status_code == 200
+    assert time.monotonic() - started_at < 5
+
+
+def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port))) for _ in range(100)]
+    head = (
+        f"POST /v1/feedback HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {tiny.keys['user']}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+    for connection in slow:
+        connection.sendall(head.encode())
+    started_at = time.monotonic()
+    assert chat(tiny).status_code == 200
+    assert time.monotonic() - started_at < 5
+    slow[0].settimeout(10)
+    assert b"408" in slow[0].recv(200)
+    for connection in slow:
+        connection.close()
+
+
+def test_more_than_there_is_room_for_is_refused_with_a_time_to_come_back(tiny: Running) -> None:
+    with ThreadPoolExecutor(80) as pool:
+        answers = list(pool.map(lambda _: chat(tiny, max_tokens=100, ignore_eos=True), range(80)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 503}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 503)
+    time.sleep(2)
+    assert chat(tiny).status_code == 200
+
+
+def test_metrics_are_told_by_version(tiny: Running) -> None:
+    chat(tiny)
+    text = tiny.ask("GET", "/metrics").text
+    assert 'raylign_requests_total{route="chat",status="200",version="1"}' in text
+    assert "raylign_version 1.0" in text
+
+
+def test_without_recording_no_text_is_kept_and_nothing_is_compared(tiny: Running) -> None:
+    id = chat(tiny).json()["id"]
+    said = tiny.ask("POST", "/v1/feedback", {"kind": "thumb", "id": id, "up": True}, role="labeller")
+    assert said.status_code == 200
+    assert_refused(tiny.ask("POST", "/v1/comparisons", {"messages": TURNS}), 409)
+    assert tiny.ask("GET", "/v1/feedback/export").text == ""
+    assert b"quick brown" not in b"".join(file.read_bytes() for file in tiny.folder.glob("raylign.sqlite*"))
+
+
+def test_a_killed_replica_is_not_noticed_and_comes_back(tiny: Running) -> None:
+    failed: list[str] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answer = chat(tiny, max_tokens=20)
+            if answer.status_code != 200:
+                failed.append(answer.text)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    engines = engines_of(tiny)
+    assert len(engines) == 2
+    replica = engines[0].parent()
+    assert replica is not None
+    replica.kill()
+    time.sleep(5)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    deadline = time.monotonic() + 120
+    while len(tiny.ask("GET", "/v1/admin/versions").json()["replicas"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert {one["version"] for one in tiny.ask("GET", "/v1/admin/versions").json()["replicas"]} == {1}

@@ -1,0 +1,192 @@
+"""Keys: who may come in, for as long as the database says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import ConfigError
+from serving.keys import ROLES, Key, Keys, create_key, rotate_key
+from serving.store import Store
+from serving.store.records import Conflict, StoreAway, UnknownId
+from tests.databases import connection_to, new_database
+
+VISIBLE_AFTER_S = 6.0
+"""A change is seen after one second; machines that run tests may be busy."""
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[Store]:
+    opened = Store(database)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def keys(store: Store) -> Iterator[Keys]:
+    opened = Keys(store)
+    yield opened
+    opened.close()
+
+
+def bearer(key: str) -> list[bytes]:
+    return [f"Bearer {key}".encode()]
+
+
+def soon(condition: Callable[[], bool]) -> None:
+    """Waits as long as a change may take to be seen."""
+    deadline = time.monotonic() + VISIBLE_AFTER_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def raylign(*arguments: str, database: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "alignment.cli", "keys", *arguments]
+    environment = {**os.environ, "RAYLIGN_DATABASE": database}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_key_lets_in_whom_it_was_made_for(store: Store) -> None:
+    made = {name: create_key(store, name=name, role=role) for name, role in zip(("u", "l", "a"), ROLES, strict=True)}
+    keys = Keys(store)
+    assert {name: keys.who(bearer(key)) for name, key in made.items()} == {
+        "u": Key(name="u", role="user"),
+        "l": Key(name="l", role="labeller"),
+        "a": Key(name="a", role="admin"),
+    }
+    keys.close()
+
+
+def test_a_role_may_what_those_below_it_may() -> None:
+    allowed = {role: [asked for asked in ROLES if Key(name="x", role=role).may(asked)] for role in ROLES}
+    assert allowed == {"user": ["user"], "labeller": ["user", "labeller"], "admin": ["user", "labeller", "admin"]}
+
+
+def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store: Store) -> None:
+    key = create_key(store, name="anna", role="admin")
+    other = create_key(store, name="ben", role="user")
+    keys = Keys(store)
+    _, id, secret = key.split("_", 2)
+    good = f"Bearer {key}".encode()
+    assert keys.who([good]) == Key(name="anna", role="admin")
+    wrong_secret = secret[:-1] + ("A" if secret[-1] != "A" else "B")
+    refused: list[list[bytes]] = [
+        [],
+        [good, good],
+        [good, b"Bearer x"],
+        [b""],
+        [key.encode()],
+        [b"bearer " + key.encode()],
+        [b"BEARER " + key.encode()],
+        [b"Basic " + key.encode()],
+        [b"Bearer  " + key.encode()],
+        [good + b" "],
+        [good + b"\n"],
+        [good + b", " + good],
+        [good[:-1]],
+        [good + b"A"],
+        [f"Bearer rk_{id}_{wrong_secret}".encode()],
+        [f"Bearer rk_{id}_".encode()],
+        [f"Bearer rk_{'0' * 16}_{secret}".encode()],
+        [f"Bearer rk_{other.split('_')[1]}_{secret}".encode()],
+        [f"Bearer rk_{id.upper()}_{secret}".encode()] if id.upper() != id else [],
+        [b"Bearer \xff\xfe" + key.encode()],
+        [b"Bearer " + b"x" * 1_000_000],
+    ]
+    for headers in refused:
+        assert keys.who(headers) is None, headers
+    keys.close()
+
+
+def test_only_hashes_are_kept(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'keys.sqlite'}")
+    key = create_key(store, name="anna", role="user")
+    store.close()
+    kept = (tmp_path / "keys.sqlite").read_bytes()
+    assert b"anna" in kept
+    assert key.split("_", 2)[2].encode() not in kept
+
+
+def test_new_revoked_and_rotated_keys_are_seen_by_a_running_service(keys: Keys, database: str) -> None:
+    other = Store(database)  # as that of another process
+    key = create_key(other, name="anna", role="labeller")
+    soon(lambda: keys.who(bearer(key)) == Key(name="anna", role="labeller"))
+    rotated = rotate_key(other, "anna")
+    soon(lambda: keys.who(bearer(rotated)) == Key(name="anna", role="labeller"))
+    assert keys.who(bearer(key)) is None
+    other.revoke_key("anna")
+    soon(lambda: keys.who(bearer(rotated)) is None)
+    other.close()
+
+
+def test_keys_are_managed_by_command(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
+    store = Store(database)
+    keys = Keys(store)
+    key = raylign("create", "--name", "anna", "--role", "admin", database=database).stdout.strip()
+    soon(lambda: keys.who(bearer(key)) == Key(name="anna", role="admin"))
+    rotated = raylign("rotate", "anna", database=database).stdout.strip()
+    soon(lambda: keys.who(bearer(rotated)) == Key(name="anna", role="admin"))
+    assert keys.who(bearer(key)) is None
+    assert raylign("revoke", "anna", database=database).returncode == 0
+    soon(lambda: keys.who(bearer(rotated)) is None)
+    told = raylign("list", database=database).stdout
+    assert "anna" in told and "revoked" in told
+    assert rotated.split("_", 2)[2] not in told
+    keys.close()
+    store.close()
+
+
+def test_a_name_is_used_once_because_judgements_bear_it(store: Store) -> None:
+    create_key(store, name="anna", role="user")
+    with pytest.raises(Conflict, match="anna"):
+        create_key(store, name="anna", role="admin")
+    store.revoke_key("anna")
+    with pytest.raises(Conflict, match="anna"):
+        create_key(store, name="anna", role="admin")
+    for gone in (lambda: store.revoke_key("anna"), lambda: rotate_key(store, "anna"), lambda: store.revoke_key("ben")):
+        with pytest.raises(UnknownId):
+            gone()
+
+
+def test_a_name_is_plain(store: Store) -> None:
+    for name in ("", " anna", "a b", "../anna", "<b>", "é", "a\n", "a" * 101, "-x"):
+        with pytest.raises(ConfigError, match="a key's name has"):
+            create_key(store, name=name, role="user")
+
+
+def test_while_the_database_is_away_those_who_were_in_stay_in(postgresql: str) -> None:
+    database = new_database(postgresql)
+    store = Store(database)
+    key = create_key(store, name="anna", role="user")
+    keys = Keys(store)
+    name = database.rpartition("/")[2]
+    with connection_to(f"{postgresql}/postgres") as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")  # type: ignore[call-overload]
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        with pytest.raises(StoreAway):
+            store.keys()
+        time.sleep(1.5)
+        assert keys.who(bearer(key)) == Key(name="anna", role="user")
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")  # type: ignore[call-overload]
+        store.revoke_key("anna")
+        soon(lambda: keys.who(bearer(key)) is None)
+    keys.close()
+    store.close()
+
+
+def test_the_command_explains_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
+    done = raylign("revoke", "nobody", database=database)
+    assert (done.returncode, done.stderr) == (1, "UnknownId: There is no valid key called nobody\n")
+    done = raylign("create", "--name", "anna", "--role", "labeler", database=database)
+    assert done.returncode == 2 and "labeller" in done.stderr
+    done = raylign(database=database)
+    assert done.returncode == 2 and "Missing command" in done.stderr

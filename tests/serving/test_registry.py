@@ -1,0 +1,434 @@
+"""A registry's versions are whole, its state is one answer, and no kill, crowd or damage changes that."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import CheckpointError, ServingError
+from serving import registry as module
+from serving.fits import Room
+from serving.registry import Registry, State
+from tests.serving.tiny import adapter, of_run, whole
+
+CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
+
+
+@pytest.fixture
+def three(registry: Registry, tmp_path: Path) -> Registry:
+    """A registry with versions 1 to 3, of which the first answers."""
+    for number in (1, 2, 3):
+        registry.add(adapter(tmp_path / f"adapter-{number}", seed=number))
+    registry.promote(1)
+    return registry
+
+
+def in_child(do: Callable[[], object]) -> int:
+    """Runs something in a process of its own; returns its exit status, negative for a signal."""
+    child = FORK.Process(target=do)
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def test_a_new_registry_is_empty_and_writes_nothing(registry: Registry) -> None:
+    assert registry.versions() == []
+    assert registry.state() == State(current=0, previous=None, canary=None, share=0.0, serial=0)
+    assert registry.room() is None
+    assert not registry.folder.exists()
+
+
+def test_a_version_knows_its_run(registry: Registry, tmp_path: Path) -> None:
+    run = tmp_path / "polite"
+    checkpoint = of_run(run, 20)
+    (run / "config.json").write_text(json.dumps({"name": "polite"}))
+    lines = [
+        {"step": 0, "eval/loss": 0.7},
+        {"step": 10, "loss": 0.4, "eval/loss": 0.3, "eval/reward": float("nan")},
+        {"step": 15, "loss": 0.2},
+        {"step": 30, "eval/loss": 0.1},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    version = registry.add(run, parent=7)
+    assert registry.version(1) == version
+    assert (version.number, version.name, version.kind, version.base) == (
+        1,
+        "polite-step-00000020",
+        "adapter",
+        "org/base",
+    )
+    assert (version.parent, version.data, version.config) == (7, "fingerprint", {"name": "polite"})
+    assert version.metrics == {"step": 10, "eval/loss": 0.3}
+    assert version.source == str(checkpoint)
+
+
+def test_a_model_from_elsewhere_has_no_history(registry: Registry, tmp_path: Path) -> None:
+    version = registry.add(whole(tmp_path / "model"))
+    assert (version.name, version.kind, version.base, version.data, version.config) == (
+        "model",
+        "full",
+        None,
+        None,
+        None,
+    )
+    assert version.metrics == {}
+
+
+def test_a_run_without_evaluations_or_with_a_torn_config_is_registered_all_the_same(
+    registry: Registry, tmp_path: Path
+) -> None:
+    of_run(tmp_path / "run", 1)
+    (tmp_path / "run" / "config.json").write_text('{"name": "ru')
+    version = registry.add(tmp_path / "run")
+    assert (version.data, version.config, version.metrics) == ("fingerprint", None, {})
+
+
+def test_a_version_holds_what_is_served_and_nothing_else(registry: Registry, tmp_path: Path) -> None:
+    registry.add(of_run(tmp_path / "run", 1))
+    folder = registry.folder_of(1)
+    assert folder.is_absolute()
+    adapter_files = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert {path.name for path in folder.iterdir()} == adapter_files | {"manifest.json", "COMMITTED"}
+    model = whole(tmp_path / "model")
+    for name in ("optimizer.pt", "modeling_x.py", "consolidated.safetensors"):
+        shutil.copy(model / "model.safetensors", model / name)
+    (model / "original").mkdir()
+    registry.add(model)
+    kept = {path.name for path in registry.folder_of(2).iterdir()}
+    assert kept == {"config.json", "model.safetensors", "tokenizer.json", "manifest.json", "COMMITTED"}
+
+
+@pytest.mark.parametrize("linked_bytes", [0, 2**40], ids=["linked", "copied"])
+def test_a_version_outlives_its_run(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "LINKED_BYTES", linked_bytes)
+    checkpoint = of_run(tmp_path / "run", 1)
+    registry.add(checkpoint)
+    links = (registry.folder_of(1) / "adapter_model.safetensors").stat().st_nlink
+    assert links == (1 if linked_bytes else 2)
+    shutil.rmtree(tmp_path / "run")
+    registry.verify(1)
+
+
+def test_small_files_are_copies_so_that_editing_the_original_changes_no_version(
+    registry: Registry, tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path / "adapter")
+    registry.add(folder)
+    with (folder / "adapter_config.json").open("r+") as file:
+        file.write("{{{")
+    registry.verify(1)
+
+
+def test_a_file_that_others_may_not_read_is_copied(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINKED_BYTES", 0)
+    folder = adapter(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").chmod(0o600)
+    registry.add(folder)
+    assert (registry.folder_of(1) / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system here")
+def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINKED_BYTES", 0)
+    elsewhere = Path("/dev/shm") / f"raylign-test-{os.getpid()}"
+    try:
+        registry = Registry(elsewhere)
+        registry.add(adapter(tmp_path / "adapter"))
+        registry.verify(1)
+    finally:
+        shutil.rmtree(elsewhere)
+
+
+def test_a_folder_of_links_is_copied_by_what_they_lead_to(registry: Registry, tmp_path: Path) -> None:
+    blobs = adapter(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    registry.add(snapshot)
+    shutil.rmtree(blobs)
+    registry.verify(1)
+
+
+def test_the_same_files_are_the_same_version(registry: Registry, tmp_path: Path) -> None:
+    first = registry.add(of_run(tmp_path / "run", 1))
+    copied = shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000001", tmp_path / "copy")
+    assert registry.add(copied) == first
+    assert registry.add(adapter(tmp_path / "bare")) == first, "neither trainer state nor README make it another"
+    assert registry.add(registry.folder_of(1)) == first
+    assert registry.add(adapter(tmp_path / "other", seed=5)).number == 2
+    assert [version.number for version in registry.versions()] == [1, 2]
+
+
+def test_a_damaged_version_is_replaced_by_one_at_a_new_path(registry: Registry, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter")
+    registry.add(folder)
+    (registry.folder_of(1) / "adapter_model.safetensors").write_bytes(b"")
+    version = registry.add(folder)
+    assert version.number == 2
+    registry.verify(2)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "COMMITTED"])
+def test_a_corrupt_checkpoint_leaves_nothing_behind(registry: Registry, tmp_path: Path, name: str) -> None:
+    checkpoint = of_run(tmp_path / "run", 1)
+    content = bytearray((checkpoint / name).read_bytes())
+    content[-1] ^= 1
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        registry.add(checkpoint)
+    assert registry.versions() == []
+    assert not registry.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer/tensors.safetensors", "manifest.json"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(registry: Registry, tmp_path: Path, name: str) -> None:
+    checkpoint = of_run(tmp_path / "run", 1)
+    (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        registry.add(checkpoint)
+
+
+def test_a_run_with_a_damaged_checkpoint_gives_the_one_before(registry: Registry, tmp_path: Path) -> None:
+    of_run(tmp_path / "run", 1)
+    (of_run(tmp_path / "run", 2, seed=2) / "tokenizer.json").write_text("")
+    assert registry.add(tmp_path / "run").name == "run-step-00000001"
+
+
+def test_a_file_beside_a_checkpoint_s_own_is_left_out(registry: Registry, tmp_path: Path) -> None:
+    checkpoint = of_run(tmp_path / "run", 1)
+    (checkpoint / "generation_config.json").write_text("{}")
+    registry.add(checkpoint)
+    assert not (registry.folder_of(1) / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("path", ["gone", "file", "empty"])
+def test_what_holds_no_model_is_refused(registry: Registry, tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=path):
+        registry.add(tmp_path / path)
+
+
+def test_a_candidate_that_does_not_fit_is_not_kept(three: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="rank 64"):
+        three.add(adapter(tmp_path / "large", rank=64), fits=1)
+    with pytest.raises(ServingError, match="rank is 600"):
+        three.add(adapter(tmp_path / "too-large", rank=600))
+    assert len(three.versions()) == 3
+    assert three.add(adapter(tmp_path / "fine", rank=4), fits=1).number == 4
+
+
+def test_there_is_room_for_every_adapter_that_was_ever_added(three: Registry, tmp_path: Path) -> None:
+    assert three.room() == Room(rank=8, target_modules=("q_proj", "v_proj"))
+    three.add(adapter(tmp_path / "large", rank=20, modules=("k_proj",)))
+    three.add(whole(tmp_path / "whole"))
+    assert three.room() == Room(rank=32, target_modules=("k_proj", "q_proj", "v_proj"))
+
+
+def test_verify_finds_a_change_and_names_the_file(three: Registry) -> None:
+    three.verify(2)
+    file = three.folder_of(2) / "tokenizer.json"
+    file.write_text(file.read_text().replace("BPE", "bpe"))
+    with pytest.raises(CheckpointError, match=r"the content of tokenizer\.json has changed"):
+        three.verify(2)
+    shutil.rmtree(three.folder_of(2))
+    for asked in (three.verify, three.version, three.folder_of, three.promote):
+        with pytest.raises(ServingError, match="there is no version 2; there are 1, 3"):
+            asked(2)
+
+
+def test_promotions_follow_each_other_and_are_counted(three: Registry) -> None:
+    assert three.state() == State(current=1, serial=1)
+    three.promote(2)
+    assert three.promote(3) == three.state() == State(current=3, previous=2, older=(1,), serial=3)
+    assert three.promote(3) == State(current=3, previous=2, older=(1,), serial=3), "nothing changed"
+
+
+def test_rollbacks_go_further_and_further_back(three: Registry) -> None:
+    three.promote(2)
+    three.promote(3)
+    assert three.rollback() == State(current=2, previous=1, serial=4)
+    assert three.rollback() == State(current=1, serial=5)
+    with pytest.raises(ServingError, match="nothing answered before version 1"):
+        three.rollback()
+    three.promote(3)
+    assert three.rollback().current == 1, "a version that was taken back is no way back"
+
+
+def test_a_rollback_ends_a_canary_first(three: Registry) -> None:
+    three.promote(2)
+    three.canary(3, 0.1)
+    assert three.rollback() == State(current=2, previous=1, serial=4)
+    assert three.rollback().current == 1
+
+
+def test_a_canary_gets_its_share_until_it_is_promoted_or_ended(three: Registry) -> None:
+    assert three.canary(2, 0.0) == State(current=1, canary=2, serial=2)
+    assert three.canary(2, 0.25).share == 0.25
+    assert three.promote(2) == State(current=2, previous=1, serial=4)
+    three.canary(3, 0.5)
+    assert three.end_canary() == State(current=2, previous=1, serial=6)
+    assert three.end_canary().serial == 6
+    three.canary(3, 0.5)
+    assert three.promote(2) == State(current=2, previous=1, serial=8), "promoting the current one ends the trial"
+
+
+def test_a_canary_that_makes_no_sense_is_refused(three: Registry) -> None:
+    three.canary(2, 0.1)
+    with pytest.raises(ServingError, match="version 2 is being tried already"):
+        three.canary(3, 0.1)
+    with pytest.raises(ServingError, match="version 1 answers already"):
+        three.canary(1, 0.1)
+    with pytest.raises(ServingError, match="there is no version 9"):
+        three.canary(9, 0.1)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ServingError, match="from 0 to below 1"):
+            three.canary(2, share)
+    assert three.state() == State(current=1, canary=2, share=0.1, serial=2)
+
+
+def test_a_change_that_replicas_cannot_follow_is_taken_back(three: Registry) -> None:
+    before = three.state()
+    three.promote(2)
+    assert three.restore(before) == State(current=1, serial=3)
+    before = three.state()
+    three.promote(2)
+    three.promote(3)
+    assert three.restore(before).current == 3, "somebody else has gone on since"
+
+
+def test_damaged_files_of_the_registry_are_named(three: Registry) -> None:
+    for damage in ("", "{}]", '{"current": "x"}'):
+        (three.folder / "state.json").write_text(damage)
+        with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+            three.state()
+    told = three.folder / "versions" / "00002.json"
+    told.write_text(told.read_text()[:-10])
+    with pytest.raises(CheckpointError, match=r"00002\.json is damaged"):
+        three.version(2)
+    told.unlink()
+    with pytest.raises(CheckpointError, match=r"00002\.json is missing"):
+        three.version(2)
+
+
+def test_whoever_is_killed_while_adding_leaves_a_registry_that_works(tmp_path: Path) -> None:
+    """The child is killed before its first change to the file system, its second, and so on, until it gets through."""
+    template = Registry(tmp_path / "template")
+    template.add(adapter(tmp_path / "first"))
+    template.promote(1)
+    candidate = of_run(tmp_path / "run", 1, seed=2)
+    for count in itertools.count(1):
+        registry = Registry(tmp_path / "registry")
+        shutil.copytree(template.folder, registry.folder)
+        status = in_child(lambda: killed_before(count, lambda: registry.add(candidate)))  # noqa: B023
+        assert_intact(registry)
+        assert registry.add(candidate).number == 2
+        assert_intact(registry)
+        assert sorted(path.name for path in (registry.folder / "versions").iterdir() if path.is_dir()) == [
+            "00001",
+            "00002",
+        ]
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        shutil.rmtree(registry.folder)
+    assert count > 20, "it was killed at many places"
+
+
+def test_whoever_is_killed_while_promoting_leaves_the_old_state_or_the_new(three: Registry, tmp_path: Path) -> None:
+    for count in itertools.count(1):
+        registry = Registry(tmp_path / "copy")
+        shutil.copytree(three.folder, registry.folder)
+        status = in_child(lambda: killed_before(count, lambda: registry.promote(2)))  # noqa: B023
+        assert registry.state() in (State(current=1, serial=1), State(current=2, previous=1, serial=2))
+        assert registry.promote(2) == State(current=2, previous=1, serial=2)
+        if status == 0:
+            break
+        shutil.rmtree(registry.folder)
+    assert count > 4
+
+
+def killed_before(count: int, do: Callable[[], object]) -> None:
+    """Does something, and dies before its change to the file system of that number."""
+    left = count
+
+    def hook(event: str, arguments: Any) -> None:
+        nonlocal left
+        if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    do()
+
+
+def assert_intact(registry: Registry) -> None:
+    assert registry.state() == State(current=1, serial=1)
+    for version in registry.versions():
+        registry.verify(version.number)
+
+
+def test_many_at_once_add_and_promote_as_if_one_after_the_other(registry: Registry, tmp_path: Path) -> None:
+    folders = [adapter(tmp_path / f"adapter-{seed}", seed=seed) for seed in range(5)]
+
+    def work(first: int) -> None:
+        for place in range(5):
+            number = registry.add(folders[(first + place) % 5]).number
+            registry.promote(number)
+
+    children = [FORK.Process(target=work, args=(first,)) for first in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert [version.number for version in registry.versions()] == [1, 2, 3, 4, 5]
+    assert len({version.content for version in registry.versions()}) == 5
+    state = registry.state()
+    answered = [state.current, state.previous, *state.older]
+    assert state.serial == len(answered), "every change is there, once"
+    assert all(one != other for one, other in itertools.pairwise(answered))
+    for version in registry.versions():
+        registry.verify(version.number)
+
+
+def test_a_full_disk_is_an_error_in_words_and_changes_nothing(three: Registry, tmp_path: Path) -> None:
+    large = adapter(tmp_path / "large", seed=9)
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        with pytest.raises(CheckpointError, match=r"cannot be copied into .*File too large"):
+            three.add(large)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, 200))
+        with pytest.raises(CheckpointError, match=r"state\.json cannot be written: .*File too large"):
+            three.promote(2)
+
+    assert in_child(fill) == 0
+    assert three.state() == State(current=1, serial=1)
+    assert three.add(large).number == 4
