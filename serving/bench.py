@@ -130,7 +130,7 @@ def server(name: str, model: str, folder: Path) -> Iterator[Server]:
     commands: dict[str, Callable[[], list[str]]] = {
         "vllm": lambda: [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(model, port)],
         "ray": lambda: [sys.executable, "-m", "serving.bench_ray", model, str(port)],
-        "ours": lambda: [sys.executable, "-m", "alignment.cli", "serve", model, *our_settings(port, folder)],
+        "ours": lambda: [sys.executable, "-m", "alignment.cli", "serve", model, *our_settings(model, port, folder)],
     }
     log = folder / f"{name}.log"
     key = _key(folder) if name == "ours" else None
@@ -163,7 +163,7 @@ ENGINE = {"max-model-len": 1024, "max-num-seqs": 16, "kv-cache-memory-bytes": 2*
 """Engine settings of all three."""
 
 
-def our_settings(port: int, folder: Path) -> list[str]:
+def our_settings(model: str, port: int, folder: Path) -> list[str]:
     """Settings of our endpoint."""
     return [
         f"port={port}",
@@ -174,6 +174,7 @@ def our_settings(port: int, folder: Path) -> list[str]:
         "max_num_seqs=16",
         "kv_cache_gib=0.5",
         "rewards.min_replicas=1",
+        f"rewards.reference={model}",
         "feedback.record=true",
     ]
 

@@ -104,7 +104,13 @@ class Scoring:
         where = torch.device(device)
         self._registry = Registry(Path(registry))
         self._rewards = None if config.rewards.model is None else _reward_model(config, where)
-        self._policies = None if self._rewards else _policies(config, self._registry, where)
+        self._policies: Policies | None = None
+        self._lacks = ""
+        if self._rewards is None:
+            try:
+                self._policies = _policies(config, self._registry, where)
+            except ServingError as error:  # the rest of the service can do without
+                self._lacks = str(error)
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
     async def rate(self, jobs: list[Job]) -> list[Rated | Reply]:
@@ -127,7 +133,8 @@ class Scoring:
         groups = [item.group() for item in job.items]
         if self._rewards is not None:
             return Rated(version=number, rewards=tuple(map(tuple, self._rewards.score(groups))))
-        assert self._policies is not None
+        if self._policies is None:
+            raise ServingError(self._lacks)
         return Rated(version=number, ratios=self._policies.ratios(groups, self._registry.version(number)))
 
 
@@ -255,6 +262,6 @@ def _policies(config: ServeConfig, registry: Registry, device: torch.device) -> 
     trained = (version.config or {}).get("model", {}).get("path")
     path = config.rewards.reference or version.base or trained
     if path is None:
-        raise ServingError("rewards of whole weights need their reference: set rewards.reference to its model")
+        raise ServingError("Rewards of whole weights need their reference: set rewards.reference to its model.")
     dtype: Literal["bf16", "fp32"] = "bf16" if config.dtype == "auto" else config.dtype
     return Policies(registry, ModelConfig(path=path, dtype=dtype), max_length=config.rewards.max_length, device=device)

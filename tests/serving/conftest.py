@@ -16,11 +16,11 @@ import openai
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from serving.keys import create_key
-from serving.store import Store
 from transformers import AutoModelForCausalLM
 
 from alignment.models.folders import bundled
+from serving.keys import create_key
+from serving.store import Store
 from tests.conftest import free_port
 
 ALIGNED = "random-adapter"

@@ -179,6 +179,14 @@ def test_whole_weights_are_swapped_under_load(whole: tuple[Running, Path, list[s
     assert seen.answers == {"1": {texts[0]}, "2": {texts[1]}}
 
 
+def test_rewards_of_whole_weights_without_a_reference_are_refused_in_words(
+    whole: tuple[Running, Path, list[str]],
+) -> None:
+    answer = whole[0].ask("POST", "/v1/rewards", {"items": [{"prompt": "x", "completions": ["y"]}]})
+    assert answer.status_code == 409
+    assert "rewards.reference" in answer.json()["error"]["message"]
+
+
 def test_a_restarted_replica_has_the_current_version(whole: tuple[Running, Path, list[str]]) -> None:
     endpoint, _, texts = whole
     family = psutil.Process(endpoint.process.pid).children(recursive=True)
