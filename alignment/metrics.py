@@ -67,11 +67,13 @@ class FileReporter:
         """`bar`: makes the progress bar; Ray has one of its own for output that comes from workers. By default there is
         one if the output goes to a terminal.
         """
-        from tensorboardX import SummaryWriter
+        # Not SummaryWriter, whose thread and queue can wait for each other for ever if a signal ends the process.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
+        board = folder / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
         self.file = folder / "metrics.jsonl"
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.board = EventsWriter(str(board / "events"))
         self._bar_class = bar
         self._bar: Any = None
         self._steps = 0
@@ -92,8 +94,7 @@ class FileReporter:
     def report(self, step: int, metrics: Metrics) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step, walltime=time.time())
+        self._draw(step, metrics)
         self.note(_line(step, self._steps, metrics))
         if step:
             self._bar.update(1)
@@ -102,6 +103,14 @@ class FileReporter:
         if self._bar is not None:
             self._bar.close()
         self.board.close()
+
+    def _draw(self, step: int, metrics: Metrics) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self.board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self.board.flush()
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

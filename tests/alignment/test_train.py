@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from alignment.checkpoint import checkpoints_of, find_checkpoint, newest_intact
 from alignment.config import RunConfig
@@ -46,6 +49,17 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
+def tensorboard(folder: Path) -> Iterator[tuple[int, str, float]]:
+    """Step, name and value of everything in a run's TensorBoard file, whose records are length, check, data, check."""
+    (file,) = folder.glob("tensorboard/events*")
+    data = file.read_bytes()
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        event = Event.FromString(data[12 : 12 + length])
+        yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+        data = data[16 + length :]
+
+
 def test_dpo_learns_to_tell_its_pairs_apart(run_settings: Settings) -> None:
     folder = run(run_settings, steps=15, evaluate={"every": 5, "samples": 2, "sample_tokens": 4})
     metrics = read_metrics(folder)
@@ -55,7 +69,9 @@ def test_dpo_learns_to_tell_its_pairs_apart(run_settings: Settings) -> None:
     assert [line["step"] for line in metrics if "eval/loss" in line] == [0, 5, 10, 15]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 0, 15, 15]
-    assert list(folder.glob("tensorboard/events*"))
+    drawn = {(step, name): value for step, name, value in tensorboard(folder)}
+    assert drawn[15, "loss"] == pytest.approx(metrics[-1]["loss"])
+    assert len(drawn) == sum(len(line) - 1 for line in metrics)
     assert json.loads((folder / "summary.json").read_text())["groups_per_second"] > 0
 
 

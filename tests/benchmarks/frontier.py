@@ -34,11 +34,23 @@ OPENINGS = (
     "The music in this movie",
     "From the very first scene,",
 )
-KINDS = ("comedy", "drama", "thriller", "documentary", "western", "love story", "war film", "musical")
-NUM_HELD_OUT = 24
+KINDS = (
+    "comedy",
+    "drama",
+    "thriller",
+    "documentary",
+    "western",
+    "love story",
+    "war film",
+    "musical",
+    "crime film",
+    "family film",
+    "silent film",
+    "road movie",
+)
 DPO_BETAS = (0.05, 0.2, 1.0)
 PPO_PRICES = (0.0, 0.03, 0.1)
-STEPS, EVERY, PROMPTS_PER_STEP, COMPLETIONS, TOKENS = 12, 4, 16, 4, 24
+STEPS, EVERY, PROMPTS_PER_STEP, COMPLETIONS, TOKENS = 15, 5, 16, 4, 32
 WIDTH, HEIGHT, EDGE = 640, 420, 56
 COLOURS = {"dpo": "#1f6feb", "ppo": "#d1495b"}
 
@@ -60,12 +72,13 @@ def main() -> None:
     args = arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
     prompts = [f"A review of a {kind}: {opening}" for opening in OPENINGS for kind in KINDS]
-    write(args.folder / "held_out.jsonl", [{"prompt": prompt} for prompt in prompts[::4][:NUM_HELD_OUT]])
     rest = [prompt for number, prompt in enumerate(prompts) if number % 4]
     write(args.folder / "prompts.jsonl", [{"prompt": prompt} for prompt in rest])
-    pairs = args.folder / "pairs.jsonl"
-    if not pairs.exists():
-        write(pairs, judged_answers(rest, args.model))
+    if not (args.folder / "pairs.jsonl").exists():
+        judged = judged_answers(prompts, args.model)
+        write(args.folder / "pairs.jsonl", [row for row in judged if row["prompt"] in rest])
+        # DPO wants pairs to evaluate on too; so both methods answer those held-out prompts that have some.
+        write(args.folder / "held_out.jsonl", [row for row in judged if row["prompt"] not in rest])
     points = [
         *(point for beta in args.betas for point in measured(args, "dpo", beta)),
         *(point for price in args.prices for point in measured(args, "ppo", price)),
@@ -89,7 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--betas", type=float, nargs="*", default=DPO_BETAS, help="DPO's β")
     parser.add_argument("--prices", type=float, nargs="*", default=PPO_PRICES, help="PPO's price of a nat")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of DPO, and steps of PPO")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of both (LoRA)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate of both (LoRA)")
     return parser.parse_args()
 
 

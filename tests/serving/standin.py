@@ -25,6 +25,11 @@ from serving.schema import Refused
 MODEL = "assistant"
 
 
+def broken(prompt: str) -> str:
+    """What a version says that cannot answer: HTTP 500, told and not thrown, which would close the connection."""
+    raise Refused(500, "This went wrong.")
+
+
 @dataclass(kw_only=True)
 class Standin:
     """What the endpoint does; tests change it while it runs."""

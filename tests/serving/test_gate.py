@@ -14,7 +14,7 @@ from alignment.errors import ConfigError, DataError, RewardError, ServingError
 from serving.client import Service
 from serving.gate import Figures, GateConfig, Margins, Verdict, evaluate, held_out, judge, load_gate
 from serving.registry import Registry
-from tests.serving.standin import MODEL, Standin, running
+from tests.serving.standin import MODEL, Standin, broken, running
 from tests.serving.tiny import adapter
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def test_an_endpoint_with_a_reward_model_can_compare_pairs_but_knows_no_divergen
 
 def test_the_first_failure_ends_the_examination(service: Standin, write_rows: Any) -> None:
     rows = [{**ROWS[0], "prompt": f"{number} + 2?"} for number in range(200)]
-    service.says[2] = lambda prompt: 1 / 0  # type: ignore[return-value]
+    service.says[2] = broken
     with pytest.raises(ServingError, match="HTTP status 500"):
         figures(gate(write_rows, rows, prompts=200, concurrency=2), service)
     assert len(service.asked) < 50

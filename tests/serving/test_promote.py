@@ -19,7 +19,7 @@ from serving.client import Listing, Service
 from serving.promote import promote, rollback, versions
 from serving.registry import Registry, State
 from tests.conftest import free_port
-from tests.serving.standin import Standin, running
+from tests.serving.standin import Standin, broken, running
 from tests.serving.tiny import adapter, of_run
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ def test_an_examination_that_fails_leaves_the_endpoint_as_it_was(
 ) -> None:
     if share:
         promote(run, url=service.url, canary=share)
-    service.says[2] = lambda prompt: 1 / 0  # type: ignore[return-value]
+    service.says[2] = broken
     with pytest.raises(ServingError, match="HTTP status 500"):
         promote(run, url=service.url, gate=gate)
     state = service.registry.state()
