@@ -1,0 +1,63 @@
+"""Which replica answers: the turns of one conversation go where its beginning is still in the prefix cache.
+
+A conversation's home is found by rendezvous hashing (Thaler and Ravishankar, 1998) of its beginning over the replicas.
+So every ingress finds the same one without asking anybody, and a replica that comes or goes moves only its own share.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+BEGINNING = 1024
+"""Characters, or tokens, of a text that tell one conversation from another."""
+AHEAD = 0.25
+"""How much more a home may have to do than the idlest replica, as a part of what it can do at once."""
+
+
+class ByConversation(RequestRouter):
+    """Ray Serve's choice of a replica: a conversation's home, unless it is much busier than the others."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Groups of replicas, in the order in which they are tried; of each, the one with the least to do is taken."""
+        if len(candidate_replicas) < 2:
+            return [candidate_replicas]
+        any_two = random.sample(candidate_replicas, 2)
+        begun = beginning(pending_request.args) if pending_request is not None else None
+        if begun is None:
+            return [any_two]
+        at_home = candidate_replicas[home(begun, [one.replica_id.unique_id for one in candidate_replicas])]
+        return [any_two] if self._is_busier(at_home, candidate_replicas) else [[at_home], any_two]
+
+    def _is_busier(self, one: RunningReplica, others: Sequence[RunningReplica]) -> bool:
+        """Whether a replica is so much busier than the idlest that waiting costs more than its cache saves."""
+        lengths = {other.replica_id: self.replica_queue_len_cache.get(other.replica_id) for other in others}
+        own, least = lengths[one.replica_id], min((known for known in lengths.values() if known is not None), default=0)
+        return own is not None and own - least > AHEAD * one.max_ongoing_requests
+
+
+def home(begun: str, names: Sequence[str]) -> int:
+    """Place of the name that a beginning belongs to."""
+    return max(range(len(names)), key=lambda place: blake2b(f"{names[place]} {begun}".encode(), digest_size=8).digest())
+
+
+def beginning(arguments: Sequence[Any]) -> str | None:
+    """What all requests of a conversation have in common, from the arguments of `Engine.answer`; None if nothing.
+
+    Of a chat these are the messages up to the first of the user, of other texts the first characters.
+    """
+    bodies = [each for each in arguments if isinstance(each, dict)]
+    if not bodies:
+        return None
+    body = bodies[0]
+    if "messages" not in body:
+        return str(body.get("prompt", ""))[:BEGINNING]
+    turns = body["messages"]
+    asked = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    return "".join(str(turn.get("content"))[:BEGINNING] for turn in turns[: asked + 1])
