@@ -7,12 +7,14 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from alignment.config import check_config
 from serving.config import Device, ServeConfig
 from serving.engine import Engine, EngineSettings
 from serving.ingress import Ingress
 from serving.registry import Registry
+from serving.routing import ByConversation
 from serving.scoring import MAX_BATCH, Scoring
 from serving.served import Served, publish
 
@@ -25,6 +27,8 @@ REPLICA_CPUS = 1.0
 SCORING_CPUS = 0.1
 AT_ONCE = 10_000
 """Requests in progress in a replica that only passes on."""
+LOOK_BACK_S = 10.0
+"""Over which autoscaling takes the mean of what there is to do."""
 SCORING_IDLE_S = 600.0
 """Seconds without a request after which a scorer that nobody wants to keep ends."""
 
@@ -94,7 +98,11 @@ def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            "look_back_period_s": LOOK_BACK_S,
         },
+        "request_router_config": RequestRouterConfig(request_router_class=ByConversation),
         "max_ongoing_requests": config.max_num_seqs,
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,

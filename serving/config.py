@@ -114,10 +114,14 @@ class ServeConfig(Section):
     """Replicas at most; equal to `min_replicas`, nothing scales."""
     target_ongoing_requests: Positive = 32.0
     """Requests in progress per replica that autoscaling aims at; with more, it starts another replica."""
+    upscale_delay_s: NonNegative = 10.0
+    """Seconds that there must have been more of them before a replica is started."""
+    downscale_delay_s: NonNegative = 600.0
+    """Seconds that there must have been fewer of them before a replica is ended."""
     request_timeout_s: Positive = 600.0
     """Seconds until a request that is not answered in full is given up."""
-    drain_timeout_s: NonNegative = 20.0
-    """Seconds that answers in progress still get when a replica stops."""
+    drain_timeout_s: NonNegative = 660.0
+    """Seconds that answers in progress still get when a replica stops; more than `request_timeout_s` cuts none off."""
     limits: LimitsConfig = LimitsConfig()
     rewards: RewardsConfig = RewardsConfig()
     feedback: FeedbackConfig = FeedbackConfig()

@@ -59,6 +59,8 @@ class Status:
 
     version: int
     loaded: tuple[int, ...]
+    asked: int
+    """Requests that it has been given since it started."""
     error: str | None = None
     """Why it could not move to what the registry says; None if it has."""
 
@@ -68,6 +70,7 @@ class Engine:
 
     async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._cleanup = ExitStack()
+        self._asked = 0
         _set_environment(settings)
         from ray.serve.llm.deployment import LLMServer
 
@@ -101,6 +104,7 @@ class Engine:
         Args:
             wanted: number of the model version to answer; None leaves it to the registry.
         """
+        self._asked += 1
         try:
             request = _parse(route, body)
             if isinstance(request, Reply):
@@ -156,7 +160,7 @@ class Engine:
     async def status(self) -> Status:
         """Which versions this replica holds; also says that it can answer."""
         await self._server.check_health()
-        return Status(version=self._versions.current, loaded=self._versions.loaded)
+        return self._status()
 
     async def adopt(self) -> Status:
         """Moves to what the registry says."""
@@ -172,7 +176,11 @@ class Engine:
             await moving
         except ServingError as problem:
             error = str(problem)
-        return Status(version=self._versions.current, loaded=self._versions.loaded, error=error)
+        return self._status(error)
+
+    def _status(self, error: str | None = None) -> Status:
+        versions = self._versions
+        return Status(version=versions.current, loaded=versions.loaded, asked=self._asked, error=error)
 
     async def check_health(self) -> None:
         """Asked by Ray Serve every 10 s; a replica whose engine died is replaced.

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -202,9 +202,23 @@ def _application(config: ServeConfig, served: Served, registry: Registry) -> Ite
         _deploy(target, config)
         yield
     finally:
-        _ignore_signals()
-        typer.echo("Stopping …")
-        serve.delete(APPLICATION)
+        typer.echo("Stopping when answers in progress have ended; Ctrl-C cuts them off …")
+        _delete(config)
+
+
+def _delete(config: ServeConfig) -> None:
+    """Takes the application down; another signal ends the waiting for what it still answers."""
+    from ray import serve
+
+    deadline = time.monotonic() + config.drain_timeout_s
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                serve.delete(APPLICATION)
+                return
+            except TimeoutError:  # Ray waits for a minute, however long an answer may take
+                if time.monotonic() > deadline:
+                    return
 
 
 def _deploy(target: Application, config: ServeConfig) -> None:

@@ -127,9 +127,7 @@ class Registry:
             ModelError: it is an adapter whose base model is not there.
             ServingError: it is of a kind that is not served, or does not fit.
         """
-        origin = Path(checkpoint_or_path(str(checkpoint))).expanduser().resolve()
-        if not origin.is_dir():
-            raise CheckpointError(f"{checkpoint} is not a folder here (looked from {Path.cwd()})")
+        origin = _folder(checkpoint)
         check_servable(origin)
         if fits is not None:
             check_fits(origin, self.folder_of(fits), room=self.room())
@@ -330,6 +328,16 @@ def _tried(now: State, number: int, share: float) -> State:
 
 def _settled(now: State) -> State:
     return replace(now, canary=None, share=0.0)
+
+
+def _folder(checkpoint: Path) -> Path:
+    try:
+        origin = Path(checkpoint_or_path(str(checkpoint))).expanduser().resolve()
+        if origin.is_dir():
+            return origin
+    except (OSError, RuntimeError, ValueError):
+        pass  # no path at all: too long, or of a user that there is not
+    raise CheckpointError(f"{str(checkpoint)[:200]} is not a folder here (looked from {Path.cwd()})")
 
 
 def _copy(origin: Path, target: Path) -> str:

@@ -19,7 +19,7 @@ AHEAD = 0.25
 """How much more a home may have to do than the idlest replica, as a part of what it can do at once."""
 
 
-class ByConversation(RequestRouter):
+class ByConversation(RequestRouter):  # type: ignore[misc]
     """Ray Serve's choice of a replica: a conversation's home, unless it is much busier than the others."""
 
     async def choose_replicas(
@@ -57,7 +57,7 @@ def beginning(arguments: Sequence[Any]) -> str | None:
         return None
     body = bodies[0]
     if "messages" not in body:
-        return str(body.get("prompt", ""))[:BEGINNING]
+        return str(body.get("prompt", "")[:BEGINNING])
     turns = body["messages"]
     asked = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), 0)
     return "".join(str(turn.get("content"))[:BEGINNING] for turn in turns[: asked + 1])

@@ -7,6 +7,7 @@ import json
 import random
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -191,13 +192,13 @@ def routes(service: Service) -> APIRouter:
         limit: Annotated[int | None, Query(ge=1, le=10**6)] = None,
     ) -> Response:
         """Training rows as JSON lines; `raylign train` reads them."""
-        rows = await asyncio.to_thread(lambda: store.export(since=since, limit=limit))
+        rows = await read(lambda: store.export(since=since, limit=limit))
         return StreamingResponse(rows, media_type="application/x-ndjson")
 
     @router.get("/v1/feedback/statistics", tags=["labeller"])
     async def statistics() -> Response:
         """How much there is, and how far people agree."""
-        return JSONResponse(asdict(await asyncio.to_thread(store.statistics)))
+        return JSONResponse(asdict(await read(store.statistics)))
 
     @router.delete("/v1/records/{id}", tags=["admin"])
     async def delete(id: Annotated[str, Field(max_length=200)]) -> Response:
@@ -231,5 +232,21 @@ async def kept(future: Future[Kept]) -> Kept:
     try:
         return await asyncio.wrap_future(future)
     except StoreError as error:
-        status = STATUS.get(type(error), 500)
-        raise Refused(status, f"{error}.", retry_after_s=RETRY_S if status == 503 else None) from error
+        raise _refused(error) from error
+
+
+async def read(reading: Callable[[], Kept]) -> Kept:
+    """What the store finds.
+
+    Raises:
+        Refused: it cannot, and why.
+    """
+    try:
+        return await asyncio.to_thread(reading)
+    except StoreError as error:
+        raise _refused(error) from error
+
+
+def _refused(error: StoreError) -> Refused:
+    status = STATUS.get(type(error), 500)
+    return Refused(status, f"{error}.", retry_after_s=RETRY_S if status == 503 else None)

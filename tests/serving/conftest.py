@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -61,8 +63,8 @@ def database_in(folder: Path) -> str:
 
 
 @contextmanager
-def started(checkpoint: Path | str, folder: Path, *settings: str) -> Iterator[Running]:
-    """`raylign serve`, ended afterwards."""
+def started(checkpoint: Path | str, folder: Path, *settings: str, ready: str = "/readyz") -> Iterator[Running]:
+    """`raylign serve`, ended afterwards; given when the path `ready` answers with status 200."""
     port, output = free_port(), folder / "output.txt"
     store = Store(database_in(folder))
     keys = {role: create_key(store, name=f"the-{role}", role=role) for role in ("user", "labeller", "admin")}  # type: ignore[arg-type]
@@ -77,7 +79,7 @@ def started(checkpoint: Path | str, folder: Path, *settings: str) -> Iterator[Ru
         bearer = {"authorization": f"Bearer {keys['user']}"}
         paths = ("/healthz", "/readyz", "/v1/models")
         before = {path: httpx.get(url + path, headers=bearer).status_code for path in paths}
-        wait_for(process, f"{url}/readyz", output)
+        wait_for(process, url + ready, output)
         yield Running(process=process, url=url, output=output, folder=folder, keys=keys, before=before)
     finally:
         process.terminate()
@@ -96,6 +98,15 @@ def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:
             pass
         time.sleep(0.2)
     pytest.fail(f"{url} did not answer within {START_TIMEOUT_S} s:\n{output.read_text()}")
+
+
+def holding(endpoint: Running, *texts: str) -> list[Path]:
+    """Files of the endpoint's output and logs that hold one of the texts."""
+    commands = [" ".join(child.cmdline()) for child in psutil.Process(endpoint.process.pid).children(recursive=True)]
+    session = Path(next(found[0] for command in commands if (found := re.search(r"/[^\s=]*/session_[^/\s]+", command))))
+    files = [file for file in (endpoint.output, *session.rglob("*")) if file.is_file() and not file.is_socket()]
+    assert len(files) > 10
+    return [file for file in files if any(text.encode() in file.read_bytes() for text in texts)]
 
 
 def random_adapter(seed: int, base: Any = None) -> PeftModel:

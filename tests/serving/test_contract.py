@@ -31,14 +31,13 @@ def test_no_request_that_the_document_allows_or_forbids_breaks_the_service(tiny_
     with started(tiny_model, tmp_path, *settings) as endpoint:
         document = tmp_path / "openapi.json"
         document.write_text(endpoint.ask("GET", "/openapi.json").text)
-        told = schemathesis(endpoint, document)
-        assert told["cases"] >= CASES_AT_LEAST, told
+        assert cases_tried(endpoint, document) >= CASES_AT_LEAST
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 2}
         assert endpoint.ask("POST", "/v1/chat/completions", chat).status_code == 200
 
 
-def schemathesis(endpoint: Running, document: Path) -> dict[str, int]:
-    """Asks with an admin's key, so that every route is reached."""
+def cases_tried(endpoint: Running, document: Path) -> int:
+    """Has schemathesis ask with an admin's key, so that every route is reached; fails at any status of 500 and more."""
     report = document.parent / "report.json"
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", str(document), "--url", endpoint.url),
@@ -50,5 +49,4 @@ def schemathesis(endpoint: Running, document: Path) -> dict[str, int]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=document.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    print(done.stdout[-1500:])
-    return dict(json.loads(report.read_text()))
+    return int(json.loads(report.read_text())["test_cases"]["generated"])

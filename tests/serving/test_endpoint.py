@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 from peft import PeftModel
 from transformers import AutoTokenizer
 
 from alignment.models.folders import BUNDLED, bundled
-from tests.serving.conftest import ALIGNED, Running
+from tests.serving.conftest import ALIGNED, Running, holding
 
 QUESTION = "What is the capital of France, and what is it known for?"
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -201,11 +198,7 @@ def test_a_client_that_goes_away_frees_its_place(endpoint: Running) -> None:
 
 def test_no_log_holds_what_people_ask(endpoint: Running) -> None:
     greedy_answer(endpoint, ALIGNED)
-    commands = [" ".join(child.cmdline()) for child in psutil.Process(endpoint.process.pid).children(recursive=True)]
-    session = Path(next(found[0] for command in commands if (found := re.search(r"/[^\s=]*/session_[^/\s]+", command))))
-    files = [file for file in session.rglob("*") if file.is_file() and not file.is_socket()]
-    assert len(files) > 10
-    assert not [file for file in files if QUESTION.encode() in file.read_bytes()]
+    assert not holding(endpoint, QUESTION)
 
 
 def test_a_second_endpoint_on_the_same_port_is_refused_at_once(endpoint: Running) -> None:

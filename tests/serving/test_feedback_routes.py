@@ -122,6 +122,10 @@ def test_what_makes_no_sense_is_refused(endpoint: Running, body: dict[str, Any],
     judge(endpoint, status, **body)
 
 
+def test_an_export_after_a_judgement_that_there_is_not_is_refused(endpoint: Running) -> None:
+    assert endpoint.ask("GET", "/v1/feedback/export?since=cmp-1").status_code == 404
+
+
 def test_statistics_count_what_was_said(endpoint: Running) -> None:
     before = endpoint.ask("GET", "/v1/feedback/statistics", role="labeller").json()
     asked = compared(endpoint)

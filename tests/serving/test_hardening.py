@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import socket
 import threading
 import time
@@ -15,22 +17,25 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving.conftest import Running, started
+from tests.serving.conftest import Running, holding, started
 
 TURNS = [{"role": "user", "content": "the quick brown fox"}]
 MODEL = "tiny"
+LONG = 2000
+"""Tokens of a long answer: a few seconds."""
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A tiny model on two replicas, with narrow limits."""
+    folder = tmp_path_factory.mktemp("tiny")
     settings = (
         f"name={MODEL}",
         "min_replicas=2",
         "max_replicas=2",
         "max_num_seqs=4",
         "max_queued_requests=8",
-        "limits.max_tokens=300",
+        f"limits.max_tokens={LONG}",
         "limits.max_n=4",
         "limits.max_body_mib=0.1",
         "limits.body_timeout_s=2",
@@ -38,8 +43,16 @@ def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         f"rewards.reference={tiny_model}",
         "rewards.max_length=256",
     )
-    with started(tiny_model, tmp_path_factory.mktemp("tiny"), *settings) as running:
+    with started(longer(tiny_model, folder / MODEL), folder, *settings) as running:
         yield running
+
+
+def longer(model: Path, folder: Path) -> Path:
+    """A copy of a model that takes longer texts."""
+    shutil.copytree(model, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": LONG + 500}))
+    return folder
 
 
 def chat(endpoint: Running, **more: Any) -> httpx.Response:
@@ -105,7 +118,7 @@ def test_controls_of_the_engine_are_not_there(tiny: Running, path: str) -> None:
         {"model": None},
         {"messages": []},
         {"messages": [{"role": "user"}] * 2000},
-        {"messages": [{"role": "user", "content": "fox " * 2000}]},
+        {"messages": [{"role": "user", "content": "fox " * 4000}]},
         {"messages": [{"role": "god", "content": "x"}]},
         {
             "messages": [
@@ -197,6 +210,46 @@ def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None
         connection.close()
 
 
+def test_hundreds_of_idle_connections_and_half_sent_headers_hold_nobody_up(tiny: Running) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(500)]
+    for number, connection in enumerate(idle):
+        whole = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"
+        connection.sendall(whole.encode()[: None if number % 2 else -6])
+    taken = []
+    for _ in range(20):
+        started_at = time.monotonic()
+        assert chat(tiny).status_code == 200
+        taken.append(time.monotonic() - started_at)
+    assert max(taken) < 3
+    for connection in idle:
+        connection.close()
+
+
+def test_a_conversation_stays_with_its_replica_and_others_go_elsewhere(tiny: Running) -> None:
+    engines_of(tiny)
+
+    def asked() -> list[int]:
+        return [one["asked"] for one in tiny.ask("GET", "/v1/admin/versions").json()["replicas"]]
+
+    def more(before: list[int]) -> list[int]:
+        return sorted(after - earlier for earlier, after in zip(sorted(before), sorted(asked()), strict=True))
+
+    def tell(*contents: str) -> None:
+        roles = ("user", "assistant") * 10
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        assert chat(tiny, messages=turns).status_code == 200
+
+    before = asked()
+    for length in range(1, 12, 2):
+        tell(*(f"turn {number}" for number in range(length)))
+    assert more(before) == [0, 6]
+    before = asked()
+    for number in range(30):
+        tell(f"conversation {number}")
+    assert min(more(before)) > 5
+
+
 def test_more_than_there_is_room_for_is_refused_with_a_time_to_come_back(tiny: Running) -> None:
     with ThreadPoolExecutor(80) as pool:
         answers = list(pool.map(lambda _: chat(tiny, max_tokens=100, ignore_eos=True), range(80)))
@@ -221,6 +274,12 @@ def test_without_recording_no_text_is_kept_and_nothing_is_compared(tiny: Running
     assert_refused(tiny.ask("POST", "/v1/comparisons", {"messages": TURNS}), 409)
     assert tiny.ask("GET", "/v1/feedback/export").text == ""
     assert b"quick brown" not in b"".join(file.read_bytes() for file in tiny.folder.glob("raylign.sqlite*"))
+
+
+def test_no_key_and_no_text_is_told_in_logs_or_figures(tiny: Running) -> None:
+    secrets = [*tiny.keys.values(), "quick brown"]
+    assert not holding(tiny, *secrets)
+    assert not [secret for secret in secrets if secret in tiny.ask("GET", "/metrics").text]
 
 
 def test_a_killed_replica_is_not_noticed_and_comes_back(tiny: Running) -> None:
@@ -252,3 +311,44 @@ def test_a_killed_replica_is_not_noticed_and_comes_back(tiny: Running) -> None:
         assert time.monotonic() < deadline
         time.sleep(1)
     assert {one["version"] for one in tiny.ask("GET", "/v1/admin/versions").json()["replicas"]} == {1}
+
+
+def test_an_endpoint_that_is_ended_ends_its_streams_first_and_takes_no_more(tiny: Running) -> None:
+    body = {"model": MODEL, "messages": TURNS, "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    begun = threading.Semaphore(0)
+
+    def stream() -> list[str]:
+        headers = {"authorization": f"Bearer {tiny.keys['user']}"}
+        url = f"{tiny.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            begun.release()
+            return [line for line in lines if line]
+
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(stream) for _ in range(2)]
+        for _ in streams:
+            assert begun.acquire(timeout=60)
+        tiny.process.send_signal(signal.SIGTERM)
+        assert refused(tiny) < 10
+        assert not any(each.done() for each in streams), "they have to be longer than the endpoint takes to close"
+        ended = [each.result() for each in streams]
+    assert all('"finish_reason":"length"' in told[-2] and told[-1] == "data: [DONE]" for told in ended)
+    assert tiny.process.wait(60) == 0
+
+
+def refused(endpoint: Running) -> float:
+    """Seconds until new requests are refused."""
+
+    def is_refused() -> bool:
+        try:
+            return chat(endpoint).status_code in (404, 503)
+        except httpx.TransportError:
+            return True
+
+    started_at = time.monotonic()
+    while not is_refused():
+        assert time.monotonic() - started_at < 30
+        time.sleep(0.2)
+    return time.monotonic() - started_at

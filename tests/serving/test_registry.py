@@ -101,6 +101,12 @@ def test_a_run_without_evaluations_or_with_a_torn_config_is_registered_all_the_s
     assert (version.data, version.config, version.metrics) == ("fingerprint", None, {})
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", "nul\0"], ids=["long", "user", "nul"])
+def test_what_is_no_path_at_all_is_no_folder_either(registry: Registry, name: str) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder here"):
+        registry.add(Path(name))
+
+
 def test_a_version_holds_what_is_served_and_nothing_else(registry: Registry, tmp_path: Path) -> None:
     registry.add(of_run(tmp_path / "run", 1))
     folder = registry.folder_of(1)

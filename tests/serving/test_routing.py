@@ -1,0 +1,54 @@
+"""Which replica a conversation goes to: always the same one, a fair share to each, and few move when one is gone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from serving.routing import BEGINNING, beginning, home
+
+NAMES = [f"replica-{number}" for number in range(5)]
+BEGUN = [f"conversation {number}" for number in range(2000)]
+
+
+def chat(*contents: Any) -> tuple[Any, ...]:
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return ("chat", {"model": "m", "messages": turns}, None)
+
+
+def test_later_turns_of_a_conversation_begin_like_the_first() -> None:
+    first = beginning(chat("Be kind.", "Hello"))
+    assert first == beginning(chat("Be kind.", "Hello", "Hi!", "How are you?"))
+    assert first != beginning(chat("Be kind.", "Good-bye"))
+    assert first != beginning(chat("Be rude.", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), None),
+        ((3, None), None),
+        (("completions", {"prompt": "abc"}, None), "abc"),
+        (("completions", {"prompt": "a" * 5000}, None), "a" * BEGINNING),
+        (("completions", {"prompt": [1, 2]}, None), "[1, 2]"),
+        (("chat", {"messages": [{"role": "assistant", "content": "I"}]}, None), "I"),
+        (chat("", [{"type": "text", "text": "parts"}]), "[{'type': 'text', 'text': 'parts'}]"),
+    ],
+)
+def test_the_beginning_of_anything_that_can_be_asked(arguments: tuple[Any, ...], expected: str | None) -> None:
+    assert beginning(arguments) == expected
+
+
+def test_each_replica_is_home_to_its_share() -> None:
+    shares = Counter(home(begun, NAMES) for begun in BEGUN)
+    assert all(300 < shares[place] < 500 for place in range(len(NAMES)))
+
+
+def test_when_a_replica_goes_only_its_conversations_move() -> None:
+    left = NAMES[:2] + NAMES[3:]
+    for begun in BEGUN:
+        before, after = NAMES[home(begun, NAMES)], left[home(begun, left)]
+        assert before in (after, NAMES[2])
