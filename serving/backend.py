@@ -17,6 +17,8 @@ from serving.schema import Refused, Reply, Route, refusal
 from serving.scoring import Job, Rated
 
 READY_TIMEOUT_S = 2.0
+READY_FOR_S = 1.0
+"""How long an answer to whether it is ready is taken for true."""
 SWAP_TIMEOUT_S = 600.0
 ATTEMPTS = 5
 """Replicas that are asked before an answer is given up."""
@@ -34,6 +36,8 @@ class Backend:
         self._streaming = engine.options(stream=True)
         self._scoring = scoring
         self._timeout_s = config.request_timeout_s
+        self._asking = asyncio.Lock()
+        self._ready, self._ready_until = False, 0.0
 
     async def ask(self, route: Route, body: dict[str, Any], wanted: int | None = None) -> AsyncGenerator[Reply | str]:
         """What the engine says, up to a failure or the deadline, which become the last part.
@@ -107,6 +111,15 @@ class Backend:
         except (RayError, RayServeException, TimeoutError):
             return []
         return [answer for answer in answers if isinstance(answer, Status)]
+
+    async def is_ready(self) -> bool:
+        """Whether a replica answers; asked at most once a second, since anybody may ask this."""
+        async with self._asking:
+            now = asyncio.get_running_loop().time()
+            if now >= self._ready_until:
+                self._ready = bool(await self.statuses())
+                self._ready_until = asyncio.get_running_loop().time() + READY_FOR_S
+        return self._ready
 
     async def prepare(self, number: int) -> None:
         """Has every replica make a version ready, as far as requests do not notice.

@@ -4,7 +4,9 @@ Three servers of one model, with the same engine settings, take turns under the 
 down slows all of them. Then ours alone answers a mix of chats, rewards and feedback.
 
 The last line printed is one JSON object. Seconds are of whole requests; `overhead` is ours against Ray Serve LLM: what
-keys, limits, versions and the keeping of answers cost beyond what Ray Serve itself does.
+keys, limits, versions and the keeping of answers cost beyond what Ray Serve itself does. `parts_ms` says what each of
+them takes of one request by the endpoint's own clock: finding the key, reading and checking the body, finding the
+version, and handing the answer to what writes it down.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as folder, ExitStack() as running:
         servers = [running.enter_context(server(name, model_source(model), Path(folder))) for name in names]
         found = asyncio.run(measured(servers, load, rounds))
-    print(json.dumps(figures(found, load)))
+        parts = parts_of(servers[-1])
+    print(json.dumps(figures(found, load) | {"parts_ms": parts}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +293,19 @@ async def _post(client: httpx.AsyncClient, server: Server, path: str, body: dict
     reply = await client.post(server.url + path, json=body, headers=_headers(server))
     taken.failed += reply.status_code != 200
     taken.seconds.append(time.perf_counter() - started)
+
+
+def parts_of(server: Server) -> dict[str, float]:
+    """Mean milliseconds of each part of our endpoint, from its own figures."""
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = httpx.get(f"{server.url}/metrics", headers=_headers(server), timeout=60, trust_env=False).text
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    value = {(each.name, each.labels.get("part")): each.value for each in samples}
+    parts = [each.labels["part"] for each in samples if each.name == "raylign_part_seconds_count"]
+    mean = {part: value["raylign_part_seconds_sum", part] / value["raylign_part_seconds_count", part] for part in parts}
+    return {part: round(1000 * seconds, 3) for part, seconds in mean.items()}
 
 
 def figures(found: dict[str, Taken], load: Load) -> dict[str, Any]:

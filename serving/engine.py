@@ -14,6 +14,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -115,8 +116,14 @@ class Engine:
                 async for part in self._parts(route, request, _Names(asked=body["model"], inside=body["model"])):
                     yield part
             else:
+                asked_at = time.perf_counter()
                 async with self._versions.hold(wanted) as number:
-                    names = _Names(asked=body["model"], inside=self._served.inside(number), version=number)
+                    names = _Names(
+                        asked=body["model"],
+                        inside=self._served.inside(number),
+                        version=number,
+                        version_s=time.perf_counter() - asked_at,
+                    )
                     async for part in self._parts(route, request, names):
                         yield part
         except ServingError as error:
@@ -153,7 +160,7 @@ class Engine:
         async for part in await getattr(self._server, route)(request):
             told = _outgoing(part, names)
             if isinstance(told, str) and not began:
-                yield Reply(status=200, body="", version=names.label)
+                yield Reply(status=200, body="", version=names.label, version_s=names.version_s)
             began = True
             yield told
 
@@ -380,6 +387,8 @@ class _Names:
     """By vLLM."""
     version: int | None = None
     """None for the base model of an adapter, which has no versions."""
+    version_s: float = 0.0
+    """Seconds that it took to find it."""
 
     @property
     def label(self) -> str:
@@ -405,7 +414,7 @@ def _outgoing(part: Any, names: _Names) -> str | Reply:
     if isinstance(part, ErrorResponse):
         return _refusal(part.error.code, part.error.message.replace(names.inside, names.asked))
     part.model, part.system_fingerprint = names.asked, names.label
-    return Reply(status=200, body=part.model_dump_json(), version=names.label)
+    return Reply(status=200, body=part.model_dump_json(), version=names.label, version_s=names.version_s)
 
 
 def _without_exceptions(text: str) -> str:

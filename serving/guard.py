@@ -37,16 +37,26 @@ Who = Callable[[list[bytes]], Key | None]
 class Guard:
     """Lets in what may come in, and cleans up behind it."""
 
-    def __init__(self, app: ASGIApp, *, who: Who, is_public: Callable[[str], bool], limits: LimitsConfig) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        who: Who,
+        is_public: Callable[[str], bool],
+        limits: LimitsConfig,
+        took: Callable[[str, float], None] = lambda part, seconds: None,
+    ) -> None:
         """
         Args:
             who: finds the key of a request.
             is_public: whether a path needs no key.
+            took: is told the seconds that a part of the work took, as `Meters.took`.
         """
         self._app = app
         self._who = who
         self._is_public = is_public
         self._limits = limits
+        self._took = took
         self._max_body_bytes = int(limits.max_body_mib * 2**20)
         self._rates: dict[str, Rate] = {}
 
@@ -60,10 +70,14 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
         try:
+            begun = time.perf_counter()
             scope.setdefault("state", {})["key"] = self._admit(scope)
+            admitted = time.perf_counter()
             body = await self._body(scope, receive)
             if body:
                 scope["state"]["json"] = sound_json(body)
+            self._took("key", admitted - begun)
+            self._took("body", time.perf_counter() - admitted)
             await _until_gone(self._app, scope, _Replay(body, receive), send)
         except Refused as refused:
             await _say(refused.reply, scope, send)

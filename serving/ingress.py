@@ -65,6 +65,7 @@ class Ingress:
             who=(lambda _: ANYBODY) if keys is None else keys.who,
             is_public=lambda path: path in public,
             limits=self._config.limits,
+            took=self._service.meters.took,
         )
 
     def __del__(self) -> None:
@@ -121,7 +122,7 @@ def _own(service: Service) -> APIRouter:
     @router.get("/readyz", tags=[PUBLIC])
     async def readyz() -> Response:
         """The model is loaded and its engine answers; 503 if not."""
-        if await service.backend.statuses():
+        if await service.backend.is_ready():
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "loading"}, status_code=503)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
 from serving.schema import Reply
 
@@ -26,6 +26,9 @@ class Meters:
             "raylign_first_token_seconds", "Until a stream's first text", by, buckets=SECONDS, registry=self._registry
         )
         self._judgements = Counter("raylign_judgements", "What people said", ("kind",), registry=self._registry)
+        self._parts = Summary(
+            "raylign_part_seconds", "What the endpoint adds to an answer", ("part",), registry=self._registry
+        )
         self._version = Gauge("raylign_version", "Number of the current version", registry=self._registry)
 
     def answered(self, route: str, reply: Reply, seconds: float) -> None:
@@ -37,6 +40,10 @@ class Meters:
     def first_token(self, route: str, reply: Reply, seconds: float) -> None:
         """Counts a stream whose first text is there."""
         self._first.labels(route, reply.version or "none").observe(seconds)
+
+    def took(self, part: str, seconds: float) -> None:
+        """Counts what a part of the endpoint took: `key`, `body`, `version` or `record`."""
+        self._parts.labels(part).observe(seconds)
 
     def judged(self, kind: str) -> None:
         """Counts a judgement."""

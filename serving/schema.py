@@ -24,6 +24,8 @@ class Reply:
     """Of the model that answers: a number, or `base` for the base model of an adapter; None if none does."""
     retry_after_s: float | None = None
     """When it makes sense to ask again; None if it does not."""
+    version_s: float = 0.0
+    """Seconds that the replica took to find the version that answers."""
 
 
 class Refused(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving.guard import as_response
-from serving.issuing import chunks, issued
+from serving.issuing import Kind, chunks, issued
 from serving.routes import VERSION_HEADER, Service, key_of, wanted_version
 from serving.schema import Refused, Reply, Route, event
 
@@ -174,11 +174,12 @@ def routes(service: Service) -> APIRouter:
         parts = service.backend.ask(route, asked, wanted_version(request))
         first = await anext(parts)
         assert isinstance(first, Reply), "as Backend.ask says"
+        service.meters.took("version", first.version_s)
         if first.body:
             await parts.aclose()
             service.meters.answered(route, first, time.perf_counter() - started)
             if first.status == 200:
-                remember(route, request, asked, [json.loads(first.body)], first.version)
+                remember(route, request, asked, lambda: [json.loads(first.body)], first.version)
             return as_response(first)
         headers = {VERSION_HEADER: first.version or ""}
         stream = streamed(route, request, asked, first, parts, started)
@@ -192,26 +193,26 @@ def routes(service: Service) -> APIRouter:
             if not kept:
                 service.meters.first_token(route, begun, time.perf_counter() - started)
             kept.append(event(part) if isinstance(part, Reply) else part)
-            if END in kept[-1] and (said := chunks(kept)):
+            if END in kept[-1]:
                 # Before the client sees the end, so that its judgement cannot come too early.
-                remember(route, request, asked, said, begun.version)
+                remember(route, request, asked, lambda: chunks(kept), begun.version)
             yield kept[-1]
         service.meters.answered(route, begun, time.perf_counter() - started)
 
     def remember(
-        route: Route, request: Request, asked: dict[str, Any], said: list[dict[str, Any]], version: str | None
+        route: Route,
+        request: Request,
+        asked: dict[str, Any],
+        said: Callable[[], list[dict[str, Any]]],
+        version: str | None,
     ) -> None:
         """Has the store keep what was answered; nobody waits for it."""
-        service.store.record(
-            issued(
-                "chat" if route == "chat" else "completion",
-                asked,
-                said,
-                version=version,
-                asked_by=key_of(request).name,
-                recorded=config.feedback.record,
-            )
-        )
+        begun = time.perf_counter()
+        if parts := said():
+            kind: Kind = "chat" if route == "chat" else "completion"
+            asked_by, recorded = key_of(request).name, config.feedback.record
+            service.store.record(issued(kind, asked, parts, version=version, asked_by=asked_by, recorded=recorded))
+        service.meters.took("record", time.perf_counter() - begun)
 
     return router
 

@@ -2,10 +2,10 @@
 
 A small version of figure 2 (left) of arXiv 2305.18290. The prompts are beginnings of reviews, the reward is known: a
 rule that counts friendly words. DPO learns from pairs of the starting model's own answers, ordered by that rule; PPO
-learns from the rule itself, with a critic. Each is trained at several strengths of its pull towards the reference (β;
-the price of a nat) with the same number of prompts seen, and measured on the same held-out prompts a few times on the
-way. Every measurement is a point: mean reward over mean KL(π ‖ π_ref) per answer, from the answers that it drew. Up and
-to the left is better.
+learns from the rule itself, with a value head. Each is trained at several strengths of its pull towards the reference
+(β; the price of a nat) with the same number of prompts seen, and measured on the same held-out prompts a few times on
+the way. Every measurement is a point: mean reward over mean KL(π ‖ π_ref) per answer, from the answers that it drew. Up
+and to the left is better.
 
 Writes FOLDER/frontier.svg and FOLDER/frontier.json; the last line printed is that JSON.
 """
@@ -195,7 +195,7 @@ def settings_of(args: argparse.Namespace, method: str, strength: float, name: st
         return {
             **shared,
             "algorithm": {"name": "ppo", "epochs_per_step": 2, "kl_coefficient": strength},
-            "critic": {"lr": 2 * args.lr},
+            "critic": {"trunk": "shared"},
             "data": {"path": str(args.folder / "prompts.jsonl"), "max_length": 128, "eval": held_out},
             "rewards": [{"name": "sentiment"}],
         }

@@ -265,6 +265,8 @@ def test_metrics_are_told_by_version(tiny: Running) -> None:
     text = tiny.ask("GET", "/metrics").text
     assert 'raylign_requests_total{route="chat",status="200",version="1"}' in text
     assert "raylign_version 1.0" in text
+    for part in ("key", "body", "version", "record"):
+        assert f'raylign_part_seconds_count{{part="{part}"}}' in text
 
 
 def test_without_recording_no_text_is_kept_and_nothing_is_compared(tiny: Running) -> None:
