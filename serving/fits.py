@@ -142,7 +142,7 @@ def check_servable(folder: Path) -> None:
 def check_fits(candidate: Path, serving: Path, *, room: Room | None = None) -> None:
     """Checks that an engine which serves one checkpoint can change to another.
 
-    Both are folders of models or adapters. Their chat templates may differ.
+    Both are folders of models or adapters.
 
     Args:
         room: what the engine can hold; None takes it to have been started for `serving` alone.
@@ -167,6 +167,7 @@ def check_fits(candidate: Path, serving: Path, *, room: Room | None = None) -> N
     else:
         _check_weights_fit(candidate, serving)
     _check_vocabulary(candidate, serving)
+    _check_template(candidate, serving)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -373,6 +374,26 @@ def _vocabulary(folder: Path) -> dict[str, Any]:
         known = _json(folder / "tokenizer.json")
         return {"tokenizer.json": {key: known[key] for key in known if key not in NOT_VOCABULARY}}
     return found
+
+
+def _check_template(candidate: Path, serving: Path) -> None:
+    theirs, ours = _template(candidate), _template(serving)
+    if theirs and ours and theirs != ours:
+        raise ServingError(
+            f"{candidate} has another chat template than the model that is served, whose template the endpoint would "
+            "go on with: it would be asked in a form that it was not trained on. Start an endpoint of its own for it"
+        )
+
+
+def _template(folder: Path) -> str | None:
+    """What turns messages into text; that of the base model, if it is here, for an adapter without its own."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = _json(settings).get("chat_template") if settings.is_file() else None
+    if found is None and is_adapter(folder):
+        return _template(Path(model_source(base_of(folder))))
+    return found if isinstance(found, str) else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--betas", type=float, nargs="*", default=DPO_BETAS, help="DPO's β")
     parser.add_argument("--prices", type=float, nargs="*", default=PPO_PRICES, help="PPO's price of a nat")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of DPO, and steps of PPO")
-    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate of both (LoRA)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="DPO's learning rate (LoRA)")
+    parser.add_argument("--ppo-lr", type=float, default=3e-4, help="PPO's")
     return parser.parse_args()
 
 
@@ -194,8 +195,16 @@ def settings_of(args: argparse.Namespace, method: str, strength: float, name: st
     if method == "ppo":
         return {
             **shared,
-            "algorithm": {"name": "ppo", "epochs_per_step": 2, "kl_coefficient": strength},
-            "critic": {"trunk": "shared"},
+            # The rule's rewards are small and mostly 0, and a new value head knows nothing that GAE could lean on.
+            "algorithm": {
+                "name": "ppo",
+                "epochs_per_step": 2,
+                "kl_coefficient": strength,
+                "normalise_rewards": True,
+                "lam": 1.0,
+            },
+            "critic": {"trunk": "shared", "lr": 1e-3},
+            "optim": {**shared["optim"], "lr": args.ppo_lr},
             "data": {"path": str(args.folder / "prompts.jsonl"), "max_length": 128, "eval": held_out},
             "rewards": [{"name": "sentiment"}],
         }

@@ -83,7 +83,7 @@ def started(checkpoint: Path | str, folder: Path, *settings: str, ready: str = "
         yield Running(process=process, url=url, output=output, folder=folder, keys=keys, before=before)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(180)
 
 
 def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:

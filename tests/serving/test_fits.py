@@ -21,9 +21,8 @@ def test_a_sound_adapter_and_a_sound_model_may_be_served(tmp_path: Path) -> None
     check_servable(whole(tmp_path / "whole"))
 
 
-def test_another_adapter_on_the_same_base_fits_whatever_its_chat_template(tmp_path: Path) -> None:
+def test_another_adapter_on_the_same_base_fits(tmp_path: Path) -> None:
     serving, candidate = adapter(tmp_path / "1"), adapter(tmp_path / "2", seed=5)
-    (candidate / "chat_template.jinja").write_text("another")
     check_fits(candidate, serving)
 
 
@@ -141,6 +140,21 @@ def test_another_vocabulary_does_not_fit(tmp_path: Path, make: Any) -> None:
     check_fits(candidate, serving)
     (candidate / "tokenizer.json").write_text(json.dumps({**VOCABULARY, "added_tokens": [{"id": 2, "content": "<x>"}]}))
     with pytest.raises(ServingError, match=r"another vocabulary .*tokenizer\.json"):
+        check_fits(candidate, serving)
+
+
+@pytest.mark.parametrize("make", [adapter, whole])
+def test_another_chat_template_does_not_fit_wherever_it_is_written(tmp_path: Path, make: Any) -> None:
+    serving, candidate = make(tmp_path / "1"), make(tmp_path / "2")
+    (serving / "chat_template.jinja").write_text("{{ messages }}")
+    (candidate / "chat_template.jinja").unlink(missing_ok=True)
+    settings = candidate / "tokenizer_config.json"
+    settings.write_text("{}")
+    check_fits(candidate, serving)
+    settings.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    check_fits(candidate, serving)
+    settings.write_text(json.dumps({"chat_template": "{{ messages[0] }}"}))
+    with pytest.raises(ServingError, match="another chat template"):
         check_fits(candidate, serving)
 
 

@@ -17,6 +17,8 @@ import httpx
 import psutil
 import pytest
 
+from serving.keys import create_key, rotate_key
+from serving.store import Store
 from tests.serving.conftest import Running, holding, started
 
 TURNS = [{"role": "user", "content": "the quick brown fox"}]
@@ -208,6 +210,53 @@ def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None
     assert b"408" in slow[0].recv(200)
     for connection in slow:
         connection.close()
+
+
+def test_enormous_headers_are_refused_and_their_memory_is_given_back(tiny: Running) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    before = memory_mib(tiny)
+    for _ in range(8):  # of 16 MB each, which Ray's HTTP server does not limit
+        with socket.create_connection((host, int(port))) as connection:
+            connection.settimeout(20)
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n")
+            try:
+                for number in range(4000):
+                    connection.sendall(f"x-{number}: {'y' * 4000}\r\n".encode())
+                connection.sendall(b"\r\n")
+                answer = connection.recv(2048)
+            except OSError:  # it hung up before it had read all that
+                answer = b""
+        assert answer[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431", b"HTTP/1.1 401"), answer
+    assert memory_mib(tiny) - before < 250
+    assert chat(tiny).status_code == 200
+
+
+def memory_mib(endpoint: Running) -> float:
+    """Of what listens."""
+    family = psutil.Process(endpoint.process.pid).children(recursive=True)
+    return sum(each.memory_info().rss for each in family if "Proxy" in "".join(each.cmdline())) / 2**20
+
+
+def test_keys_change_while_it_serves(tiny: Running) -> None:
+    def status(key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.get(f"{tiny.url}/v1/models", headers=headers, timeout=60).status_code
+
+    def becomes(key: str, wanted: int) -> None:
+        deadline = time.monotonic() + 20
+        while status(key) != wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    store = Store(tiny.database)
+    first = create_key(store, name="guest", role="user")
+    becomes(first, 200)
+    second = rotate_key(store, "guest")
+    becomes(second, 200)
+    becomes(first, 401)
+    store.revoke_key("guest")
+    becomes(second, 401)
+    store.close()
 
 
 def test_hundreds_of_idle_connections_and_half_sent_headers_hold_nobody_up(tiny: Running) -> None:
