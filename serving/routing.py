@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 BEGINNING = 1024
 """Characters, or tokens, of a text that tell one conversation from another."""
@@ -19,13 +19,21 @@ AHEAD = 0.25
 """How much more a home may have to do than the idlest replica, as a part of what it can do at once."""
 
 
-class ByConversation(RequestRouter):  # type: ignore[misc]
+class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Ray Serve's choice of a replica: a conversation's home, unless it is much busier than the others."""
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
+        """The request that a replica was chosen for. Two that one route sends at once, as for a comparison, have one id
+        between them: then the other one is found by `FIFOMixin`, where `RequestRouter` alone would wait for ever."""
+        return self._get_pending_request_matching_internal_request_id(request_metadata)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Groups of replicas, in the order in which they are tried; of each, the one with the least to do is taken."""
+        if pending_request is not None:
+            # If none has room they are asked again after a pause. Ray's default is at once, for ever.
+            pending_request.routing_context.should_backoff = True
         if len(candidate_replicas) < 2:
             return [candidate_replicas]
         any_two = random.sample(candidate_replicas, 2)
