@@ -30,6 +30,7 @@ from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed
 from alignment.rollout.weights import Outbox
 from alignment.types import Completion, Group
 from tests.conftest import make_tokenizer
+from tests.processes import descendants
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_LENGTH = 96
@@ -154,8 +155,7 @@ def pair(request: pytest.FixtureRequest, models: dict[bool, Path]) -> Iterator[P
 
 def engine_processes() -> set[psutil.Process]:
     """Processes of engines that this process has started and that run."""
-    children = psutil.Process().children(recursive=True)
-    return {each for each in children if each.status() != psutil.STATUS_ZOMBIE and "EngineCore" in each.name()}
+    return set(descendants("EngineCore"))
 
 
 def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
@@ -386,7 +386,7 @@ def test_an_engine_ends_with_the_process_that_started_it_even_if_that_is_killed(
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None and trainer.stdout.readline() == "started\n"
-    engines = [child for child in psutil.Process(trainer.pid).children(recursive=True) if "Engine" in child.name()]
+    engines = descendants("EngineCore", of=trainer.pid)
     assert engines, "nothing was started"
     trainer.kill()
     trainer.wait()

@@ -34,6 +34,7 @@ from tests.alignment.test_vllm import (
     tokens_of,
     write_model,
 )
+from tests.processes import descendants
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def pool(engines: Engines, config: RunConfig, trainer: Trainer) -> Iterator[Pool
 
 
 def engine_processes() -> list[psutil.Process]:
-    """Processes of vLLM's engines that this test session has started, by age."""
-    return [each for each in ours() if "VLLM::EngineCor" in each.name()]  # which Linux cuts after 15 characters
+    """Processes of vLLM's engines that this test session has started."""
+    return descendants("VLLM::EngineCore")
 
 
 def assert_engine_processes(count: int) -> None:
@@ -96,16 +97,13 @@ def assert_engine_processes(count: int) -> None:
         if len(engine_processes()) == count:
             return
         time.sleep(0.1)
-    raise AssertionError(f"not {count} engines among {[each.as_dict(['pid', 'name', 'cmdline']) for each in ours()]}")
+    raise AssertionError(
+        f"not {count} engines among {[each.as_dict(['pid', 'name', 'cmdline']) for each in descendants()]}"
+    )
 
 
 def actor_processes() -> list[psutil.Process]:
-    return [each for each in ours() if "EngineActor" in " ".join(each.cmdline())]
-
-
-def ours() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    return descendants("EngineActor")
 
 
 def draw(pool: Pool, **settings: Any) -> Rollouts:

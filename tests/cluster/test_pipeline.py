@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -20,6 +19,7 @@ from alignment.errors import ClusterError, ConfigError
 from alignment.metrics import read_metrics
 from cluster.pipeline import PipelineConfig, check, pipeline
 from tests.conftest import pair_rows
+from tests.processes import descendants
 
 Settings = dict[str, Any]
 
@@ -105,7 +105,7 @@ def test_a_chain_that_is_ended_ends_its_stage_too(chain: Path, tmp_path: Path) -
     while not metrics.exists() or metrics.stat().st_size == 0:
         assert started.poll() is None
         time.sleep(0.1)
-    stages = psutil.Process(started.pid).children(recursive=True)
+    stages = descendants(of=started.pid)
     started.terminate()
     assert started.wait(timeout=60) == 128 + signal.SIGTERM
     assert stages and not any(stage.is_running() for stage in stages)

@@ -17,6 +17,7 @@ from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
 from cluster.launch import run, start_ray
 from tests.cluster.test_train_on_ray import train_workers
+from tests.processes import descendants
 
 Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -32,8 +33,7 @@ def ray_here() -> Iterator[None]:
 
 def engine_processes() -> list[psutil.Process]:
     """vLLM's own processes among those that this test session has started."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "EngineCore" in " ".join(child.cmdline() or [child.name()])]
+    return descendants("EngineCore")
 
 
 def run_on_ray(settings: Settings, write_rows: Callable[..., Path], **cluster: int) -> Path:
@@ -55,15 +55,15 @@ def run_on_ray(settings: Settings, write_rows: Callable[..., Path], **cluster: i
     return config.folder
 
 
-def when_reported(folder: Path, step: int, then: Callable[[], None]) -> threading.Thread:
-    """Does something in the middle of the step after `step`."""
+def wait_for_report(folder: Path, step: int) -> None:
+    """Returns in the middle of the step after `step`."""
+    while not any(line["step"] >= step for line in read_metrics(folder)):
+        time.sleep(0.01)
 
-    def wait() -> None:
-        while not any(line["step"] >= step for line in read_metrics(folder)):
-            time.sleep(0.01)
-        then()
 
-    thread = threading.Thread(target=wait, daemon=True)
+def beside(watch: Callable[[], None]) -> threading.Thread:
+    """Does something while a run goes on."""
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
 
@@ -87,11 +87,12 @@ def test_a_killed_engine_is_replaced_and_no_prompt_is_lost(
     killed: list[int] = []
 
     def kill() -> None:
+        wait_for_report(Path(run_settings["output"]) / "run", 3)
         for engine in engine_processes():
             killed.append(engine.pid)
             engine.kill()
 
-    killer = when_reported(Path(run_settings["output"]) / "run", 3, kill)
+    killer = beside(kill)
     folder = run_on_ray(run_settings, write_rows, workers=1, engines=1)
     killer.join(timeout=1)
     assert killed, "the test did not kill anything"
@@ -101,21 +102,20 @@ def test_a_killed_engine_is_replaced_and_no_prompt_is_lost(
 def test_a_killed_worker_comes_back_to_the_same_two_engines(
     run_settings: Settings, write_rows: Callable[..., Path]
 ) -> None:
-    seen: list[set[int]] = []
+    folder = Path(run_settings["output"]) / "run"
+    seen: list[set[psutil.Process]] = []
 
-    def kill() -> None:
-        seen.append({engine.pid for engine in engine_processes()})
+    def kill_then_look() -> None:
+        wait_for_report(folder, 3)
+        seen.append(set(engine_processes()))
         for worker in train_workers():
             worker.kill()
+        wait_for_report(folder, 5)
+        seen.append(set(engine_processes()))
 
-    def look() -> None:
-        seen.append({engine.pid for engine in engine_processes()})
-
-    folder = Path(run_settings["output"]) / "run"
-    threads = [when_reported(folder, 3, kill), when_reported(folder, STEPS - 1, look)]
+    watcher = beside(kill_then_look)
     assert run_on_ray(run_settings, write_rows, workers=1, engines=2) == folder
-    for thread in threads:
-        thread.join(timeout=1)
+    watcher.join(timeout=1)
     before, after = seen
     assert len(before) == 2, "two engines"
     assert after == before, "engines outlive the workers"

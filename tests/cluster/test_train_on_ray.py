@@ -18,6 +18,7 @@ from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
 from cluster.launch import run, start_ray
 from tests.alignment.test_train import assert_same_run, measured, weights
+from tests.processes import descendants
 
 Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -40,8 +41,7 @@ def run_on_ray(settings: Settings, *, workers: int = 1, **changed: Any) -> Path:
 
 def train_workers() -> list[psutil.Process]:
     """Ray Train's workers among the processes that this test session has started."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline() or [child.name()])]
+    return descendants("RayTrainWorker")
 
 
 def kill_when(folder: Path, step: int, killed: list[int]) -> None:
@@ -72,20 +72,20 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(
     run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "10")
-    stopped: list[int] = []
+    stopped: list[psutil.Process] = []
 
     def stop() -> None:
         while not any(line["step"] >= 10 for line in read_metrics(tmp_path / "runs" / "run")):
             time.sleep(0.01)
         for worker in train_workers():
-            stopped.append(worker.pid)
+            stopped.append(worker)
             worker.suspend()
 
     threading.Thread(target=stop, daemon=True).start()
     folder = run_on_ray({**run_settings, "steps": 200, "checkpoint": {"every": 10}})
     assert stopped, "the test did not stop anything"
     assert [line["step"] for line in read_metrics(folder)] == list(range(201))
-    assert not any(psutil.pid_exists(pid) for pid in stopped)
+    assert not any(worker.is_running() for worker in stopped)
 
 
 def test_two_workers_compute_what_one_process_does(run_settings: Settings, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +23,7 @@ from alignment.models.folders import bundled
 from serving.keys import create_key
 from serving.store import Store
 from tests.conftest import free_port
+from tests.processes import descendants
 
 ALIGNED = "random-adapter"
 START_TIMEOUT_S = 240
@@ -102,7 +102,7 @@ def wait_for(process: subprocess.Popen[bytes], url: str, output: Path) -> None:
 
 def holding(endpoint: Running, *texts: str) -> list[Path]:
     """Files of the endpoint's output and logs that hold one of the texts."""
-    commands = [" ".join(child.cmdline()) for child in psutil.Process(endpoint.process.pid).children(recursive=True)]
+    commands = [" ".join(child.cmdline()) for child in descendants("/session_", of=endpoint.process.pid)]
     session = Path(next(found[0] for command in commands if (found := re.search(r"/[^\s=]*/session_[^/\s]+", command))))
     files = [file for file in (endpoint.output, *session.rglob("*")) if file.is_file() and not file.is_socket()]
     assert len(files) > 10

@@ -19,6 +19,7 @@ import pytest
 
 from serving.keys import create_key, rotate_key
 from serving.store import Store
+from tests.processes import descendants
 from tests.serving.conftest import Running, holding, started
 
 TURNS = [{"role": "user", "content": "the quick brown fox"}]
@@ -73,8 +74,7 @@ def engines_of(endpoint: Running) -> list[psutil.Process]:
     """The processes of vLLM; waits for two."""
     deadline = time.monotonic() + 90
     while True:
-        family = psutil.Process(endpoint.process.pid).children(recursive=True)
-        engines = [child for child in family if "EngineCore" in "".join(child.cmdline())]
+        engines = descendants("EngineCore", of=endpoint.process.pid)
         if len(engines) == 2 or time.monotonic() > deadline:
             return engines
         time.sleep(1)
@@ -233,8 +233,7 @@ def test_enormous_headers_are_refused_and_their_memory_is_given_back(tiny: Runni
 
 def memory_mib(endpoint: Running) -> float:
     """Of what listens."""
-    family = psutil.Process(endpoint.process.pid).children(recursive=True)
-    return sum(each.memory_info().rss for each in family if "Proxy" in "".join(each.cmdline())) / 2**20
+    return sum(each.memory_info().rss for each in descendants("Proxy", of=endpoint.process.pid)) / 2**20
 
 
 def test_keys_change_while_it_serves(tiny: Running) -> None:

@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import descendants
 from tests.serving.conftest import Running, started
 
 pytestmark = pytest.mark.slow  # minutes of waiting for Ray Serve's own pauses: `pytest -m slow -s` shows how long
@@ -81,8 +82,7 @@ def asking(endpoint: Running, clients: int, tokens: int) -> Iterator[list[str]]:
 
 def member(endpoint: Running, name: str) -> psutil.Process:
     """The one process of the endpoint with this name."""
-    family = psutil.Process(endpoint.process.pid).children(recursive=True)
-    (found,) = [child for child in family if name in "".join(child.cmdline())]
+    (found,) = descendants(name, of=endpoint.process.pid)
     return found
 
 

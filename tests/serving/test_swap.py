@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.models.folders import bundled
+from tests.processes import descendants
 from tests.serving.conftest import ALIGNED, Running, random_adapter, started
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -191,8 +192,7 @@ def test_rewards_of_whole_weights_without_a_reference_are_refused_in_words(
 
 def test_a_restarted_replica_has_the_current_version(whole: tuple[Running, Path, list[str]]) -> None:
     endpoint, _, texts = whole
-    family = psutil.Process(endpoint.process.pid).children(recursive=True)
-    (engine,) = [child for child in family if "EngineCore" in "".join(child.cmdline())]
+    (engine,) = descendants("EngineCore", of=endpoint.process.pid)
     engine.kill()
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -208,7 +208,7 @@ def test_a_restarted_replica_has_the_current_version(whole: tuple[Running, Path,
 
 def test_it_stops_on_a_signal_and_leaves_no_process(whole: tuple[Running, Path, list[str]]) -> None:
     endpoint = whole[0]
-    family = psutil.Process(endpoint.process.pid).children(recursive=True)
+    family = descendants(of=endpoint.process.pid)
     assert len(family) > 5
     endpoint.process.send_signal(signal.SIGINT)
     assert endpoint.process.wait(30) == 0
