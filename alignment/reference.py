@@ -66,7 +66,8 @@ def _attach(groups: list[Group], known: Tensor) -> list[Group]:
 
 
 def _key(groups: list[Group], roles: Roles, config: RunConfig) -> str:
-    digest = hashlib.sha256(repr((roles.actor.source, config.model.revision, config.model.dtype)).encode())
+    dtype = str(roles.actor.network.dtype)
+    digest = hashlib.sha256(repr((roles.actor.source, config.model.revision, dtype)).encode())
     for file in sorted(Path(roles.actor.source).glob("*.safetensors")):
         digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
     for group in groups:

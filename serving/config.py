@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignment.config import Count, NonNegative, Positive, PositiveCount, Section, load_config
+from alignment.config import Count, NonNegative, NumberFormat, Positive, PositiveCount, Section, load_config
 
 Device = Literal["cpu", "cuda"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -91,8 +91,9 @@ class ServeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engine runs. `auto` takes GPUs if Ray has any at that moment; on a cluster that starts GPU nodes only
     when they are asked for, say `cuda`."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of weights and activations; `auto` is the one that the checkpoint is stored in."""
+    dtype: NumberFormat = "auto"
+    """Number format of weights and activations; `auto` is the one that the checkpoint is stored in, but fp32 on a CPU
+    that has no arithmetic for bf16."""
     max_model_len: PositiveCount | None = None
     """Most tokens of prompt and answer together; None is the model's own limit."""
     max_num_seqs: PositiveCount = 64

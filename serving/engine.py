@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.config import NumberFormat
 from alignment.errors import ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
@@ -319,7 +320,7 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
     """Arguments of vLLM's `AsyncEngineArgs`."""
     config, cpu = settings.config, settings.device == "cpu"
     arguments: dict[str, Any] = {
-        "dtype": {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[config.dtype],
+        "dtype": _dtype(config.dtype, settings.device),
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": _is_eager(config, cpu=cpu),
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -336,6 +337,18 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
     return arguments | (
         _adapter_arguments(served.adapter, served.room) if served.adapter and served.room else _transfer_arguments()
     )
+
+
+def _dtype(wanted: NumberFormat, device: Device) -> str:
+    """As vLLM calls it; "auto" is the format that the weights are stored in."""
+    import torch
+
+    from alignment.models.load import number_format
+
+    computed = number_format(wanted, torch.device(device))
+    if wanted == "auto" and computed == "bf16":
+        return "auto"
+    return {"bf16": "bfloat16", "fp32": "float32"}[computed]
 
 
 def _transfer_arguments() -> dict[str, Any]:

@@ -50,7 +50,7 @@ def reward_server(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network interface.")] = LOOPBACK,
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 8100,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Number format of the weights: bf16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Number format of the weights: auto, bf16 or fp32.")] = "auto",
     max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens that the model reads.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in one forward pass.")] = 8192,
     max_items: Annotated[int, typer.Option(min=1, help="Most completions in a request.")] = 1024,

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -263,5 +263,5 @@ def _policies(config: ServeConfig, registry: Registry, device: torch.device) -> 
     path = config.rewards.reference or version.base or trained
     if path is None:
         raise ServingError("Rewards of whole weights need their reference: set rewards.reference to its model.")
-    dtype: Literal["bf16", "fp32"] = "bf16" if config.dtype == "auto" else config.dtype
-    return Policies(registry, ModelConfig(path=path, dtype=dtype), max_length=config.rewards.max_length, device=device)
+    model = ModelConfig(path=path, dtype=config.dtype)
+    return Policies(registry, model, max_length=config.rewards.max_length, device=device)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from alignment.checkpoint import checkpoint_or_path
-from alignment.config import DataConfig, LoraConfig, ModelConfig
+from alignment.config import DataConfig, LoraConfig, ModelConfig, NumberFormat
 from alignment.data.chat import chat_template
 from alignment.errors import ModelError
 from alignment.models import attention
@@ -115,7 +115,7 @@ def load_model(
     how = {
         "revision": config.revision,
         "config": copy.deepcopy(settings),  # a config object shared by two models is changed by both
-        "dtype": DTYPES[config.dtype],
+        "dtype": DTYPES[number_format(config.dtype, device)],
         "attn_implementation": IMPLEMENTATIONS[form],
     }
     if head == "language":
@@ -131,6 +131,26 @@ def load_model(
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return LanguageModel(module=module.to(device), tokenizer=tokenizer, source=source, attention=form)
+
+
+def number_format(wanted: NumberFormat, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What a model computes in on a device; `auto` is bf16 where its arithmetic knows that, else fp32.
+
+    Without it, a CPU takes about six times as long for a matrix product in bf16 as for the same in fp32.
+    """
+    if wanted == "auto":
+        return "bf16" if _computes_in_bf16(device) else "fp32"
+    if wanted == "bf16" and not _computes_in_bf16(device):
+        logger.warning(
+            "this processor has no bf16 arithmetic: dtype bf16 is several times as slow here as auto or fp32"
+        )
+    return wanted
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(is_there for name, is_there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def freeze(module: nn.Module) -> None:

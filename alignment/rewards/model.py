@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.checkpoint import checkpoint_or_path
-from alignment.config import DataConfig, ModelConfig, PositiveCount
+from alignment.config import DataConfig, ModelConfig, NumberFormat, PositiveCount
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.rewards import BuildableScorer
 
@@ -37,8 +37,8 @@ class RewardModel(BuildableScorer):
     id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None takes its default branch."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of its weights and activations; its scores are fp32."""
+    dtype: NumberFormat = "auto"
+    """Number format of its weights and activations, as `model.dtype`; its scores are fp32."""
     chat_template: str | None = None
     """Template for conversations, as `model.chat_template`; None uses its tokenizer's own."""
     max_length: PositiveCount | None = None

@@ -22,7 +22,7 @@ from alignment.types import Completion, Group
 
 Result = TypeVar("Result")
 MAX_REFILLS = 4
-"""Times that uninformative groups of a step are replaced by new prompts before what there is has to do."""
+"""Times that a step waits for new prompts in place of uninformative groups, before what there is has to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Step:
 
     groups: list[Group]
     position: int
-    """Prompts taken from the stream up to and with this step's."""
+    """Prompts taken from the stream up to and with this step's; what was drawn for later steps lies beyond it."""
     metrics: dict[str, float]
 
 
@@ -40,14 +40,43 @@ class _Drawing:
     """Prompts whose completions are being drawn."""
 
     groups: list[Group]
-    position: int
+    first: int
+    """Prompts taken from the stream before these."""
     wait: Callable[[], Rollouts] | None
     """Only on the main worker."""
     started: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """A group that waits for its step."""
+
+    group: Group
+    position: int
+    """Prompts taken from the stream up to and with this one."""
+
+
+@dataclass(kw_only=True)
+class _Spent:
+    """Seconds and tokens that the rollouts of a step have taken."""
+
+    rollout: float = 0.0
+    reward: float = 0.0
+    tokens: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        found = {"perf/rollout_seconds": self.rollout, "perf/reward_seconds": self.reward}
+        return {**found, "perf/rollout_tokens_per_second": self.tokens / self.rollout} if self.rollout else found
+
+
 class Feed:
-    """Hands every step its groups, the same on every worker."""
+    """Hands every step its groups, the same on every worker, in the order of the stream.
+
+        stream ─► drawings: being drawn ─► ready: drawn and scored ─► steps
+
+    Uninformative groups fall out on the way, and the ones after them move up. So a step that draws ahead is as large as
+    one that does not, and whatever a checkpoint's cursor has not passed is drawn again after it.
+    """
 
     def __init__(
         self,
@@ -67,7 +96,9 @@ class Feed:
         self.generator = generator
         self.rewards = rewards
         self.world = world
-        self._ahead: deque[_Drawing] = deque()
+        self._drawings: deque[_Drawing] = deque()
+        self._ready: deque[_Scored] = deque()
+        self._received_at = 0.0
 
     def take(self, *, more: int) -> Step:
         """The groups of the next step; starts those of the steps after it, of which there are `more`.
@@ -76,54 +107,73 @@ class Feed:
             RolloutError: completions could not be drawn.
             RewardError: completions could not be judged.
         """
-        if not self._ahead:
-            self._ahead.append(self._start(self.config.groups_per_step))
-        drawing = self._ahead.popleft()
-        drawn = self._finish(drawing)
-        while len(self._ahead) < min(self.config.rollout.steps_ahead, more):
-            self._ahead.append(self._start(self.config.groups_per_step))
-        ready = time.perf_counter()
-        scored = self.rewards.score(drawn, world=self.world)
-        seconds = {"perf/rollout_seconds": ready - drawing.started, "perf/reward_seconds": time.perf_counter() - ready}
-        groups, position = self._informative(scored), drawing.position
-        for _ in range(MAX_REFILLS):
-            if len(groups) == len(drawing.groups) or self._ahead:
-                break
-            refill = self._start(len(drawing.groups) - len(groups))
-            position = refill.position
-            scored += (new := self.rewards.score(self._finish(refill), world=self.world))
-            groups += self._informative(new)
-        metrics = {**seconds, **_measured(scored), "rollout/refills": float(len(scored) - len(drawing.groups))}
-        tokens = sum(len(completion.tokens) for group in drawn for completion in group.completions)
-        metrics["perf/rollout_tokens_per_second"] = tokens / seconds["perf/rollout_seconds"]
-        return Step(groups=groups or scored, position=position, metrics=metrics)
+        size = self.config.groups_per_step
+        ahead = size * min(self.config.rollout.steps_ahead, more)
+        self._provide(size + ahead)
+        spent, receipts = _Spent(), 0
+        seen: list[_Scored] = []
+        informative: list[Group] = []
+        while len(informative) < size:
+            if not self._ready:
+                if len(seen) >= size and receipts > MAX_REFILLS:
+                    break
+                self._provide(size - len(informative))
+                self._receive(spent)
+                receipts += 1
+            seen.append(self._ready.popleft())
+            if self.algorithm.is_informative(seen[-1].group):
+                informative.append(seen[-1].group)
+        self._provide(ahead)
+        groups = [scored.group for scored in seen]
+        refills = {"rollout/refills": float(len(seen) - size)}
+        return Step(
+            groups=informative or groups,
+            position=seen[-1].position,
+            metrics={**spent.metrics(), **_measured(groups), **refills},
+        )
 
     def answer(self, groups: list[Group]) -> list[Group]:
         """One answer to each of some held-out prompts, with seeds that are the same at every evaluation; not scored."""
         plain = [dataclasses.replace(group, completions=()) for group in groups]
         sampling = dataclasses.replace(self._sampling(), completions=1)
         prompts = [Prompt(tokens=group.prompt_tokens, seed=self._seed(-1 - at)) for at, group in enumerate(plain)]
-        wait, started = self._submit(prompts, sampling), time.perf_counter()
-        return self._finish(_Drawing(groups=plain, position=0, wait=wait, started=started))
+        return self._completed(plain, self._submit(prompts, sampling))
 
     def forget(self) -> None:
         """Drops what was drawn ahead; the stream's cursor is the caller's business."""
-        for drawing in self._ahead:
-            self._finish(drawing)
-        self._ahead.clear()
+        for drawing in self._drawings:
+            self._completed(drawing.groups, drawing.wait)
+        self._drawings.clear()
+        self._ready.clear()
+
+    def _provide(self, count: int) -> None:
+        """Starts drawings until so many groups are ready or on their way, at most a step's in each."""
+        missing = count - len(self._ready) - sum(len(drawing.groups) for drawing in self._drawings)
+        while missing > 0:
+            self._drawings.append(self._start(min(missing, self.config.groups_per_step)))
+            missing -= len(self._drawings[-1].groups)
 
     def _start(self, count: int) -> _Drawing:
-        first = self.stream.position
+        first, started = self.stream.position, time.perf_counter()
         groups = self.stream.take(count)
         prompts = [
             Prompt(tokens=group.prompt_tokens, seed=self._seed(first + offset)) for offset, group in enumerate(groups)
         ]
-        return _Drawing(
-            groups=groups,
-            position=self.stream.position,
-            wait=self._submit(prompts, self._sampling()),
-            started=time.perf_counter(),
-        )
+        return _Drawing(groups=groups, first=first, wait=self._submit(prompts, self._sampling()), started=started)
+
+    def _receive(self, spent: _Spent) -> None:
+        """Waits for the oldest drawing, and has it scored."""
+        drawing = self._drawings.popleft()
+        drawn = self._completed(drawing.groups, drawing.wait)
+        drawn_at = time.perf_counter()
+        scored = self.rewards.score(drawn, world=self.world)
+        for offset, group in enumerate(scored, start=1):
+            self._ready.append(_Scored(group=group, position=drawing.first + offset))
+        # Of drawings that began together, the second has taken what it took after the first.
+        spent.rollout += drawn_at - max(drawing.started, self._received_at)
+        self._received_at = time.perf_counter()
+        spent.reward += self._received_at - drawn_at
+        spent.tokens += sum(len(completion.tokens) for group in drawn for completion in group.completions)
 
     def _submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts] | None:
         if not self.world.is_main:
@@ -131,12 +181,12 @@ class Feed:
         assert self.generator is not None, "the main worker has the generator"
         return self.generator.submit(prompts, sampling)
 
-    def _finish(self, drawing: _Drawing) -> list[Group]:
-        """The drawn groups with their completions, on every worker."""
-        rollouts = on_every_worker(drawing.wait, self.world)
+    def _completed(self, groups: list[Group], wait: Callable[[], Rollouts] | None) -> list[Group]:
+        """Groups with their completions, once these are drawn; on every worker."""
+        rollouts = on_every_worker(wait, self.world)
         return [
             dataclasses.replace(group, completions=tuple(map(self._completion, drawn)))
-            for group, drawn in zip(drawing.groups, rollouts, strict=True)
+            for group, drawn in zip(groups, rollouts, strict=True)
         ]
 
     def _completion(self, rollout: Rollout) -> Completion:
@@ -148,9 +198,6 @@ class Feed:
             sampled_logprobs=rollout.logprobs,
             version=rollout.version,
         )
-
-    def _informative(self, groups: list[Group]) -> list[Group]:
-        return [group for group in groups if self.algorithm.is_informative(group)]
 
     def _sampling(self) -> Sampling:
         rollout = self.config.rollout

@@ -102,7 +102,8 @@ def test_packed_log_probabilities_equal_those_of_a_plain_padded_forward(model: L
         batch = pack(groups)
         packed = outputs(model, batch).logprobs
         for number, expected in enumerate(plain_logprobs(model, groups)):
-            torch.testing.assert_close(packed[batch.branches == number], expected, atol=1e-5, rtol=0)
+            # A last bit of fp32 is 1e-6 at the −12 nats that some tokens have, and not every CPU sums in one order.
+            torch.testing.assert_close(packed[batch.branches == number], expected, atol=1e-5, rtol=1e-6)
 
 
 def test_packed_gradients_equal_those_of_a_plain_padded_forward(model: LanguageModel) -> None:

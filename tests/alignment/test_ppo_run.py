@@ -267,3 +267,25 @@ def test_uninformative_groups_are_replaced_by_new_prompts(sampling_run: Settings
     assert sum(line["rollout/refills"] for line in lines) > 0
     assert ledger[-1]["position"] == 12 + sum(line["rollout/refills"] for line in lines)
     assert all(len(row["prompts"]) == 4 for row in ledger)
+
+
+def test_uninformative_groups_are_replaced_while_drawing_ahead_too(sampling_run: Settings, tmp_path: Path) -> None:
+    """The groups after them move up: every step is whole, none is out of turn, and none is staler than allowed."""
+    settings = {
+        **sampling_run,
+        "data": {**sampling_run["data"], "shuffle": False},
+        "algorithm": {"name": "grpo", "drop_equal_groups": True},
+        "rollout": {**sampling_run["rollout"], "max_tokens": 1, "steps_ahead": 1},
+    }
+    rows = [f"prompts.jsonl:{line}" for line in range(1, 17)] * 8
+    run(settings, steps=3)
+    for folder in (run({**settings, "output": str(tmp_path / "whole")}, steps=6), run(settings, steps=6)):
+        ledger = rows_of(folder / "ledger.jsonl")
+        refills = [line["rollout/refills"] for line in read_metrics(folder) if line["step"]]
+        assert sum(refills) > 0
+        assert [row["position"] for row in ledger] == [4 * n + sum(refills[:n]) for n in range(1, 7)]
+        for before, row in zip([{"position": 0}, *ledger], ledger, strict=False):
+            assert len(row["prompts"]) == 4
+            assert row["versions"][0] >= row["step"] - 2
+            in_turn = iter(rows[before["position"] : row["position"]])
+            assert all(Path(prompt).name in in_turn for prompt in row["prompts"])

@@ -186,7 +186,7 @@ def settings_of(args: argparse.Namespace, method: str, strength: float, name: st
         "output": str(args.folder),
         "steps": args.steps,
         "groups_per_step": PROMPTS_PER_STEP,
-        "model": {"path": args.model, "dtype": "bf16", "lora": {"rank": 16, "alpha": 32}},
+        "model": {"path": args.model, "lora": {"rank": 16, "alpha": 32}},
         "rollout": {"completions": COMPLETIONS, "max_tokens": TOKENS},
         "optim": {"lr": args.lr, "schedule": "constant", "warmup_ratio": 0.1, "micro_batch_tokens": 2048},
         "evaluate": {"every": EVERY, "samples": 4},

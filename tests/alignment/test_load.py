@@ -1,0 +1,50 @@
+"""In which number format a model computes, where nobody has said."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+import torch
+
+from alignment.config import ModelConfig, RolloutConfig
+from alignment.models.load import DTYPES, number_format
+from alignment.rollout.vllm import EngineSettings
+
+CPU = torch.device("cpu")
+
+
+def seconds(dtype: torch.dtype) -> float:
+    """Of the fastest of some matrix products."""
+    left, right = torch.ones(256, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
+    taken = []
+    for _ in range(8):
+        started = time.perf_counter()
+        left @ right
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def test_auto_is_not_the_slow_format() -> None:
+    chosen = number_format("auto", CPU)
+    other = {"bf16": "fp32", "fp32": "bf16"}[chosen]
+    assert seconds(DTYPES[chosen]) < 1.5 * seconds(DTYPES[other])
+
+
+def test_what_is_asked_for_is_obeyed_and_warned_of_where_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    assert number_format("fp32", CPU) == "fp32"
+    with caplog.at_level(logging.WARNING):
+        assert number_format("bf16", CPU) == "bf16"
+    assert ("no bf16 arithmetic" in caplog.text) == (number_format("auto", CPU) == "fp32")
+
+
+@pytest.mark.parametrize(
+    ("model", "rollout", "wanted"), [("auto", "auto", "auto"), ("fp32", "auto", "fp32"), ("fp32", "bf16", "bf16")]
+)
+def test_trainer_and_engine_agree_unless_told_otherwise(model: str, rollout: str, wanted: str) -> None:
+    config = ModelConfig.model_validate({"dtype": model})
+    settings = EngineSettings.of(
+        config, RolloutConfig.model_validate({"dtype": rollout}), max_length=64, device="cpu", threads=1
+    )
+    assert f"torch.{settings.dtype}" == str(DTYPES[number_format(wanted, CPU)])  # type: ignore[arg-type]
