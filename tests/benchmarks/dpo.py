@@ -1,8 +1,8 @@
 """Speed and memory of our DPO step against TRL's DPOTrainer: `python -m tests.benchmarks.dpo` from the project's root.
 
-Both sides get the same rows in the same order, the same model in bf16, four pairs per optimizer step and two threads.
-They take turns (ours, TRL, ours, TRL …), each run in a process of its own, so that its peak memory is its own and a
-machine that slows down slows both.
+Both sides get the same rows in the same order, the same model in one number format, four pairs per optimizer step and
+two threads. They take turns (ours, TRL, ours, TRL …), each run in a process of its own, so that its peak memory is its
+own and a machine that slows down slows both.
 
 What is timed is whole optimizer steps: the reference model's log-probabilities, forward, backward, clipping, AdamW.
 Loading and tokenising are not. No step is left out on either side: both pay in the first for memory and kernels that
@@ -10,7 +10,8 @@ are set up once.
 
 Rows are taken only if the prompt and its shorter answer fit into `--max-length` tokens: then both sides see the same
 tokens (a prompt is never cut, a long answer loses its end), which `parity` shows: the largest difference in any step's
-logps/chosen. Rounding to bf16 alone makes about a nat of several hundred.
+logps/chosen. Rounding to bf16 alone makes about a nat of several hundred. A CPU without bf16 arithmetic is measured in
+fp32 (`--dtype`).
 
 Not the same, because each library is used as it comes: with bf16, we keep an fp32 master copy and fp32 moments of
 every trained weight, TRL trains the bf16 weights themselves, under autocast.
@@ -27,10 +28,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.benchmarks.side_by_side import (
     alone,
+    dtype_of,
     medians,
     parser,
     peak_memory_gb,
@@ -62,6 +64,7 @@ class Job:
     pairs_per_step: int
     lora: bool
     threads: int
+    dtype: Literal["bf16", "fp32"]
     trl_micro_batch: int
     """Pairs in one forward pass of TRL's; the rest of a step is accumulated."""
     micro_batch_tokens: int
@@ -96,6 +99,7 @@ def main() -> None:
             pairs_per_step=min(args.pairs, PAIRS_PER_STEP),
             lora=args.lora,
             threads=args.threads,
+            dtype=alone(dtype_of, args.dtype),
             trl_micro_batch=min(args.pairs, args.trl_micro_batch),
             micro_batch_tokens=args.micro_batch_tokens,
         )
@@ -172,13 +176,14 @@ def ours(job: Job) -> Run:
 
     torch.set_num_threads(job.threads)
     algorithm = DPO(beta=BETA)
+    lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA} if job.lora else None
     config = RunConfig.model_validate(
         {
             "name": "benchmark",
             "steps": job.pairs // job.pairs_per_step,
             "groups_per_step": job.pairs_per_step,
             "algorithm": algorithm,
-            "model": {"path": job.model, "lora": {"rank": LORA_RANK, "alpha": LORA_ALPHA} if job.lora else None},
+            "model": {"path": job.model, "dtype": job.dtype, "lora": lora},
             "data": {"path": str(job.rows), "max_length": job.max_length, "shuffle": False},
             "optim": {"lr": job.lr, "schedule": "constant", "micro_batch_tokens": job.micro_batch_tokens},
         }
@@ -205,6 +210,7 @@ def trl(job: Job) -> Run:
     from trl import DPOConfig, DPOTrainer
 
     from alignment.models.folders import model_source
+    from alignment.models.load import DTYPES
 
     torch.set_num_threads(job.threads)
     source = model_source(job.model)
@@ -215,7 +221,7 @@ def trl(job: Job) -> Run:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def fresh() -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[job.dtype])
 
     adapter = None
     if job.lora:
@@ -233,7 +239,7 @@ def trl(job: Job) -> Run:
         beta=BETA,
         learning_rate=job.lr,
         lr_scheduler_type="constant",
-        bf16=True,
+        bf16=job.dtype == "bf16",
         use_cpu=True,
         gradient_checkpointing=False,
         logging_steps=1,
@@ -291,7 +297,7 @@ def figures(job: Job, tokens: int, runs: dict[str, list[Run]]) -> dict[str, Any]
         "tokens": tokens,
         "pairs_per_step": job.pairs_per_step,
         "max_length": job.max_length,
-        "dtype": "bf16",
+        "dtype": job.dtype,
         "lora": job.lora,
         "model": job.model,
         "threads": job.threads,

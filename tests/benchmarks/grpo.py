@@ -1,8 +1,9 @@
 """Speed and memory of a GRPO step against TRL's GRPOTrainer: `python -m tests.benchmarks.grpo` from the project's root.
 
-Both sides get the same prompts in the same order, the same reward (the shorter the better), the same model in bf16, all
-of whose weights are trained, four prompts with eight completions of up to 64 tokens per step, a KL coefficient of 0.04,
-temperature 1 and two threads. They take turns, each run in processes of its own.
+Both sides get the same prompts in the same order, the same reward (the shorter the better), the same model in the same
+number format, all of whose weights are trained, four prompts with eight completions of up to 64 tokens per step, a KL
+coefficient of 0.04, temperature 1 and two threads. The format is bf16, or fp32 on a CPU without bf16 arithmetic
+(`--dtype`). They take turns, each run in processes of its own.
 
 What is timed is whole steps: drawing, scoring, the reference model's log-probabilities, forward, backward, clipping,
 AdamW, and for us bringing the new weights into the engine; TRL draws from the module that it trains. Loading and
@@ -37,10 +38,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tests.benchmarks.side_by_side import (
     alone,
+    dtype_of,
     medians,
     parser,
     peak_memory_gb,
@@ -81,6 +83,7 @@ class Job:
     steps_ahead: int
     """Of ours only: TRL draws from the weights that it has just trained."""
     threads: int
+    dtype: Literal["bf16", "fp32"]
     micro_batch_tokens: int
     """Tokens in one forward pass of ours."""
 
@@ -94,10 +97,12 @@ class Size:
     head: int
     """Vocabulary × hidden size."""
 
+    bytes_per_weight: int
+
     @property
     def nbytes(self) -> int:
-        """In bf16, the head tied to the embedding."""
-        return 2 * (self.decoder + self.head)
+        """The head tied to the embedding."""
+        return self.bytes_per_weight * (self.decoder + self.head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ class Machine:
     """What this machine can do, all threads together."""
 
     flops: float
-    """bf16 operations per second in a product of large matrices; a multiplication and an addition are two."""
+    """Operations per second in a product of large matrices; a multiplication and an addition are two."""
     bandwidth: float
     """Bytes read and written per second in a copy that no cache holds."""
 
@@ -159,12 +164,13 @@ def main() -> None:
             steps=args.steps,
             steps_ahead=args.steps_ahead,
             threads=args.threads,
+            dtype=alone(dtype_of, args.dtype),
             micro_batch_tokens=args.micro_batch_tokens,
         )
         alone(write_rows, job, args.data)
-        before = alone(measured, job.threads)
+        before = alone(measured, job)
         runs = take_turns({"ours": ours, "trl": trl}, job, rounds=args.rounds, only=args.only, told=told)
-        after = alone(measured, job.threads)
+        after = alone(measured, job)
     machine = Machine(
         flops=max(before.flops, after.flops),
         bandwidth=max(before.bandwidth, after.bandwidth),
@@ -233,7 +239,7 @@ def run_config(job: Job) -> RunConfig:
             "steps": job.steps,
             "groups_per_step": PROMPTS_PER_STEP,
             "algorithm": {"name": "grpo", "kl_coefficient": KL_COEFFICIENT},
-            "model": {"path": job.model, "gradient_checkpointing": True},
+            "model": {"path": job.model, "dtype": job.dtype, "gradient_checkpointing": True},
             "data": {"path": str(job.rows), "max_length": job.max_length, "shuffle": False},
             "rollout": {
                 "completions": COMPLETIONS,
@@ -307,7 +313,8 @@ def size_of(model: LanguageModel) -> Size:
     network = model.network
     embedding = network.get_input_embeddings().weight.numel()
     decoder = sum(weight.numel() for weight in network.get_decoder().parameters()) - embedding
-    return Size(decoder=decoder, head=network.get_output_embeddings().weight.numel())
+    head = network.get_output_embeddings().weight
+    return Size(decoder=decoder, head=head.numel(), bytes_per_weight=head.element_size())
 
 
 def trl(job: Job) -> Run:
@@ -318,6 +325,7 @@ def trl(job: Job) -> Run:
     from trl import GRPOConfig, GRPOTrainer
 
     from alignment.models.folders import model_source
+    from alignment.models.load import DTYPES
 
     torch.set_num_threads(job.threads)
     source = model_source(job.model)
@@ -333,7 +341,7 @@ def trl(job: Job) -> Run:
         beta=KL_COEFFICIENT,
         learning_rate=LR,
         lr_scheduler_type="constant",
-        bf16=True,
+        bf16=job.dtype == "bf16",
         use_cpu=True,
         gradient_checkpointing=False,
         shuffle_dataset=False,
@@ -344,7 +352,7 @@ def trl(job: Job) -> Run:
     )
     rows = [json.loads(line) for line in job.rows.read_text(encoding="utf-8").splitlines()]
     trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[job.dtype]),
         lambda completions, **_: brevity([turns[0]["content"] for turns in completions]),
         args=settings,
         train_dataset=Dataset.from_list(rows),
@@ -367,12 +375,14 @@ def trl(job: Job) -> Run:
     )
 
 
-def measured(threads: int) -> Machine:
+def measured(job: Job) -> Machine:
     """The best of several attempts: what else the machine does makes them slower, never faster."""
     import torch
 
-    torch.set_num_threads(threads)
-    left, right = torch.randn(2, 2048, 2048).bfloat16()
+    from alignment.models.load import DTYPES
+
+    torch.set_num_threads(job.threads)
+    left, right = torch.randn(2, 2048, 2048).to(DTYPES[job.dtype])
     source = torch.ones(1 << 28, dtype=torch.uint8)
     target = torch.empty_like(source)
     return Machine(
@@ -434,14 +444,14 @@ def figures(job: Job, runs: dict[str, list[Run]], machine: Machine) -> dict[str,
         "completion_tokens": rounded(medians(runs, lambda run: run.completion_tokens), 1),
         "reward": rounded(medians(runs, lambda run: run.reward), 3),
         "rounds": {name: [told_whole(run) for run in of] for name, of in runs.items()},
-        "machine": {"bf16_gflops": round(machine.flops / 1e9), "copy_gb_per_second": round(machine.bandwidth / 1e9, 1)},
+        "machine": {"gflops": round(machine.flops / 1e9), "copy_gb_per_second": round(machine.bandwidth / 1e9, 1)},
         "prompts_per_step": PROMPTS_PER_STEP,
         "completions": COMPLETIONS,
         "max_tokens": MAX_TOKENS,
         "steps": job.steps,
         "steps_ahead": job.steps_ahead,
         "max_length": job.max_length,
-        "dtype": "bf16",
+        "dtype": job.dtype,
         "model": job.model,
         "threads": job.threads,
         "micro_batch_tokens": job.micro_batch_tokens,

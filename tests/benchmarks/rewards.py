@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.side_by_side import dtype_of
+
 PAIRS = Path("configs/data/short_answers.train.jsonl")
 MAX_LENGTH = 1024
 Totals = list[float]
@@ -27,13 +29,14 @@ def main() -> None:
         prog="python -m tests.benchmarks.rewards", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--pairs", type=int, default=32, help="pairs to rate")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="number format of both")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="number format of both")
     args = parser.parse_args()
+    dtype = dtype_of(args.dtype)
     with tempfile.TemporaryDirectory(prefix="raylign-rewards-") as folder:
         adapter = random_adapter(Path(folder) / "adapter")
         asked = groups(args.pairs)
-        packed, packed_s = timed(ours(asked, adapter, Path(folder), args.dtype))
-        engine, engine_s = timed(vllm(asked, adapter, args.dtype))
+        packed, packed_s = timed(ours(asked, adapter, Path(folder), dtype))
+        engine, engine_s = timed(vllm(asked, adapter, dtype))
     apart = max(abs(one - other) for one, other in zip(packed, engine, strict=True))
     tokens = sum(len(sequence) for sequence, _ in sequences(asked))
     told = {"packed_s": packed_s, "engine_s": engine_s, "ratio": packed_s / engine_s, "largest_difference_nats": apart}

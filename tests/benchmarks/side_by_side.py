@@ -17,7 +17,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from alignment.config import NumberFormat
 
 STACK_EXCHANGE = Path("../shared/data/stack_exchange_paired/data/rl/train.jsonl.gz")
 
@@ -40,6 +43,9 @@ def parser(name: str, document: str | None, *, columns: str) -> argparse.Argumen
     parser.add_argument("--model", default="smollm2-135m-instruct", help="folder or hub id")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and one answer")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of each side")
+    formats = ("auto", "bf16", "fp32")
+    meaning = "number format of both; auto is bf16 if this CPU computes in it, else fp32"
+    parser.add_argument("--dtype", choices=formats, default="auto", help=meaning)
     return parser
 
 
@@ -60,6 +66,15 @@ def shuffled_rows(data: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in file]
     random.Random(0).shuffle(rows)
     return rows
+
+
+def dtype_of(wanted: NumberFormat) -> Literal["bf16", "fp32"]:
+    """The number format that `--dtype` means on this machine."""
+    import torch
+
+    from alignment.models.load import number_format
+
+    return number_format(wanted, torch.device("cpu"))
 
 
 def alone(work: Callable[..., Result], *arguments: object) -> Result:
