@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -160,13 +160,23 @@ def free_port() -> int:
 
 def vllm_arguments(model: str, port: int) -> list[str]:
     """Of vLLM's own server: the engine settings that ours has too."""
-    settings = {**ENGINE, "model": model, "served-model-name": "bench", "host": "127.0.0.1", "port": port}
+    settings = {**engine_settings(), "model": model, "served-model-name": "bench", "host": "127.0.0.1", "port": port}
     flags = ["--enforce-eager", "--no-enable-chunked-prefill", "--disable-uvicorn-access-log"]
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))] + flags
 
 
-ENGINE = {"max-model-len": 1024, "max-num-seqs": 16, "kv-cache-memory-bytes": 2**29}
-"""Engine settings of all three."""
+def engine_settings() -> dict[str, int | str]:
+    """Of all three, as vLLM's flags."""
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[_number_format()]
+    return {"dtype": dtype, "max-model-len": 1024, "max-num-seqs": 16, "kv-cache-memory-bytes": 2**29}
+
+
+def _number_format() -> Literal["bf16", "fp32"]:
+    import torch
+
+    from alignment.models.load import number_format
+
+    return number_format("auto", torch.device("cpu"))
 
 
 def our_settings(model: str, port: int, folder: Path) -> list[str]:
@@ -176,6 +186,7 @@ def our_settings(model: str, port: int, folder: Path) -> list[str]:
         f"folder={folder}",
         f"feedback.database=sqlite:///{folder}/bench.sqlite",
         "name=bench",
+        f"dtype={_number_format()}",
         "max_model_len=1024",
         "max_num_seqs=16",
         "kv_cache_gib=0.5",

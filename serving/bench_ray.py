@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 
-from serving.bench import ENGINE
+from serving.bench import engine_settings
 from serving.launch import OBJECT_STORE_BYTES
 
 
@@ -25,7 +25,7 @@ def main(model: str, port: int) -> None:
         _node_ip_address="127.0.0.1",
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = {name.replace("-", "_"): value for name, value in ENGINE.items()}
+    settings = {name.replace("-", "_"): value for name, value in engine_settings().items()}
     config = LLMConfig(
         model_loading_config={"model_id": "bench", "model_source": model},
         accelerator_config={"kind": "cpu"},
