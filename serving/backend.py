@@ -42,8 +42,8 @@ class Backend:
     async def ask(self, route: Route, body: dict[str, Any], wanted: int | None = None) -> AsyncGenerator[Reply | str]:
         """What the engine says, up to a failure or the deadline, which become the last part.
 
-        First comes a `Reply`: the answer, a refusal, or the beginning of a stream (its body is empty), whose events
-        follow as text.
+        First comes a `Reply`: the answer, a refusal, or the beginning of a stream (its body is empty), whose further
+        events follow as text.
 
         Args:
             wanted: number of the model version to answer; None leaves it to the registry.

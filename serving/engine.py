@@ -161,7 +161,7 @@ class Engine:
         async for part in await getattr(self._server, route)(request):
             told = _outgoing(part, names)
             if isinstance(told, str) and not began:
-                yield Reply(status=200, body="", version=names.label, version_s=names.version_s)
+                told = Reply(status=200, body="", events=told, version=names.label, version_s=names.version_s)
             began = True
             yield told
 

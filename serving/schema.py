@@ -19,7 +19,9 @@ class Reply:
     status: int
     """HTTP status code."""
     body: str
-    """JSON text; empty for a stream, whose events follow."""
+    """JSON text; empty for a stream."""
+    events: str = ""
+    """The first events of a stream, which save it a message between processes; the others follow as text."""
     version: str | None = None
     """Of the model that answers: a number, or `base` for the base model of an adapter; None if none does."""
     retry_after_s: float | None = None

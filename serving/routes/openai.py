@@ -189,10 +189,10 @@ def routes(service: Service) -> APIRouter:
         route: Route, request: Request, asked: dict[str, Any], begun: Reply, parts: Parts, started: float
     ) -> AsyncIterator[str]:
         kept: list[str] = []
-        async for part in parts:
+        async for text in texts(begun, parts):
             if not kept:
                 service.meters.first_token(route, begun, time.perf_counter() - started)
-            kept.append(event(part) if isinstance(part, Reply) else part)
+            kept.append(text)
             if END in kept[-1]:
                 # Before the client sees the end, so that its judgement cannot come too early.
                 remember(route, request, asked, lambda: chunks(kept), begun.version)
@@ -215,6 +215,14 @@ def routes(service: Service) -> APIRouter:
         service.meters.took("record", time.perf_counter() - begun)
 
     return router
+
+
+async def texts(begun: Reply, parts: Parts) -> AsyncIterator[str]:
+    """The events of a stream; the first came with its beginning."""
+    if begun.events:
+        yield begun.events
+    async for part in parts:
+        yield event(part) if isinstance(part, Reply) else part
 
 
 async def whole(parts: Parts) -> Reply:
