@@ -30,7 +30,7 @@ from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed
 from alignment.rollout.weights import Outbox
 from alignment.types import Completion, Group
 from tests.conftest import make_tokenizer
-from tests.processes import descendants
+from tests.processes import engine_processes
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_LENGTH = 96
@@ -143,19 +143,14 @@ def pair(request: pytest.FixtureRequest, models: dict[bool, Path]) -> Iterator[P
     folder = models[request.param != "untied"]
     lora = LoraConfig(rank=4, alpha=8.0) if request.param == "adapter" else None
     config = ModelConfig(path=str(folder), dtype="fp32", lora=lora)
-    before = engine_processes()
+    before = set(engine_processes())
     engine = local_generator(settings_of(config))
     found = Pair(Trainer.of(config), engine)
     found.sync()
     yield found
     engine.close()
-    assert engine_processes() <= before
+    assert set(engine_processes()) <= before
     assert not list(Path("/dev/shm").glob(f"{engine.outbox.name}-*"))
-
-
-def engine_processes() -> set[psutil.Process]:
-    """Processes of engines that this process has started and that run."""
-    return set(descendants("EngineCore"))
 
 
 def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
@@ -271,7 +266,7 @@ def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)  # several files, of which the first ones are whole
-    processes = engine_processes()
+    processes = set(engine_processes())
     good = pair.engine.outbox
     pair.engine.outbox = Damaging(good.name, good.places)
     with pytest.raises(RolloutError, match="could not be loaded"):
@@ -282,7 +277,7 @@ def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
     with pytest.raises(RolloutError, match="stale"):
         asyncio.run(pair.engine.places[0].seat.generate(PROMPTS[0], sampling()))
     pair.sync()
-    assert not processes & engine_processes()
+    assert not processes & set(engine_processes())
     assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
 
 
@@ -386,9 +381,9 @@ def test_an_engine_ends_with_the_process_that_started_it_even_if_that_is_killed(
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None and trainer.stdout.readline() == "started\n"
-    engines = descendants("EngineCore", of=trainer.pid)
-    assert engines, "nothing was started"
+    started = engine_processes(of=trainer.pid)
+    assert started, "nothing was started"
     trainer.kill()
     trainer.wait()
-    _, alive = psutil.wait_procs(engines, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive

@@ -34,7 +34,7 @@ from tests.alignment.test_vllm import (
     tokens_of,
     write_model,
 )
-from tests.processes import descendants
+from tests.processes import descendants, engine_processes
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,6 @@ def pool(engines: Engines, config: RunConfig, trainer: Trainer) -> Iterator[Pool
     found.load(trainer.change())
     yield found
     found.close()
-
-
-def engine_processes() -> list[psutil.Process]:
-    """Processes of vLLM's engines that this test session has started."""
-    return descendants("VLLM::EngineCore")
 
 
 def assert_engine_processes(count: int) -> None:

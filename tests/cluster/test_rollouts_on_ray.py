@@ -17,7 +17,7 @@ from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
 from cluster.launch import run, start_ray
 from tests.cluster.test_train_on_ray import train_workers
-from tests.processes import descendants
+from tests.processes import engine_processes
 
 Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -29,11 +29,6 @@ def ray_here() -> Iterator[None]:
     start_ray(None)
     yield
     ray.shutdown()
-
-
-def engine_processes() -> list[psutil.Process]:
-    """vLLM's own processes among those that this test session has started."""
-    return descendants("EngineCore")
 
 
 def run_on_ray(settings: Settings, write_rows: Callable[..., Path], **cluster: int) -> Path:

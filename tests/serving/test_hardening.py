@@ -19,7 +19,7 @@ import pytest
 
 from serving.keys import create_key, rotate_key
 from serving.store import Store
-from tests.processes import descendants
+from tests.processes import descendants, engine_processes
 from tests.serving.conftest import Running, holding, started
 
 TURNS = [{"role": "user", "content": "the quick brown fox"}]
@@ -74,9 +74,9 @@ def engines_of(endpoint: Running) -> list[psutil.Process]:
     """The processes of vLLM; waits for two."""
     deadline = time.monotonic() + 90
     while True:
-        engines = descendants("EngineCore", of=endpoint.process.pid)
-        if len(engines) == 2 or time.monotonic() > deadline:
-            return engines
+        found = engine_processes(of=endpoint.process.pid)
+        if len(found) == 2 or time.monotonic() > deadline:
+            return found
         time.sleep(1)
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.models.folders import bundled
-from tests.processes import descendants
+from tests.processes import descendants, engine_processes
 from tests.serving.conftest import ALIGNED, Running, random_adapter, started
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -192,7 +192,7 @@ def test_rewards_of_whole_weights_without_a_reference_are_refused_in_words(
 
 def test_a_restarted_replica_has_the_current_version(whole: tuple[Running, Path, list[str]]) -> None:
     endpoint, _, texts = whole
-    (engine,) = descendants("EngineCore", of=endpoint.process.pid)
+    (engine,) = engine_processes(of=endpoint.process.pid)
     engine.kill()
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
