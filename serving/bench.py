@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -167,26 +167,26 @@ def vllm_arguments(model: str, port: int) -> list[str]:
 
 def engine_settings() -> dict[str, int | str]:
     """Of all three, as vLLM's flags."""
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[_number_format()]
-    return {"dtype": dtype, "max-model-len": 1024, "max-num-seqs": 16, "kv-cache-memory-bytes": 2**29}
+    from alignment.models.load import dtype_name
 
-
-def _number_format() -> Literal["bf16", "fp32"]:
-    import torch
-
-    from alignment.models.load import number_format
-
-    return number_format("auto", torch.device("cpu"))
+    return {
+        "dtype": dtype_name("auto", "cpu"),
+        "max-model-len": 1024,
+        "max-num-seqs": 16,
+        "kv-cache-memory-bytes": 2**29,
+    }
 
 
 def our_settings(model: str, port: int, folder: Path) -> list[str]:
     """Settings of our endpoint."""
+    from alignment.models.load import number_format
+
     return [
         f"port={port}",
         f"folder={folder}",
         f"feedback.database=sqlite:///{folder}/bench.sqlite",
         "name=bench",
-        f"dtype={_number_format()}",
+        f"dtype={number_format('auto', 'cpu')}",
         "max_model_len=1024",
         "max_num_seqs=16",
         "kv_cache_gib=0.5",

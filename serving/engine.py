@@ -341,14 +341,10 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
 
 def _dtype(wanted: NumberFormat, device: Device) -> str:
     """As vLLM calls it; "auto" is the format that the weights are stored in."""
-    import torch
+    from alignment.models.load import dtype_name
 
-    from alignment.models.load import number_format
-
-    computed = number_format(wanted, torch.device(device))
-    if wanted == "auto" and computed == "bf16":
-        return "auto"
-    return {"bf16": "bfloat16", "fp32": "float32"}[computed]
+    computed = dtype_name(wanted, device)
+    return "auto" if wanted == "auto" and computed == "bfloat16" else computed
 
 
 def _transfer_arguments() -> dict[str, Any]:

@@ -72,12 +72,10 @@ class EngineSettings:
     @property
     def dtype(self) -> str:
         """Number format of the engine on this machine, as vLLM calls it."""
-        import torch
-
-        from alignment.models.load import number_format
+        from alignment.models.load import dtype_name
 
         wanted = self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype
-        return {"bf16": "bfloat16", "fp32": "float32"}[number_format(wanted, torch.device(self.device))]
+        return dtype_name(wanted, self.device)
 
 
 class Engine:

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from alignment.config import ModelConfig, RolloutConfig
-from alignment.models.load import DTYPES, number_format
+from alignment.models.load import DTYPES, dtype_name, number_format
 from alignment.rollout.vllm import EngineSettings
-
-CPU = torch.device("cpu")
 
 
 def seconds(dtype: torch.dtype) -> float:
@@ -27,16 +25,17 @@ def seconds(dtype: torch.dtype) -> float:
 
 
 def test_auto_is_not_the_slow_format() -> None:
-    chosen = number_format("auto", CPU)
+    chosen = number_format("auto", "cpu")
     other = {"bf16": "fp32", "fp32": "bf16"}[chosen]
+    assert getattr(torch, dtype_name("auto", "cpu")) is DTYPES[chosen]
     assert seconds(DTYPES[chosen]) < 1.5 * seconds(DTYPES[other])
 
 
 def test_what_is_asked_for_is_obeyed_and_warned_of_where_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
-    assert number_format("fp32", CPU) == "fp32"
+    assert number_format("fp32", "cpu") == "fp32"
     with caplog.at_level(logging.WARNING):
-        assert number_format("bf16", CPU) == "bf16"
-    assert ("no bf16 arithmetic" in caplog.text) == (number_format("auto", CPU) == "fp32")
+        assert number_format("bf16", "cpu") == "bf16"
+    assert ("no bf16 arithmetic" in caplog.text) == (number_format("auto", "cpu") == "fp32")
 
 
 @pytest.mark.parametrize(
@@ -47,4 +46,4 @@ def test_trainer_and_engine_agree_unless_told_otherwise(model: str, rollout: str
     settings = EngineSettings.of(
         config, RolloutConfig.model_validate({"dtype": rollout}), max_length=64, device="cpu", threads=1
     )
-    assert f"torch.{settings.dtype}" == str(DTYPES[number_format(wanted, CPU)])  # type: ignore[arg-type]
+    assert settings.dtype == dtype_name(wanted, "cpu")  # type: ignore[arg-type]

@@ -14,9 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks.side_by_side import dtype_of
+
+if TYPE_CHECKING:
+    from alignment.config import NumberFormat
 
 PAIRS = Path("configs/data/short_answers.train.jsonl")
 MAX_LENGTH = 1024
@@ -100,7 +103,7 @@ def sequences(asked: list[Any]) -> list[tuple[list[int], int]]:
     ]
 
 
-def ours(asked: list[Any], adapter: Path, folder: Path, dtype: Any) -> Callable[[], Totals]:
+def ours(asked: list[Any], adapter: Path, folder: Path, dtype: NumberFormat) -> Callable[[], Totals]:
     """As `serving.scoring` does it."""
     import torch
 
@@ -115,17 +118,18 @@ def ours(asked: list[Any], adapter: Path, folder: Path, dtype: Any) -> Callable[
     return lambda: [each.total for group in policies.ratios(asked, version) for each in group]
 
 
-def vllm(asked: list[Any], adapter: Path, dtype: str) -> Callable[[], Totals]:
+def vllm(asked: list[Any], adapter: Path, dtype: NumberFormat) -> Callable[[], Totals]:
     """From the engine that answers."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from alignment.models.folders import bundled
+    from alignment.models.load import dtype_name
 
     engine = LLM(
         str(bundled()),
-        dtype={"bf16": "bfloat16", "fp32": "float32"}[dtype],
+        dtype=dtype_name(dtype, "cpu"),
         max_model_len=MAX_LENGTH,
         enable_lora=True,
         max_lora_rank=8,

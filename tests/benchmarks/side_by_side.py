@@ -70,11 +70,9 @@ def shuffled_rows(data: Path) -> list[dict[str, Any]]:
 
 def dtype_of(wanted: NumberFormat) -> Literal["bf16", "fp32"]:
     """The number format that `--dtype` means on this machine."""
-    import torch
-
     from alignment.models.load import number_format
 
-    return number_format(wanted, torch.device("cpu"))
+    return number_format(wanted, "cpu")
 
 
 def alone(work: Callable[..., Result], *arguments: object) -> Result:
