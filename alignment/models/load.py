@@ -138,10 +138,9 @@ def number_format(wanted: NumberFormat, device: torch.device | str) -> Literal["
 
     Without it, a CPU takes about six times as long for a matrix product in bf16 as for the same in fp32.
     """
-    computes_in_bf16 = _computes_in_bf16(torch.device(device).type)
     if wanted == "auto":
-        return "bf16" if computes_in_bf16 else "fp32"
-    if wanted == "bf16" and not computes_in_bf16:
+        return "bf16" if _computes_in_bf16(torch.device(device)) else "fp32"
+    if wanted == "bf16" and not _computes_in_bf16(torch.device(device)):
         logger.warning(
             "this processor has no bf16 arithmetic: dtype bf16 is several times as slow here as auto or fp32"
         )
@@ -153,8 +152,8 @@ def dtype_name(wanted: NumberFormat, device: torch.device | str) -> str:
     return str(DTYPES[number_format(wanted, device)]).removeprefix("torch.")
 
 
-def _computes_in_bf16(device_type: str) -> bool:
-    if device_type == "cuda":
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(is_there for name, is_there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
