@@ -147,6 +147,9 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     _end_with_parent()
+    # Linux kills a process that uses AMX without having asked for it. vLLM's attention does, unless a product of
+    # matrices has asked before, which one of one or two tokens may not. Elsewhere this does nothing.
+    torch.cpu._init_amx()
     adapter_speed.install()
     with contextlib.suppress(ValueError):  # known already: vLLM may call it twice
         WeightTransferEngineFactory.register_engine(FILES, _receiver())

@@ -295,6 +295,18 @@ def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair:
     assert process not in engine_processes()
 
 
+def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(models: dict[bool, Path]) -> None:
+    """A processor with AMX kills a process that multiplies tiles unasked, as vLLM's attention does."""
+    config = ModelConfig(path=str(models[True]), dtype="bf16")
+    engine = local_generator(settings_of(config))
+    engine.load(Trainer.of(config).weights())
+    processes = set(engine_processes())
+    (drawn,) = engine.submit([Prompt(tokens=(20,), seed=1)], sampling(completions=2))()
+    assert len(drawn) == 2
+    assert set(engine_processes()) == processes, "the engine was replaced"
+    engine.close()
+
+
 WITHOUT_TYING = """
 import json, os, sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
