@@ -56,12 +56,12 @@ def turns(prompt: str) -> list[dict[str, str]]:
 
 
 def judged(endpoint: Running, prompt: str) -> None:
-    """A person who likes short answers, and cannot decide between equally long ones."""
+    """A person who likes short answers, and cannot decide between about equally long ones."""
     body = {"messages": turns(prompt), "max_tokens": TOKENS, "temperature": 1.0}
     asked = endpoint.ask("POST", "/v1/comparisons", body, role="labeller").json()
     one, other = asked["answers"]
-    shorter = min(one, other, key=lambda each: len(each["text"]))
-    winner = "tie" if len(one["text"]) == len(other["text"]) else shorter["id"]
+    shorter, longer = sorted((one, other), key=lambda each: len(each["text"]))
+    winner = shorter["id"] if len(longer["text"]) > 1.15 * len(shorter["text"]) else "tie"
     verdict = {"kind": "choice", "id": asked["id"], "winner": winner}
     said = endpoint.ask("POST", "/v1/feedback", verdict, role="labeller")
     assert said.status_code == 200, said.text
@@ -96,13 +96,13 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
         second = recipe(
             tmp_path,
             "second",
-            steps=8,
+            steps=14,
             model={"lora": {**LORA, "start": str(tmp_path / "first")}},
             data={
                 "path": f"{endpoint.url}/v1/feedback/export",
                 "max_length": 256,
                 "on_bad_row": "skip",
-                "bad_row_budget": 0.5,
+                "bad_row_budget": 0.7,
             },
         )
         key = {"RAYLIGN_KEY": endpoint.keys["admin"]}
