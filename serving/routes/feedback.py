@@ -7,7 +7,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -38,8 +38,8 @@ from serving.store.records import (
 )
 
 STATUS = {UnknownId: 404, Conflict: 409, BadVerdict: 400, StoreFull: 507, StoreAway: 503}
-ATTEMPTS = 2
-"""Draws of two answers, in case both are the same."""
+ATTEMPTS = 3
+"""Draws of two answers, in case a choice between them would teach nothing."""
 TEMPERATURE = 0.8
 RETRY_S = 1.0
 
@@ -111,10 +111,7 @@ def routes(service: Service) -> APIRouter:
         if not config.feedback.record:
             raise Refused(409, "This service keeps no texts (feedback.record is off), so nobody could learn from it.")
         asked = question(request, body)
-        for _ in range(ATTEMPTS):
-            said = await asyncio.gather(*(answer(asked, version) for version in versions(body)))
-            if said[0].text != said[1].text:
-                break
+        said = await to_compare(lambda: asyncio.gather(*(answer(asked, version) for version in versions(body))))
         id = f"cmp-{uuid.uuid4().hex}"
         answers = [
             IssuedAnswer(
@@ -160,12 +157,12 @@ def routes(service: Service) -> APIRouter:
         state = service.registry.state()
         return state.current, state.current if state.canary is None else state.canary
 
-    async def answer(asked: dict[str, Any], version: int) -> _Said:
+    async def answer(asked: dict[str, Any], version: int) -> Said:
         seeded = {**asked, "seed": random.getrandbits(62)}
         reply = await whole(service.backend.ask("chat" if "messages" in asked else "completions", seeded, version))
         if reply.status != 200:
             raise Refused.by(reply)
-        return _Said.of(reply.body, number_of(reply.version))
+        return Said.of(reply.body, number_of(reply.version))
 
     @router.post("/v1/feedback", tags=["labeller"])
     async def feedback(
@@ -209,7 +206,7 @@ def routes(service: Service) -> APIRouter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Said:
+class Said:
     """One answer of the engine."""
 
     text: str
@@ -217,10 +214,24 @@ class _Said:
     finish_reason: str | None
 
     @classmethod
-    def of(cls, body: str, version: int) -> _Said:
+    def of(cls, body: str, version: int) -> Said:
         choice = json.loads(body)["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         return cls(text=text or "", version=version, finish_reason=choice["finish_reason"])
+
+
+async def to_compare(draw: Callable[[], Awaitable[list[Said]]]) -> list[Said]:
+    """Two answers whose comparison can become a training pair: neither is blank, and they differ.
+
+    Args:
+        draw: gives two answers; after `ATTEMPTS` times its last ones are taken as they are.
+    """
+    for _ in range(ATTEMPTS):
+        said = await draw()
+        texts = {one.text for one in said}
+        if len(texts) == 2 and all(text.strip() for text in texts):
+            break
+    return said
 
 
 async def kept(future: Future[Kept]) -> Kept:

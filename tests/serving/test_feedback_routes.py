@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
+from serving.routes.feedback import Said, to_compare
 from tests.serving.conftest import ALIGNED, Running
 
 TURNS = [{"role": "user", "content": "Name a colour."}]
@@ -54,6 +56,25 @@ def test_a_choice_becomes_a_pair_to_train_on(endpoint: Running) -> None:
     assert row["prompt"] == TURNS
     group = to_group(row, "row", SourceConfig(path="-"))
     assert len(group.pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("drawn", "shown"),
+    [
+        (["a b"], "a b"),
+        (["a a", "b c"], "b c"),
+        ([" a", "b ", "c d"], "c d"),
+        (["a a", "\n b", "c c", "d e"], "c c"),
+    ],
+    ids=["both are good", "the same twice", "one is blank", "it is tried thrice"],
+)
+def test_what_a_choice_teaches_nothing_about_is_drawn_again(drawn: list[str], shown: str) -> None:
+    draws = iter(drawn)
+
+    async def draw() -> list[Said]:
+        return [Said(text=text, version=1, finish_reason="stop") for text in next(draws).split(" ")]
+
+    assert " ".join(said.text for said in asyncio.run(to_compare(draw))) == shown
 
 
 def test_versions_are_not_told_before_the_choice(endpoint: Running) -> None:
