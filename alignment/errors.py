@@ -13,6 +13,10 @@ class DataError(AlignmentError):
     """The preference data cannot be used: unreadable source, or more bad rows than the configuration allows."""
 
 
+class NoPreference(DataError):
+    """A row is in order and prefers none of its answers, as a tie does: comparing learns nothing from it."""
+
+
 class ModelError(AlignmentError):
     """A model or tokenizer cannot be loaded, or cannot do what the algorithm needs."""
 

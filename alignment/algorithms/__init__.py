@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 from alignment.config import AlgorithmConfig
+from alignment.errors import DataError, NoPreference
 from alignment.types import Batch, Group, Loss, Outputs
 
 
@@ -45,6 +46,7 @@ class Algorithm(AlgorithmConfig):
         """Keeps the completions that this algorithm learns from.
 
         Raises:
+            NoPreference: the group is in order, and this algorithm has nothing to compare in it.
             DataError: the group has nothing for this algorithm; the text says what is missing.
         """
 
@@ -83,3 +85,18 @@ class ReferencedAlgorithm(Algorithm):
     """Where log π_ref comes from. `adapter_off`: the same weights without the adapter (LoRA only). `copy`: a frozen
     copy of the starting model. `precomputed`: log-probabilities of all groups are computed before the first step and
     kept beside the run, so that no second model stays in memory. `auto` is `adapter_off` with LoRA, else `copy`."""
+
+
+def check_preference(algorithm: str, group: Group) -> None:
+    """Checks that an algorithm which compares answers has two to compare.
+
+    Raises:
+        NoPreference: all answers are rated, and none higher than another.
+        DataError: there are no answers, or unrated ones.
+    """
+    if group.pairs:
+        return
+    rewards = [completion.reward for completion in group.completions]
+    undecided = rewards and None not in rewards
+    kind = NoPreference if undecided else DataError
+    raise kind(f"{algorithm} needs two completions with different rewards; this row's rewards are {rewards}")

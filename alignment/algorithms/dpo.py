@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignment.algorithms import ReferencedAlgorithm
+from alignment.algorithms import ReferencedAlgorithm, check_preference
 from alignment.config import Positive
-from alignment.errors import DataError
 from alignment.losses import hinge_preference, ipo_preference, sigmoid_preference
 from alignment.types import Batch, Group, Loss, Outputs, Term
 
@@ -25,9 +24,7 @@ class DPO(ReferencedAlgorithm):
     """Strength of the pull towards the reference, > 0; usually 0.01 to 0.5. For `ipo` it is the paper's τ."""
 
     def select(self, group: Group) -> Group:
-        if not group.pairs:
-            rated = [completion.reward for completion in group.completions]
-            raise DataError(f"dpo needs two completions with different rewards; this row's rewards are {rated}")
+        check_preference(self.name, group)
         return group
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from alignment.algorithms import Algorithm
+from alignment.algorithms import Algorithm, check_preference
 from alignment.config import NonNegative
-from alignment.errors import DataError
 from alignment.losses import pairwise_reward
 from alignment.types import Batch, Group, Loss, Outputs, Term
 
@@ -25,9 +24,7 @@ class RewardModel(Algorithm):
     """Weight of (better + worse)², which keeps scores around 0 (arXiv 2312.09244); 0 leaves their level free."""
 
     def select(self, group: Group) -> Group:
-        if not group.pairs:
-            rated = [completion.reward for completion in group.completions]
-            raise DataError(f"reward_model needs two completions with different rewards; this row's are {rated}")
+        check_preference(self.name, group)
         return group
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:

@@ -19,7 +19,7 @@ from alignment.config import DataConfig, SourceConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
-from alignment.errors import DataError
+from alignment.errors import DataError, NoPreference
 from alignment.types import Group
 
 MIN_ROWS_FOR_BUDGET = 100
@@ -37,7 +37,7 @@ class GroupReader:
         self.algorithm = algorithm
         self.tokenizer = tokenizer
         self.bad_rows = bad_rows
-        self.num_rows = self.num_bad = self.num_long = 0
+        self.num_rows = self.num_bad = self.num_long = self.num_undecided = 0
         self.first_bad: list[str] = []
         self._named: set[str] = set()
 
@@ -57,6 +57,8 @@ class GroupReader:
                     self.num_long += 1
                     continue
                 yield self.tokenizer(group)
+            except NoPreference:
+                self.num_undecided += 1
             except DataError as error:
                 self._bad(origin, error)
 
@@ -73,6 +75,8 @@ class GroupReader:
         text = f"{self.num_rows} rows"
         if self.num_long:
             text += f", {self.num_long} longer than {self.data.max_characters} characters left out"
+        if self.num_undecided:
+            text += f", {self.num_undecided} that prefer no answer left out"
         if self.num_bad:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
         return text

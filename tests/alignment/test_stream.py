@@ -355,9 +355,8 @@ def test_sft_says_that_a_prompt_alone_cannot_be_imitated(
     ("row", "rewards"),
     [
         ({"prompt": "the"}, r"\[\]"),
-        ({"prompt": "the", "completion": " fox", "label": True}, r"\[1\.0\]"),
         ({"prompt": "the", "completions": [" fox", " dog"]}, r"\[None, None\]"),
-        ({"prompt": "the", "completions": [" fox", " dog"], "rewards": [1, 1]}, r"\[1\.0, 1\.0\]"),
+        ({"prompt": "the", "completion": " fox"}, r"\[None\]"),
     ],
 )
 def test_dpo_says_what_a_row_without_a_pair_lacks(
@@ -366,6 +365,30 @@ def test_dpo_says_what_a_row_without_a_pair_lacks(
     expected = rf"rows\.jsonl:1: dpo needs two completions with different rewards; this row's rewards are {rewards}"
     with pytest.raises(DataError, match=expected):
         load(reader(path=str(write_rows([row]))))
+
+
+UNDECIDED = [
+    {"prompt": "the", "completions": [" fox", " dog"], "rewards": [0.5, 0.5]},  # a tie
+    {"prompt": "the", "completions": [" fox"], "rewards": [1]},  # a thumb
+    {"prompt": "the", "completion": " fox", "label": True},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
+def test_a_tie_or_a_thumb_is_no_bad_row_but_one_to_leave_out(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, algorithm: str, streaming: bool
+) -> None:
+    path = str(write_rows([*UNDECIDED, *pair_rows(2)]))
+    one = reader(algorithm, path=path, streaming=streaming, shuffle=False, bad_row_budget=0)
+    assert lines_of(load(one).train.take(2)) == [4, 5]
+    assert (one.num_bad, one.num_undecided) == (0, 3)
+    assert "3 that prefer no answer left out" in one.summary()
+
+
+def test_rows_that_all_prefer_nothing_are_said_to(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
+    with pytest.raises(DataError, match=r"no usable group is left .*: 3 rows, 3 that prefer no answer left out"):
+        load(reader(path=str(write_rows(UNDECIDED))))
 
 
 def test_the_fingerprint_changes_with_the_tokens_and_not_with_the_cursor(

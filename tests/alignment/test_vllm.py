@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, shard
 from alignment.models.roles import ActorWeights
-from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, adapter_speed
+from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
 from alignment.rollout.pool import Pool
 from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed_of
 from alignment.rollout.weights import Outbox
@@ -298,13 +299,12 @@ def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair:
 def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(models: dict[bool, Path]) -> None:
     """A processor with AMX kills a process that multiplies tiles unasked, as vLLM's attention does."""
     config = ModelConfig(path=str(models[True]), dtype="bf16")
-    engine = local_generator(settings_of(config))
-    engine.load(Trainer.of(config).weights())
-    processes = set(engine_processes())
-    (drawn,) = engine.submit([Prompt(tokens=(20,), seed=1)], sampling(completions=2))()
-    assert len(drawn) == 2
-    assert set(engine_processes()) == processes, "the engine was replaced"
-    engine.close()
+    with contextlib.closing(local_generator(settings_of(config))) as engine:
+        engine.load(Trainer.of(config).weights())
+        processes = set(engine_processes())
+        (drawn,) = engine.submit([Prompt(tokens=(20,), seed=1)], sampling(completions=2))()
+        assert len(drawn) == 2
+        assert set(engine_processes()) == processes, "the engine was replaced"
 
 
 WITHOUT_TYING = """
@@ -364,25 +364,6 @@ def test_completions_of_neighbouring_seeds_share_no_randomness() -> None:
     seeds = [seed_of(Prompt(tokens=(1,), seed=seed), k) for seed in range(50) for k in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert max(seeds) < 2**63
-
-
-@pytest.mark.parametrize("adapters", [[0, 0, 0, 0], [2, 2, 2, 2], [-1, -1, -1, -1], [0, 2, 1, -1]])
-def test_adapters_are_multiplied_token_by_token(adapters: list[int]) -> None:
-    torch.manual_seed(0)
-    inputs, stacked = torch.randn(4, 5), torch.randn(3, 1, 6, 5)
-    expected = torch.stack([stacked[adapter, 0] @ token for adapter, token in zip(adapters, inputs, strict=True)])
-    indices = torch.tensor(adapters)
-    start = torch.randn(4, 8)
-
-    shrunk, added, sliced = start.clone(), start.clone(), start.clone()
-    adapter_speed.shrink(inputs, stacked, shrunk, indices, 0.5)
-    adapter_speed.expand(inputs, stacked, added, indices)
-    adapter_speed.expand_slice(inputs, stacked, sliced, indices, 2, 6, add_inputs=False)
-    torch.testing.assert_close(shrunk[:, :6], 0.5 * expected)
-    torch.testing.assert_close(added[:, :6], start[:, :6] + expected)
-    torch.testing.assert_close(sliced[:, 2:], expected)
-    for result, untouched in ((shrunk, slice(6, 8)), (added, slice(6, 8)), (sliced, slice(0, 2))):
-        torch.testing.assert_close(result[:, untouched], start[:, untouched])
 
 
 def test_an_engine_ends_with_the_process_that_started_it_even_if_that_is_killed(models: dict[bool, Path]) -> None:

@@ -19,6 +19,8 @@ from tests.serving.conftest import Running, started
 DATA = Path("configs/data")
 TOKENS = 96
 """Most of an answer: enough for most to come to their end, so that the shorter one is known."""
+ABOUT_AS_LONG = 1.15
+"""Up to this ratio of their characters two answers are a tie."""
 NUM_JUDGED = 40
 NUM_ASKED = 12
 LORA = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -61,7 +63,7 @@ def judged(endpoint: Running, prompt: str) -> None:
     asked = endpoint.ask("POST", "/v1/comparisons", body, role="labeller").json()
     one, other = asked["answers"]
     shorter, longer = sorted((one, other), key=lambda each: len(each["text"]))
-    winner = shorter["id"] if len(longer["text"]) > 1.15 * len(shorter["text"]) else "tie"
+    winner = shorter["id"] if len(longer["text"]) > ABOUT_AS_LONG * len(shorter["text"]) else "tie"
     verdict = {"kind": "choice", "id": asked["id"], "winner": winner}
     said = endpoint.ask("POST", "/v1/feedback", verdict, role="labeller")
     assert said.status_code == 200, said.text
@@ -98,12 +100,7 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
             "second",
             steps=14,
             model={"lora": {**LORA, "start": str(tmp_path / "first")}},
-            data={
-                "path": f"{endpoint.url}/v1/feedback/export",
-                "max_length": 256,
-                "on_bad_row": "skip",
-                "bad_row_budget": 0.7,
-            },
+            data={"path": f"{endpoint.url}/v1/feedback/export", "max_length": 256},
         )
         key = {"RAYLIGN_KEY": endpoint.keys["admin"]}
         raylign("train", second, **key)

@@ -85,7 +85,7 @@ def test_versions_are_not_told_before_the_choice(endpoint: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_an_answer_of_a_chat_can_be_judged_at_once(endpoint: Running, stream: bool) -> None:
-    answer = chat(endpoint, stream=stream)
+    answer = chat(endpoint, stream=stream, temperature=0)
     text = answer.text.split("\n")[0].removeprefix("data: ") if stream else answer.text
     id = json.loads(text)["id"]
     receipt = judge(endpoint, kind="thumb", id=id, up=False)
