@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from alignment.rewards.rules import contains_keyword
 from tests.serving.conftest import Running, started
 
 DATA = Path("configs/data")
 TOKENS = 96
 """Most of an answer: enough for most to come to their end, so that the shorter one is known."""
 ABOUT_AS_LONG = 1.15
-"""Up to this ratio of their characters two answers are a tie."""
+"""Up to this ratio of their characters two right answers are a tie."""
 NUM_JUDGED = 40
 NUM_ASKED = 12
 LORA = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -33,18 +34,19 @@ def raylign(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def prompts(name: str, count: int) -> list[str]:
+def questions(name: str, count: int) -> list[dict[str, Any]]:
+    """Rows with `prompt`, `keywords` and `chosen`, a short right answer."""
     lines = (DATA / f"short_answers.{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines[:count]]
+    return [json.loads(line) for line in lines[:count]]
 
 
 def recipe(folder: Path, name: str, **more: Any) -> str:
     config = {
         "name": name,
         "output": str(folder),
-        "algorithm": {"name": "dpo", "beta": 0.1},
+        "algorithm": {"name": "dpo", "beta": 0.2},
         "groups_per_step": 8,
-        "optim": {"lr": 5e-4, "schedule": "constant", "micro_batch_tokens": 2048},
+        "optim": {"lr": 3e-4, "schedule": "constant", "micro_batch_tokens": 2048},
         "evaluate": {"every": 0, "samples": 0},
         **more,
     }
@@ -57,27 +59,37 @@ def turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def judged(endpoint: Running, prompt: str) -> None:
-    """A person who likes short answers, and cannot decide between about equally long ones."""
-    body = {"messages": turns(prompt), "max_tokens": TOKENS, "temperature": 1.0}
+def judged(endpoint: Running, question: dict[str, Any]) -> None:
+    """A person who wants a right answer, and the shorter one of two; then writes how it should have been."""
+
+    def say(**verdict: Any) -> None:
+        said = endpoint.ask("POST", "/v1/feedback", verdict, role="labeller")
+        assert said.status_code == 200, said.text
+
+    body = {"messages": turns(question["prompt"]), "max_tokens": TOKENS, "temperature": 1.0}
     asked = endpoint.ask("POST", "/v1/comparisons", body, role="labeller").json()
-    one, other = asked["answers"]
-    shorter, longer = sorted((one, other), key=lambda each: len(each["text"]))
-    winner = shorter["id"] if len(longer["text"]) > ABOUT_AS_LONG * len(shorter["text"]) else "tie"
-    verdict = {"kind": "choice", "id": asked["id"], "winner": winner}
-    said = endpoint.ask("POST", "/v1/feedback", verdict, role="labeller")
-    assert said.status_code == 200, said.text
+    say(kind="choice", id=asked["id"], winner=winner(asked["answers"], question["keywords"]))
+    say(kind="correction", id=asked["answers"][0]["id"], text=question["chosen"])
+
+
+def winner(answers: list[dict[str, str]], keywords: list[str]) -> str:
+    right = [answer for answer in answers if contains_keyword(answer["text"], keywords)]
+    right.sort(key=lambda answer: len(answer["text"]))
+    if not right:
+        return "both_bad"
+    tie = len(right) == 2 and len(right[1]["text"]) <= ABOUT_AS_LONG * len(right[0]["text"])
+    return "tie" if tie else right[0]["id"]
 
 
 def lengths(endpoint: Running) -> float:
     """Mean tokens of greedy answers to prompts that nobody judged."""
 
-    def one(prompt: str) -> int:
-        body = {"model": "circle", "messages": turns(prompt), "max_tokens": TOKENS, "temperature": 0}
+    def one(question: dict[str, Any]) -> int:
+        body = {"model": "circle", "messages": turns(question["prompt"]), "max_tokens": TOKENS, "temperature": 0}
         return int(endpoint.ask("POST", "/v1/chat/completions", body).json()["usage"]["completion_tokens"])
 
     with ThreadPoolExecutor(8) as pool:
-        return statistics.fmean(pool.map(one, prompts("eval", NUM_ASKED)))
+        return statistics.fmean(pool.map(one, questions("eval", NUM_ASKED)))
 
 
 @pytest.mark.timeout(1200)
@@ -94,11 +106,11 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
     with started(tmp_path / "first", tmp_path, *settings) as endpoint:
         before = lengths(endpoint)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda prompt: judged(endpoint, prompt), prompts("train", NUM_JUDGED)))
+            list(pool.map(lambda question: judged(endpoint, question), questions("train", NUM_JUDGED)))
         second = recipe(
             tmp_path,
             "second",
-            steps=14,
+            steps=8,
             model={"lora": {**LORA, "start": str(tmp_path / "first")}},
             data={"path": f"{endpoint.url}/v1/feedback/export", "max_length": 256},
         )
