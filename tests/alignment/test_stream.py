@@ -9,43 +9,13 @@ from typing import Any
 
 import pytest
 
-from alignment.algorithms import Algorithm
-from alignment.config import DataConfig, algorithm_class
-from alignment.data.chat import GroupTokenizer
-from alignment.data.stream import MIN_ROWS_FOR_BUDGET, Data, GroupReader, ListStream, LiveStream, hold_out, load_data
+from alignment.data.stream import MIN_ROWS_FOR_BUDGET, GroupReader, ListStream, LiveStream, hold_out
 from alignment.errors import DataError
 from alignment.types import Completion, Group
-from tests.conftest import make_tokenizer, pair_rows
+from tests.alignment.conftest import WriteRows, lines_of, load
+from tests.conftest import pair_rows
 
-WriteRows = Callable[..., Path]
 BROKEN = '{"prompt": "the quick", "chosen": '
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer()
-
-
-@pytest.fixture
-def reader(tokenizer: Any, tmp_path: Path) -> Callable[..., GroupReader]:
-    """A reader of the given data settings, by default for DPO; it names bad rows in `bad_rows.jsonl`."""
-
-    def make(algorithm: str = "dpo", **settings: Any) -> GroupReader:
-        data = DataConfig(**settings)
-        chosen = algorithm_class(algorithm).model_validate({"name": algorithm})
-        assert isinstance(chosen, Algorithm)
-        tokenize = GroupTokenizer(tokenizer, data, frozenset({tokenizer.eos_token_id}))
-        return GroupReader(data, chosen, tokenize, tmp_path / "bad_rows.jsonl")
-
-    return make
-
-
-def load(reader: GroupReader, seed: int = 0) -> Data:
-    return load_data(reader, seed=seed, progress=False)
-
-
-def lines_of(groups: list[Group]) -> list[int]:
-    return [int(group.id.rpartition(":")[2]) for group in groups]
 
 
 def listed(count: int, **settings: Any) -> ListStream:
@@ -331,64 +301,6 @@ def test_a_mixture_reads_every_source_with_its_own_columns(
     ]  # fmt: skip
     assert groups[2].prompt == "Question: why?\n\nAnswer: "
     assert not isinstance(groups[4].prompt, str)
-
-
-def test_sft_learns_the_better_answer_of_a_pair(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
-    rows: list[Any] = [
-        {"prompt": "the", "chosen": " fox", "rejected": " dog"},
-        {"prompt": "the", "completions": [" dog", " fox", " hen"], "rewards": [0, 2, 1]},
-        {"prompt": "the", "completion": " fox"},
-        {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " fox"}]},
-    ]
-    groups = load(reader("sft", path=str(write_rows(rows)), shuffle=False)).train.take(4)
-    assert [[c.text for c in group.completions] for group in groups] == [[" fox"]] * 4
-
-
-def test_sft_says_that_a_prompt_alone_cannot_be_imitated(
-    reader: Callable[..., GroupReader], write_rows: WriteRows
-) -> None:
-    with pytest.raises(DataError, match="sft needs a completion to imitate; this row has only a prompt"):
-        load(reader("sft", path=str(write_rows([{"prompt": "the"}]))))
-
-
-@pytest.mark.parametrize(
-    ("row", "rewards"),
-    [
-        ({"prompt": "the"}, r"\[\]"),
-        ({"prompt": "the", "completions": [" fox", " dog"]}, r"\[None, None\]"),
-        ({"prompt": "the", "completion": " fox"}, r"\[None\]"),
-    ],
-)
-def test_dpo_says_what_a_row_without_a_pair_lacks(
-    reader: Callable[..., GroupReader], write_rows: WriteRows, row: dict[str, Any], rewards: str
-) -> None:
-    expected = rf"rows\.jsonl:1: dpo needs two completions with different rewards; this row's rewards are {rewards}"
-    with pytest.raises(DataError, match=expected):
-        load(reader(path=str(write_rows([row]))))
-
-
-UNDECIDED = [
-    {"prompt": "the", "completions": [" fox", " dog"], "rewards": [0.5, 0.5]},  # a tie
-    {"prompt": "the", "completions": [" fox"], "rewards": [1]},  # a thumb
-    {"prompt": "the", "completion": " fox", "label": True},
-]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
-def test_a_tie_or_a_thumb_is_no_bad_row_but_one_to_leave_out(
-    reader: Callable[..., GroupReader], write_rows: WriteRows, algorithm: str, streaming: bool
-) -> None:
-    path = str(write_rows([*UNDECIDED, *pair_rows(2)]))
-    one = reader(algorithm, path=path, streaming=streaming, shuffle=False, bad_row_budget=0)
-    assert lines_of(load(one).train.take(2)) == [4, 5]
-    assert (one.num_bad, one.num_undecided) == (0, 3)
-    assert "3 that prefer no answer left out" in one.summary()
-
-
-def test_rows_that_all_prefer_nothing_are_said_to(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
-    with pytest.raises(DataError, match=r"no usable group is left .*: 3 rows, 3 that prefer no answer left out"):
-        load(reader(path=str(write_rows(UNDECIDED))))
 
 
 def test_the_fingerprint_changes_with_the_tokens_and_not_with_the_cursor(

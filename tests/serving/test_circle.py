@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,14 +13,16 @@ from typing import Any
 import pytest
 import yaml
 
+from alignment.demo import read_questions
 from alignment.rewards.rules import contains_keyword
 from tests.serving.conftest import Running, started
 
-DATA = Path("configs/data")
 TOKENS = 96
 """Most of an answer: enough for most to come to their end, so that the shorter one is known."""
 ABOUT_AS_LONG = 1.15
 """Up to this ratio of their characters two right answers are a tie."""
+TRAINING = Path("configs/data/short_answers.train.jsonl")
+HELD_OUT = Path("configs/data/short_answers.eval.jsonl")
 NUM_JUDGED = 40
 NUM_ASKED = 12
 LORA = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -32,12 +33,6 @@ def raylign(*arguments: str, **environment: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
-
-
-def questions(name: str, count: int) -> list[dict[str, Any]]:
-    """Rows with `prompt`, `keywords` and `chosen`, a short right answer."""
-    lines = (DATA / f"short_answers.{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]
 
 
 def recipe(folder: Path, name: str, **more: Any) -> str:
@@ -89,7 +84,7 @@ def lengths(endpoint: Running) -> float:
         return int(endpoint.ask("POST", "/v1/chat/completions", body).json()["usage"]["completion_tokens"])
 
     with ThreadPoolExecutor(8) as pool:
-        return statistics.fmean(pool.map(one, questions("eval", NUM_ASKED)))
+        return statistics.fmean(pool.map(one, read_questions(HELD_OUT)[:NUM_ASKED]))
 
 
 @pytest.mark.timeout(1200)
@@ -99,14 +94,14 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
         "first",
         steps=2,
         model={"lora": LORA},
-        data={"path": str(DATA / "short_answers.train.jsonl"), "prompt_as": "user_message", "max_length": 256},
+        data={"path": str(TRAINING), "prompt_as": "user_message", "max_length": 256},
     )
     raylign("train", first)
     settings = ("name=circle", "max_model_len=512", "feedback.record=true", "rewards.max_length=512")
     with started(tmp_path / "first", tmp_path, *settings) as endpoint:
         before = lengths(endpoint)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda question: judged(endpoint, question), questions("train", NUM_JUDGED)))
+            list(pool.map(lambda question: judged(endpoint, question), read_questions(TRAINING)[:NUM_JUDGED]))
         second = recipe(
             tmp_path,
             "second",
@@ -117,7 +112,7 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
         key = {"RAYLIGN_KEY": endpoint.keys["admin"]}
         raylign("train", second, **key)
         gate = tmp_path / "gate.yaml"
-        held_out = {"path": str(DATA / "short_answers.eval.jsonl"), "prompt_as": "user_message", "keep": ["keywords"]}
+        held_out = {"path": str(HELD_OUT), "prompt_as": "user_message", "keep": ["keywords"]}
         gate.write_text(
             yaml.safe_dump(
                 {

@@ -1,0 +1,45 @@
+"""What tests of reading share: a reader of rows for any algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.algorithms import Algorithm
+from alignment.config import DataConfig, algorithm_class
+from alignment.data.chat import GroupTokenizer
+from alignment.data.stream import Data, GroupReader, load_data
+from alignment.types import Group
+from tests.conftest import make_tokenizer
+
+WriteRows = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def reader(tokenizer: Any, tmp_path: Path) -> Callable[..., GroupReader]:
+    """A reader of the given data settings, by default for DPO; it names bad rows in `bad_rows.jsonl`."""
+
+    def make(algorithm: str = "dpo", **settings: Any) -> GroupReader:
+        data = DataConfig(**settings)
+        chosen = algorithm_class(algorithm).model_validate({"name": algorithm})
+        assert isinstance(chosen, Algorithm)
+        tokenize = GroupTokenizer(tokenizer, data, frozenset({tokenizer.eos_token_id}))
+        return GroupReader(data, chosen, tokenize, tmp_path / "bad_rows.jsonl")
+
+    return make
+
+
+def load(reader: GroupReader, seed: int = 0) -> Data:
+    return load_data(reader, seed=seed, progress=False)
+
+
+def lines_of(groups: list[Group]) -> list[int]:
+    return [int(group.id.rpartition(":")[2]) for group in groups]

@@ -1,0 +1,71 @@
+"""What each algorithm takes of a row, and what it says of one that it cannot learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from alignment.data.stream import GroupReader
+from alignment.errors import DataError
+from tests.alignment.conftest import WriteRows, lines_of, load
+from tests.conftest import pair_rows
+
+
+def test_sft_learns_the_better_answer_of_a_pair(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
+    rows: list[Any] = [
+        {"prompt": "the", "chosen": " fox", "rejected": " dog"},
+        {"prompt": "the", "completions": [" dog", " fox", " hen"], "rewards": [0, 2, 1]},
+        {"prompt": "the", "completion": " fox"},
+        {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " fox"}]},
+    ]
+    groups = load(reader("sft", path=str(write_rows(rows)), shuffle=False)).train.take(4)
+    assert [[c.text for c in group.completions] for group in groups] == [[" fox"]] * 4
+
+
+def test_sft_says_that_a_prompt_alone_cannot_be_imitated(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    with pytest.raises(DataError, match="sft needs a completion to imitate; this row has only a prompt"):
+        load(reader("sft", path=str(write_rows([{"prompt": "the"}]))))
+
+
+@pytest.mark.parametrize(
+    ("row", "rewards"),
+    [
+        ({"prompt": "the"}, r"\[\]"),
+        ({"prompt": "the", "completions": [" fox", " dog"]}, r"\[None, None\]"),
+        ({"prompt": "the", "completion": " fox"}, r"\[None\]"),
+    ],
+)
+def test_dpo_says_what_a_row_without_a_pair_lacks(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, row: dict[str, Any], rewards: str
+) -> None:
+    expected = rf"rows\.jsonl:1: dpo needs two completions with different rewards; this row's rewards are {rewards}"
+    with pytest.raises(DataError, match=expected):
+        load(reader(path=str(write_rows([row]))))
+
+
+UNDECIDED = [
+    {"prompt": "the", "completions": [" fox", " dog"], "rewards": [0.5, 0.5]},  # a tie
+    {"prompt": "the", "completions": [" fox"], "rewards": [1]},  # a thumb
+    {"prompt": "the", "completion": " fox", "label": True},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
+def test_a_tie_or_a_thumb_is_no_bad_row_but_one_to_leave_out(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, algorithm: str, streaming: bool
+) -> None:
+    path = str(write_rows([*UNDECIDED, *pair_rows(2)]))
+    one = reader(algorithm, path=path, streaming=streaming, shuffle=False, bad_row_budget=0)
+    assert lines_of(load(one).train.take(2)) == [4, 5]
+    assert (one.num_bad, one.num_undecided) == (0, 3)
+    assert "3 that prefer no answer left out" in one.summary()
+
+
+def test_rows_that_all_prefer_nothing_are_said_to(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
+    with pytest.raises(DataError, match=r"no usable group is left .*: 3 rows, 3 that prefer no answer left out"):
+        load(reader(path=str(write_rows(UNDECIDED))))
