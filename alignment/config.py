@@ -101,7 +101,10 @@ class AlgorithmConfig(Section):
     """A module of `alignment.algorithms`, or a dotted `package.module:Class` of one's own."""
 
 
-FIELDS = ("prompt", "chosen", "rejected", "completion", "completions", "rewards", "label", "messages", "text")
+FIELDS = (
+    *("prompt", "chosen", "rejected", "completion", "completions", "rewards", "label", "messages", "text"),
+    *("system", "tools", "finish_reason", "truncated"),
+)
 """What `columns` can name: the fields of the shapes that `alignment.data.shapes` reads."""
 
 
@@ -131,7 +134,7 @@ class SourceConfig(Section):
     """Read while training instead of before it: for sets that do not fit into memory."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Which column stands for which field, as `{chosen: response_j, rejected: response_k}`. Fields: prompt, chosen,
-    rejected, completion, completions, rewards, label, messages, text."""
+    rejected, completion, completions, rewards, label, messages, text, system, tools, finish_reason, truncated."""
     prompt_template: str | None = None
     """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`. None reads a column."""
     keep: tuple[str, ...] = ()

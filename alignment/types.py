@@ -23,6 +23,16 @@ class Message:
     role: str
     """Who speaks: `system`, `user`, `assistant`, or what the chat template knows besides."""
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the message has beyond that (`tool_calls`, `reasoning_content`, `name`, …), for the chat template."""
+    trained: bool = True
+    """False if the data marks it as context (`weight: 0`): an assistant's turn is then not learned from."""
+    truncated: bool = False
+    """True if the text stops where its speaker was cut off (`finish_reason: length`), so that no end token follows."""
+
+    def template_fields(self) -> dict[str, Any]:
+        """The message as chat templates read it."""
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +41,8 @@ class Completion:
 
     text: str
     """The answer as the data gives it."""
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the answer's message has beyond its text (`tool_calls`, `reasoning_content`, …), for the chat template."""
     following: tuple[Message, ...] = ()
     """Turns after the answer, for a conversation that is learned as one example."""
     reward: float | None = None
@@ -40,7 +52,7 @@ class Completion:
     learned: tuple[bool, ...] = ()
     """Which of `tokens` are learned from; the rest is context (another speaker's turn)."""
     truncated: bool = False
-    """True if its end was cut off to fit the window: it has no end token."""
+    """True if its end was cut off, to fit the window or where it was sampled: it has no end token."""
     reference_logprobs: tuple[float, ...] | None = None
     """Log-probability (nats) of each of `tokens` under the reference model, once known; 0 where not learned."""
     sampled_logprobs: tuple[float, ...] | None = None
@@ -67,6 +79,8 @@ class Group:
     completions: tuple[Completion, ...] = ()
     prompt_tokens: tuple[int, ...] = ()
     """Token ids of the prompt, shared by all completions; empty before tokenisation."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the functions that the assistant may call, for the chat template."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the row that `data.keep` names, for scorers that compare with a known answer."""
 

@@ -123,6 +123,84 @@ def test_a_row_of_every_shape_becomes_a_group(
     assert group_of(row, **settings) == Group(id="rows.jsonl:7", prompt=prompt, completions=completions)
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def test_a_message_keeps_every_field_for_the_template() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Look.", "name": None}
+    told = {"role": "tool", "tool_call_id": "1", "content": "sunny", "name": "weather"}
+    group = group_of({"messages": [USER, called, told, GOOD], "tools": [TOOL]})
+    (answer,) = group.completions
+    assert (answer.text, dict(answer.fields)) == ("", {"tool_calls": [CALL], "reasoning_content": "Look."})
+    assert [turn.template_fields() for turn in answer.following] == [told, GOOD]
+    assert group.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [TOOL | {"strict": None}]])
+def test_tools_are_read_as_a_list_or_as_its_text_and_without_what_is_null(tools: Any) -> None:
+    assert group_of({"prompt": [USER], "tools": tools}).tools == (TOOL,)
+
+
+def test_messages_can_be_keys_whatever_they_hold() -> None:
+    first, second = (group_of({"prompt": [{**USER, "tool_calls": [CALL]}]}).prompt for _ in range(2))
+    assert first == second and len({first, second}) == 1
+    assert first != group_of({"prompt": [USER]}).prompt
+
+
+def test_the_answers_of_a_pair_keep_their_fields_and_differ_by_them() -> None:
+    chosen, rejected = ({**GOOD, "tool_calls": [CALL]}, GOOD)
+    group = group_of({"prompt": [USER], "chosen": [chosen], "rejected": [rejected]})
+    assert [dict(answer.fields) for answer in group.completions] == [{"tool_calls": [CALL]}, {}]
+
+
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0.0}])
+def test_an_answer_of_no_weight_is_context(weight: Row) -> None:
+    group = group_of({"messages": [USER, BAD | weight, USER, GOOD | {"weight": 1}, USER, BAD | weight]})
+    assert [turn.content for turn in group.prompt if isinstance(turn, Message)] == ["2 + 2?", "5", "2 + 2?"]
+    assert group.completions == (Completion(text="4"),)
+    later = group_of({"messages": [USER, GOOD, USER, BAD | weight, USER, GOOD]}).completions[0]
+    assert [turn.trained for turn in later.following] == [True, False, True, True]
+
+
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]
+    assert group_of({"prompt": [{"role": "user", "content": parts}]}).prompt == ASKED
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_becomes_the_first_turn(column: str) -> None:
+    row = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", column: "Be brief."}
+    assert group_of(row, prompt_as="user_message").prompt == messages(SYSTEM, USER)
+    assert group_of(row | {"prompt": [SYSTEM, USER]}).prompt == messages(SYSTEM, USER)
+    assert group_of({"messages": [USER, GOOD], column: "Be brief."}).prompt == messages(SYSTEM, USER)
+    assert group_of({"messages": [USER, GOOD], column: ""}).prompt == ASKED
+    written = group_of(row, prompt_template="{" + column + "} {prompt}")
+    assert written.prompt == "Be brief. 2 + 2?"
+
+
+@pytest.mark.parametrize(
+    ("row", "cuts"),
+    [
+        ({"completion": "4", "finish_reason": "length"}, [True]),
+        ({"completion": "4", "finish_reason": "stop"}, [False]),
+        ({"completion": "4", "truncated": True}, [True]),
+        ({"completion": [GOOD | {"finish_reason": "length"}]}, [True]),
+        ({"completions": ["4", "5"], "rewards": [1, 0], "finish_reason": ["length", None]}, [True, False]),
+        ({"chosen": "4", "rejected": "5", "truncated": [False, True]}, [False, True]),
+        ({"chosen": "4", "rejected": "5", "finish_reason": "stop"}, [False, False]),
+        ({"messages": [USER, GOOD], "finish_reason": "length"}, [True]),
+    ],
+)
+def test_an_answer_that_was_cut_where_it_was_sampled_is_marked(row: Row, cuts: list[bool]) -> None:
+    assert [answer.truncated for answer in group_of({"prompt": "2 + 2?"} | row).completions] == cuts
+
+
+def test_of_a_conversation_the_last_answer_is_the_one_that_was_cut() -> None:
+    (answer,) = group_of({"messages": [USER, GOOD, USER, BAD], "truncated": True}).completions
+    assert [answer.truncated, *(turn.truncated for turn in answer.following)] == [False, False, True]
+
+
 MESSAGE = "holds something that is not a message with role and content"
 
 
@@ -238,6 +316,29 @@ MESSAGE = "holds something that is not a message with role and content"
         ({"a": "x"}, {"prompt_template": "{a} {b}"}, "column 'b' of the prompt template is missing"),
         ({"a": 5}, {"prompt_template": "{a}"}, "a must be a string, not int"),
         ({"question": None, "response_j": "4", "response_k": "5"}, {}, "question must be a string, not NoneType"),
+        ({"prompt": "p", "completion": "x", "tools": "get"}, {}, "tools is a text that is not JSON"),
+        (
+            {"prompt": "p", "completion": "x", "tools": {"a": 1}},
+            {},
+            "tools must be a list of JSON schemas, not {'a': 1}",
+        ),
+        ({"messages": [USER, GOOD | {"weight": 0.5}]}, {}, "a message's weight must be 0 or 1"),
+        ({"messages": [USER, GOOD | {"weight": 0}]}, {}, "messages hold no assistant's turn that is to be trained on"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            {},
+            "prompt content holds a part of type 'image'; only parts of type 'text' can be trained on",
+        ),
+        ({"prompt": [USER | {"name": "\ud800"}]}, {}, "prompt holds a lone surrogate at character 0"),
+        ({"prompt": "p", "completion": "x", "system": "s"}, {}, "column 'system' holds a system text, and a prompt of"),
+        ({"prompt": [SYSTEM, USER], "system": "s"}, {}, "column 'system' holds another system text than the messages"),
+        (
+            {"prompt": "p", "chosen": "x", "rejected": "y", "truncated": True},
+            {},
+            "truncated is True, which does not say of which of the 2 answers; give a list",
+        ),
+        ({"prompt": "p", "completion": "x", "truncated": [True, True]}, {}, "truncated must be a list of 1, one per"),
+        ({"prompt": "p", "completion": "x", "finish_reason": 5}, {}, "finish_reason must be a string, not 5"),
     ],
 )
 def test_an_unusable_row_says_why(row: Row, settings: Row, expected: str) -> None:
