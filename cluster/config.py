@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignment.config import Count, NonNegative, PositiveCount, RunConfig, Section, load_config
 
@@ -18,14 +19,15 @@ class ClusterConfig(Section):
     cpus_per_worker: PositiveCount = 1
     """CPU cores of each worker, which are also its torch threads."""
     gpus_per_worker: Count = 0
-    """GPUs of each worker: 1 trains on CUDA, 0 on the CPU."""
+    """GPUs of each worker: 1 trains on CUDA, 0 on the CPU. A worker computes on one; more GPUs need more workers."""
     engines: PositiveCount = 1
     """vLLM engines that answer prompts, for algorithms that learn from the model's own answers. Without Ray (`workers`
     0) there is one, beside the loop."""
     cpus_per_engine: NonNegative = 0.0
     """CPU cores that each engine is counted with; 0 shares those of the workers, which wait while it answers."""
-    gpus_per_engine: NonNegative = 0.0
-    """GPUs that each engine is counted with: `rollout.tensor_parallel` of its own, or a fraction of a worker's."""
+    gpus_per_engine: NonNegative | None = None
+    """GPUs of each engine, which no worker and no other engine uses: `rollout.tensor_parallel`, or 0 for one on the CPU
+    beside workers on CPUs. None is `rollout.tensor_parallel` where workers have GPUs, else 0."""
     max_failures: Count = 2
     """Times that Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 never."""
     autoscaling: bool = False
@@ -39,6 +41,49 @@ class ClusterRunConfig(RunConfig):
 
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     """The machines."""
+
+    @property
+    def gpus_of_engine(self) -> int:
+        """GPUs of each engine, after the defaults."""
+        if self.cluster.gpus_per_engine is None:
+            return self.rollout.tensor_parallel if self.cluster.gpus_per_worker else 0
+        return int(self.cluster.gpus_per_engine)
+
+    @model_validator(mode="after")
+    def _places_that_can_work(self) -> Self:
+        cluster, size = self.cluster, self.rollout.tensor_parallel
+        if cluster.gpus_per_worker > 1:
+            raise ValueError(
+                f"cluster.gpus_per_worker ({cluster.gpus_per_worker}) must be 0 or 1: a worker computes on one GPU and "
+                f"the others would stand idle; cluster.workers={max(1, cluster.workers) * cluster.gpus_per_worker} "
+                "cluster.gpus_per_worker=1 uses as many"
+            )
+        given = cluster.gpus_per_engine
+        if not self.wants_engines or cluster.workers == 0:
+            return self
+        if given is None:
+            if size > 1 and not cluster.gpus_per_worker:
+                raise ValueError(no_gpus_for(size))
+            return self
+        if given == 0 and cluster.gpus_per_worker:
+            raise ValueError(
+                "cluster.gpus_per_engine 0 beside workers with GPUs would put every engine onto a worker's GPU; give "
+                f"it {size} (rollout.tensor_parallel), or leave it out"
+            )
+        if given and given != size:
+            shared = (
+                f"; it cannot share a GPU: a worker takes a whole one, and 1 + {given:g} > 1" if 0 < given < 1 else ""
+            )
+            raise ValueError(
+                f"cluster.gpus_per_engine ({given:g}) must be rollout.tensor_parallel ({size}), over whose GPUs an "
+                f"engine spreads its model{shared}; set one of them to the other, or leave gpus_per_engine out"
+            )
+        return self
+
+
+def no_gpus_for(size: int) -> str:
+    """Text of the error about tensor parallelism without GPUs."""
+    return f"rollout.tensor_parallel ({size}) spreads an engine over GPUs, and this one is on a CPU; set it to 1"
 
 
 def load_run(path: Path, overrides: list[str]) -> ClusterRunConfig:

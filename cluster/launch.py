@@ -18,7 +18,7 @@ from alignment import errors
 from alignment.config import json_schema
 from alignment.errors import ClusterError
 from cluster.config import ClusterRunConfig, load_run
-from cluster.plan import Plan, check_fits, plan
+from cluster.plan import Plan, check_fits, check_machine, plan
 
 if TYPE_CHECKING:
     from alignment.rollout import Generator
@@ -68,6 +68,8 @@ def _run_here(config: ClusterRunConfig) -> None:
     from alignment.train import train as loop
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if text := check_machine(config, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        print(text, flush=True)
     with _engine_here(config) as generator:
         loop(config, World(device=device), FileReporter(config.folder), generator)
 
@@ -106,7 +108,7 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
     try:
         wanted = plan(config)
         if not config.cluster.autoscaling:
-            check_fits(wanted, available=ray.cluster_resources())
+            check_fits(wanted, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
         print(f"cluster: starting {wanted.sentence} …", flush=True)
         with _engines_on_ray(config, wanted) as engines:
             _fit(config, wanted, engines)
@@ -123,8 +125,8 @@ def _engines_on_ray(config: ClusterRunConfig, wanted: Plan) -> Iterator[Engines 
         return
     from cluster.engines import running_engines
 
-    settings = _engine_settings(config, gpu=config.cluster.gpus_per_engine > 0)
-    cpus, gpus = config.cluster.cpus_per_engine, config.cluster.gpus_per_engine
+    settings = _engine_settings(config, gpu=config.gpus_of_engine > 0)
+    cpus, gpus = config.cluster.cpus_per_engine, config.gpus_of_engine
     with running_engines(settings, count=wanted.engines, cpus=cpus, gpus=gpus) as engines:
         yield engines
 
@@ -139,7 +141,6 @@ def start_ray(address: str | None) -> bool:
     """
     # Read when Ray is imported or starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
     if not address:  # on Linux too: without it, Ray replaces 127.0.0.1 by the outside address
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
