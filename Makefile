@@ -1,9 +1,10 @@
-# The two commands are `make demo` and `make test`; each sets everything up by itself first.
+# The two commands are `make demo` and `make test`; each sets everything up by itself first. `make test-slow` runs the
+# tests that take long or need the machine for themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 LOCKS := configs/locks/cpu.txt configs/locks/dev.txt
 
-.PHONY: demo demo-ppo test lint format clean
+.PHONY: demo demo-ppo test test-slow lint format clean
 
 demo: .venv/.installed
 	$(BIN)/raylign demo
@@ -13,6 +14,9 @@ demo-ppo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import typer
 
 from alignment import errors
 from alignment.config import json_schema
+from alignment.environment import inherited
 from alignment.errors import ClusterError
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, plan
@@ -200,6 +201,8 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
             name=config.name,
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            # On another machine Ray's worker loads torch before anything of ours.
+            worker_runtime_env={"env_vars": inherited()},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from alignment.environment import set_environment
+
+set_environment()  # before a module of this package loads torch
+
 __all__ = ["build"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+import alignment  # noqa: F401  # sets what OpenMP reads when a test loads torch
+
 ALIGN = Path(__file__).parents[1] / "configs" / "align"
 RECIPES = sorted(path for path in ALIGN.glob("*.yaml") if "stages" not in yaml.safe_load(path.read_text()))
 """Every file of one run; the others chain several."""
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parent / "data"
+"""A few real rows of public sets; its README says of which."""
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -37,6 +41,22 @@ def make_tokenizer() -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
     fast.chat_template = CHATML
     return fast
+
+
+def read_data(name: str) -> list[dict[str, Any]]:
+    """The rows of a file of `tests/data`."""
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Ends a run by one line with all that was not tested, and why."""
+    yield
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    parts = [f"{count} × {reason}" for reason, count in reasons.most_common()]
+    if num_slow := len(terminalreporter.stats.get("deselected", [])):
+        parts.append(f"{num_slow} slow or unselected ones: `make test-slow`")
+    terminalreporter.write_line(f"Not tested: {'; '.join(parts) or 'nothing'}")
 
 
 def free_port() -> int:

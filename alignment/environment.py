@@ -1,0 +1,25 @@
+"""What processes of ours find in their environment, set before anything reads it."""
+
+from __future__ import annotations
+
+import os
+
+IDLE_THREADS = {"OMP_WAIT_POLICY": "passive"}
+"""Idle OpenMP threads sleep. By default they spin while they wait for each other, and so keep the thread that they wait
+for off its core when another program wants one too: on two cores beside two busy processes a training step takes
+several times as long (`tests/benchmarks/openmp.py`). GNU's runtime, which torch brings and vLLM preloads, and Intel's
+both read this variable when they are loaded."""
+
+
+def set_environment() -> None:
+    """Sets what the user has not set; child processes inherit it, Ray's workers on this machine among them.
+
+    Called when the package is imported, which comes before torch in every process of ours.
+    """
+    for name, value in IDLE_THREADS.items():
+        os.environ.setdefault(name, value)
+
+
+def inherited() -> dict[str, str]:
+    """The variables as this process has them, for processes elsewhere that load torch before this package."""
+    return {name: os.environ[name] for name in IDLE_THREADS}
