@@ -7,7 +7,9 @@ the JSON Schema of this file, which editors use to complete and explain keys.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +27,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from alignment.errors import ConfigError
+from alignment.keys_elsewhere import place_of
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -38,6 +42,8 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_leng
 
 
 NumberFormat = Literal["auto", "bf16", "fp32"]
+MERGE_KEY = "tag:yaml.org,2002:merge"
+"""YAML's `<<`, which a mapping may have several of."""
 
 
 class Section(BaseModel):
@@ -447,7 +453,25 @@ class RunConfig(Section):
             raise ValueError("give exactly one of steps and epochs (override the other with null)")
         if self.epochs is not None and any(source.streaming for source in self.data.sources):
             raise ValueError("a streaming source has no known length, so give steps instead of epochs")
+        if self.steps is not None:
+            try:
+                self.check_warmup(self.steps)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         return self
+
+    def check_warmup(self, steps: int) -> None:
+        """Raises ConfigError if a warm-up is longer than a run of so many steps, so that it would never end."""
+        if self.optim.warmup_steps > steps:
+            raise ConfigError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is more than the {steps} steps of the run, which "
+                "would end before its learning rate is reached; use fewer, or optim.warmup_ratio"
+            )
+        if self.critic.warmup_steps >= steps:
+            raise ConfigError(
+                f"critic.warmup_steps ({self.critic.warmup_steps}) leaves none of the {steps} steps to train the model "
+                "itself; use fewer"
+            )
 
     @model_validator(mode="after")
     def _can_sample(self) -> Self:
@@ -485,6 +509,22 @@ class RunConfig(Section):
     def folder(self) -> Path:
         """Where this run writes: metrics, checkpoints, samples."""
         return Path(self.output) / self.name
+
+    def make_folder(self) -> Path:
+        """Makes `folder`, and returns it.
+
+        Raises:
+            ConfigError: it cannot be made or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise ConfigError(
+                f"output {self.output!r}: the run's folder {self.folder} cannot be written: {error.strerror}"
+            ) from error
+        return self.folder
 
 
 def algorithm_names() -> list[str]:
@@ -584,7 +624,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, kind:
     for override in overrides:
         _apply(tree, override)
     try:
-        return check_config(tree, kind=kind)
+        return check_config(_with_nulls(tree, kind), kind=kind)
     except ConfigError as error:
         if path is None:
             raise
@@ -603,11 +643,41 @@ def check_config(tree: dict[str, Any], *, kind: type[Config]) -> Config:
         raise ConfigError("\n".join(_explain(error, kind, tree))) from error
 
 
+class _DuplicateKey(ValueError):
+    """A key that one mapping has twice."""
+
+    def __init__(self, key: yaml.ScalarNode, first: yaml.ScalarNode) -> None:
+        self.line: int = key.start_mark.line + 1
+        before = first.start_mark.line + 1
+        place = "the same line" if before == self.line else f"line {before}"
+        super().__init__(f"key {key.value!r} is given twice in one mapping, the other time in {place}; merge the two")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML keeps the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_KEY:
+                first = keys.setdefault((key.tag, key.value), key)
+                if first is not key:
+                    raise _DuplicateKey(key, first)
+        return node
+
+
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except _DuplicateKey as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -621,7 +691,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all((*sections, last)):
         raise ConfigError(f"override {override!r} must have the form section.key=value, as optim.lr=1e-6")
     try:
-        value = yaml.safe_load(text)
+        value = _parsed(text)
+    except _DuplicateKey as error:
+        raise ConfigError(f"override {override!r}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     place: Any = tree
@@ -643,21 +715,61 @@ def _index(items: list[Any], text: str, override: str) -> int:
     return int(text)
 
 
+def _with_nulls(value: Any, kind: type[BaseModel]) -> Any:
+    """A section's tree with null for the word None, which is Python's null, and for none where a key may be null."""
+    if not isinstance(value, dict):
+        return value
+    tree = dict(value)
+    for name, field in kind.model_fields.items():
+        child = tree.get(name)
+        words = ("None", "none") if type(None) in get_args(field.annotation) else ("None",)
+        if child in words and isinstance(child, str):
+            tree[name] = None
+        elif sections := _sections(field.annotation):
+            many = isinstance(child, list)
+            tree |= {name: [_with_nulls(item, sections[0]) for item in child or []]} if many else {}
+            tree |= {name: _with_nulls(child, sections[0])} if isinstance(child, dict) else {}
+    return tree
+
+
 def _explain(error: ValidationError, kind: type[BaseModel], tree: dict[str, Any]) -> list[str]:
     """One line per problem: where, what, and the nearest known name for an unknown key."""
-    lines: list[str] = []
+    lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         *parents, last = problem["loc"] or ("the whole file",)
         # pydantic names the alternatives of a union as if they were keys, as in `target_modules.tuple[str, ...].0`.
-        where = ".".join(str(part) for part in problem["loc"] if "[" not in str(part)) or "the whole file"
+        path = [str(part) for part in problem["loc"] if "[" not in str(part)]
+        where, message = ".".join(path) or "the whole file", _message(problem, kind, path)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{nearest(str(last), _fields(kind, parents, tree))}")
+            section = ".".join(part for part in path[:-1] if not part.isdecimal())
+            known = _fields(kind, parents, tree)
+            message = f"unknown key{place_of(path[-1], section) or _dotted(path[-1]) or nearest(str(last), known)}"
         elif problem["type"] == "missing":
-            lines.append(f"{where}: is required and missing")
+            message = "is required and missing"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message}" + _given(problem["input"]))
-    return lines
+            message += _given(problem["input"])
+        # Two problems of one value are those of a union's alternatives: what it should be, or what else.
+        both = where in lines and message != lines[where]
+        lines[where] = f"{lines[where].rpartition(' (given: ')[0] or lines[where]}; or {message}" if both else message
+    return [f"{where}: {message}" for where, message in lines.items()]
+
+
+def _message(problem: ErrorDetails, kind: type[BaseModel], path: list[str]) -> str:
+    """What is wrong with a value, in the words of who writes YAML."""
+    value, text = problem["input"], problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "tuple_type":
+        example = f", as [{', '.join(part.strip() for part in value.split(','))}]" if isinstance(value, str) else ""
+        return f"a list is wanted{example}"
+    if problem["type"] not in ("model_type", "dict_type") or not isinstance(value, str):
+        return text
+    fields = kind.model_fields[path[0]].annotation if len(path) == 1 else None
+    keys = [key for section in _sections(fields) for key in ("path", "name") if key in section.model_fields]
+    return "Input should be a valid dictionary, a section" + (f", as {path[0]}: {{{keys[0]}: {value}}}" if keys else "")
+
+
+def _dotted(name: str) -> str:
+    section, dot, last = name.rpartition(".")
+    return f"; dots are for the command line, a file has sections: `{section}: {{{last}: …}}`" if dot else ""
 
 
 def _given(value: Any) -> str:
@@ -680,26 +792,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
-NAMES_IN_TRL = {
-    "learning_rate": "lr",
-    "lr_scheduler_type": "schedule",
-    "optim": "name",
-    "num_train_epochs": "epochs",
-    "max_steps": "steps",
-    "model_name_or_path": "path",
-    "torch_dtype": "dtype",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_target_modules": "target_modules",
-    "eval_steps": "every",
-    "save_steps": "every",
-    "save_total_limit": "keep",
-}
-"""What people who come from TRL may type, and what we call it."""
-
-
 def nearest(name: str, known: Sequence[str]) -> str:
-    if NAMES_IN_TRL.get(name) in known:
-        return f"; it is called {NAMES_IN_TRL[name]!r} here"
+    """What a name may have meant: the nearest known one, or all of them; the end of a sentence."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

@@ -56,7 +56,7 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
     Raises:
         AlignmentError: any of its kinds; the text is for the person who started the run.
     """
-    with _only_run(config.folder) if world.is_main else contextlib.nullcontext():
+    with _only_run(config.make_folder()) if world.is_main else contextlib.nullcontext():
         return _Run(config, world, reporter, generator).to_the_end()
 
 
@@ -72,6 +72,7 @@ class _Run:
         self.roles = Roles.build(config, world)
         self.data = self._load_data()
         self.steps = num_steps(config, self.data)
+        config.check_warmup(self.steps)
         reporter.note(f"data: {self.data.report}")
         if self.roles.reference == "precomputed":
             self._precompute_reference()
@@ -296,7 +297,6 @@ def num_steps(config: RunConfig, data: Data) -> int:
 @contextlib.contextmanager
 def _only_run(folder: Path) -> Iterator[None]:
     """Holds the run's lock, which the system frees even if the process is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield

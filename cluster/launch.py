@@ -53,8 +53,7 @@ def run(config: ClusterRunConfig) -> None:
     Raises:
         AlignmentError: any of its kinds, also when it was raised in a worker.
     """
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / CONFIG).write_text(config.model_dump_json(indent=1))
+    (config.make_folder() / CONFIG).write_text(config.model_dump_json(indent=1))
     if config.cluster.workers == 0:
         _run_here(config)
     else:

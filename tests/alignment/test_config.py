@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,22 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from alignment.config import RunConfig, algorithm_names, check_config, json_schema, load_config
+from alignment.config import (
+    RunConfig,
+    _sections,
+    algorithm_class,
+    algorithm_names,
+    check_config,
+    json_schema,
+    load_config,
+)
 from alignment.errors import ConfigError
+from alignment.keys_elsewhere import KEYS_ELSEWHERE
+from cluster import launch
 from cluster.config import ClusterRunConfig
+from cluster.pipeline import PipelineConfig
+from serving.config import ServeConfig
+from serving.gate import GateConfig
 from tests.conftest import RECIPES
 
 GOOD = {"name": "run", "steps": 3, "algorithm": {"name": "dpo"}, "data": {"path": "pairs.jsonl"}}
@@ -320,3 +334,119 @@ def test_a_configuration_survives_the_way_to_a_worker(load: Load) -> None:
         config = load(data=data, algorithm={"name": "dpo", "beta": 0.3}, model={"lora": {"rank": 4}})
         assert ClusterRunConfig.model_validate_json(config.model_dump_json()) == config
         assert json.loads(config.model_dump_json())["algorithm"]["beta"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "expected"),
+    [
+        ("name: a\noptim: {lr: 1}\ndata: {path: x}\noptim: {schedule: cosine}\n", 4, "key 'optim' .* in line 2;"),
+        ("data:\n  path: x\n  eval:\n    path: y\n    take: 3\n    path: z\n", 6, "key 'path' .* in line 4;"),
+        ("rewards:\n- {name: length}\n- {name: regex, weight: 1, weight: 2}\n", 3, "key 'weight' .* in the same line;"),
+    ],
+)
+def test_a_key_that_a_mapping_has_twice_is_refused_with_its_line(
+    tmp_path: Path, text: str, line: int, expected: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    for kind in (RunConfig, PipelineConfig, ServeConfig, GateConfig):
+        with pytest.raises(ConfigError, match=rf"run\.yaml:{line}: {expected}"):
+            load_config(path, kind=kind)
+
+
+def test_a_key_given_twice_in_an_override_is_refused(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"override 'model\.lora=.*': key 'rank' is given twice"):
+        load("model.lora={rank: 2, alpha: 4, rank: 8}")
+
+
+def test_a_mapping_may_merge_another_and_replace_some_of_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: run\nsteps: 1\nalgorithm: {name: sft}\ndata:\n  mixture:\n  - &base {path: a, take: 3}\n"
+        "  - {<<: *base, path: b}\n  - {path: c, <<: *base}\n"
+    )
+    config = load_config(path, kind=RunConfig)
+    assert [(source.path, source.take) for source in config.data.mixture] == [("a", 3), ("b", 3), ("c", 3)]
+
+
+@pytest.mark.parametrize("word", ["None", "none", "null", "~", ""])
+def test_the_word_none_is_null_where_a_key_may_be_null(load: Load, word: str) -> None:
+    overrides = [f"model.revision={word}", f"model.lora.start={word}", f"data.eval={word}", f"data.take={word}"]
+    config = load(*overrides, model={"lora": {"rank": 2}})
+    assert config.model.lora is not None
+    assert (config.model.revision, config.model.lora.start, config.data.eval, config.data.take) == (None,) * 4
+    lora = load(f"model.lora={word}", model={"lora": {"rank": 2}}).model.lora
+    assert lora is None, "a section can be switched off"
+
+
+def test_the_word_none_is_refused_where_a_text_is_wanted_and_kept_where_it_means_something(load: Load) -> None:
+    assert problems(load, "data.split=None") == ["data.split: Input should be a valid string (given: None)"]
+    assert problems(load, model={"path": "None"}) == ["model.path: Input should be a valid string (given: None)"]
+    grpo = {"name": "grpo", "kl_in": "none", "reference": "none"}
+    config = load(algorithm=grpo, rewards=[{"name": "length", "target": 9}], rollout={"completions": 2})
+    assert config.algorithm.model_dump()["kl_in"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"learning_rate": 1e-6}, "learning_rate: unknown key; here it is optim.lr"),
+        ({"lora_r": 8}, "lora_r: unknown key; here it is model.lora.rank"),
+        ({"model": {"lora": {"r": 8}}}, "model.lora.r: unknown key; it is called 'rank' here"),
+        ({"rollout": {"max_length": 9}}, "rollout.max_length: unknown key; here it is data.max_length"),
+        ({"sample_packing": True}, "sample_packing: unknown key; there is no key: sequences are always packed"),
+        ({"output_dir": "x"}, "output_dir: unknown key; here it is output and name: everything goes to OUTPUT/NAME"),
+        ({"optim.lr": 1e-6}, "optim.lr: unknown key; dots are for the command line, a file has sections: `optim: {lr:"),
+        ({"optim": "adamw_torch"}, "optim: Input should be a valid dictionary, a section, as optim: {name: "),
+        ({"data": "rows.jsonl"}, "data: Input should be a valid dictionary, a section, as data: {path: rows.jsonl}"),
+        ({"data": {"path": "x", "keep": "answer, id"}}, "data.keep: a list is wanted, as [answer, id]"),
+        (
+            {"model": {"lora": {"target_modules": "q_proj,v_proj"}}},
+            "model.lora.target_modules: a list is wanted, as [q_proj, v_proj]; or Input should be 'all-linear'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_people_write_elsewhere_is_answered_with_its_place_here(
+    load: Load, changed: dict[str, Any], expected: str
+) -> None:
+    (problem,) = problems(load, **changed)
+    assert problem.startswith(expected)
+
+
+def test_the_places_that_are_named_exist() -> None:
+    algorithms = [algorithm_class(name) for name in algorithm_names()]
+    elsewhere = {name: place for name, place in KEYS_ELSEWHERE.items() if not place.startswith(("no key: ", "the "))}
+    assert len(elsewhere) > 120
+    for name, place in elsewhere.items():
+        for key in re.findall(r"(?:^|and |or )([a-z_]+(?:\.[a-z_]+)*)", re.split("[,:(]", place)[0]):
+            kinds: list[Any] = [ClusterRunConfig]
+            for part in key.split("."):
+                fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
+                assert fields, (name, key)
+                kinds = algorithms if part == "algorithm" else _sections(fields[0].annotation)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(load: Load) -> None:
+    assert load(steps=3, optim={"warmup_steps": 3}).optim.warmup_steps == 3
+    (problem,) = problems(load, steps=3, optim={"warmup_steps": 4})
+    assert "optim.warmup_steps (4) is more than the 3 steps of the run" in problem
+    (problem,) = problems(load, steps=3, critic={"warmup_steps": 3})
+    assert "critic.warmup_steps (3) leaves none of the 3 steps" in problem
+    by_epochs = load(steps=None, epochs=1, optim={"warmup_steps": 100})
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps \(100\) is more than the 99 steps"):
+        by_epochs.check_warmup(99)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run").touch()
+    for output, why in (("file", "Not a directory"), ("runs", "File exists")):
+        with pytest.raises(ConfigError) as caught:
+            launch.run(load(output=str(tmp_path / output)))
+        folder = tmp_path / output / "run"
+        assert str(caught.value) == (
+            f"output {str(tmp_path / output)!r}: the run's folder {folder} cannot be written: {why}"
+        )
+    with pytest.raises(ConfigError, match="cannot be written"):
+        load(output="/proc/x").make_folder()
