@@ -63,12 +63,15 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
     """
     from safetensors import SafetensorError
 
+    from alignment.models.parallel import on_every_worker
+
     random_states = world.gather(_random_state(world.device))
     tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
     for role, trained in roles.trained_by_role.items():
         tensors |= {f"{PREFIXES[role]}{name}": tensor for name, tensor in trained.state().items()}
     weights = roles.trained.gathered(only_trained=roles.actor.has_adapter)
-    if world.is_main:
+
+    def write() -> None:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
         state = {**asdict(progress), "identity": _identity(config, data)}
         try:
@@ -77,7 +80,8 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
         for old in _folders(config.folder)[config.checkpoint.keep :]:
             shutil.rmtree(old)
-    world.wait()
+
+    on_every_worker(write if world.is_main else None, world)
 
 
 def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Progress:

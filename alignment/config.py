@@ -121,8 +121,8 @@ class SourceConfig(Section):
     """A `.jsonl`, `.json` or `.parquet` file (each also as `.gz`, except parquet), a folder of such files, or a hub
     id. What people said to an endpoint is read from its `http(s)://HOST/v1/feedback/export` (as the administrator whose
     key is in $RAYLIGN_KEY; with `?since=jdg-7`, what came after that) or from its database, `sqlite:///FILE` or
-    `postgresql+psycopg://USER@HOST/NAME`. It grows, and a run resumes only with the data that it began with: write it
-    to a file for a long one."""
+    `postgresql+psycopg://USER@HOST/NAME`. It grows, so a run writes it into its folder when it begins, and reads that
+    ever after: a resume goes on with the rows that the run began with."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     data_dir: str | None = None

@@ -24,19 +24,22 @@ from alignment import checkpoint
 from alignment.algorithms import Algorithm
 from alignment.checkpoint import Progress
 from alignment.config import RunConfig
+from alignment.data.agreement import check_data, check_step
 from alignment.data.chat import GroupTokenizer
+from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, load_data
 from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Examination, prompt_text
+from alignment.failure import clear_failure, telling_others
 from alignment.guards import Guards
 from alignment.journal import Journal
 from alignment.metrics import Reporter
-from alignment.models.parallel import World
+from alignment.models.parallel import World, together
 from alignment.models.roles import Roles
 from alignment.reference import precompute
 from alignment.rewards import Rewards
 from alignment.rollout import Generator
-from alignment.rollout.feed import Feed, Step, together
+from alignment.rollout.feed import Feed, Step
 from alignment.rollout.local import LocalGenerator, greedy
 from alignment.types import Group, Role
 from alignment.update import Metrics, Pace, evaluate, learn, learning_rate
@@ -56,8 +59,10 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
     Raises:
         AlignmentError: any of its kinds; the text is for the person who started the run.
     """
-    with _only_run(config.make_folder()) if world.is_main else contextlib.nullcontext():
-        return _Run(config, world, reporter, generator).to_the_end()
+    with contextlib.ExitStack() as lock:
+        together(lambda: lock.enter_context(_only_run(config.make_folder())) if world.is_main else None, world)
+        with telling_others(config.folder, world):
+            return _Run(config, world, reporter, generator).to_the_end()
 
 
 class _Run:
@@ -72,12 +77,13 @@ class _Run:
         self.roles = Roles.build(config, world)
         self.data = self._load_data()
         self.steps = num_steps(config, self.data)
+        check_data(self.data, self.steps, world)
         config.check_warmup(self.steps)
         reporter.note(f"data: {self.data.report}")
         if self.roles.reference == "precomputed":
             self._precompute_reference()
         self.generator = generator or LocalGenerator(self.roles.actor)
-        self.judges = Rewards(config.judges, world.device)
+        self.judges = together(lambda: Rewards(config.judges, world.device), world)
         self.guards = Guards(config.guards, judges=self.judges.names)
         self.roll_backs = 0
         self.journal = Journal(config.folder)
@@ -89,7 +95,7 @@ class _Run:
                 self.data.train,
                 self.roles.actor,
                 self.generator,
-                Rewards(config.rewards, world.device),
+                together(lambda: Rewards(config.rewards, world.device), world),
                 world,
             )
 
@@ -138,6 +144,7 @@ class _Run:
         """Runs the step after `progress`; returns where the run stands then: further back, after a roll-back."""
         config, started, step = self.config, time.perf_counter(), progress.step + 1
         taken = self._take(step)
+        check_step(taken.groups, step, self.world)
         metrics = taken.metrics | self._learn(step, taken.groups, progress.kl_coefficient)
         if self.algorithm.samples:
             metrics["perf/sync_seconds"] = self._sync(step)
@@ -239,13 +246,14 @@ class _Run:
         bad_rows = config.folder / "bad_rows.jsonl"
         if self.world.is_main:
             bad_rows.unlink(missing_ok=True)
+        data = keep_live_rows(config.data, config.folder, self.world, self.reporter.note)
         reader = GroupReader(
-            config.data,
+            data,
             self.algorithm,
-            GroupTokenizer(model.tokenizer, config.data, model.end_tokens),
+            GroupTokenizer(model.tokenizer, data, model.end_tokens),
             bad_rows if self.world.is_main else None,
         )
-        return load_data(reader, seed=config.seed, progress=self.world.is_main)
+        return together(lambda: load_data(reader, seed=config.seed, progress=self.world.is_main), self.world)
 
     def _precompute_reference(self) -> None:
         stream = self.data.train
@@ -299,6 +307,7 @@ def _only_run(folder: Path) -> Iterator[None]:
     """Holds the run's lock, which the system frees even if the process is killed."""
     try:
         with FileLock(folder / ".lock", timeout=0):
+            clear_failure(folder)
             yield
     except Timeout as error:
         raise ConfigError(f"another process is training {folder}; wait for it, or choose another name") from error

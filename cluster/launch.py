@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alignment import errors
 from alignment.config import json_schema
 from alignment.environment import inherited
-from alignment.errors import ClusterError
+from alignment.errors import AlignmentError, ClusterError
+from alignment.failure import clear_failure, failure_of
 from cluster.config import ClusterRunConfig, load_run
-from cluster.plan import Plan, check_fits, check_machine, plan
+from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
 
 if TYPE_CHECKING:
     from alignment.rollout import Generator
@@ -175,14 +175,13 @@ def _start_ray_here() -> None:
 
 def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from cluster.worker import FAILURE
+    from cluster.failing import EndForGood
     from cluster.worker import run as worker
 
-    failure = config.folder / FAILURE
-    failure.unlink(missing_ok=True)
+    clear_failure(config.folder)
     trainer = TorchTrainer(
         worker,
         train_loop_config={
@@ -191,6 +190,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
             "bar": sys.stdout.isatty(),
             "engines": engines,
         },
+        torch_config=TorchConfig(timeout_s=collective_timeout_s(config)),
         scaling_config=ScalingConfig(
             num_workers=wanted.workers,
             use_gpu=config.cluster.gpus_per_worker > 0,
@@ -203,6 +203,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
             # On another machine Ray's worker loads torch before anything of ours.
             worker_runtime_env={"env_vars": inherited()},
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[EndForGood()],
         ),
     )
     # Ray Train's own notes about an earlier fit of this name are of no use to us, and a torn one would be fatal.
@@ -210,12 +211,14 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
     try:
         trainer.fit()
     except TrainingFailedError as error:
+        failure = getattr(error, "controller_failure", None)  # what EndForGood has raised
+        if not isinstance(failure, AlignmentError):
+            failure = failure_of(config.folder)
+        if failure is not None:
+            raise failure from None
         raise ClusterError(
             f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
         ) from error
-    if failure.exists():
-        told = json.loads(failure.read_text())
-        raise getattr(errors, told["kind"])(told["text"])
 
 
 def schema() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import RunConfig
-from alignment.errors import AlignmentError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
 
@@ -57,16 +55,11 @@ class RayReporter:
         self.inner.close()
 
 
-FAILURE = "failure.json"
-"""File in the run's folder that says why trying again would not help."""
-
-
 def run(settings: dict[str, Any]) -> None:
     """The train function of the TorchTrainer.
 
     Checkpoints are not handed to Ray Train: the loop finds its own newest intact one, because a report that has
-    returned is not yet durable. An error of ours is written down instead of raised: Ray Train would restart the workers
-    for it, and it would only happen again.
+    returned is not yet durable.
 
     Args:
         settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean; `bar`,
@@ -77,6 +70,7 @@ def run(settings: dict[str, Any]) -> None:
     import torch
     from ray.experimental import tqdm_ray
 
+    from alignment.failure import failure_of
     from alignment.metrics import FileReporter, Silent
     from alignment.models.parallel import World
     from alignment.train import train
@@ -85,19 +79,15 @@ def run(settings: dict[str, Any]) -> None:
     config = ClusterRunConfig.model_validate_json(settings["config"])
     if Path(settings["folder"]).is_dir():  # relative paths of the configuration mean the driver's folder
         os.chdir(settings["folder"])
-    failure = config.folder / FAILURE
-    if failure.exists():
-        return
     logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train repeats every reported metric
     torch.set_num_threads(config.cluster.cpus_per_worker)
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())
+    if failure := world.from_main(failure_of(config.folder)):
+        raise failure  # again: Ray Train has restarted the workers before it was told not to
     inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
-    try:
-        with _attached(settings["engines"], config, world) as generator:
-            train(config, world, RayReporter(inner), generator)
-    except AlignmentError as error:
-        failure.write_text(json.dumps({"kind": type(error).__name__, "text": str(error)}))
+    with _attached(settings["engines"], config, world) as generator:
+        train(config, world, RayReporter(inner), generator)
 
 
 @contextlib.contextmanager
@@ -106,11 +96,10 @@ def _attached(engines: Engines | None, config: RunConfig, world: World) -> Itera
     if engines is None:
         yield None
         return
-    from alignment.rollout.feed import together
+    from alignment.models.parallel import together
     from cluster.engines import attach
 
     with contextlib.ExitStack() as attached:
-        generators: list[Generator] = []
-        together(lambda: generators.append(attach(engines, config, world)), world)
-        attached.callback(generators[0].close)
-        yield generators[0]
+        pool = together(lambda: attach(engines, config, world), world)
+        attached.callback(pool.close)
+        yield pool

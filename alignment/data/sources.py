@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+ENDPOINTS = ("http://", "https://")
 DATABASES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
 KEY_VARIABLE = "RAYLIGN_KEY"
 """Environment variable with the bearer key for endpoints."""
@@ -28,6 +29,11 @@ TIMEOUT_S = 60.0
 """Longest silence of an endpoint."""
 
 Row = dict[str, Any]
+
+
+def is_live(source: SourceConfig) -> bool:
+    """True if a source may have other rows each time that it is read."""
+    return source.path is not None and source.path.startswith(ENDPOINTS + DATABASES)
 
 
 def read_rows(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
@@ -40,7 +46,7 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
     """
     assert source.path is not None
     path = Path(source.path).expanduser()
-    if source.path.startswith(("http://", "https://")):
+    if source.path.startswith(ENDPOINTS):
         rows = _read_endpoint(source.path)
     elif source.path.startswith(DATABASES):
         rows = _read_database(source.path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment.config import OptimConfig
+from alignment.errors import AlignmentError
 
 Item = TypeVar("Item")
 GRADIENT_BUCKET = 1 << 24
 """Gradient elements (64 MiB in fp32) in one all-reduce."""
+ROUND_S = 30.0
+"""Longest that workers wait in one collective for what only the main worker does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,57 @@ class World:
         """Returns when every worker has come here."""
         if self.size > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """Closes this worker's connections after an error, so that the others' collectives fail instead of waiting.
+
+        NCCL's would wait for what is under way: there, whoever started the processes ends them all when one has failed,
+        as Ray Train and torchrun do.
+        """
+        if self.size > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+
+
+def on_every_worker(work: Callable[[], Item] | None, world: World) -> Item:
+    """What the main worker's `work` returns, on every worker; what it raises is raised everywhere, so none waits.
+
+    However long it takes, no collective waits longer than `ROUND_S`. It runs in a thread, and must use no collective.
+
+    Args:
+        work: None on the other workers.
+    """
+    if world.size == 1:
+        assert work is not None
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(work) if work is not None else None
+        while not world.from_main(running is not None and bool(wait([running], ROUND_S).done)):
+            pass
+    result: Item | None = None
+    error: AlignmentError | None = None
+    if running is not None:
+        try:
+            result = running.result()
+        except AlignmentError as raised:
+            error = raised
+    result, error = world.from_main((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def together(work: Callable[[], Item], world: World) -> Item:
+    """Does `work` on every worker; what one raises is raised by all, so that none waits for another."""
+    result: Item | None = None
+    error: AlignmentError | None = None
+    try:
+        result = work()
+    except AlignmentError as raised:
+        error = raised
+    for problem in world.gather(error):
+        if problem is not None:
+            raise problem
+    return result  # type: ignore[return-value]
 
 
 class Trained(ABC):

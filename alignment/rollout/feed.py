@@ -8,19 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from alignment.algorithms import Algorithm
 from alignment.config import RunConfig
 from alignment.data.stream import GroupStream
-from alignment.errors import AlignmentError
 from alignment.models.load import LanguageModel
-from alignment.models.parallel import World
+from alignment.models.parallel import World, on_every_worker
 from alignment.rewards import Rewards
 from alignment.rollout import Generator, Prompt, Rollout, Rollouts, Sampling
 from alignment.types import Completion, Group
 
-Result = TypeVar("Result")
 MAX_REFILLS = 4
 """Times that a step waits for new prompts in place of uninformative groups, before what there is has to do."""
 
@@ -213,33 +210,6 @@ class Feed:
 
     def _seed(self, number: int) -> int:
         return (self.config.seed * 1_000_003 + number * 7919) % 2**31
-
-
-def on_every_worker(work: Callable[[], Result] | None, world: World) -> Result:
-    """What the main worker's `work` returns, on every worker; what it raises is raised everywhere, so none waits."""
-    result: Result | None = None
-    error: AlignmentError | None = None
-    if work is not None:
-        try:
-            result = work()
-        except AlignmentError as raised:
-            error = raised
-    result, error = world.from_main((result, error))
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
-
-
-def together(work: Callable[[], None], world: World) -> None:
-    """Does `work` on every worker; what one raises is raised by all, so that none waits for another."""
-    error: AlignmentError | None = None
-    try:
-        work()
-    except AlignmentError as raised:
-        error = raised
-    for one in world.gather(error):
-        if one is not None:
-            raise one
 
 
 def _measured(groups: list[Group]) -> dict[str, float]:
