@@ -9,6 +9,7 @@ runs/NAME/checkpoints/step-00000100/
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -32,8 +33,9 @@ if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, COMMITTED = "manifest.json", "COMMITTED"
-STATE, TENSORS = "trainer/state.json", "trainer/tensors.safetensors"
+MANIFEST, COMMITTED, CHECKPOINTS = "manifest.json", "COMMITTED", "checkpoints"
+TRAINER = "trainer/"
+STATE, TENSORS = f"{TRAINER}state.json", f"{TRAINER}tensors.safetensors"
 PREFIXES: dict[Role, str] = {"actor": "", "critic": "critic."}
 """Of each trained role's tensors."""
 SAMPLING = {"completions", "max_tokens", "temperature", "top_p", "top_k"}
@@ -107,18 +109,22 @@ def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Prog
     return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, *, only_model: bool = False) -> Path:
     """The verified checkpoint that a path means: itself, or the newest intact one of a run's folder.
+
+    Args:
+        only_model: as in `verify`.
 
     Raises:
         CheckpointError: there is none, or the one named is damaged.
     """
     if (path / MANIFEST).is_file() or (path / COMMITTED).is_file():
-        verify(path)
+        verify(path, only_model=only_model)
         return path
-    newest = newest_intact(path)
+    newest = newest_intact(path, only_model=only_model)
     if newest is None:
-        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with an intact one")
+        none_yet = ": this run has none (yet)" if is_run(path) else ""
+        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with an intact one{none_yet}")
     return newest
 
 
@@ -129,27 +135,57 @@ def checkpoint_or_path(path: str) -> str:
         CheckpointError: the checkpoint is damaged, or the run has none.
     """
     folder = Path(path).expanduser()
-    ours = (folder / COMMITTED, folder / MANIFEST, checkpoints_of(folder))
-    return str(find_checkpoint(folder)) if any(mark.exists() for mark in ours) else path
+    if folder.name == CHECKPOINTS and is_run(folder.parent):
+        folder = folder.parent
+    is_ours = is_run(folder) or any((folder / mark).is_file() for mark in (COMMITTED, MANIFEST))
+    return str(find_checkpoint(folder, only_model=True)) if is_ours else path
 
 
-def newest_intact(run: Path) -> Path | None:
+def is_run(folder: Path) -> bool:
+    """True for the folder of a run, also before its first checkpoint; false for that of a model."""
+    settings = _settings(folder / "config.json")
+    if "model_type" in settings:
+        return False
+    return {"algorithm", "data"} <= settings.keys() or checkpoints_of(folder).is_dir()
+
+
+def newest_intact(run: Path, *, only_model: bool = False) -> Path | None:
     """The newest checkpoint of a run that proves to be whole; damaged newer ones are moved to `quarantine`."""
     for folder in _folders(run):
         try:
-            verify(folder)
+            verify(folder, only_model=only_model)
             return folder
         except CheckpointError as error:
-            aside = run / "quarantine" / folder.name
-            aside.parent.mkdir(exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            logger.warning("%s; moved to %s, trying the one before", error, aside)
+            logger.warning("%s; %s, trying the one before", error, _set_aside(folder, run / "quarantine"))
     return None
 
 
-def verify(folder: Path) -> None:
+def _set_aside(folder: Path, quarantine: Path) -> str:
+    """Moves a damaged checkpoint out of the way, and says what was done: a run of somebody else's may be read-only."""
+    aside = quarantine / folder.name
+    try:
+        quarantine.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    except OSError as error:
+        return f"it cannot be moved to {aside} ({error.strerror})"
+    return f"moved to {aside}"
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty if there is none."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def verify(folder: Path, *, only_model: bool = False) -> None:
     """Compares every file with the manifest, and the manifest with the commit mark.
+
+    Args:
+        only_model: whether the model alone is wanted; then the trainer's state, several times as large, is not read.
 
     Raises:
         CheckpointError: something is missing or differs; the text names the file.
@@ -169,7 +205,9 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes instead of {known['bytes']}"
             )
-        if _sha256(file) != known["sha256"]:
+        if only_model and name.startswith(TRAINER):
+            continue
+        if (_digest(file) if only_model else _sha256(file)) != known["sha256"]:
             raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
 
 
@@ -203,7 +241,7 @@ def to_disk(place: Path) -> None:
 
 def checkpoints_of(run: Path) -> Path:
     """The folder in which a run keeps its checkpoints."""
-    return run / "checkpoints"
+    return run / CHECKPOINTS
 
 
 def _folders(run: Path) -> list[Path]:
@@ -239,6 +277,17 @@ def _write(
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """The same; a file that has stayed as it is, is read once by this process, which opens a model several times."""
+    state = file.stat()
+    return _remembered_sha256(file, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered_sha256(file: Path, size: int, changed_ns: int, inode: int) -> str:
+    return _sha256(file)
 
 
 def _identity(config: RunConfig, data: str) -> dict[str, Any]:

@@ -53,6 +53,9 @@ def run(config: ClusterRunConfig) -> None:
     Raises:
         AlignmentError: any of its kinds, also when it was raised in a worker.
     """
+    from alignment.models.folders import with_checkpoints
+
+    config = with_checkpoints(config)
     (config.make_folder() / CONFIG).write_text(config.model_dump_json(indent=1))
     if config.cluster.workers == 0:
         _run_here(config)

@@ -10,12 +10,20 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
+from alignment.checkpoint import checkpoint_or_path
+from alignment.config import RunConfig, ScorerConfig, Section
 from alignment.errors import ModelError
 
+Run = TypeVar("Run", bound=RunConfig)
+Part = TypeVar("Part", bound=Section)
+
 BUNDLED = "smollm2-135m-instruct"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "chat_template.jinja")
+"""By any of these a folder with a tokenizer is known."""
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -50,16 +58,17 @@ def base_of(adapter: str | Path) -> str:
 def model_source(path: str) -> str:
     """What transformers and vLLM can open for a configured path: a folder with a whole model, or a hub id.
 
-    The bundled name becomes the bundled model's folder; an adapter's folder becomes its base with the adapter merged
-    in. Both are made on first use, which takes about 20 s.
+    The bundled name becomes the bundled model's folder; a run's folder its newest intact checkpoint; an adapter's
+    folder its base with the adapter merged in. What has to be made is made on first use, which takes about 20 s.
 
     Raises:
         ModelError: the path looks like a folder and does not exist, its model or adapter is incomplete, or the
             bundled model's package is not installed.
+        CheckpointError: it is a checkpoint that is damaged, or a run that has none.
     """
     if path == BUNDLED:
         return str(bundled())
-    folder = Path(path).expanduser()
+    folder = Path(checkpoint_or_path(path)).expanduser()
     if is_adapter(folder):
         return str(_merged(folder))
     if folder.is_dir():
@@ -69,6 +78,34 @@ def model_source(path: str) -> str:
     if path.startswith((".", "/", "~")):
         raise ModelError(f"model folder {path} does not exist (looked from {Path.cwd()})")
     return path
+
+
+def with_checkpoints(config: Run) -> Run:
+    """A configuration that names a checkpoint wherever it named a run, so that all processes mean the same one.
+
+    A run that goes on later compares these names with those it began with.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, or a run has none.
+    """
+
+    def pinned(section: Part, key: str) -> Part:
+        path = getattr(section, key, None)
+        return section if path is None else section.model_copy(update={key: checkpoint_or_path(path)})
+
+    def pinned_scorers(scorers: tuple[ScorerConfig, ...]) -> tuple[ScorerConfig, ...]:
+        return tuple(pinned(scorer, "path") if scorer.name == "model" else scorer for scorer in scorers)
+
+    lora = config.model.lora
+    model = config.model.model_copy(update={"lora": None if lora is None else pinned(lora, "start")})
+    return config.model_copy(
+        update={
+            "model": pinned(model, "path"),
+            "critic": pinned(config.critic, "path"),
+            "rewards": pinned_scorers(config.rewards),
+            "judges": pinned_scorers(config.judges),
+        }
+    )
 
 
 def bundled() -> Path:
@@ -113,30 +150,47 @@ def _bundled_source() -> Path:
     return Path(str(found[0].locate())).parent
 
 
+def weights_stamp(source: str) -> str:
+    """What tells a local model's weights from others in the same place; the same for every hub id."""
+    files = sorted(Path(source).glob("*.safetensors")) + sorted(Path(source).glob("*.bin"))
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """True if a tokenizer was saved in a folder; with an adapter, peft by itself saves none."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _merged(adapter: Path) -> Path:
-    digest = hashlib.sha256(str(base_of(adapter)).encode())
+    base = base_of(adapter)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / file).is_file():
             raise ModelError(f"{adapter} is an adapter's folder without {file}")
-        digest.update((adapter / file).read_bytes())
-    return _made_once(cache_folder() / "models" / f"merged-2-{digest.hexdigest()[:16]}", lambda to: _merge(adapter, to))
+    source = model_source(base)
+    digest = hashlib.sha256(f"{base} {weights_stamp(source)}".encode())
+    files = ("adapter_config.json", "adapter_model.safetensors", "config.json", *TOKENIZER_FILES)
+    for part in (adapter / name for name in files):
+        if part.is_file():
+            digest.update(part.read_bytes())
+    place = cache_folder() / "models" / f"merged-3-{digest.hexdigest()[:16]}"
+    return _made_once(place, lambda folder: _merge(adapter, source, folder))
 
 
-def _merge(adapter: Path, folder: Path) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+def _merge(adapter: Path, source: str, folder: Path) -> None:
+    """Writes the whole model that an adapter on its base is.
 
-    source = model_source(base_of(adapter))
-    if json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
-        settings = AutoConfig.from_pretrained(adapter)  # knows the score head, which the base does not have
-        base = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto", config=settings)
-    else:
-        base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    dtype = base.dtype
-    merged = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
-    merged.to(dtype).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+    Raises:
+        ModelError: base and adapter do not fit together, or one of them cannot be loaded.
+    """
+    from safetensors import SafetensorError
+
+    from alignment.models.adapters import merge
+
+    try:
+        merge(adapter, source, folder)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the adapter {adapter} cannot be merged into its base {source}: {error}") from error
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,6 +29,7 @@ from alignment.errors import ModelError
 from alignment.models import attention
 from alignment.models.folders import is_adapter, model_source
 from alignment.models.lean import make_lean
+from alignment.models.saving import mend_generation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ Attention = Literal["blocks", "sdpa", "flex"]
 Head = Literal["language", "score"]
 IMPLEMENTATIONS = {"blocks": attention.NAME, "sdpa": "sdpa", "flex": "flex_attention"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SCALES = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+"""Of an adapter's settings: what changes its effect where names and shapes are the same."""
 # Settings by which a model bends its logits after the output head; the packed forward pass applies none of them.
 BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -119,7 +124,7 @@ def load_model(
         "attn_implementation": IMPLEMENTATIONS[form],
     }
     if head == "language":
-        module = AutoModelForCausalLM.from_pretrained(source, **how)
+        module = _with_language_head(source, how, config.path)
     else:
         module = _with_score_head(source, how, tokenizer, config.path)
     for part in module.modules():
@@ -183,26 +188,79 @@ def _check(settings: Any, data: DataConfig, path: str) -> None:
             raise ModelError(f"data.max_length ({data.max_length}) exceeds the model's {limit} {what}")
 
 
+def _with_language_head(source: str, how: dict[str, Any], path: str) -> Any:
+    kinds = how["config"].architectures or []
+    if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ModelError(
+            f"model.path {path!r} is a {kinds[0]}, a reward model, which writes no text; name the model that it was "
+            "made from"
+        )
+    module, loading = _opened(AutoModelForCausalLM, source, how, path)
+    _refuse_missing(loading["missing_keys"], path)
+    mend_generation_settings(module, path)
+    return module
+
+
 def _with_score_head(source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerFast, path: str) -> Any:
     """A decoder with one bias-free output, of variance 1 / (hidden size + 1) if the model has none yet (the
     initialisation of arXiv 2009.01325)."""
-    how["config"].num_labels = 1
+    settings = how["config"]
+    settings.num_labels = 1
     # Both transformers and vLLM look for the last token that is not padding: it must never be one that ends an answer.
-    how["config"].pad_token_id = tokenizer.pad_token_id = _padding(tokenizer)
-    module, loading = AutoModelForSequenceClassification.from_pretrained(source, **how, output_loading_info=True)
+    settings.pad_token_id = tokenizer.pad_token_id = _padding(tokenizer, settings.get_text_config().vocab_size)
+    module, loading = _opened(AutoModelForSequenceClassification, source, how, path)
     if not isinstance(getattr(module, "score", None), nn.Linear):
         raise ModelError(f"model.path {path!r}: {type(module).__name__} has no linear score head")
+    _refuse_missing([name for name in loading["missing_keys"] if not name.startswith("score.")], path)
     module.score.float()  # rewards differ by less than bf16 resolves
     if "score.weight" in loading["missing_keys"]:
         nn.init.normal_(module.score.weight, std=(module.score.in_features + 1) ** -0.5)
     return module
 
 
-def _padding(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of a special token that is not the end token, or of the tokenizer's padding if there is none."""
+def _opened(kind: Any, source: str, how: dict[str, Any], path: str) -> tuple[Any, dict[str, Any]]:
+    """A model, and what transformers tells of its weights.
+
+    Raises:
+        ModelError: it cannot be opened, or its weights are not of the sizes that its configuration says.
+    """
+    try:
+        module, loading = kind.from_pretrained(source, **how, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
+    mismatched = {name: (list(stored), list(expected)) for name, stored, expected in loading["mismatched_keys"]}
+    if "score.weight" in mismatched:
+        raise ModelError(
+            f"model {path!r}: the classifier has {mismatched['score.weight'][0][0]} labels, a reward model has one. "
+            "Train one with algorithm reward_model, or name the model that the classifier was made from"
+        )
+    for name, (stored, expected) in mismatched.items():
+        raise ModelError(
+            f"model {path!r}: weights are not of the size that config.json says: {name} is {stored} and should be "
+            f"{expected}"
+        )
+    return module, loading
+
+
+def _refuse_missing(names: Iterable[str], path: str) -> None:
+    """Weights that a model's files lack would be random, without a word."""
+    missing = sorted(names)
+    if missing:
+        raise ModelError(
+            f"model {path!r}: its files lack {len(missing)} of its weights, such as {missing[0]}, which would be random"
+        )
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast, size: int) -> int:
+    """Id of a special token that is not the end token, or of the tokenizer's padding if there is none.
+
+    Args:
+        size: of the model's vocabulary, which may be smaller than the tokenizer's.
+    """
     named = sorted(tokenizer.all_special_ids)
     added = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return int(next(index for index in [*named, *added, *range(len(tokenizer))] if index != tokenizer.eos_token_id))
+    indices = [*named, *added, *range(len(tokenizer))]
+    return int(next(index for index in indices if index != tokenizer.eos_token_id and index < size))
 
 
 def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int, head: Head) -> Any:
@@ -237,14 +295,22 @@ def _go_on_from(adapted: Any, path: str) -> None:
     folder = Path(checkpoint_or_path(path)).expanduser()
     if not is_adapter(folder):
         raise ModelError(f"model.lora.start {path!r} is no folder with an adapter")
-    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    settings = json.loads((folder / "adapter_config.json").read_text())
     weights = load_peft_weights(str(folder), device="cpu")
-    expected = {name: weight.shape for name, weight in get_peft_model_state_dict(adapted).items()}
-    same = {name: weight.shape for name, weight in weights.items()} == expected
-    if not same or alpha != adapted.active_peft_config.lora_alpha:
+    expected = {name: list(weight.shape) for name, weight in get_peft_model_state_dict(adapted).items()}
+    stored = {name: list(weight.shape) for name, weight in weights.items()}
+    alphas = {"lora_alpha": settings.get("lora_alpha")} | {key: settings[key] for key in SCALES if settings.get(key)}
+    different = [
+        f"{name} is {there.get(name, 'not there')} in it and {here.get(name, 'not there')} here"
+        for there, here in ((stored, expected), (alphas, {"lora_alpha": adapted.active_peft_config.lora_alpha}))
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if different:
         raise ModelError(
-            f"model.lora.start {path!r} is an adapter of another shape; rank, alpha, target_modules and model.path "
-            "have to be as they were in its training"
+            f"model.lora.start {path!r} is an adapter of another shape ({different[0]}, and {len(different) - 1} more "
+            "such); rank, alpha, target_modules and model.path have to be as they were in its training. What raylign "
+            "does not train, such as its own embeddings, can be merged instead: model.path may name the adapter"
         )
     set_peft_model_state_dict(adapted, weights)
 

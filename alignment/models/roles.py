@@ -188,9 +188,10 @@ def reference_of(config: RunConfig) -> Reference:
 def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
     optim = config.optim.model_copy(update={"lr": config.critic.lr or config.optim.lr})
     if config.critic.trunk == "separate":
-        own = (
-            config.model if config.critic.path is None else config.model.model_copy(update={"path": config.critic.path})
-        )
+        lora = config.model.lora
+        if lora is not None:
+            lora = lora.model_copy(update={"start": None})  # an actor's adapter, which says nothing of values
+        own = config.model.model_copy(update={"path": config.critic.path or config.model.path, "lora": lora})
         device = loading_device(config.optim, world)
         model = load_model(own, config.data, device=device, seed=config.seed + 1, head="score")
         return Critic(model=model, head=None, trained=shard(model.module, optim, world))
