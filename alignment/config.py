@@ -366,6 +366,15 @@ class ScorerConfig(Section):
     """Rewards are cut to -clip … clip before the weight; None never cuts."""
     attempts: PositiveCount = 3
     """Times that a reward is asked for which is missing, late or not a finite number, before the run stops."""
+    on_unreadable: Literal["fail"] | float = 0.0
+    """Reward of a text that the scorer cannot read, such as one that is too long for it, which a policy may write at
+    any time; `fail` stops the run instead. The first such text is told. What is wrong with a row is an error in either
+    case."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it compares with, which `data.keep` must name."""
+        return ()
 
 
 def _load_scorers(value: Any) -> Any:
@@ -493,6 +502,19 @@ class RunConfig(Section):
             )
         if self.model.lora is not None and self.model.lora.dropout:
             raise ValueError(f"model.lora.dropout must be 0 for {algorithm.name}, or its ratios mean nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_columns(self) -> Self:
+        sources = [*self.data.sources, *([self.data.eval] if self.data.eval else [])]
+        kept = {column for source in sources for column in source.keep}
+        for scorer in (*self.rewards, *self.judges):
+            for column in scorer.columns:
+                if column not in kept:
+                    raise ValueError(
+                        f"scorer {scorer.name} compares with the column {column!r}, which no source keeps; name it in "
+                        f"data.keep, as [{column}]"
+                    )
         return self
 
     @property

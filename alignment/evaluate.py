@@ -9,7 +9,7 @@ from alignment.config import OptimConfig
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.rewards import Rewards
-from alignment.rollout.feed import Feed
+from alignment.rollout.feed import Feed, of_scorer
 from alignment.types import Group
 from alignment.update import Metrics, divergences
 
@@ -31,19 +31,20 @@ class Examination:
         """
         answered = feed.answer(prompts)
         self.groups = feed.rewards.score(answered, world=world)
-        self.judged = judges.score(answered, world=world)
-        self.judges = judges.names
+        self.judged = judges.score(answered, world=world, may_abstain=True)
+        self.scorers, self.judges = feed.rewards.names, judges.names
         self.kl = divergences(roles, self.groups, optim, world)
 
     def metrics(self) -> Metrics:
         """Means over the prompts: reward and its standard deviation, every score, every judge, length, divergence."""
         answers = [group.completions[0] for group in self.groups]
-        judged = [group.completions[0].scores for group in self.judged]
+        judged = [group.completions[0] for group in self.judged]
+        scores = {f"scores/{name}": of_scorer(name, answers) for name in self.scorers}
+        scores |= {f"judges/{name}": of_scorer(name, judged) for name in self.judges}
         rewards = [answer.reward for answer in answers if answer.reward is not None]
         return {
             **({"reward": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards)} if rewards else {}),
-            **{f"scores/{name}": statistics.fmean(a.scores[name] for a in answers) for name in answers[0].scores},
-            **{f"judges/{name}": statistics.fmean(scores[name] for scores in judged) for name in self.judges},
+            **{name: statistics.fmean(values) for name, values in scores.items() if values},
             **({"kl": statistics.fmean(self.kl)} if self.kl else {}),
             "length": statistics.fmean(len(answer.tokens) for answer in answers),
             "truncated": statistics.fmean(answer.truncated for answer in answers),

@@ -64,5 +64,5 @@ class Guards:
             f"held-out reward rose by {rise:.4g} over {window} evaluations while the judge {name!r} fell from "
             f"{before[key]:.4g} to {now[key]:.4g}: the reward may be hacked (guards.hacking_window)"
             for name in self.judges
-            if (key := f"eval/judges/{name}") in now and now[key] < before[key]
+            if (key := f"eval/judges/{name}") in now and key in before and now[key] < before[key]
         ]

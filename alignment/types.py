@@ -61,7 +61,7 @@ class Completion:
     version: int | None = None
     """Version of the weights that sampled it: optimizer steps done by then."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """What each scorer gave, before weights, by the scorer's name."""
+    """What each scorer gave, before weights, by the scorer's name; a scorer that abstained is left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

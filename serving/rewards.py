@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alignment.config import check_config
 from alignment.errors import ConfigError, RewardError
-from alignment.rewards import Scorer, checked
+from alignment.rewards import Reward, Scorer, Unreadable, checked
 from alignment.rewards.model import RewardModel
 from alignment.rewards.remote import ScoredItem, ScoreItem, ScoreReply, ScoreRequest, key_from
 from serving.launch import refuse_busy_port
@@ -201,6 +201,8 @@ class ModelThread:
             return [answer for item in items for answer in self._rate_apart([item])]
         try:
             ((rewards,), group) = self._scorer.score([_group(items)]), _group(items)
+        except Unreadable:
+            return [ScoredItem(id=items[0].id, error="too_long")]
         except RewardError:
             return [ScoredItem(id=items[0].id, error="not_scorable")]
         return _answers(items, group, rewards)
@@ -225,11 +227,11 @@ def _group(items: list[ScoreItem]) -> Group:
     from alignment.types import Completion, Group, Message
 
     turns = tuple(Message(role=turn.role, content=turn.content) for turn in items[0].messages or ())
-    completions = tuple(Completion(text=item.completion) for item in items)
+    completions = tuple(Completion(text=item.completion, truncated=item.truncated) for item in items)
     return Group(id="request", prompt=turns if items[0].prompt is None else items[0].prompt, completions=completions)
 
 
-def _answers(items: list[ScoreItem], group: Group, rewards: list[float]) -> list[ScoredItem]:
+def _answers(items: list[ScoreItem], group: Group, rewards: Sequence[Reward]) -> list[ScoredItem]:
     problem, numbers = checked(group, rewards)
     if problem:
         return [ScoredItem(id=item.id, error="not_finite") for item in items]
@@ -255,7 +257,7 @@ def _key(host: str, no_key: bool) -> str | None:
 def _load(model: str, device: str, dtype: str, max_length: int | None, batch_tokens: int) -> Scorer:
     import torch
 
-    settings = {"name": "model", "path": model, "dtype": dtype, "max_length": max_length}
+    settings = {"name": "model", "path": model, "dtype": dtype, "max_length": max_length, "on_unreadable": "fail"}
     config = check_config({**settings, "micro_batch_tokens": batch_tokens}, kind=RewardModel)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:

@@ -249,7 +249,7 @@ def _reward_model(config: ServeConfig, device: torch.device) -> ModelScorer:
     from alignment.rewards.model import RewardModel
 
     assert config.rewards.model is not None
-    return RewardModel(path=config.rewards.model).build(device)
+    return RewardModel(path=config.rewards.model, on_unreadable="fail").build(device)
 
 
 def _policies(config: ServeConfig, registry: Registry, device: torch.device) -> Policies:

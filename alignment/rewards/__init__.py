@@ -1,6 +1,6 @@
 """Rewards: what a completion is worth. The port for scorers, and the one way from a configuration to rated groups.
 
-Rollout ─► Rewards.score ─┬─► rules, functions (in this process)   ─┐
+Rollout ─► Rewards.score ─┬─► rules, functions (on this machine)   ─┐
                           ├─► a reward model (on this device)       ├─► weighted sum ─► Completion.reward ─► pack
                           └─► a reward service (over HTTP)         ─┘   each alone   ─► Completion.scores
 """
@@ -8,8 +8,9 @@ Rollout ─► Rewards.score ─┬─► rules, functions (in this process)   �
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
@@ -35,16 +36,20 @@ READY_MADE = {
 }
 LARGEST = 3.4e38
 """Rewards become fp32."""
+Reward = float | None
+"""What a scorer gives a completion; None if it abstains: the row is not its business."""
+
+logger = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
     """Gives rewards to completions."""
 
-    def score(self, groups: list[Group]) -> list[list[float]]:
+    def score(self, groups: list[Group]) -> Sequence[Sequence[Reward]]:
         """One reward for each completion of each group; higher is better.
 
-        A group with a reward that is None, NaN, infinite or missing is asked about again, whole, as often as the
-        configuration allows.
+        None abstains: the sum is that of the other scorers. A group with a reward that is NaN, infinite or missing is
+        asked about again, whole, as often as the configuration allows.
 
         Raises:
             AskAgain: nothing came of this attempt, but another may succeed.
@@ -59,11 +64,47 @@ class AskAgain(RewardError):
     """An attempt to get rewards that failed in a way that may pass."""
 
 
+class Unreadable(RewardError):
+    """A text that a scorer cannot read, where its configuration asks for an error."""
+
+
+class UnreadableTexts:
+    """What a scorer gives the texts that it cannot read. The first is told, all are counted."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        self.config = config
+        self.num_texts = 0
+
+    def reward(self, problem: str) -> float:
+        """The reward that the configuration names.
+
+        Args:
+            problem: what cannot be read, and why, without quoting it.
+
+        Raises:
+            Unreadable: the configuration asks for an error.
+        """
+        value = self.config.on_unreadable
+        if value == "fail":
+            raise Unreadable(f"{problem}; on_unreadable may give such texts a reward")
+        if not self.num_texts:
+            logger.warning("scorer %s: %s; such texts get %g (on_unreadable)", self.config.name, problem, value)
+        self.num_texts += 1
+        return value
+
+
 class BuildableScorer(ScorerConfig):
     """The configuration of a scorer, which can make it.
 
     A subclass named as `package.module:Class` in a run's `rewards` is a scorer like those that come with raylign.
     """
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Checks the kept columns of a row, while rows are read; a row without a column is one that it abstains from.
+
+        Raises:
+            RewardError: the scorer could give no answer to this row a reward; the text says why, without the row.
+        """
 
     def build(self, device: torch.device) -> Scorer:
         """Makes the scorer; called once in every training worker.
@@ -137,25 +178,31 @@ class Rewards:
         """The scorers' names as `Completion.scores` has them: a function's without its module, a second one with -2."""
         return [asked.name for asked in self._asked]
 
-    def score(self, groups: list[Group], *, world: World | None = None) -> list[Group]:
+    def score(self, groups: list[Group], *, world: World | None = None, may_abstain: bool = False) -> list[Group]:
         """Asks every scorer about every completion.
 
         Called by all workers of `world` with the same groups: each asks about its share, and all get the whole. The
         same error is raised by all, whichever of them it happened to.
 
+        Args:
+            may_abstain: whether all scorers may abstain from a completion, which then has no reward.
+
         Returns:
-            The groups in the given order, with `reward` = Σ weight · clipped reward, and `scores` as the scorers gave
-            them. Without scorers, the groups as they are.
+            The groups in the given order, with `reward` = Σ weight · clipped reward over the scorers that did not
+            abstain, and `scores` as these gave them. Without scorers, the groups as they are.
 
         Raises:
-            RewardError: a reward is missing, late or not a finite number after all attempts; the text names the scorer,
-                the group and the completion.
+            RewardError: a reward is missing, late or not a finite number after all attempts, or all scorers abstain;
+                the text names the scorer, the group and the completion.
         """
         if not self._asked or not groups:
             return groups
-        if world is None or world.size == 1:
-            return [self._rated(group, given) for group, given in zip(groups, self._ask(groups), strict=True)]
-        return self._score_together(groups, world)
+        rewards = self._ask(groups) if world is None or world.size == 1 else self._ask_together(groups, world)
+        rated = [self._rated(group, given) for group, given in zip(groups, rewards, strict=True)]
+        if not may_abstain:
+            for group in rated:
+                self._check_rated(group)
+        return rated
 
     def close(self) -> None:
         """Frees what the scorers hold."""
@@ -168,7 +215,8 @@ class Rewards:
         numbered = (f"{short}-{number}" for number in itertools.count(2))
         return next(free for free in itertools.chain([short], numbered) if free not in self.names)
 
-    def _score_together(self, groups: list[Group], world: World) -> list[Group]:
+    def _ask_together(self, groups: list[Group], world: World) -> list[list[list[Reward]]]:
+        """As `_ask`, each worker about its share."""
         from alignment.data.packing import share
 
         lengths = [1 + group.num_tokens for group in groups]  # texts without tokens are divided by their number
@@ -184,16 +232,16 @@ class Rewards:
             if problem is not None:
                 raise RewardError(f"worker {rank}: {problem}") from cause
         rewards = {index: given for outcome in outcomes for index, given in outcome.rewards.items()}
-        return [self._rated(group, rewards[index]) for index, group in enumerate(groups)]
+        return [rewards[index] for index in range(len(groups))]
 
-    def _ask(self, groups: list[Group]) -> list[list[list[float]]]:
+    def _ask(self, groups: list[Group]) -> list[list[list[Reward]]]:
         """What each scorer gave: by group, scorer and completion."""
         if not groups:
             return []
         by_scorer = [asked.about(groups) for asked in self._asked]
         return [list(given) for given in zip(*by_scorer, strict=True)]
 
-    def _rated(self, group: Group, given: list[list[float]]) -> Group:
+    def _rated(self, group: Group, given: list[list[Reward]]) -> Group:
         return replace(
             group,
             completions=tuple(
@@ -202,12 +250,27 @@ class Rewards:
             ),
         )
 
-    def _rated_completion(self, completion: Completion, given: list[float]) -> Completion:
+    def _rated_completion(self, completion: Completion, given: list[Reward]) -> Completion:
+        parts = [(asked, reward) for asked, reward in zip(self._asked, given, strict=True) if reward is not None]
         return replace(
             completion,
-            reward=math.fsum(asked.worth(reward) for asked, reward in zip(self._asked, given, strict=True)),
-            scores=dict(zip(self.names, given, strict=True)),
+            reward=math.fsum(asked.worth(reward) for asked, reward in parts) if parts else None,
+            scores={asked.name: reward for asked, reward in parts},
         )
+
+    def _check_rated(self, group: Group) -> None:
+        for number, completion in enumerate(group.completions, start=1):
+            if completion.reward is None:
+                raise RewardError(
+                    f"group {group.id}, completion {number} of {len(group.completions)}: every scorer abstains "
+                    f"({', '.join(self.names)}), so it has no reward{self._missing_columns(group)}"
+                )
+
+    def _missing_columns(self, group: Group) -> str:
+        missing = [name for asked in self._asked for name in asked.config.columns if group.columns.get(name) is None]
+        if not missing:
+            return "; leave such rows out, or add a scorer for them"
+        return f"; the row has no column {', '.join(map(repr, missing))}: name it in data.keep, as [{missing[0]}]"
 
 
 @dataclass(frozen=True)
@@ -223,9 +286,9 @@ class _Asked:
         bound = math.inf if self.config.clip is None else self.config.clip
         return self.config.weight * max(-bound, min(bound, reward))
 
-    def about(self, groups: list[Group]) -> list[list[float]]:
+    def about(self, groups: list[Group]) -> list[list[Reward]]:
         """Sound rewards of every group, or a RewardError."""
-        sound: dict[int, list[float]] = {}
+        sound: dict[int, list[Reward]] = {}
         problem = ""
         for _ in range(self.config.attempts):
             waiting = [index for index in range(len(groups)) if index not in sound]
@@ -236,7 +299,7 @@ class _Asked:
             raise RewardError(f"scorer {self.name}: {problem}, after {self.config.attempts} attempts")
         return [sound[index] for index in range(len(groups))]
 
-    def _attempt(self, groups: list[Group], waiting: list[int], sound: dict[int, list[float]]) -> str:
+    def _attempt(self, groups: list[Group], waiting: list[int], sound: dict[int, list[Reward]]) -> str:
         """Asks once about the waiting groups and keeps what is sound; says what is wrong with the first that is not."""
         asked = [groups[index] for index in waiting]
         try:
@@ -261,7 +324,7 @@ class _Asked:
 class _Outcome:
     """What became of one worker's share."""
 
-    rewards: dict[int, list[list[float]]] = field(default_factory=dict)
+    rewards: dict[int, list[list[Reward]]] = field(default_factory=dict)
     """By the index of the group: what each scorer gave."""
     problem: str | None = None
     """Text of the error that ended it."""
@@ -272,13 +335,16 @@ def described(groups: list[Group]) -> str:
     return f"group {groups[0].id}" + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
 
 
-def checked(group: Group, rewards: Any) -> tuple[str, list[float]]:
-    """What is wrong with a group's rewards ("" if nothing is), and the rewards as numbers."""
+def checked(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
+    """What is wrong with a group's rewards ("" if nothing is), and the rewards as numbers, or None of who abstains."""
     count = len(group.completions)
     if len(rewards) != count:
         return f"group {group.id}: {len(rewards)} rewards for {count} completions", []
-    numbers = []
+    numbers: list[Reward] = []
     for number, reward in enumerate(rewards, start=1):
+        if reward is None:
+            numbers.append(None)
+            continue
         try:
             value = float(reward) if isinstance(reward, SupportsFloat) else math.nan
         except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of more than one number

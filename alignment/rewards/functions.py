@@ -11,28 +11,35 @@ equal length, one entry per completion.
 
 - `prompts`: the prompt as text, or, of a conversation, a list of `{"role", "content"}`.
 - `completions`: the answer's text.
-- every column that `data.keep` names, under its own name; None where a row has no such column.
+- every column that `data.keep` names, under its own name; None where a row has no such column. A nested one, as
+  `reward_model.ground_truth`, goes to a parameter `ground_truth`, or under its whole name into `**kwargs`.
 - what `kwargs` of the configuration holds, as it stands.
 
 Columns that it has no parameter for are left out, unless it takes `**kwargs`. It returns one number per completion.
-None, NaN or an infinity mean that the reward is missing: the group is asked about again, and after `attempts` times
-the run stops. It may be `async`, and then always runs in the same event loop, so that clients may be kept.
+None abstains: the row is not its business, and the reward is that of the other scorers. NaN or an infinity mean that
+the reward is missing: the group is asked about again, and after `attempts` times the run stops. So it is with what the
+function raises; with a number in `on_unreadable`, completions for which it raises something, or gives NaN or an
+infinity, get that number at once. It may be `async`, and then always runs in the same event loop, so that clients may
+be kept.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import inspect
+import math
 import threading
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, TypeVar
 
 from pydantic import Field, model_validator
 
 from alignment.config import Positive
 from alignment.errors import RewardError
-from alignment.rewards import AskAgain, BuildableScorer, callable_named
+from alignment.rewards import AskAgain, BuildableScorer, Reward, UnreadableTexts, callable_named
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +59,9 @@ class RewardFunction(BuildableScorer):
     """Further keyword arguments of the function."""
     timeout_s: Positive = 300.0
     """Seconds after which one call counts as failed."""
+    on_unreadable: Literal["fail"] | float = "fail"
+    """Reward of a completion for which the function raises an error, or gives NaN or an infinity; `fail` asks again,
+    `attempts` times, and then stops the run."""
 
     @model_validator(mode="after")
     def _takes_its_arguments(self) -> Self:
@@ -64,6 +74,38 @@ class RewardFunction(BuildableScorer):
             ) from error
         return self
 
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        arguments = self.arguments(columns)
+        try:
+            self.signature.bind(**dict.fromkeys([*OURS, *arguments]), **self.kwargs)
+        except TypeError as error:
+            raise RewardError(
+                f"{error}: the function gets prompts, completions, kwargs, and the columns that data.keep names "
+                f"({', '.join(sorted(columns)) or 'none'})"
+            ) from error
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """Parameters of the function."""
+        return inspect.signature(callable_named(self.name))
+
+    def arguments(self, columns: Iterable[str]) -> dict[str, str]:
+        """The parameters that kept columns go to, each with its column.
+
+        Raises:
+            RewardError: one is taken already.
+        """
+        arguments: dict[str, str] = {}
+        signature = self.signature
+        for column in sorted(columns):
+            last = column.rpartition(".")[2]
+            name = last if column not in signature.parameters and last in signature.parameters else column
+            if name in (*OURS, *self.kwargs, *arguments):
+                raise RewardError(f"data.keep names the column {column!r}, which the function gets from elsewhere")
+            if _takes(signature, name):
+                arguments[name] = column
+        return arguments
+
     def build(self, device: torch.device) -> FunctionScorer:
         return FunctionScorer(self)
 
@@ -75,9 +117,36 @@ class FunctionScorer:
         self.config = config
         self.function: Callable[..., Any] = callable_named(config.name)
         self.loop = Loop(f"{config.name} event loop")
+        self.unreadable = UnreadableTexts(config)
 
-    def score(self, groups: list[Group]) -> list[list[float]]:
+    def score(self, groups: list[Group]) -> list[list[Reward]]:
         """As the port says; what the function raises is an attempt that failed."""
+        if self.config.on_unreadable == "fail":
+            return self._ask(groups)
+        return self._ask_apart(groups)
+
+    def _ask_apart(self, groups: list[Group]) -> list[list[Reward]]:
+        """Asks about all at once; if that fails, group by group and then one by one, to find what is at fault."""
+        try:
+            rewards = self._ask(groups)
+        except _FunctionError as error:
+            if len(groups) > 1:
+                return [rewards for group in groups for rewards in self._ask_apart([group])]
+            (group,) = groups
+            if len(group.completions) <= 1:
+                return [[self.unreadable.reward(str(error)) for _ in group.completions]]
+            apart = (dataclasses.replace(group, completions=(completion,)) for completion in group.completions)
+            return [[reward for part in apart for (reward,) in self._ask_apart([part])]]
+        return [[self._finite(reward) for reward in of_group] for of_group in rewards]
+
+    def _finite(self, reward: Any) -> Reward:
+        if isinstance(reward, SupportsFloat):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                if not math.isfinite(reward):
+                    return self.unreadable.reward(f"it gives {reward!r:.40}")
+        return reward  # type: ignore[no-any-return]  # what is no number is told by who asks
+
+    def _ask(self, groups: list[Group]) -> list[list[Reward]]:
         counts = [len(group.completions) for group in groups]
         rewards = self._call(self._arguments(groups))
         if not isinstance(rewards, Collection) or isinstance(rewards, str | dict):
@@ -97,19 +166,10 @@ class FunctionScorer:
             "prompts": [prompt_of(group) for group, _ in entries],
             "completions": [completion.text for _, completion in entries],
         }
-        signature = inspect.signature(self.function)
-        for column in sorted({column for group in groups for column in group.columns}):
-            if column in arguments or column in self.config.kwargs:
-                raise RewardError(f"data.keep names the column {column!r}, which the function gets from elsewhere")
-            if _takes(signature, column):
-                arguments[column] = [group.columns.get(column) for group, _ in entries]
-        try:
-            signature.bind(**arguments, **self.config.kwargs)
-        except TypeError as error:
-            raise RewardError(
-                f"{error}: the function gets prompts, completions, kwargs, and the columns that data.keep names "
-                f"({', '.join(sorted(groups[0].columns)) or 'none'})"
-            ) from error
+        columns = dict.fromkeys(column for group in groups for column in group.columns)
+        self.config.check_row(columns)
+        for name, column in self.config.arguments(columns).items():
+            arguments[name] = [group.columns.get(column) for group, _ in entries]
         return {**arguments, **self.config.kwargs}
 
     def _call(self, arguments: dict[str, Any]) -> Any:
@@ -123,7 +183,11 @@ class FunctionScorer:
         except RewardError:
             raise
         except Exception as error:  # the function is not ours: anything may come, and the next attempt may be better
-            raise AskAgain(f"it raised {type(error).__name__}: {error!s:.200}") from error
+            raise _FunctionError(f"it raised {type(error).__name__}: {error!s:.200}") from error
+
+
+class _FunctionError(AskAgain):
+    """What the function raised."""
 
 
 class Loop:

@@ -11,11 +11,13 @@ is not known here; such rows are refused, or the instruction is left out with `u
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import RewardError
+from alignment.rewards import Reward
 from alignment.rewards.rules import Rule, contains_keyword, kept_column
 
 if TYPE_CHECKING:
@@ -41,42 +43,62 @@ class IFEval(Rule):
     """What to do with `language:response_language`, the one kind that is not checked: stop, or leave it out. A row that
     asks for nothing else stops the run in either case."""
 
-    def reward(self, completion: Completion, group: Group) -> float:
-        instructions = self._instructions(group)
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("instruction_id_list", "kwargs")
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        if columns.get("instruction_id_list") is not None:
+            self._instructions(columns["instruction_id_list"], columns.get("kwargs"))
+
+    def reward(self, completion: Completion, group: Group) -> Reward:
+        kinds = kept_column(group, "instruction_id_list")
+        if kinds is None:
+            return None
+        instructions = self._instructions(kinds, kept_column(group, "kwargs"))
         if not completion.text.strip():
             return 0.0
-        followed = [_follows(completion.text, kind, arguments) for kind, arguments in instructions]
+        followed = [CHECKS[kind](completion.text, arguments) for kind, arguments in instructions]
         return sum(followed) / len(followed)
 
-    def _instructions(self, group: Group) -> list[tuple[str, Arguments]]:
-        kinds, arguments = kept_column(group, "instruction_id_list"), kept_column(group, "kwargs")
+    def _instructions(self, kinds: Any, arguments: Any) -> list[tuple[str, Arguments]]:
         if not (
             isinstance(kinds, list | tuple) and isinstance(arguments, list | tuple) and len(kinds) == len(arguments)
         ):
             raise RewardError("instruction_id_list and kwargs are not lists of equal length")
         for kind in kinds:
-            if kind not in CHECKS and not (kind in UNSUPPORTED and self.unsupported == "ignore"):
+            if not isinstance(kind, str) or (
+                kind not in CHECKS and not (kind in UNSUPPORTED and self.unsupported == "ignore")
+            ):
                 raise RewardError(f"the instruction {kind!r:.60} cannot be checked here; known are {', '.join(CHECKS)}")
-        known = [(kind, given) for kind, given in zip(kinds, arguments, strict=True) if kind in CHECKS]
+        known = [
+            (kind, _arguments(kind, given)) for kind, given in zip(kinds, arguments, strict=True) if kind in CHECKS
+        ]
         if not known:
             raise RewardError(f"none of its instructions {list(kinds)} can be checked here; leave the row out")
         return known
 
 
-def _follows(text: str, kind: str, arguments: Arguments) -> bool:
-    given = {name: value for name, value in (arguments or {}).items() if value is not None}
-    try:
-        return CHECKS[kind](text, given)
-    except (LookupError, TypeError, AttributeError, re.error) as error:
-        raise RewardError(f"the arguments {given!r:.100} of {kind} are not those it needs: {error!r}") from error
+def _arguments(kind: str, arguments: Any) -> Arguments:
+    """The arguments of an instruction that are not None.
+
+    Raises:
+        RewardError: they are not those that it needs.
+    """
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise RewardError(f"the arguments {arguments!r:.100} of {kind} are no mapping")
+    stated = {name: value for name, value in (arguments or {}).items() if value is not None}
+    for name, need in NEEDS.get(kind, {}).items():
+        if not ARGUMENTS[need](stated.get(name)):
+            raise RewardError(
+                f"the arguments {stated!r:.100} of {kind} are not those it needs: {name} must be {need}, and is "
+                f"{stated.get(name)!r:.40}"
+            )
+    return stated
 
 
 def compared(count: int, relation: str, bound: int) -> bool:
-    """`less than` or `at least`, the two relations of the benchmark.
-
-    Raises:
-        LookupError: it is another one.
-    """
+    """`less than` or `at least`, the two relations of the benchmark."""
     return {"less than": count < bound, "at least": count >= bound}[relation]
 
 
@@ -194,6 +216,45 @@ def _capital_words(text: str, given: Arguments) -> bool:
     return compared(count, given["capital_relation"], given["capital_frequency"])
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+WORD, WORDS, NUMBER, RELATION = "a text", "a list of texts", "a number", "'less than' or 'at least'"
+ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    WORD: _is_text,
+    WORDS: lambda value: isinstance(value, list | tuple) and all(map(_is_text, value)),
+    NUMBER: _is_number,
+    RELATION: lambda value: value in ("less than", "at least"),
+}
+"""What arguments can be, and how that is told."""
+NEEDS: dict[str, dict[str, str]] = {
+    "keywords:existence": {"keywords": WORDS},
+    "keywords:frequency": {"keyword": WORD, "relation": RELATION, "frequency": NUMBER},
+    "keywords:forbidden_words": {"forbidden_words": WORDS},
+    "keywords:letter_frequency": {"letter": WORD, "let_relation": RELATION, "let_frequency": NUMBER},
+    "length_constraints:number_sentences": {"relation": RELATION, "num_sentences": NUMBER},
+    "length_constraints:number_paragraphs": {"num_paragraphs": NUMBER},
+    "length_constraints:number_words": {"relation": RELATION, "num_words": NUMBER},
+    "length_constraints:nth_paragraph_first_word": {
+        "num_paragraphs": NUMBER,
+        "nth_paragraph": NUMBER,
+        "first_word": WORD,
+    },
+    "detectable_content:number_placeholders": {"num_placeholders": NUMBER},
+    "detectable_content:postscript": {"postscript_marker": WORD},
+    "detectable_format:number_bullet_lists": {"num_bullets": NUMBER},
+    "detectable_format:number_highlighted_sections": {"num_highlights": NUMBER},
+    "detectable_format:multiple_sections": {"section_spliter": WORD, "num_sections": NUMBER},
+    "combination:repeat_prompt": {"prompt_to_repeat": WORD},
+    "startend:end_checker": {"end_phrase": WORD},
+    "change_case:capital_word_frequency": {"capital_relation": RELATION, "capital_frequency": NUMBER},
+}
+"""Arguments that each kind of instruction needs; the other kinds need none."""
 CHECKS: dict[str, Callable[[str, Arguments], bool]] = {
     "keywords:existence": lambda text, given: all(_contains(text, keyword) for keyword in given["keywords"]),
     "keywords:frequency": _keyword_frequency,

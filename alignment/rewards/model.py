@@ -6,19 +6,19 @@ groups ─► its own GroupTokenizer ─► cut to its window ─► pack ─►
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.checkpoint import checkpoint_or_path
 from alignment.config import DataConfig, ModelConfig, NumberFormat, PositiveCount
 from alignment.errors import DataError, ModelError, RewardError
-from alignment.rewards import BuildableScorer
+from alignment.rewards import BuildableScorer, UnreadableTexts
 
 if TYPE_CHECKING:  # a configuration with a reward model is checked by processes that need no torch
     import torch
 
-    from alignment.types import Group
+    from alignment.types import Completion, Group
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ class RewardModel(BuildableScorer):
     """Most tokens in one forward pass, prompts counted once."""
     normalise: bool = True
     """Subtract the mean and divide by the standard deviation that the model's config.json keeps, if it does."""
+    on_unreadable: Literal["fail"] | float = -3.0
+    """Reward of an answer that is longer than the model reads, or that its chat template refuses; `fail` stops the run
+    instead. Of a normalised reward, -3 is what one in a thousand answers gets."""
 
     def build(self, device: torch.device) -> ModelScorer:
         return ModelScorer(self, device)
@@ -68,6 +71,7 @@ class ModelScorer:
         self.config = config
         self.device = device
         self.num_cut = 0
+        self.unreadable = UnreadableTexts(config)
         path = checkpoint_or_path(config.path)
         self.max_length = config.max_length or longest_input(path, config.revision)
         self.model = _load(config, path, self.max_length, device)
@@ -84,29 +88,69 @@ class ModelScorer:
         from alignment.data.packing import micro_batches
 
         parts = [part for index, group in enumerate(groups) for part in self._parts(group, index)]
-        rewards = [[0.0] * len(group.completions) for group in groups]
+        rewards: list[list[float | None]] = [[None] * len(group.completions) for group in groups]
         lengths = [part.group.num_tokens for part in parts]
         for chosen in micro_batches(range(len(parts)), lengths, max_tokens=self.config.micro_batch_tokens):
             places = [(parts[i].index, number) for i in chosen for number in parts[i].numbers]
             scores = self._scores([parts[i].group for i in chosen])
             for (index, number), score in zip(places, scores, strict=True):
                 rewards[index][number] = (score - self.mean) / self.std
-        return rewards
+        return [
+            [
+                self._unread(group, number) if reward is None else reward
+                for number, reward in enumerate(of_group, start=1)
+            ]
+            for group, of_group in zip(groups, rewards, strict=True)
+        ]
 
     def close(self) -> None:
         """Lets go of the model."""
         del self.model
 
+    def _unread(self, group: Group, number: int) -> float:
+        length = len(group.completions[number - 1].text)
+        return self.unreadable.reward(
+            f"group {group.id}, completion {number} of {len(group.completions)}: its {length} characters do not fit "
+            f"into the {self.max_length} tokens that the reward model reads, or its chat template refuses them"
+        )
+
     def _parts(self, group: Group, index: int) -> Iterator[Part]:
+        for numbers, tokenised in self._tokenised(group):
+            bos = self.model.tokenizer.bos_token_id
+            for part in fitted(tokenised, index, max_length=self.max_length, bos=bos):
+                if part.group.prompt_tokens != tokenised.prompt_tokens:
+                    self._count_cut(len(part.numbers))
+                yield replace(part, numbers=[numbers[number] for number in part.numbers])
+
+    def _tokenised(self, group: Group) -> Iterator[tuple[list[int], Group]]:
+        """The group in this model's tokens, and the numbers of its completions; in parts if one cannot be rendered.
+
+        Raises:
+            RewardError: the prompt cannot be rendered.
+        """
+        numbers = list(range(len(group.completions)))
         try:
-            tokenised = self.tokenise(group)
+            yield numbers, self._without_ends(group, self.tokenise(group))
+            return
+        except DataError as error:
+            cause = error
+        try:
+            self.tokenise(replace(group, completions=()))
         except DataError as error:
             raise RewardError(f"group {group.id}: {error}") from error
-        bos = self.model.tokenizer.bos_token_id
-        for part in fitted(tokenised, index, max_length=self.max_length, bos=bos):
-            if part.group.prompt_tokens != tokenised.prompt_tokens:
-                self._count_cut(len(part.numbers))
-            yield part
+        for number in numbers:
+            alone = replace(group, completions=group.completions[number : number + 1])
+            try:
+                yield [number], self._without_ends(alone, self.tokenise(alone))
+            except DataError:
+                logger.debug("group %s, completion %d: %s", group.id, number + 1, cause)
+
+    def _without_ends(self, group: Group, tokenised: Group) -> Group:
+        completions = (
+            without_end(rendered, self.model.end_tokens) if completion.truncated else rendered
+            for completion, rendered in zip(group.completions, tokenised.completions, strict=True)
+        )
+        return replace(tokenised, completions=tuple(completions))
 
     def _count_cut(self, count: int) -> None:
         if not self.num_cut:
@@ -142,20 +186,14 @@ class Part:
 def fitted(group: Group, index: int, *, max_length: int, bos: int | None) -> list[Part]:
     """Divides a tokenised group so that every completion is whole, and no prompt is cut for another's sake.
 
-    A prompt loses tokens at its beginning, except for a beginning-of-text token `bos`.
-
-    Raises:
-        RewardError: a completion leaves no room for even one token of the prompt.
+    A prompt loses tokens at its beginning, except for a beginning-of-text token `bos`. A completion that leaves no room
+    for even one token of the prompt is in no part.
     """
     prompt, by_room = group.prompt_tokens, dict[int, list[int]]()
     for number, completion in enumerate(group.completions):
         room = min(len(prompt), max_length - len(completion.tokens))
-        if room < 1:
-            raise RewardError(
-                f"group {group.id}, completion {number + 1} of {len(group.completions)}: its {len(completion.tokens)} "
-                f"tokens do not fit into the {max_length} that the reward model reads"
-            )
-        by_room.setdefault(room, []).append(number)
+        if room >= 1:
+            by_room.setdefault(room, []).append(number)
     return [
         Part(
             group=replace(
@@ -168,6 +206,16 @@ def fitted(group: Group, index: int, *, max_length: int, bos: int | None) -> lis
         )
         for room, numbers in by_room.items()
     ]
+
+
+def without_end(completion: Completion, end_tokens: Collection[int]) -> Completion:
+    """A completion that was cut where it was sampled, as reward training has such: it stops where the text does.
+
+    Rendering has closed it as if it had ended; an answer of nothing else is left as it is, since a score needs a token.
+    """
+    ends = [place for place, token in enumerate(completion.tokens) if token in end_tokens and place]
+    length = ends[-1] if ends else len(completion.tokens)
+    return replace(completion, tokens=completion.tokens[:length], learned=completion.learned[:length], truncated=True)
 
 
 def longest_input(path: str, revision: str | None) -> int:

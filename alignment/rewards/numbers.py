@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from decimal import Decimal
 from fractions import Fraction
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.config import NonNegative
 from alignment.errors import RewardError
+from alignment.rewards import Reward
 from alignment.rewards.rules import Rule, kept_column
 
 if TYPE_CHECKING:
@@ -46,12 +50,28 @@ class ExactNumber(Rule):
     tolerance: NonNegative = 0.0
     """Largest relative error that still counts as equal; 0 is exact."""
 
-    def reward(self, completion: Completion, group: Group) -> float:
-        right = self._right(kept_column(group, self.column))
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        if (value := columns.get(self.column)) is not None:
+            self._right(value)
+
+    def reward(self, completion: Completion, group: Group) -> Reward:
+        value = kept_column(group, self.column)
+        if value is None:
+            return None
+        right = self._right(value)
         return float(equal(number_in(completion.text, marked=self.marked), right, tolerance=self.tolerance))
 
     def _right(self, value: Any) -> frozenset[Fraction]:
-        right = frozenset[Fraction]() if isinstance(value, bool) else number_in(str(value))
+        if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
+            raise RewardError(
+                f"column {self.column!r} holds no number but a {type(value).__name__}: {value!r:.50}. A part of a "
+                f"mapping is kept by its dotted name, as {self.column}.NAME"
+            )
+        right = number_in(str(value))
         if not right:
             raise RewardError(f"column {self.column!r} holds no number: {value!r:.50}")
         return right

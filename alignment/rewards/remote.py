@@ -1,16 +1,19 @@
 """Rewards from a service over HTTP, and the one schema that asker and answerer share (`serving.rewards` answers).
 
-POST {"items": [{"id", "prompt" or "messages", "completion", "columns"?}]}
+POST {"items": [{"id", "prompt" or "messages", "completion", "truncated"?, "columns"?}]}
   ─► {"items": [{"id", "reward"} or {"id", "error"}]}                    in any order; an item may fail by itself
+
+A reward that is null abstains: the item is not the service's business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import operator
 import os
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -19,7 +22,7 @@ from pydantic_core import PydanticSerializationError
 
 from alignment.config import NonNegative, Positive, PositiveCount
 from alignment.errors import ConfigError, RewardError
-from alignment.rewards import LARGEST, BuildableScorer
+from alignment.rewards import LARGEST, BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.functions import Loop, prompt_of
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ MAX_PAUSE_S = 30.0
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """HTTP statuses after which the same request may succeed."""
 ERROR_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
+UNREADABLE = frozenset({"too_long", "unreadable"})
+"""Codes of a service about a text that it will not read at any attempt."""
+NO_JSON = "its text cannot be written as JSON"
 
 
 class Wire(BaseModel):
@@ -56,6 +62,8 @@ class ScoreItem(Wire):
     messages: tuple[ChatMessage, ...] | None = None
     """The prompt, if it is a conversation; the completion is the assistant's next turn."""
     completion: str
+    truncated: bool = Field(default=False, exclude_if=operator.not_)
+    """The completion was cut off for lack of room: it did not end by itself. Sent only if true."""
     columns: dict[str, Any] = Field(default_factory=dict)
     """What `data.keep` kept of the row."""
 
@@ -86,9 +94,10 @@ class ScoredItem(Wire):
 
     id: str
     reward: float | None = None
-    """Higher is better."""
+    """Higher is better; null abstains."""
     error: str | None = None
-    """A short code in lower case, as `too_long`. It must quote nothing of the item."""
+    """A short code in lower case. It must quote nothing of the item. `too_long` and `unreadable` say that the text
+    cannot be rated, at no attempt."""
 
 
 class ScoreReply(Wire):
@@ -118,6 +127,9 @@ class RewardService(BuildableScorer):
     """Most items in a request."""
     concurrency: PositiveCount = 4
     """Most requests at a time, of each training worker."""
+    on_unreadable: Literal["fail"] | float = -3.0
+    """Reward of an answer about which the service says `too_long` or `unreadable`, or that no JSON can hold; `fail`
+    stops the run instead. Of a normalised reward, -3 is what one in a thousand answers gets."""
 
     @field_validator("url")
     @classmethod
@@ -128,6 +140,11 @@ class RewardService(BuildableScorer):
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise ValueError("must be http://HOST/PATH or https://HOST/PATH without a user, a password or a query")
         return url
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        item = ScoreItem(id="0", prompt="", completion="", columns=dict(columns))
+        if not _is_json(item):
+            raise RewardError(f"the kept columns ({', '.join(sorted(columns))}) cannot be written as JSON")
 
     def build(self, device: torch.device) -> ServiceScorer:
         return ServiceScorer(self)
@@ -149,12 +166,13 @@ class ServiceScorer:
         if config.key_env:
             headers["Authorization"] = f"Bearer {key_from(config.key_env)}"
         # The deadline is set around each whole request: httpx's own are for each packet.
+        self.unreadable = UnreadableTexts(config)
         self._client = httpx.AsyncClient(headers=headers, timeout=None)
         self._places = asyncio.Semaphore(config.concurrency)
         self._chance = random.Random()  # not the run's: a pause must not change what is learned
         self._loop = Loop("reward service")
 
-    def score(self, groups: list[Group]) -> list[list[float]]:
+    def score(self, groups: list[Group]) -> list[list[Reward]]:
         """As the port says; an item is asked about again here, by itself."""
         answers = self._loop.run(self._ask(items_of(groups)))
         remaining = iter(answers)
@@ -167,7 +185,15 @@ class ServiceScorer:
                         f"group {group.id}, completion {number} of {len(of_group)}: {answer.problem} ({without} of "
                         f"{len(answers)} completions are without a reward after {self.config.attempts} attempts)"
                     )
-        return [[answer.reward for answer in of_group] for of_group in given]
+        return [
+            [
+                self.unreadable.reward(f"group {group.id}, completion {number} of {len(of_group)}: {answer.unreadable}")
+                if answer.unreadable
+                else answer.reward
+                for number, answer in enumerate(of_group, start=1)
+            ]
+            for group, of_group in zip(groups, given, strict=True)
+        ]
 
     def close(self) -> None:
         """Closes the connections."""
@@ -176,7 +202,10 @@ class ServiceScorer:
 
     async def _ask(self, items: list[ScoreItem]) -> list[Answer]:
         """What came of every item, in their order, after as many attempts as they took."""
-        answers = [Answer(problem="it was not asked about")] * len(items)
+        answers = [
+            Answer(unreadable=NO_JSON) if _is_lone(item.completion) else Answer(problem="it was not asked about")
+            for item in items
+        ]
         for attempt in range(self.config.attempts):
             waiting = [index for index, answer in enumerate(answers) if answer.problem]
             if not waiting:
@@ -213,7 +242,7 @@ class ServiceScorer:
         try:
             body = request.model_dump_json(exclude_none=True).encode()
         except (PydanticSerializationError, UnicodeEncodeError):  # which quote the text
-            raise RewardError("a completion or a kept column cannot be written as JSON") from None
+            raise RewardError("a prompt or a kept column cannot be written as JSON") from None
         try:
             response = await self._client.post(self.config.url, content=body)
         except httpx.RequestError as error:
@@ -237,9 +266,11 @@ class ServiceScorer:
 class Answer:
     """What came of an item."""
 
-    reward: float = math.nan
+    reward: Reward = None
     problem: str = ""
     """Why there is no reward, in words that quote nothing of the item."""
+    unreadable: str = ""
+    """Why there will be none at any attempt."""
 
     @classmethod
     def of(cls, replies: list[ScoredItem]) -> Answer:
@@ -248,9 +279,13 @@ class Answer:
             return cls(problem="the service left it out" if not replies else "the service answered it twice")
         (reply,) = replies
         if reply.error is not None:
+            if reply.error in UNREADABLE:
+                return cls(unreadable=f"the service says {reply.error}")
             known = ERROR_CODE.fullmatch(reply.error)
             return cls(problem=f"the service says {reply.error}" if known else "the service refused it")
-        if reply.reward is None or not abs(reply.reward) <= LARGEST:
+        if reply.reward is None:
+            return cls() if "reward" in reply.model_fields_set else cls(problem="the service left its reward out")
+        if not abs(reply.reward) <= LARGEST:
             return cls(problem=f"the reward is {reply.reward}, not a number")
         return cls(reward=reply.reward)
 
@@ -263,7 +298,13 @@ def items_of(groups: list[Group]) -> list[ScoreItem]:
     """All completions of all groups, numbered in order."""
     entries = [(group, completion) for group in groups for completion in group.completions]
     return [
-        ScoreItem(id=str(number), completion=completion.text, columns=dict(group.columns), **_prompt(group))
+        ScoreItem(
+            id=str(number),
+            completion=completion.text,
+            truncated=completion.truncated,
+            columns=dict(group.columns),
+            **_prompt(group),
+        )
         for number, (group, completion) in enumerate(entries)
     ]
 
@@ -278,6 +319,19 @@ def key_from(variable: str) -> str:
     if not re.fullmatch(r"[!-~]+", key):
         raise ConfigError(f"the environment variable {variable} must hold a key of visible ASCII characters")
     return key
+
+
+def _is_lone(text: str) -> bool:
+    """True if half a character stands in the text alone, which no JSON can hold."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_json(item: ScoreItem) -> bool:
+    try:
+        item.model_dump_json().encode()
+    except (PydanticSerializationError, UnicodeEncodeError):
+        return False
+    return True
 
 
 def _prompt(group: Group) -> dict[str, Any]:

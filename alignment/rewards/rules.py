@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from alignment.config import Count, PositiveCount
 from alignment.errors import RewardError
-from alignment.rewards import BuildableScorer
+from alignment.rewards import BuildableScorer, Reward, Unreadable, UnreadableTexts
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 
 Unit = Literal["tokens", "words", "characters"]
 Shape = Literal["linear", "quadratic", "step"]
+TEXT_ERRORS = (ValueError, ArithmeticError, IndexError, RecursionError)
+"""What Python raises where a text is not as code expects; other errors are faults of the code."""
 
 
 class Rule(BuildableScorer):
     """A rule: a pure function of one completion and its group."""
 
     @abstractmethod
-    def reward(self, completion: Completion, group: Group) -> float:
-        """What the completion is worth.
+    def reward(self, completion: Completion, group: Group) -> Reward:
+        """What the completion is worth; None if the row is not the rule's business.
 
         Raises:
+            Unreadable: the rule cannot read the completion's text; so do ValueError, ArithmeticError, IndexError and
+                RecursionError.
             RewardError: the group has not what the rule needs; the text says what, without the group.
         """
 
@@ -38,23 +42,32 @@ class Rule(BuildableScorer):
 
 
 class RuleScorer:
-    """Applies a rule to every completion; it holds nothing."""
+    """Applies a rule to every completion."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.unreadable = UnreadableTexts(rule)
 
-    def score(self, groups: list[Group]) -> list[list[float]]:
+    def score(self, groups: list[Group]) -> list[list[Reward]]:
         """As the port says."""
         return [self._of_group(group) for group in groups]
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _of_group(self, group: Group) -> list[float]:
+    def _of_group(self, group: Group) -> list[Reward]:
         try:
-            return [self.rule.reward(completion, group) for completion in group.completions]
+            return [self._of_completion(completion, group) for completion in group.completions]
         except RewardError as error:
             raise RewardError(f"group {group.id}: {error}") from error
+
+    def _of_completion(self, completion: Completion, group: Group) -> Reward:
+        try:
+            return self.rule.reward(completion, group)
+        except Unreadable as error:
+            return self.unreadable.reward(str(error))
+        except TEXT_ERRORS as error:
+            return self.unreadable.reward(f"a text of {len(completion.text)} characters raised {error!r:.100}")
 
 
 class Regex(Rule):
@@ -130,15 +143,32 @@ class Keywords(Rule):
     need: Literal["any", "all", "share"] = "any"
     """`any` or `all` of them for a reward of 1, or the `share` that is there as the reward."""
 
-    def reward(self, completion: Completion, group: Group) -> float:
-        keywords = kept_column(group, self.column)
-        keywords = [keywords] if isinstance(keywords, str) else keywords
-        if not isinstance(keywords, list | tuple) or not keywords or not all(isinstance(k, str) for k in keywords):
-            raise RewardError(f"column {self.column!r} holds {keywords!r:.50} instead of a list of words")
-        found = [contains_keyword(completion.text, [keyword]) for keyword in keywords]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        if (value := columns.get(self.column)) is not None:
+            self._keywords(value)
+
+    def reward(self, completion: Completion, group: Group) -> Reward:
+        value = kept_column(group, self.column)
+        if value is None:
+            return None
+        found = [contains_keyword(completion.text, [keyword]) for keyword in self._keywords(value)]
         if self.need == "share":
             return sum(found) / len(found)
         return float(any(found) if self.need == "any" else all(found))
+
+    def _keywords(self, value: Any) -> list[str]:
+        keywords = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(keywords, list | tuple)
+            or not keywords
+            or not all(isinstance(keyword, str) and keyword.strip() for keyword in keywords)
+        ):
+            raise RewardError(f"column {self.column!r} holds {value!r:.50} instead of a list of words")
+        return list(keywords)
 
 
 class Repetition(Rule):
@@ -162,14 +192,8 @@ def contains_keyword(text: str, keywords: list[str]) -> bool:
 
 
 def kept_column(group: Group, column: str) -> Any:
-    """A column of the group's row.
-
-    Raises:
-        RewardError: the row has none, or `data.keep` does not name it.
-    """
-    if column not in group.columns:
-        raise RewardError(f"it has no column {column!r}; name it in data.keep, e.g. data.keep=[{column}]")
-    return group.columns[column]
+    """A column of the group's row, by the name that `data.keep` has for it; None if the row has none."""
+    return group.columns.get(column)
 
 
 def length_of(completion: Completion, unit: Unit) -> int:

@@ -212,6 +212,11 @@ class Feed:
         return (self.config.seed * 1_000_003 + number * 7919) % 2**31
 
 
+def of_scorer(name: str, completions: list[Completion]) -> list[float]:
+    """What a scorer gave those completions that it did not abstain from."""
+    return [completion.scores[name] for completion in completions if name in completion.scores]
+
+
 def _measured(groups: list[Group]) -> dict[str, float]:
     """Figures about the completions of a step, before any is left out."""
     completions = [completion for group in groups for completion in group.completions]
@@ -220,7 +225,7 @@ def _measured(groups: list[Group]) -> dict[str, float]:
     return {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
-        **{f"scores/{name}": statistics.fmean(c.scores[name] for c in completions) for name in names},
+        **{f"scores/{name}": statistics.fmean(of_scorer(name, completions)) for name in names},
         "completions/mean_length": statistics.fmean(len(completion.tokens) for completion in completions),
         "completions/truncated": statistics.fmean(completion.truncated for completion in completions),
         "groups/equal_rewards": statistics.fmean(len({c.reward for c in g.completions}) == 1 for g in groups),

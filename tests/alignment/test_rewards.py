@@ -24,7 +24,9 @@ from alignment.config import RunConfig, SourceConfig, check_config, json_schema
 from alignment.data.shapes import to_group
 from alignment.errors import ConfigError, DataError, RewardError
 from alignment.models.parallel import World
-from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, scorer_class, scorer_names
+from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable, scorer_class, scorer_names
+from alignment.rewards.rules import Rule
+from alignment.rollout.feed import of_scorer
 from alignment.types import Completion, Group, Message
 
 CPU = torch.device("cpu")
@@ -181,7 +183,6 @@ def test_a_late_function_is_asked_again_and_then_named(function: Callable[..., A
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        ([1.0, None], "group rows.jsonl:7, completion 2 of 2: the reward is None, not a number"),
         ([math.nan, 1.0], "group rows.jsonl:7, completion 1 of 2: the reward is nan, not a number"),
         ([1.0, math.inf], "group rows.jsonl:7, completion 2 of 2: the reward is inf, not a number"),
         ([1.0, 1e39], "group rows.jsonl:7, completion 2 of 2: the reward is 1e+39, not a number"),
@@ -202,6 +203,105 @@ def test_what_is_wrong_is_asked_again_and_then_named(wrong: Any, problem: str) -
         rewards.score([group("a", "bb")])
     assert str(caught.value) == f"scorer scripted: {problem}, after 3 attempts"
     assert len(CALLS) == 6
+
+
+def maths(completions: list[str], task: list[str], **_: Any) -> list[float | None]:
+    return [1.0 if kind == "maths" else None for kind in task]
+
+
+def style(completions: list[str], task: list[str], **_: Any) -> list[float | None]:
+    return [0.5 if kind == "style" else None for kind in task]
+
+
+def test_the_reward_is_the_sum_over_the_scorers_that_do_not_abstain() -> None:
+    groups = [group("a", "b", task="maths"), group("c", task="style")]
+    rated = rewards_of({"name": here(maths), "weight": 2}, {"name": here(style)}).score(groups)
+    assert given(rated) == [[2.0, 2.0], [0.5]]
+    scores = [completion.scores for each in rated for completion in each.completions]
+    assert scores == [{"maths": 1.0}, {"maths": 1.0}, {"style": 0.5}]
+
+
+def test_when_every_scorer_abstains_it_is_an_error_after_one_call() -> None:
+    SCRIPT.append([1.0, None])
+    with pytest.raises(RewardError, match=r"group rows.jsonl:7, completion 2 of 2: every scorer abstains \(scripted\)"):
+        rewards_of({"name": here(scripted)}).score([group("a", "bb")])
+    assert len(CALLS) == 1
+    rewards = rewards_of({"name": here(maths)})
+    assert given(rewards.score([group("a", task="other")], may_abstain=True)) == [[None]]
+
+
+def test_a_metric_is_the_mean_over_what_its_scorer_rated() -> None:
+    groups = [group("a", "b", task="maths"), group("c", task="style")]
+    rated = rewards_of({"name": here(maths)}, {"name": here(style)}).score(groups)
+    completions = [completion for each in rated for completion in each.completions]
+    assert of_scorer("maths", completions) == [1.0, 1.0]
+    assert of_scorer("style", completions) == [0.5]
+
+
+def picky(completions: list[str], **_: Any) -> list[float]:
+    return [1 / (len(text) - 1) if text != "nan" else math.nan for text in completions]
+
+
+def test_a_function_may_fail_on_a_text_where_a_reward_is_configured_for_it() -> None:
+    groups = [group("aaa", "b", name="1"), group("nan", "cc", name="2")]
+    assert given(rewards_of({"name": here(picky), "on_unreadable": -1}).score(groups)) == [[0.5, -1], [-1, 1]]
+    with pytest.raises(RewardError, match="it raised ZeroDivisionError"):
+        rewards_of({"name": here(picky)}).score(groups)
+
+
+def graded(prompts: list[str], completions: list[str], ground_truth: list[str]) -> list[float]:
+    return [float(text == right) for text, right in zip(completions, ground_truth, strict=True)]
+
+
+def test_a_nested_column_goes_to_the_parameter_of_its_last_name() -> None:
+    nested = Group(id="1", prompt="p", completions=(Completion(text="4"),), columns={"reward_model.ground_truth": "4"})
+    assert given(rewards_of({"name": here(graded)}).score([nested])) == [[1.0]]
+    SCRIPT.append([2.0])
+    rewards_of({"name": here(scripted)}).score([nested])
+    assert CALLS[0]["reward_model.ground_truth"] == ["4"]
+
+
+def test_a_function_is_tried_on_a_rows_columns_while_rows_are_read() -> None:
+    config = scorer_class(here(distance)).model_validate({"name": here(distance), "kwargs": {"factor": 1}})
+    config.check_row({"answer": "4"})
+    with pytest.raises(RewardError, match=r"missing a required argument: 'answer'.*data\.keep names \(other\)"):
+        config.check_row({"other": 1})
+
+
+def test_a_scorer_whose_column_no_source_keeps_is_refused_before_anything_starts() -> None:
+    tree = {**GOOD, "algorithm": {"name": "grpo"}, "rewards": [{"name": "exact_number", "column": "solution"}]}
+    with pytest.raises(ConfigError, match=r"exact_number compares with the column 'solution'.*data\.keep"):
+        check_config(tree, kind=RunConfig)
+    check_config({**tree, "data": {"path": "x", "keep": ["solution"]}}, kind=RunConfig)
+    mixture = [{"path": "x", "keep": ["solution"]}, {"path": "y"}]
+    check_config({**tree, "data": {"mixture": mixture}}, kind=RunConfig)
+
+
+class Moody(Rule):
+    """Fails on some texts, as the code of someone else may."""
+
+    name: str = "moody"
+
+    def reward(self, completion: Completion, group: Group) -> float:
+        if completion.text == "bug":
+            return len(None)  # type: ignore[arg-type]
+        if completion.text == "unreadable":
+            raise Unreadable("it is in Welsh")
+        return float(completion.text)
+
+
+def test_a_rule_that_cannot_read_a_text_gives_what_is_configured_and_tells_the_first(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    texts = group("2", "two", "unreadable", "3")
+    assert given(rewards_of({"name": here(Moody)}).score([texts])) == [[2, 0, 0, 3]]
+    (told,) = (record.message for record in caplog.records)
+    assert told.endswith("such texts get 0 (on_unreadable)") and "ValueError" in told
+    assert given(rewards_of({"name": here(Moody), "on_unreadable": -1}).score([texts])) == [[2, -1, -1, 3]]
+    with pytest.raises(RewardError, match=r"scorer Moody: group rows.jsonl:7: it is in Welsh; on_unreadable may give"):
+        rewards_of({"name": here(Moody), "on_unreadable": "fail"}).score([group("unreadable")])
+    with pytest.raises(TypeError):  # a fault of the rule's code is none of the text
+        rewards_of({"name": here(Moody)}).score([group("bug")])
 
 
 def test_only_the_groups_without_sound_rewards_are_asked_about_again() -> None:

@@ -176,12 +176,12 @@ def test_items_go_in_batches_with_bounded_concurrency(service: Service, url: str
         lambda items: {"items": [length(items[0]), length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "reward": math.nan}, length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "reward": math.inf}, length(items[2])]},
-        lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "reward": None}, length(items[2])]},
+        lambda items: {"items": [length(items[0]), {"id": items[1]["id"]}, length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "error": "busy"}, length(items[2])]},
         lambda items: {"items": [*map(length, items), length(items[1])]},
         lambda items: {"items": [length(items[0]), {"id": "other", "reward": 1}, length(items[2])]},
     ],
-    ids=["left out", "nan", "infinite", "null", "error", "twice", "another id"],
+    ids=["left out", "nan", "infinite", "no reward", "error", "twice", "another id"],
 )
 def test_only_the_item_that_failed_is_asked_about_again(service: Service, url: str, reaction: Reaction) -> None:
     service.reactions.append(reaction)
@@ -290,17 +290,64 @@ def test_no_error_quotes_what_was_asked_or_the_key(
 
 
 def test_an_error_code_is_told(service: Service, url: str) -> None:
-    service.reactions.extend([lambda items: {"items": [{"id": item["id"], "error": "too_long"} for item in items]}])
-    with asking(url, attempts=1) as rewards, pytest.raises(RewardError, match="the service says too_long"):
+    service.reactions.extend([lambda items: {"items": [{"id": item["id"], "error": "too_busy"} for item in items]}])
+    with asking(url, attempts=1) as rewards, pytest.raises(RewardError, match="the service says too_busy"):
         rewards.score(GROUPS)
 
 
-def test_what_is_no_json_is_an_error_before_anything_is_sent(service: Service, url: str) -> None:
+@pytest.mark.parametrize("code", ["too_long", "unreadable"])
+def test_a_text_that_the_service_cannot_read_gets_what_is_configured_at_once(
+    service: Service, url: str, code: str
+) -> None:
+    def refusing(items: list[dict[str, Any]]) -> Any:
+        answers = [length(i) if i["completion"] != "bb" else {"id": i["id"], "error": code} for i in items]
+        return {"items": answers}
+
+    service.reactions.extend([refusing] * 3)
+    for settings, expected in (({}, -3), ({"on_unreadable": -1}, -1)):
+        with asking(url, **settings) as rewards:
+            assert given(rewards.score(GROUPS)) == [[1, expected], [3]]
+    with (
+        asking(url, on_unreadable="fail") as rewards,
+        pytest.raises(RewardError, match=f"group 1, completion 2 of 2: the service says {code}"),
+    ):
+        rewards.score(GROUPS)
+    assert len(service.requests) == 3
+
+
+def test_a_service_may_abstain_by_null(service: Service, url: str) -> None:
+    def maths_only(items: list[dict[str, Any]]) -> Any:
+        return {"items": [{"id": i["id"], "reward": 1.0 if "answer" in i["columns"] else None} for i in items]}
+
+    service.reactions.extend([maths_only] * 2)
+    settings = [{"name": "http", "url": url}, {"name": "length", "unit": "characters", "target": 3}]
+    both = Rewards([scorer_class(each["name"]).model_validate(each) for each in settings], torch.device("cpu"))
+    ((first, _), (last,)) = (each.completions for each in both.score(GROUPS))
+    assert (first.scores, last.scores) == ({"length": pytest.approx(1 / 3)}, {"http": 1.0, "length": 1.0})
+    both.close()
+    with asking(url) as alone, pytest.raises(RewardError, match="completion 1 of 2: every scorer abstains"):
+        alone.score(GROUPS)
+    assert len(service.requests) == 2
+
+
+def test_a_service_is_told_that_an_answer_was_cut(service: Service, url: str) -> None:
+    completions = (Completion(text="a"), Completion(text="bb", truncated=True))
     with asking(url) as rewards:
-        for wrong in (group("\ud800"), group("a", answer=object())):
-            with pytest.raises(RewardError, match="cannot be written as JSON"):
-                rewards.score([wrong])
-    assert service.requests == []
+        rewards.score([Group(id="1", prompt="p", completions=completions)])
+    (request,) = service.requests
+    assert [item.get("truncated") for item in request["items"]] == [None, True]
+
+
+def test_what_no_json_can_hold_is_not_sent(service: Service, url: str) -> None:
+    with asking(url) as rewards:
+        assert given(rewards.score([group("\ud800", "ccc")])) == [[-3, 3]]
+        with pytest.raises(RewardError, match="cannot be written as JSON"):
+            rewards.score([group("a", answer=object())])
+    assert service.asked == [["ccc"]]
+    config = scorer_class("http").model_validate({"name": "http", "url": url})
+    config.check_row({"answer": [4, None]})
+    with pytest.raises(RewardError, match=r"the kept columns \(answer\) cannot be written as JSON"):
+        config.check_row({"answer": object()})
 
 
 def test_nobody_listening_is_an_error_after_all_attempts() -> None:

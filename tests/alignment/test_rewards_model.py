@@ -150,9 +150,42 @@ def test_a_long_prompt_loses_its_beginning_and_no_answer_its_end(
     ]
 
 
-def test_an_answer_that_alone_is_too_long_is_an_error_that_names_it(judge: Path) -> None:
-    with pytest.raises(RewardError, match=r"scorer model: group rows:7, completion 2 of 2: its \d+ tokens do not fit"):
-        rewards_of(judge, max_length=16).score([group("is it", "so", "so " * 20)])
+def test_an_answer_that_alone_is_too_long_gets_what_is_configured(
+    judge: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = group("is it", "so", "so " * 20, "it is")
+    (alone,) = given(rewards_of(judge, max_length=16).score([group("is it", "so", "it is")]))
+    for settings, expected in (({}, -3), ({"on_unreadable": -0.5}, -0.5)):
+        caplog.clear()
+        (found,) = given(rewards_of(judge, max_length=16, **settings).score([long]))
+        assert found == [pytest.approx(alone[0], abs=1e-4), expected, pytest.approx(alone[1], abs=1e-4)]
+        (told,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+        assert "completion 2 of 3: its 60 characters do not fit into the 16 tokens" in told
+    with pytest.raises(RewardError, match=r"scorer model: group rows:7, completion 2 of 3: its 60 characters do not"):
+        rewards_of(judge, max_length=16, on_unreadable="fail").score([long])
+
+
+def test_an_answer_that_the_template_refuses_is_no_end_of_the_run(judge: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if 'lyon' in m['content'] %}{{ raise_exception('no lyon') }}{% endif %}"
+    template += TEMPLATE.removeprefix("{% for m in messages %}")
+    rewards = rewards_of(judge, chat_template=template)
+    (found,) = given(rewards.score([group("is it", "so", "lyon", "very very")]))
+    (plain,) = given(rewards_of(judge).score([group("is it", "so", "lyon", "very very")]))
+    assert found == [pytest.approx(plain[0], abs=1e-4), -3, pytest.approx(plain[2], abs=1e-4)]
+    with pytest.raises(RewardError, match="group rows:7: the chat template refuses"):
+        rewards.score([group("is lyon", "so")])
+
+
+def test_a_cut_answer_is_judged_without_an_end_as_reward_training_has_it(judge: Path, one_thread: None) -> None:
+    whole = group("what is the capital of france", "it is paris", "lyon and lyon or so")
+    cut = dataclasses.replace(
+        whole, completions=tuple(dataclasses.replace(c, truncated=True) for c in whole.completions)
+    )
+    (ended, stopped) = (given(rewards_of(judge).score([each]))[0] for each in (whole, cut))
+    for text, reward in zip(("it is paris", "lyon and lyon or so"), stopped, strict=True):
+        rendered = f"[user] what is the capital of france </s>[assistant] {text}".replace("</s>[", "</s> [")
+        assert reward == pytest.approx(reference(judge, rendered), abs=1e-4)
+    assert all(abs(one - other) > 1e-3 for one, other in zip(ended, stopped, strict=True))  # type: ignore[operator]
 
 
 def test_every_completion_keeps_as_much_of_the_prompt_as_fits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
 from alignment.errors import RewardError
-from alignment.rewards import Rewards, scorer_class
+from alignment.rewards import BuildableScorer, Rewards, scorer_class
 from alignment.rewards.ifeval import CHECKS, UNSUPPORTED, sentences
 from alignment.rewards.numbers import number_in
 from alignment.rewards.rules import contains_keyword, overlong_penalty, repeated_share
@@ -31,6 +32,11 @@ def reward(text: str, columns: dict[str, Any] | None = None, tokens: tuple[int, 
     ((completion,),) = (each.completions for each in rewards.score([group]))
     assert completion.reward is not None
     return completion.reward
+
+
+def rule(name: str, **settings: Any) -> BuildableScorer:
+    """A rule by itself."""
+    return scorer_class(name).model_validate({"name": name, **settings})
 
 
 @pytest.mark.parametrize(
@@ -105,16 +111,29 @@ def test_a_single_keyword_and_another_column_are_read_too() -> None:
     assert reward("C++ is one", {"word": "C++"}, name="keywords", column="word") == 1
 
 
-@pytest.mark.parametrize("value", [[], [1], 3, None, {}])
+@pytest.mark.parametrize("value", [[], [1], 3, {}, "", [" "]])
 def test_keywords_that_are_no_words_are_an_error(value: Any) -> None:
     with pytest.raises(RewardError, match="scorer keywords: group rows:7: column 'keywords' holds"):
         reward("x", {"keywords": value}, name="keywords")
+    with pytest.raises(RewardError, match="column 'keywords' holds"):
+        rule("keywords").check_row({"keywords": value})
 
 
 @pytest.mark.parametrize("name", ["keywords", "exact_number", "ifeval"])
 def test_a_rule_without_its_column_says_what_to_keep(name: str) -> None:
-    with pytest.raises(RewardError, match=rf"scorer {name}: group rows:7: it has no column .* data\.keep"):
+    with pytest.raises(RewardError, match=r"group rows:7, completion 1 of 1: .*the row has no column .* data\.keep"):
         reward("x", {"other": 1}, name=name)
+
+
+@pytest.mark.parametrize("name", ["keywords", "exact_number", "ifeval"])
+def test_a_rule_abstains_where_the_row_has_no_column_for_it(name: str) -> None:
+    settings = [{"name": name}, {"name": "length", "target": 1}]
+    rewards = Rewards([scorer_class(each["name"]).model_validate(each) for each in settings], torch.device("cpu"))
+    for columns in ({"other": 1}, dict.fromkeys(rule(name).columns)):
+        rule(name).check_row(columns)
+        group = Group(id="rows:7", prompt="p", completions=(Completion(text="x"),), columns=columns)
+        ((completion,),) = (each.completions for each in rewards.score([group]))
+        assert completion.reward == 1 and completion.scores == {"length": 1}
 
 
 def test_the_demos_answers_are_rewarded_by_their_own_keywords() -> None:
@@ -248,10 +267,18 @@ def test_numbers_are_compared_by_value(text: str, answer: Any, settings: Any, ex
     assert reward(text, {"answer": answer}, name="exact_number", **settings) == expected
 
 
-@pytest.mark.parametrize("answer", ["none", True, None, [], "1/0"])
+@pytest.mark.parametrize("answer", ["none", True, [], ["12", "13"], {"ground_truth": "5"}, "1/0", float("nan")])
 def test_an_answer_column_without_a_number_is_an_error(answer: Any) -> None:
     with pytest.raises(RewardError, match="scorer exact_number: group rows:7: column 'answer' holds no number"):
         reward("5", {"answer": answer}, name="exact_number")
+    with pytest.raises(RewardError, match="column 'answer' holds no number"):
+        rule("exact_number").check_row({"answer": answer})
+
+
+@pytest.mark.parametrize("answer", [5, 5.0, "5", Decimal("5.0"), Fraction(5)])
+def test_an_answer_column_may_hold_a_number_of_any_kind(answer: Any) -> None:
+    assert reward("5", {"nested.answer": answer}, name="exact_number", column="nested.answer") == 1
+    rule("exact_number").check_row({"answer": answer})
 
 
 def test_every_solution_of_gsm8k_is_right_and_a_changed_one_is_wrong() -> None:
@@ -380,12 +407,24 @@ def test_the_kind_that_cannot_be_checked_is_refused_or_left_out() -> None:
         (["punctuation:no_comma"], [], "are not lists of equal length"),
         (["keywords:existence"], [{"keywords": None}], "the arguments .* of keywords:existence are not those it needs"),
         (["keywords:frequency"], [{"keyword": "a", "relation": "about", "frequency": 1}], "are not those it needs"),
+        (["keywords:frequency"], [{"keyword": "a", "relation": "at most", "frequency": 1}], "and is 'at most'"),
+        (["keywords:frequency"], [{"keyword": "a", "relation": ["at least"], "frequency": 1}], "relation must be"),
+        (["keywords:frequency"], [{"keyword": "a", "relation": "at least"}], "frequency must be a number, and is None"),
+        (["keywords:existence"], [{"keywords": ["a", 3]}], "keywords must be a list of texts"),
+        (["length_constraints:number_words"], [{"relation": "at least", "num_words": "3"}], "must be a number"),
+        (["length_constraints:number_words"], [{"relation": "at least", "num_words": float("nan")}], "must be a num"),
+        (["length_constraints:nth_paragraph_first_word"], [{"num_paragraphs": 9, "nth_paragraph": 9}], "first_word"),
+        (["punctuation:no_comma"], ["none"], "are no mapping"),
+        ([["punctuation:no_comma"]], [{}], "cannot be checked here"),
         (["keywords:frequency"], [{"keyword": 3, "relation": "at least", "frequency": 1}], "are not those it needs"),
     ],
 )
 def test_a_row_with_wrong_instructions_is_an_error(kinds: Any, arguments: Any, problem: str) -> None:
+    columns = {"instruction_id_list": kinds, "kwargs": arguments}
     with pytest.raises(RewardError, match=problem):
-        reward("a", {"instruction_id_list": kinds, "kwargs": arguments}, name="ifeval")
+        reward("a", columns, name="ifeval")
+    with pytest.raises(RewardError, match=problem):
+        rule("ifeval").check_row(columns)
 
 
 def test_every_row_of_ifeval_is_judged_except_those_of_the_one_unknown_kind() -> None:
@@ -396,6 +435,8 @@ def test_every_row_of_ifeval_is_judged_except_those_of_the_one_unknown_kind() ->
     assert CHECKS.keys() <= kinds
     judged = [row for row in rows if not UNSUPPORTED & set(row["instruction_id_list"])]
     assert len(judged) == 70
+    for row in judged:
+        rule("ifeval").check_row(row)
     shares = [reward(row["prompt"], row, name="ifeval") for row in judged]
     assert all(0 <= share <= 1 for share in shares)
     repeats = [row for row in judged if row["instruction_id_list"] == ["combination:repeat_prompt"]]

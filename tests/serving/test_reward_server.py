@@ -126,7 +126,7 @@ def test_an_item_that_cannot_be_rated_fails_alone_with_a_code(server: Running) -
     reply = server.post(items("paris", "so " * 80, "lyon"))
     assert reply.status_code == 200
     first, second, third = reply.json()["items"]
-    assert second == {"id": "1", "error": "not_scorable"}
+    assert second == {"id": "1", "error": "too_long"}
     assert isinstance(first["reward"], float) and isinstance(third["reward"], float)
 
 
