@@ -118,17 +118,19 @@ class SourceConfig(Section):
     """One source of rows: a file, a folder, a hub id, or what people said to an endpoint."""
 
     path: str | None = None
-    """A `.jsonl`, `.json` or `.parquet` file (each also as `.gz`, except parquet), a folder of such files, or a hub
-    id. What people said to an endpoint is read from its `http(s)://HOST/v1/feedback/export` (as the administrator whose
-    key is in $RAYLIGN_KEY; with `?since=jdg-7`, what came after that) or from its database, `sqlite:///FILE` or
+    """A `.jsonl`, `.json`, `.csv` or `.tsv` file (each also as `.gz`, `.bz2`, `.xz` or `.zst`), a `.parquet` file, a
+    folder of such files or of `datasets`' save_to_disk, a pattern as `data/*.jsonl`, or a hub id. What people said to
+    an endpoint is read from its `http(s)://HOST/v1/feedback/export` (as the administrator whose key is in $RAYLIGN_KEY;
+    with `?since=jdg-7`, what came after that) or from its database, `sqlite:///FILE` or
     `postgresql+psycopg://USER@HOST/NAME`. It grows, so a run writes it into its folder when it begins, and reads that
     ever after: a resume goes on with the rows that the run began with."""
     name: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset, or of a folder that is a copy of one."""
     data_dir: str | None = None
-    """Folder inside a hub dataset, such as `data/rl`."""
+    """Folder inside a hub dataset or a folder, such as `data/rl`."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a folder whose files' names say one, as `test.jsonl`, `train/a.jsonl` and
+    `train-00000-of-00001.parquet` do; several are `train+test`. A folder whose names say none is all `train`."""
     weight: Fraction = 1.0
     """Fraction of the groups to use, 0 to 1, taken from the front after `shuffle`; while streaming, the probability of
     using each."""

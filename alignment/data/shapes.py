@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.config import SourceConfig
-from alignment.data.sources import Row
+from alignment.data.files import Row
 from alignment.errors import DataError
 from alignment.types import Completion, Group, Message
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import glob
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING
 
 from alignment.config import SourceConfig
+from alignment.data.files import KINDS, Rows, data_files, is_data_file, parse_line, read_file, says_split
 from alignment.errors import DataError
 
 if TYPE_CHECKING:
     import httpx
     import sqlalchemy as sa
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ENDPOINTS = ("http://", "https://")
 DATABASES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
 KEY_VARIABLE = "RAYLIGN_KEY"
@@ -28,15 +26,13 @@ PAGE = 1000
 TIMEOUT_S = 60.0
 """Longest silence of an endpoint."""
 
-Row = dict[str, Any]
-
 
 def is_live(source: SourceConfig) -> bool:
     """True if a source may have other rows each time that it is read."""
     return source.path is not None and source.path.startswith(ENDPOINTS + DATABASES)
 
 
-def read_rows(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
+def read_rows(source: SourceConfig) -> Rows:
     """Yields (`file:line`, row) for every row between `skip` and `take`, or the error that stands in its place.
 
     What comes from an endpoint has the id of a judgement in place of the line.
@@ -51,92 +47,44 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
     elif source.path.startswith(DATABASES):
         rows = _read_database(source.path)
     elif path.exists():
-        rows = (row for file in _files(path) for row in _read_file(file))
-    elif source.path.startswith((".", "/", "~")) or source.path.endswith(SUFFIXES):
+        rows = _read_files(path, source)
+    elif any(sign in source.path for sign in "*?["):
+        rows = _read_pattern(str(path), source)
+    elif source.path.startswith((".", "/", "~")) or is_data_file(source.path):
         raise DataError(f"data file {source.path} does not exist (looked from {Path.cwd()})")
     else:
         rows = _read_hub(source)
     return islice(rows, source.skip, None if source.take is None else source.skip + source.take)
 
 
-def _files(path: Path) -> list[Path]:
+def _read_files(path: Path, source: SourceConfig) -> Rows:
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        if not is_data_file(path):
+            raise DataError(f"{path}: unknown kind of file; known are {KINDS}")
+        if source.name is not None or source.data_dir is not None:
+            raise DataError(f"{path}: is one file; data.name and data.data_dir are for folders and sets of the hub")
+        if not says_split(path, source.split):
+            raise DataError(
+                f"{path}: is one file, whose name says nothing of the split {source.split!r}; leave split out, or give "
+                "the folder"
+            )
+        return read_file(path, source.split)
+    folder = path / (source.data_dir or "")
+    if not folder.is_dir():
+        raise DataError(f"{path}: has no folder {source.data_dir!r} (data_dir)")
+    return chain.from_iterable(map(read_file, data_files(folder, source.split, source.name)))
+
+
+def _read_pattern(pattern: str, source: SourceConfig) -> Rows:
+    """Files by a pattern of the shell, as `data/train-*.parquet`."""
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    files = [path for path in paths if is_data_file(path) and path.is_file()]
     if not files:
-        raise DataError(f"{path}: holds no file of a known kind ({', '.join(SUFFIXES)})")
-    return files
+        raise DataError(f"{pattern}: matches no file of a known kind ({KINDS}; looked from {Path.cwd()})")
+    return chain.from_iterable(_read_files(file, source) for file in files)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Row | DataError]]:
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    read = _read_lines if ".jsonl" in path.name else _read_json
-    with _open(path) as file:
-        yield from read(path, file)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Row | DataError]]:
-    number = 0
-    try:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{path}:{number}", _parse(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield f"{path}:{number + 1}", DataError(f"the compressed file is damaged from here on ({error})")
-
-
-def _parse(line: bytes) -> Row | DataError:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return DataError(f"is not valid UTF-8 at byte {error.start} of the line")
-    except json.JSONDecodeError as error:
-        return DataError(f"is not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos}")
-    except RecursionError:
-        return DataError("is nested too deeply")
-    except ValueError as error:  # a number of thousands of digits
-        return DataError(f"cannot be read: {error}")
-    return row if isinstance(row, dict) else DataError(f"must be a JSON object, not {type(row).__name__}")
-
-
-def _read_json(path: Path, file: BinaryIO) -> Iterator[tuple[str, Row | DataError]]:
-    try:
-        rows = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: must be a JSON list of objects, not {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", row if isinstance(row, dict) else DataError("must be a JSON object")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row | DataError]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield f"{path}:{number}", row
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: is not a readable parquet file: {error}") from error
-
-
-def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
+def _read_hub(source: SourceConfig) -> Rows:
     import datasets
 
     try:
@@ -153,7 +101,7 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row | DataError]]:
         yield f"{source.path}:{number}", row
 
 
-def _read_endpoint(url: str) -> Iterator[tuple[str, Row | DataError]]:
+def _read_endpoint(url: str) -> Rows:
     """What people said to an endpoint, page by page."""
     import httpx
 
@@ -168,7 +116,7 @@ def _read_endpoint(url: str) -> Iterator[tuple[str, Row | DataError]]:
         raise DataError(f"{where}: over HTTP, only an endpoint's …/v1/feedback/export is read; download other data")
     headers = {"Authorization": f"Bearer {key_from(KEY_VARIABLE)}"} if KEY_VARIABLE in os.environ else {}
     with httpx.Client(headers=headers, timeout=TIMEOUT_S) as client:
-        while rows := [_parse(line) for line in _page(client, place, where)]:
+        while rows := [parse_line(line) for line in _page(client, place, where)]:
             last = None
             for row in rows:
                 last = row.get("id") if isinstance(row, dict) else None
@@ -192,7 +140,7 @@ def _page(client: httpx.Client, url: httpx.URL, where: str) -> list[bytes]:
     return response.content.splitlines()
 
 
-def _read_database(url: str) -> Iterator[tuple[str, Row | DataError]]:
+def _read_database(url: str) -> Rows:
     """What people said to an endpoint, from its database: the judgements that count, in the order of their numbers."""
     import sqlalchemy as sa
 
@@ -210,7 +158,7 @@ def _read_database(url: str) -> Iterator[tuple[str, Row | DataError]]:
         while found := _select(engine, query, last):
             last = found[-1].number
             for each in found:
-                yield f"{place.render_as_string()}:jdg-{each.number}", _parse(each.row.encode())
+                yield f"{place.render_as_string()}:jdg-{each.number}", parse_line(each.row.encode())
     finally:
         engine.dispose()
 

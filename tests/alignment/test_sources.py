@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from alignment.config import SourceConfig
-from alignment.data.sources import Row, read_rows
+from alignment.data.files import Row
+from alignment.data.sources import read_rows
 from alignment.errors import DataError
 
 WriteRows = Callable[..., Path]
@@ -157,20 +161,26 @@ def test_a_damaged_gz_is_an_error_and_no_crash(tmp_path: Path, damage: str) -> N
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("rows.json", b'{"a": 1}', "must be a JSON list of objects, not dict"),
+        ("rows.json", b"5", "must be a JSON list of objects, not int"),
+        ("rows.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}', "has no split 'dev'; there are train, test."),
         ("rows.json", b'[{"a": 1}', "is not valid JSON"),
         ("rows.json", b"[" * 200_000, "is not valid JSON"),
         ("rows.json", b"\xff\xfe", "is not valid JSON"),
         ("rows.parquet", b"PAR1 and nothing more", "is not a readable parquet file"),
         ("rows.parquet", b"", "is not a readable parquet file"),
-        ("rows.csv", b"a,b\n", "unknown kind of file; known are .jsonl, .jsonl.gz, .json, .json.gz, .parquet"),
+        ("rows.json", b'{"a": [1, 2], "b": [1]}', "its columns have different lengths: {'a': 2, 'b': 1}"),
+        ("rows.csv", b"a;b\n1;2\n", "its first line, 'a;b', seems to separate columns by ';', and a .csv file is read"),
+        ("rows.tsv", b"a,b\n1,2\n", "its first line, 'a,b', seems to separate columns by ','"),
+        ("rows.csv", b"a,b,a\n1,2,3\n", "the first line must name every column once, and 'a' does not"),
+        ("rows.csv", "a,b\n1,2\n".encode("utf-16"), "does not begin with the names of columns in UTF-8"),
+        ("rows.xlsx", b"PK", "unknown kind of file; known are .jsonl, .json, .csv, .tsv (each also .gz, .bz2, .xz, "),
     ],
 )
 def test_an_unreadable_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read(path)
+        read(path, split="dev" if path.suffix == ".json" else "train")
     assert str(caught.value).startswith(f"{path}: {expected}")
 
 
@@ -230,3 +240,214 @@ def test_a_hub_that_cannot_be_reached_is_a_short_error_and_no_wait(tmp_path: Pat
     )
     assert "offline" in text.lower() or "reach" in text.lower()
     assert len(text) < 600
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINES,
+        "\n" + LINES,
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=1),
+        json.dumps(ROWS[:1]) + "\n",
+        json.dumps(ROWS[0]),
+    ],
+    ids=["lines", "a blank line first", "list", "list of many lines", "list of one", "one row"],
+)
+def test_what_a_json_file_holds_is_seen_in_its_text_and_not_in_its_name(tmp_path: Path, name: str, text: str) -> None:
+    path = write_bytes(tmp_path / name, text.encode())
+    assert [row for _, row in read(path)] == (ROWS[:1] if text.count("question") == 1 else ROWS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"version": 2, "data": ROWS},
+        {"train": ROWS, "test": [{"prompt": "another"}]},
+        {name: [row[name] for row in ROWS] for name in ROWS[0]},
+        {name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]},
+    ],
+    ids=["under a key", "splits", "columns", "columns of pandas"],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_a_json_object_are_found(tmp_path: Path, value: Row, indent: int | None) -> None:
+    path = write_bytes(tmp_path / "rows.json", json.dumps(value, indent=indent).encode())
+    assert read(path) == numbered(path)
+
+
+def test_a_row_whose_fields_are_lists_is_a_row_and_no_table(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hello"}]
+    row = {"prompt": turns, "chosen": [{"role": "assistant", "content": "a"}], "rejected": turns}
+    path = write_bytes(tmp_path / "rows.json", json.dumps(row, indent=1).encode())
+    assert read(path) == [(f"{path}:1", row)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.bz2", "rows.jsonl.xz", "rows.jsonl.zst", "rows.csv.gz", "rows.tsv.zst"])
+def test_files_are_read_through_their_compression(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    separator = {".csv": ",", ".tsv": "\t"}.get(path.suffixes[0])
+    lines = [list(ROWS[0]), *(list(row.values()) for row in ROWS)]
+    text = LINES if separator is None else "\n".join(separator.join(line) for line in lines)
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": pa.Codec("zstd").compress}
+    path.write_bytes(bytes(packed[path.suffix](text.encode())))
+    first = 1 if separator is None else 2
+    assert read(path) == [(f"{path}:{number}", row) for number, row in enumerate(ROWS, start=first)]
+    path.write_bytes(path.read_bytes()[:-9])
+    assert any(isinstance(row, DataError) and "damaged" in str(row) for _, row in read(path))
+
+
+def test_a_table_is_read_with_quoted_line_breaks_a_bom_and_the_line_of_every_row(tmp_path: Path) -> None:
+    text = '\ufeffprompt,chosen,rejected\r\n"Two\r\nlines, ""quoted""",42,\r\n\r\nlast,yes,no\r\n'
+    path = write_bytes(tmp_path / "rows.csv", text.encode())
+    assert read(path) == [
+        (f"{path}:2", {"prompt": 'Two\r\nlines, "quoted"', "chosen": "42", "rejected": None}),
+        (f"{path}:5", {"prompt": "last", "chosen": "yes", "rejected": "no"}),
+    ]
+
+
+def test_a_row_of_a_table_that_cannot_be_read_stands_in_its_place_as_an_error(tmp_path: Path) -> None:
+    content = b'a,b\n1,2\n1,2,3\n1\n"x"y,2\n\xff,2\n5,6\n"never closed,7\n8,9\n'
+    path = write_bytes(tmp_path / "rows.csv", content)
+    told = [(origin.rpartition(":")[2], row if isinstance(row, dict) else str(row)) for origin, row in read(path)]
+    assert told == [
+        ("2", {"a": "1", "b": "2"}),
+        ("3", "has 3 cells, and the first line names 2 columns"),
+        ("4", "has 1 cells, and the first line names 2 columns"),
+        ("5", "is not a row of cells: ',' expected after '\"'"),
+        ("6", "is not valid UTF-8 in column 'a'"),
+        ("7", {"a": "5", "b": "6"}),
+        ("8", "is not a row of cells: unexpected end of data"),
+    ]
+
+
+def test_a_cell_of_a_megabyte_is_read(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "rows.csv", b"a,b\n" + b"word " * 200_000 + b",2\n")
+    assert len(read(path)[0][1]["a"]) == 1_000_000  # type: ignore[index]
+
+
+def write_files(folder: Path, *names: str) -> Path:
+    """Files of one row each, which says the file's name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist([{"name": name}]), path)
+        elif path.suffix == ".csv":
+            path.write_text(f"name\n{name}\n")
+        else:
+            path.write_text(json.dumps({"name": name}) + "\n")
+    return folder
+
+
+def names_in(folder: Path, **settings: Any) -> list[str]:
+    return [row["name"] for _, row in read(folder, **settings)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "expected"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], "train", "data/train-00000-of"),
+        (["train.jsonl", "test.jsonl"], "test", "test.jsonl"),
+        (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"], "train", "train/a.jsonl train/b.jsonl"),
+        (["harmless.train.jsonl", "harmless.test.jsonl"], "train", "harmless.train.jsonl"),
+        (["Training_Data.jsonl", "my-dev-set.jsonl"], "train", "Training_Data.jsonl"),
+        (["val.jsonl", "train.jsonl"], "validation", "val.jsonl"),
+        (["val.jsonl", "train.jsonl"], "val", "val.jsonl"),
+        (["eval.csv", "train.csv"], "eval", "eval.csv"),
+        (["train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl", "test_sft-00000-of-00001.jsonl"],
+         "train_sft", "train_sft-00000-of-00002.jsonl train_sft-00001-of-00002.jsonl"),
+        (["train.jsonl", "test.jsonl", "val.jsonl"], "test+train", "test.jsonl train.jsonl"),
+        (["a.jsonl", "b/c.jsonl"], "train", "a.jsonl b/c.jsonl"),
+        (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train", "part-00000-of-00002.jsonl part-00001"),
+        (["contest.jsonl", "restraint.jsonl"], "train", "contest.jsonl restraint.jsonl"),
+        (["a.jsonl", "numbers.csv"], "train", "a.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_folder_is_read_by_split_as_the_hub_reads_it(
+    tmp_path: Path, files: list[str], split: str, expected: str
+) -> None:
+    told = " ".join(names_in(write_files(tmp_path, *files), split=split))
+    assert told.startswith(expected) and len(told.split()) == len(expected.split())
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "expected"),
+    [
+        (["train.jsonl", "test.jsonl"], "validation", "has no split 'validation'; there are test, train. Choose one"),
+        (["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"], "train",
+         "has no split 'train'; there are test_sft, train_sft."),
+        (["test/a.jsonl"], "train", "has no split 'train'; there are test."),
+        (["a.jsonl", "b.jsonl"], "test", "has no split 'test': its files' names say no split"),
+        (["train.jsonl", "test.jsonl"], "train[:10%]", "has no split 'train[:10%]'; there are test, train."),
+        (["train.jsonl", "train.json"], "train", "train.json and train.jsonl would be the same rows twice"),
+        ([".hidden.jsonl", "__MACOSX/._rows.jsonl"], "train", "holds no file of a known kind"),
+    ],
+)  # fmt: skip
+def test_a_split_that_a_folder_has_not_is_refused_with_those_that_it_has(
+    tmp_path: Path, files: list[str], split: str, expected: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        names_in(write_files(tmp_path, *files), split=split)
+    assert str(caught.value).startswith(f"{tmp_path}: {expected}")
+
+
+def test_files_that_are_hidden_or_describe_a_set_are_no_data(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, "a.jsonl", "._a.jsonl", ".git/x.json", "__MACOSX/a.jsonl", ".b.jsonl")
+    for name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json"):
+        (folder / name).write_text('{"description": 5}')
+    assert names_in(folder) == ["a.jsonl"]
+
+
+def test_the_readme_of_a_set_from_the_hub_says_which_files_a_split_has(tmp_path: Path) -> None:
+    files = ["main/train-00000-of-00001.jsonl", "main/test-00000-of-00001.jsonl", "socratic/train-00000-of-00001.jsonl"]
+    folder = write_files(tmp_path, *files)
+    head = [
+        {"config_name": name, "data_files": [{"split": split, "path": f"{name}/{split}-*"} for split in splits]}
+        for name, splits in {"main": ("train", "test"), "socratic": ("train",)}.items()
+    ]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': head})}---\n# Set\n")
+    assert names_in(folder, name="main") == files[:1]
+    assert names_in(folder, name="main", split="test") == files[1:2]
+    with pytest.raises(DataError, match=r"the configurations main, socratic, and none is named\. Choose one by name"):
+        names_in(folder)
+    (folder / "README.md").unlink()
+    assert names_in(folder, name="socratic") == files[2:], "without a README, a folder of that name"
+    assert names_in(folder, data_dir="main") == files[:1]
+    for settings, why in (
+        ({"name": "other"}, "no configuration 'other'"),
+        ({"data_dir": "other"}, "no folder 'other'"),
+    ):
+        with pytest.raises(DataError, match=why):
+            names_in(folder, **settings)
+
+
+def test_a_pattern_reads_the_files_that_it_matches(tmp_path: Path) -> None:
+    write_files(tmp_path, "a-1.jsonl", "a-2.jsonl", "b.jsonl", "deep/a-3.jsonl")
+    assert names_in(tmp_path / "a-*.jsonl") == ["a-1.jsonl", "a-2.jsonl"]
+    assert names_in(tmp_path / "**" / "a-*.jsonl") == ["a-1.jsonl", "a-2.jsonl", "deep/a-3.jsonl"]
+    with pytest.raises(DataError, match="matches no file of a known kind"):
+        names_in(tmp_path / "c-*.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_save_to_disk_are_read_by_split(tmp_path: Path, streaming: bool) -> None:
+    import datasets
+
+    parts = {
+        name: datasets.Dataset.from_list([{"name": f"{name}-{i}"} for i in range(2)]) for name in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    assert names_in(tmp_path / "set", streaming=streaming) == ["train-0", "train-1"]
+    assert names_in(tmp_path / "set", split="test") == ["test-0", "test-1"]
+    assert names_in(tmp_path / "set" / "test") == ["test-0", "test-1"], "a single one is everything"
+    with pytest.raises(DataError, match="has no split 'dev'; there are test, train"):
+        names_in(tmp_path / "set", split="dev")
+
+
+def test_a_file_given_by_itself_is_any_split_that_its_name_does_not_deny(tmp_path: Path) -> None:
+    write_files(tmp_path, "rows.jsonl", "test.jsonl")
+    assert names_in(tmp_path / "test.jsonl") == names_in(tmp_path / "test.jsonl", split="test") == ["test.jsonl"]
+    for name in ("rows.jsonl", "test.jsonl"):
+        with pytest.raises(DataError, match="is one file, whose name says nothing of the split 'validation'"):
+            names_in(tmp_path / name, split="validation")

@@ -15,7 +15,8 @@ import pytest
 
 from alignment.config import SourceConfig, check_config
 from alignment.data import sources
-from alignment.data.sources import Row, read_rows
+from alignment.data.files import Row
+from alignment.data.sources import read_rows
 from alignment.errors import ConfigError, DataError
 from serving.store import Store
 from serving.store.records import Choice, Issued, IssuedAnswer, Judgement, UnknownId
