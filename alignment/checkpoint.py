@@ -63,8 +63,6 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
     Raises:
         CheckpointError: it cannot be written, as when the disk is full; earlier checkpoints stay as they are.
     """
-    from safetensors import SafetensorError
-
     from alignment.models.parallel import on_every_worker
 
     random_states = world.gather(_random_state(world.device))
@@ -78,12 +76,49 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
         state = {**asdict(progress), "identity": _identity(config, data)}
         try:
             _write(folder, roles.actor, weights, state, tensors)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # of transformers, peft, safetensors, tokenizers: each has errors of its own
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
         for old in _folders(config.folder)[config.checkpoint.keep :]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, onerror=_warn_of_an_old_one)
 
     on_every_worker(write if world.is_main else None, world)
+
+
+def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
+    """Writes a checkpoint without its tensors, by the same writers, and deletes it again. Called by every worker.
+
+    So what cannot be saved is known before the first step, and not after the last one.
+
+    Returns a note for people if there is room for a checkpoint, but not for as many as there will be.
+
+    Raises:
+        CheckpointError: a file cannot be written, or the disk has no room for a single checkpoint.
+    """
+    import torch
+
+    from alignment.models.parallel import on_every_worker
+
+    def attempt() -> str | None:
+        place = checkpoints_of(config.folder)
+        trial, actor = place / ".trial", roles.actor
+        try:
+            (trial / TRAINER).mkdir(parents=True, exist_ok=True)
+            # peft looks for its names; transformers would take the content of a mixture's experts apart.
+            names = _saved(actor) if actor.has_adapter else []
+            _write_model(trial, actor, {name: torch.zeros(1) for name in names})
+            if actor.has_adapter:  # who merges it later writes its base's settings too
+                actor.network.save_pretrained(trial, state_dict={})
+            (trial / STATE).write_text(json.dumps(_identity(config, "")))
+            needed, free = _num_bytes(config, roles), shutil.disk_usage(trial).free
+        except Exception as error:
+            raise CheckpointError(
+                f"{place}: a checkpoint of this run cannot be written, so no step is taken: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        return _note_of_room(config, needed, free)
+
+    return on_every_worker(attempt if world.is_main else None, world)
 
 
 def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Progress:
@@ -249,6 +284,54 @@ def _folders(run: Path) -> list[Path]:
     return sorted(checkpoints_of(run).glob("step-*"), reverse=True)
 
 
+def _warn_of_an_old_one(_: object, path: str, problem: Any) -> None:
+    logger.warning("%s, of an older checkpoint, cannot be deleted: %s", path, problem[1])
+
+
+def _note_of_room(config: RunConfig, needed: int, free: int) -> str | None:
+    """A warning if the disk has room for fewer checkpoints than there will be.
+
+    Args:
+        needed: bytes of one checkpoint.
+        free: bytes that the disk has room for.
+
+    Raises:
+        CheckpointError: it has room for none.
+    """
+    place = checkpoints_of(config.folder)
+    figures = f"{place}: a checkpoint of this run takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+    if free < needed:
+        raise CheckpointError(f"{figures}. Free some, or name another place with output=…")
+    # One more than are kept exists while it is written.
+    wanted = config.checkpoint.keep + 1 if config.checkpoint.every else 1
+    if free < needed * (wanted - len(_folders(config.folder))):
+        return f"WARNING: {figures}, while the run will need {wanted} at once (checkpoint.keep, and one being written)"
+    return None
+
+
+def _num_bytes(config: RunConfig, roles: Roles) -> int:
+    """Size of a checkpoint: the model as it computes, and fp32 masters and moments of all that is trained."""
+    model = sum(_numel(tensor) * tensor.element_size() for tensor in _saved(roles.actor).values())
+    modules = [trained.module for trained in roles.trained_by_role.values()]
+    trained = sum(_numel(weight) for module in modules for weight in module.parameters() if weight.requires_grad)
+    num_moments = {"adamw": 2, "rmsprop": 1}[config.optim.name]
+    return model + 4 * (1 + num_moments) * trained
+
+
+def _numel(weight: Any) -> int:
+    """Elements of a weight, also where ZeRO-3 has left this worker only a share of it."""
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
+def _saved(actor: LanguageModel) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a model, by name; at ZeRO-3 without the content."""
+    from alignment.models.parallel import named_weights
+
+    return {
+        name: weight for name, weight in named_weights(actor.module) if weight.requires_grad or not actor.has_adapter
+    }
+
+
 def _write(
     folder: Path, actor: LanguageModel, weights: dict[str, Tensor], state: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -258,11 +341,8 @@ def _write(
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        (unfinished / "trainer").mkdir(parents=True)
-        actor.module.save_pretrained(unfinished, state_dict=weights)
-        if not actor.network.can_generate():
-            actor.network.config.save_pretrained(unfinished)  # what a reward model's adapter folder lacks
-        actor.tokenizer.save_pretrained(unfinished)
+        (unfinished / TRAINER).mkdir(parents=True)
+        _write_model(unfinished, actor, weights)
         (unfinished / STATE).write_text(json.dumps(state, indent=1))
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
         commit(unfinished)
@@ -272,6 +352,14 @@ def _write(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _write_model(folder: Path, actor: LanguageModel, weights: dict[str, Tensor]) -> None:
+    """What other programs open: settings, weights and tokenizer."""
+    actor.module.save_pretrained(folder, state_dict=weights)
+    if not actor.network.can_generate():
+        actor.network.config.save_pretrained(folder)  # what a reward model's adapter folder lacks
+    actor.tokenizer.save_pretrained(folder)
 
 
 def _sha256(file: Path) -> str:

@@ -75,6 +75,8 @@ class _Run:
         self.algorithm = cast(Algorithm, config.algorithm)
         torch.manual_seed(config.seed + world.rank)
         self.roles = Roles.build(config, world)
+        if note := checkpoint.try_saving(config, self.roles, world=world):
+            reporter.note(note)
         self.data = self._load_data()
         self.steps = num_steps(config, self.data)
         check_data(self.data, self.steps, world)
