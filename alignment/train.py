@@ -25,9 +25,9 @@ from alignment.algorithms import Algorithm
 from alignment.checkpoint import Progress
 from alignment.config import RunConfig
 from alignment.data.agreement import check_data, check_step
-from alignment.data.chat import GroupTokenizer
 from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, load_data
+from alignment.data.vocabulary import BoundedGroupTokenizer
 from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Examination, prompt_text
 from alignment.failure import clear_failure, telling_others
@@ -248,11 +248,16 @@ class _Run:
         bad_rows = config.folder / "bad_rows.jsonl"
         if self.world.is_main:
             bad_rows.unlink(missing_ok=True)
+        if len(model.tokenizer) > model.num_embeddings:
+            self.reporter.note(
+                f"model: its tokenizer has {len(model.tokenizer)} ids and it embeds {model.num_embeddings}; rows with "
+                "the others are bad ones"
+            )
         data = keep_live_rows(config.data, config.folder, self.world, self.reporter.note)
         reader = GroupReader(
             data,
             self.algorithm,
-            GroupTokenizer(model.tokenizer, data, model.end_tokens),
+            BoundedGroupTokenizer(model.tokenizer, data, model.end_tokens, num_embeddings=model.num_embeddings),
             bad_rows if self.world.is_main else None,
         )
         return together(lambda: load_data(reader, seed=config.seed, progress=self.world.is_main), self.world)

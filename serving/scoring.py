@@ -147,7 +147,7 @@ class Policies:
             model: the reference; the base of adapters.
             max_length: most tokens of a prompt and one completion.
         """
-        from alignment.data.chat import GroupTokenizer
+        from alignment.data.vocabulary import BoundedGroupTokenizer
 
         self._registry = registry
         self._device = device
@@ -157,7 +157,12 @@ class Policies:
         self._whole: tuple[int, LanguageModel] | None = None
         self._adapted: Any = None
         self._adapters: list[int] = []
-        self._tokenise = GroupTokenizer(self._reference.tokenizer, self._data, self._reference.end_tokens)
+        self._tokenise = BoundedGroupTokenizer(
+            self._reference.tokenizer,
+            self._data,
+            self._reference.end_tokens,
+            num_embeddings=self._reference.num_embeddings,
+        )
 
     def ratios(self, groups: list[Group], version: Version) -> tuple[tuple[Ratios, ...], ...]:
         """Log-ratios under one version, of every completion of every group.

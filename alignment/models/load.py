@@ -69,6 +69,11 @@ class LanguageModel:
         return not isinstance(self.module, PreTrainedModel)
 
     @property
+    def num_embeddings(self) -> int:
+        """Ids that the network has embeddings for; its tokenizer may have more, or fewer."""
+        return int(self.network.get_input_embeddings().num_embeddings)
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's, and those that the model stops generating at."""
         # A model with a score head generates nothing, and has no such settings.

@@ -66,7 +66,7 @@ class ModelScorer:
             ModelError: it cannot be loaded, or has no trained score head.
             CheckpointError: the checkpoint is damaged, or the run has none.
         """
-        from alignment.data.chat import GroupTokenizer
+        from alignment.data.vocabulary import BoundedGroupTokenizer
 
         self.config = config
         self.device = device
@@ -76,7 +76,9 @@ class ModelScorer:
         self.max_length = config.max_length or longest_input(path, config.revision)
         self.model = _load(config, path, self.max_length, device)
         data = DataConfig(path=path, max_length=UNLIMITED)  # the cutting is done here, by another rule
-        self.tokenise = GroupTokenizer(self.model.tokenizer, data, self.model.end_tokens)
+        self.tokenise = BoundedGroupTokenizer(
+            self.model.tokenizer, data, self.model.end_tokens, num_embeddings=self.model.num_embeddings
+        )
         known = self.model.network.config.to_dict()
         self.mean: float = known.get(MEAN, 0.0) if config.normalise else 0.0
         self.std: float = known.get(STD, 1.0) if config.normalise else 1.0

@@ -22,7 +22,7 @@ from transformers import (
 
 from alignment.checkpoint import checkpoint_or_path, checkpoints_of, find_checkpoint
 from alignment.config import DataConfig, ModelConfig, RunConfig
-from alignment.errors import AlignmentError, CheckpointError, ModelError
+from alignment.errors import AlignmentError, CheckpointError, DataError, ModelError
 from alignment.models.folders import model_source, with_checkpoints
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import World
@@ -30,7 +30,7 @@ from alignment.models.roles import Roles
 from cluster.config import ClusterRunConfig
 from cluster.launch import run as launch
 from tests.alignment.test_train import damage, run
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, pair_rows
 
 Settings = dict[str, Any]
 
@@ -358,3 +358,62 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+# ------------------------------------------------------------------------------------------------------ vocabularies
+
+
+@pytest.fixture
+def unresized(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model whose tokenizer was given two tokens, without the embeddings for them."""
+    folder = shutil.copytree(tiny_model, tmp_path / "unresized")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["prompt", "chosen"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_token_that_the_model_does_not_embed_is_refused_with_its_row_and_both_figures(
+    where: str, streaming: bool, run_settings: Settings, unresized: Path, write_rows: Callable[..., Path]
+) -> None:
+    rows = pair_rows(6)
+    rows[4][where] += " <tool>"
+    size = len(make_tokenizer())
+    data = {"path": str(write_rows(rows)), "max_length": 96, "streaming": streaming, "shuffle": False}
+    settings = {**run_settings, "data": data, "model": {"path": str(unresized), "dtype": "fp32"}}
+    said = rf"rows.jsonl:5: token {size} \('<tool>'\) is beyond the model, which embeds {size} ids; .* up to {size + 1}"
+    with pytest.raises(DataError, match=said):
+        run(settings)
+
+
+def test_ids_that_no_row_has_are_harmless(run_settings: Settings, unresized: Path) -> None:
+    run(run_settings, model={"path": str(unresized), "dtype": "fp32"}, steps=1)
+
+
+def test_rows_with_such_tokens_are_left_out_where_bad_rows_are(
+    run_settings: Settings, unresized: Path, write_rows: Callable[..., Path]
+) -> None:
+    rows = pair_rows(12)
+    rows[4]["chosen"] += " <tool>"
+    data = {"path": str(write_rows(rows)), "max_length": 96, "on_bad_row": "skip", "bad_row_budget": 0.2}
+    folder = run(run_settings, data=data, model={"path": str(unresized), "dtype": "fp32"}, steps=1)
+    assert len((folder / "bad_rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_reward_model_s_padding_is_among_its_embeddings(unresized: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(unresized)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<beyond>"]})
+    tokenizer.save_pretrained(unresized)
+    model = loaded(unresized, head="score")
+    assert model.network.config.pad_token_id < model.num_embeddings
+
+
+def test_more_embeddings_than_ids_are_fine(run_settings: Settings, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "padded"
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    network.resize_token_embeddings(len(make_tokenizer()), pad_to_multiple_of=64)
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    run(run_settings, model={"path": str(folder), "dtype": "fp32"}, steps=1)
