@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from alignment.config import RunConfig
-from alignment.models.parallel import World
+from alignment.errors import CheckpointError
+from alignment.models.folders import weights_stamp
+from alignment.models.parallel import World, on_every_worker
 from alignment.models.roles import Roles
-from alignment.types import Completion, Group
-from alignment.update import annotated
+from alignment.types import Group
+from alignment.update import reference_logprobs
 
 GROUPS_AT_ONCE = 256
 """Groups whose log-probabilities the workers share out among them at a time."""
+LAYOUT = 2
+"""Raised whenever the forward pass or the file changes what the same key would mean."""
 
 
 def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: World, *, progress: bool) -> list[Group]:
-    """Returns the groups with reference log-probabilities, from the run's folder or from the untrained actor.
+    """Returns the groups with log-probabilities under the reference, from the run's folder or from the actor's base.
 
-    The file's name is a hash of the model and of every token, so a changed model or data set is computed anew.
+    To be called before the first step and before a checkpoint is restored: the actor, without the adapter that is
+    trained, is then the reference. The file's name is a hash of all that its numbers depend on.
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     file = config.folder / f"reference-{_key(groups, roles, config)}.safetensors"
     if world.from_main(file.is_file()):
-        known = load_file(file)["logprobs"]
-    else:
-        known = _compute(groups, roles, config, world, progress=progress)
-        if world.is_main:
-            unfinished = file.with_suffix(".unfinished")
-            save_file({"logprobs": known}, unfinished)
+        return _attach(groups, load_file(file)["logprobs"])
+    logprobs = _compute(groups, roles, config, world, progress=progress)
+
+    def write() -> None:
+        unfinished = file.with_suffix(".unfinished")
+        try:
+            save_file({"logprobs": logprobs}, unfinished)
             unfinished.rename(file)
-        world.wait()
-    return _attach(groups, known)
+        except Exception as error:  # safetensors has an error of its own
+            unfinished.unlink(missing_ok=True)
+            raise CheckpointError(f"{file} cannot be written: {error}") from error
+
+    on_every_worker(write if world.is_main else None, world)
+    return _attach(groups, logprobs)
 
 
 def _compute(groups: list[Group], roles: Roles, config: RunConfig, world: World, *, progress: bool) -> Tensor:
@@ -46,30 +60,43 @@ def _compute(groups: list[Group], roles: Roles, config: RunConfig, world: World,
         total=len(groups), desc="reference", unit=" groups", disable=None if progress else True, leave=False
     ) as bar:
         for start in range(0, len(groups), GROUPS_AT_ONCE):
-            batch = annotated(roles, groups[start : start + GROUPS_AT_ONCE], config.optim, world)
-            assert batch.reference_logprobs is not None
-            parts.append(batch.reference_logprobs[batch.branches >= 0].cpu())
-            bar.update(len(batch.group_ids))
+            part = groups[start : start + GROUPS_AT_ONCE]
+            parts.append(reference_logprobs(roles, part, config.optim, world))
+            bar.update(len(part))
     return torch.cat(parts)
 
 
-def _attach(groups: list[Group], known: Tensor) -> list[Group]:
-    values = iter(known.tolist())
-
-    def annotated(completion: Completion) -> Completion:
-        return dataclasses.replace(completion, reference_logprobs=tuple(next(values) for _ in completion.tokens))
-
+def _attach(groups: list[Group], logprobs: Tensor) -> list[Group]:
+    """Gives every completion its part as a view: millions of Python numbers would silence this process for minutes."""
+    lengths = [len(completion.tokens) for group in groups for completion in group.completions]
+    views: Iterator[Tensor] = iter(torch.split(logprobs, lengths))
     return [
-        dataclasses.replace(group, completions=tuple(annotated(completion) for completion in group.completions))
+        dataclasses.replace(
+            group,
+            completions=tuple(
+                dataclasses.replace(completion, reference_logprobs=next(views)) for completion in group.completions
+            ),
+        )
         for group in groups
     ]
 
 
 def _key(groups: list[Group], roles: Roles, config: RunConfig) -> str:
-    dtype = str(roles.actor.network.dtype)
-    digest = hashlib.sha256(repr((roles.actor.source, config.model.revision, dtype)).encode())
-    for file in sorted(Path(roles.actor.source).glob("*.safetensors")):
-        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    """Of the reference: its weights and settings. Not of an adapter that is trained on it, wherever that starts."""
+    network = roles.actor.network
+    settings = {key: value for key, value in network.config.to_dict().items() if not key.startswith("raylign_")}
+    hub_commit = getattr(network.config, "_commit_hash", None)
+    known = (
+        LAYOUT,
+        (torch.__version__, transformers.__version__),
+        (roles.actor.source, weights_stamp(roles.actor.source), config.model.revision, hub_commit),
+        (str(network.dtype), roles.actor.attention, network.device.type),
+        sorted(settings.items(), key=lambda item: item[0]),
+        config.data.max_length,
+        roles.temperature,
+    )
+    digest = hashlib.sha256(repr(known).encode())
     for group in groups:
-        digest.update(repr((group.prompt_tokens, [completion.tokens for completion in group.completions])).encode())
+        answers = [(completion.tokens, completion.learned) for completion in group.completions]
+        digest.update(repr((group.prompt_tokens, answers)).encode())
     return digest.hexdigest()[:16]

@@ -265,7 +265,10 @@ class _Run:
     def _precompute_reference(self) -> None:
         stream = self.data.train
         assert isinstance(stream, ListStream), "reference_of refuses to precompute from a stream"
-        visited = sorted(set(stream.indices(0, self.steps * self.config.groups_per_step)))
+        guards, count = self.config.guards, self.steps * self.config.groups_per_step
+        if guards.action == "roll_back":  # it goes on with the groups that come next
+            count *= 1 + guards.max_roll_backs
+        visited = sorted(set(stream.indices(0, count)))
         groups = [stream.groups[index] for index in visited] + self.data.eval
         known = precompute(groups, self.roles, self.config, self.world, progress=self.world.is_main)
         for index, group in zip(visited, known, strict=False):

@@ -53,8 +53,9 @@ class Completion:
     """Which of `tokens` are learned from; the rest is context (another speaker's turn)."""
     truncated: bool = False
     """True if its end was cut off, to fit the window or where it was sampled: it has no end token."""
-    reference_logprobs: tuple[float, ...] | None = None
-    """Log-probability (nats) of each of `tokens` under the reference model, once known; 0 where not learned."""
+    reference_logprobs: Tensor | None = field(default=None, compare=False)
+    """[len(tokens)] fp32 log-probability (nats) of each token under the reference model, once known; 0 where not
+    learned. A view of the whole data set's."""
     sampled_logprobs: tuple[float, ...] | None = None
     """Log-probability (nats) of each of `tokens` as it was sampled, temperature and all; None if it was not sampled by
     us."""

@@ -84,9 +84,19 @@ def annotated(roles: Roles, groups: list[Group], optim: OptimConfig, world: Worl
     return Batch(**{**vars(batch), **_said(batch, roles.annotations, roles, optim, world)})
 
 
+def reference_logprobs(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Tensor:
+    """[L] log-probability (nats) of every completion token under the reference, group after group; on the CPU."""
+    batch = pack(groups).to(world.device)
+    said = _said(batch, roles.under_reference, roles, optim, world)
+    return said["reference_logprobs"][batch.branches >= 0].cpu()
+
+
 def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> list[float]:
-    """Σ log π − log π_ref (nats) of every completion that the actor has drawn; empty without a reference."""
-    if roles.reference == "none":
+    """Σ log π − log π_ref (nats) of every completion that the actor has drawn; empty without a reference in memory.
+
+    A reference that was only computed beforehand knows nothing of texts that did not exist then.
+    """
+    if not roles.has_reference:
         return []
     batch = annotated(roles, groups, optim, world)
     assert batch.reference_logprobs is not None

@@ -84,7 +84,8 @@ class ReferencedAlgorithm(Algorithm):
     reference: Literal["auto", "adapter_off", "copy", "precomputed"] = "auto"
     """Where log π_ref comes from. `adapter_off`: the same weights without the adapter (LoRA only). `copy`: a frozen
     copy of the starting model. `precomputed`: log-probabilities of all groups are computed before the first step and
-    kept beside the run, so that no second model stays in memory. `auto` is `adapter_off` with LoRA, else `copy`."""
+    kept beside the run, so that no second model stays in memory; without LoRA there is then no KL of answers that are
+    drawn later. `auto` is `adapter_off` with LoRA, else `copy`."""
 
 
 def check_preference(algorithm: str, group: Group) -> None:

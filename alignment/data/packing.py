@@ -48,7 +48,8 @@ def pack(groups: list[Group]) -> Batch:
             learned += completion.learned
             rewards.append(math.nan if completion.reward is None else completion.reward)
             truncated.append(completion.truncated)
-            references += completion.reference_logprobs or [0.0] * len(completion.tokens)
+            reference = completion.reference_logprobs
+            references += [0.0] * len(completion.tokens) if reference is None else reference.tolist()
             sampled += completion.sampled_logprobs or [0.0] * len(completion.tokens)
         group_of += [number] * (len(tokens) - len(group_of))
         pairs += [(first_completion + better, first_completion + worse) for better, worse in group.pairs]

@@ -27,9 +27,10 @@ class BoundedGroupTokenizer(GroupTokenizer):
         texts = (group.prompt_tokens, *(completion.tokens for completion in group.completions))
         largest = max((max(tokens) for tokens in texts if tokens), default=0)
         if largest >= self.num_embeddings:
+            word = self.tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"token {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the model, which "
-                f"embeds {self.num_embeddings} ids; its tokenizer has ids up to {len(self.tokenizer) - 1}. Resize the model's "
-                "embeddings to its tokenizer and save both, or take the tokenizer that the model was trained with"
+                f"token {largest} ({word!r}) is beyond the model, which embeds {self.num_embeddings} ids; its "
+                f"tokenizer has ids up to {len(self.tokenizer) - 1}. Resize the embeddings and save both, "
+                "or take the tokenizer that the model was trained with"
             )
         return group

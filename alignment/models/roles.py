@@ -132,11 +132,9 @@ class Roles:
     @torch.no_grad()
     def annotations(self, batch: Batch) -> dict[str, Tensor]:
         """What must be known of a batch before it is learned from, by the name of the Batch's field, each [T]."""
-        found = {}
-        if self.reference != "none" and batch.reference_logprobs is None:
-            with _without_adapter(self.actor.module, self.reference):
-                said = outputs(self.copy or self.actor, batch, temperature=self.temperature)
-            found["reference_logprobs"] = said.logprobs
+        found: dict[str, Tensor] = {}
+        if self.has_reference and batch.reference_logprobs is None:
+            found |= self.under_reference(batch)
         if self.algorithm.needs_old or self.critic is not None:
             with _evaluating(self.actor.module):
                 old = self.outputs(batch)
@@ -145,6 +143,23 @@ class Roles:
             if old.values is not None:
                 found["old_values"] = old.values
         return found
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the reference is in memory, for any text: as a copy, or below the adapter that is trained."""
+        return self.copy is not None or (self.reference != "none" and self.actor.has_adapter)
+
+    @torch.no_grad()
+    def under_reference(self, batch: Batch) -> dict[str, Tensor]:
+        """[T] log-probabilities (nats) under the reference, by the name of the Batch's field.
+
+        Where it is in memory as the actor alone, that is only so before the first step: see `precompute`.
+        """
+        module = self.actor.module
+        # The adapter's dropout, and gradient checkpointing, belong to training only.
+        with _evaluating(module), module.disable_adapter() if self.actor.has_adapter else contextlib.nullcontext():
+            said = outputs(self.copy or self.actor, batch, temperature=self.temperature)
+        return {"reference_logprobs": said.logprobs}
 
     def weights(self, version: int) -> ActorWeights:
         """The actor's weights, for the engines."""
@@ -201,13 +216,6 @@ def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
     nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
     head = head.to(world.device)
     return Critic(model=None, head=head, trained=shard(head, optim, world))
-
-
-@contextlib.contextmanager
-def _without_adapter(module: Any, reference: Reference) -> Iterator[None]:
-    # The adapter's dropout, and gradient checkpointing, belong to training only.
-    with _evaluating(module), module.disable_adapter() if reference == "adapter_off" else contextlib.nullcontext():
-        yield
 
 
 @contextlib.contextmanager
