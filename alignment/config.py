@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +115,10 @@ FIELDS = (
 """What `columns` can name: the fields of the shapes that `alignment.data.shapes` reads."""
 
 
+COLUMN = re.compile(r"(?!\d+$)[^\[\]{}!:]+")
+"""A name that braces can hold, with dots for what is inside a column."""
+
+
 class SourceConfig(Section):
     """One source of rows: a file, a folder, a hub id, or what people said to an endpoint."""
 
@@ -142,11 +147,14 @@ class SourceConfig(Section):
     """Read while training instead of before it: for sets that do not fit into memory."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Which column stands for which field, as `{chosen: response_j, rejected: response_k}`. Fields: prompt, chosen,
-    rejected, completion, completions, rewards, label, messages, text, system, tools, finish_reason, truncated."""
+    rejected, completion, completions, rewards, label, messages, text, system, tools, finish_reason, truncated. Dots
+    reach into a column, as `{completion: answer.text}`."""
     prompt_template: str | None = None
-    """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`. None reads a column."""
+    """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`; dots reach into a column.
+    None reads a column."""
     keep: tuple[str, ...] = ()
-    """Columns that are handed to the scorers as they are, such as `answer` for one that knows the right one."""
+    """Columns that are handed to the scorers as they are, such as `answer` for one that knows the right one; dots reach
+    into a column, as `reward_model.ground_truth`."""
     prompt_as: Literal["text", "user_message"] = "text"
     """What a prompt that is a string means: `text` is continued as it stands, `user_message` goes through the chat
     template as the user's turn."""
@@ -170,10 +178,12 @@ class SourceConfig(Section):
     @classmethod
     def _well_formed(cls, template: str | None) -> str | None:
         try:
-            names = {name: "" for _, name, _, _ in string.Formatter().parse(template or "") if name is not None}
-            (template or "").format(**names)
-        except (LookupError, AttributeError, ValueError) as error:
-            raise ValueError(f"braces must hold the plain name of a column ({error})") from error
+            parts = [(name, form, cast) for _, name, form, cast in string.Formatter().parse(template or "")]
+        except ValueError as error:
+            raise ValueError(f"braces must hold the name of a column ({error})") from error
+        for name, form, cast in parts:
+            if name is not None and (not COLUMN.fullmatch(name) or form or cast):
+                raise ValueError(f"braces must hold the name of a column, as {{question}}, not {name!r}")
         return template
 
 

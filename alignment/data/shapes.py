@@ -6,21 +6,48 @@ import dataclasses
 import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.config import SourceConfig
 from alignment.data.files import Row
-from alignment.errors import DataError
+from alignment.errors import DataError, NoPreference
 from alignment.types import Completion, Group, Message
 
 STACK_EXCHANGE = {"chosen": "response_j", "rejected": "response_k"}
 STACK_EXCHANGE_PROMPT = "Question: {question}\n\nAnswer: "
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+"""Of Stanford's Alpaca, for prompts that are plain text."""
+ALIASES = {
+    "messages": ("messages", "conversations", "conversation"),
+    "label": ("label", "kto_tag"),
+    "tools": ("tools",),
+}
+"""Columns that stand for a field where `columns` names none, the usual one first; ShareGPT's and LLaMA-Factory's."""
+ALPACA = {"completion": ("output", "response"), "input": ("input", "context")}
+"""Columns beside an `instruction`, in Alpaca's and in Dolly's words."""
+SCORES = tuple(
+    (name.format("chosen"), name.format("rejected")) for name in ("score_{}", "{}_score", "{}_rating", "{}-rating")
+)
+"""Columns that say how good the two answers of a pair are."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+ROLES = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "ai", "bot", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **{role: role for role in ("system", "developer", "function_call")},
+}
+"""What speakers are called elsewhere, in small letters, and what chat templates call them."""
 FLT_MAX = 3.4e38
 """Rewards become fp32."""
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 CUT_OFF = ("length", "max_tokens")
 """Finish reasons of an answer that was stopped, in the words of OpenAI and of Anthropic."""
+LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+"""Labels as tables write them."""
 WEIGHTS = ("weight", "train", "training")
 """Fields by which a message says whether it is trained on, in OpenAI's and Mistral's words and in axolotl's."""
 
@@ -33,23 +60,96 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     Shapes, by the fields present (after `columns`): `chosen` + `rejected` with a prompt, as strings or message lists;
     the same without a prompt, as message lists or "\\n\\nHuman: … \\n\\nAssistant: …" transcripts that share their
     beginning; `question` + `response_j` + `response_k`; `completions` + `rewards`; `completion` with or without a
-    `label`; `messages`; `text`; a prompt alone. Beside any of them: `system`, a text that becomes the first turn;
-    `tools`; `finish_reason` or `truncated`, which say what was cut off where it was sampled.
+    `label`; `messages` (ShareGPT's `conversations`), with or without a `label` of the last answer; `instruction`,
+    `input` and `output` as in Alpaca; `text`; a prompt alone. A prompt may be `messages` too, or an `instruction`.
+    Lists may be given as JSON text. Beside any of them: `system`, a text that becomes the first turn; `tools`;
+    `finish_reason` or `truncated`, which say what was cut off where it was sampled; a `weight` of 1, or of 0 for what
+    is not to be learned from.
 
     Raises:
+        NoPreference: the row is in order, and its weight says that nothing is to be learned from it.
         DataError: the row is unusable; the text says why, without the origin.
     """
-    for column in source.keep:
-        if column not in row:
-            raise DataError(f"column {column!r} (keep) is missing")
+    columns = {column: _cell(row, column, f"column {column!r} (keep)") for column in source.keep}
     shape = _Shape(row, source)
+    _check_columns(shape)
     group = _shaped(shape, origin)
-    return dataclasses.replace(
-        group,
-        prompt=_with_system(group.prompt, shape),
-        tools=_tools(shape),
-        columns={column: row[column] for column in source.keep},
-    )
+    return dataclasses.replace(group, prompt=_with_system(group.prompt, shape), tools=_tools(shape), columns=columns)
+
+
+def has_equal_scores(row: Row) -> bool:
+    """Whether a row's scores of chosen and rejected are the same number, so that its order is all there is."""
+    return any(len(set(pair)) == 1 for pair in _score_pairs(row))
+
+
+def _cell(row: Row, column: str, what: str) -> Any:
+    """What a column holds: one of that name, or what is in it by dots, as `reward_model.ground_truth`.
+
+    Raises:
+        DataError: there is none; `what` names it.
+    """
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = _decoded(value)
+        if isinstance(value, list | tuple) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        elif isinstance(value, dict) and name in value:
+            value = value[name]
+        else:
+            raise DataError(f"{what} is missing")
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    """A list or mapping that is given as JSON text, as tables keep them; anything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        decoded = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return decoded if isinstance(decoded, list | dict) else value
+
+
+def _check_columns(shape: _Shape) -> None:
+    """Refuses what a row has beside its shape and nothing here would read."""
+    row = {column: value for column, value in shape.row.items() if column not in shape.read}
+    for column in MEDIA:
+        if row.get(column) not in (None, "", [], ()):
+            raise DataError(f"column {column!r} holds what is no text, and models are trained on text alone")
+    if row.get("labels") is not None and shape.has("completions"):
+        raise DataError(
+            "labels beside completions (of steps of an answer?) are not read; give rewards of whole answers"
+        )
+    weight = _number(row.get("weight"))
+    if weight == 0:
+        raise NoPreference("its weight is 0")
+    if weight is not None and weight != 1:
+        raise DataError(
+            f"its weight is {weight:g}, and rows count alike here: 1, or 0 for one to leave out. If the column means "
+            "something else, give it another name"
+        )
+    if shape.has("chosen") and shape.has("rejected"):
+        for chosen, rejected in _score_pairs(row):
+            if chosen < rejected:
+                raise DataError(
+                    f"its scores contradict its order: chosen has {chosen:g} and rejected {rejected:g}, which is better"
+                )
+
+
+def _score_pairs(row: Row) -> list[tuple[float, float]]:
+    pairs = ((_number(row.get(chosen)), _number(row.get(rejected))) for chosen, rejected in SCORES)
+    return [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
+
+
+def _number(value: Any) -> float | None:
+    """A number, also as text, as tables have it; None if it is none."""
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _shaped(shape: _Shape, origin: str) -> Group:
@@ -59,20 +159,26 @@ def _shaped(shape: _Shape, origin: str) -> Group:
         if answers[0] == answers[1]:
             raise DataError("chosen and rejected are the same")
     elif shape.has("completions"):
-        prompt, answers = shape.prompt(), _answers(shape.value("completions"), "completions")
+        prompt, answers = shape.prompt(), _answers(shape.listed("completions"), "completions")
         if not answers:
             raise DataError("completions is empty")
         rewards = _rewards(shape, len(answers))
     elif shape.has("completion"):
         prompt, answers, rewards = shape.prompt(), [_answer(shape.value("completion"), "completion")], [_label(shape)]
+    elif shape.has("chosen") or shape.has("rejected"):
+        raise DataError(f"field {'rejected' if shape.has('chosen') else 'chosen'!r} is missing")
     elif shape.has("messages"):
-        return _conversation(_messages(shape.value("messages"), "messages"), origin, _truncations(shape, 1)[0])
+        turns = _messages(shape.listed("messages"), "messages")
+        turns = _after(shape.prompt(), turns) if shape.has("prompt") and turns else turns
+        if not shape.has("label"):
+            return _conversation(turns, origin, _truncations(shape, 1)[0])
+        if len(turns) < 2 or turns[-1].role != "assistant":
+            raise DataError("a label is about the assistant's turn at the end of messages, and there is none")
+        prompt, answers, rewards = turns[:-1], [turns[-1]], [_label(shape)]
     elif shape.has("text"):
         text = Message(role="assistant", content=_string(shape.value("text"), "text"))
         prompt, answers, rewards = "", [text], [None]
-    elif shape.has("chosen") or shape.has("rejected"):
-        raise DataError(f"field {'rejected' if shape.has('chosen') else 'chosen'!r} is missing")
-    elif shape.has("prompt"):
+    elif shape.has("prompt") or shape.is_alpaca:
         prompt, answers, rewards = shape.prompt(), [], []
     else:
         raise DataError(f"has none of the known fields; its columns are {', '.join(map(repr, shape.row)) or 'none'}")
@@ -112,7 +218,7 @@ def _tools(shape: _Shape) -> tuple[Mapping[str, Any], ...]:
     tools = shape.value("tools") if shape.has("tools") else ()
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools or "[]")
+            tools = json.loads(tools.strip() or "[]")
         except ValueError as error:
             raise DataError(f"tools is a text that is not JSON: {error}") from error
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
@@ -122,10 +228,10 @@ def _tools(shape: _Shape) -> tuple[Mapping[str, Any], ...]:
 
 def _truncations(shape: _Shape, count: int) -> list[bool]:
     """Whether each answer was cut off where it was sampled, by `finish_reason` or `truncated`, of one or of each."""
-    for field in ("truncated", "finish_reason"):
+    for field in ("truncated", "finish_reason", "finish_reasons"):
         if not shape.has(field):
             continue
-        value = shape.value(field)
+        value = _decoded(shape.value(field))
         values = list(value) if isinstance(value, list | tuple) else [value] * count
         if len(values) != count:
             raise DataError(f"{field} must be a list of {count}, one per answer, not of {len(values)}")
@@ -139,7 +245,7 @@ def _truncations(shape: _Shape, count: int) -> list[bool]:
 def _is_cut_off(value: Any, field: str) -> bool:
     if value is None or (field == "truncated" and value in (0, 1)):
         return bool(value)
-    if field == "finish_reason" and isinstance(value, str):
+    if field != "truncated" and isinstance(value, str):
         return value.lower() in CUT_OFF
     raise DataError(f"{field} must be {'true or false' if field == 'truncated' else 'a string'}, not {value!r:.50}")
 
@@ -153,70 +259,177 @@ class _Shape:
         self.columns = STACK_EXCHANGE if stack_exchange else source.columns
         self.template = source.prompt_template or (STACK_EXCHANGE_PROMPT if stack_exchange else None)
         self.as_message = source.prompt_as == "user_message"
+        self.read = {*source.keep, *self.columns.values(), *columns_of(self.template or "")}
         for field, column in source.columns.items():
-            if column not in row:
-                raise DataError(f"column {column!r} (columns.{field}) is missing")
+            _cell(row, column, f"column {column!r} (columns.{field})")
+
+    @property
+    def is_alpaca(self) -> bool:
+        """Whether the row is an instruction, with nothing else that says what the prompt is."""
+        return isinstance(self.row.get("instruction"), str) and not any(map(self.has, ("prompt", "messages")))
 
     def has(self, field: str) -> bool:
         if field == "prompt" and self.template is not None:
             return True
-        return self.row.get(self.columns.get(field, field)) is not None
+        return self._find(field) is not None
 
     def value(self, field: str) -> Any:
-        return self.row[self.columns.get(field, field)]
+        return self._find(field)
+
+    def listed(self, field: str) -> Any:
+        """The value of a field that is a list, also where it is given as JSON text."""
+        value = _decoded(self.value(field))
+        if isinstance(value, str) and value.lstrip()[:1] == "[":
+            raise DataError(f"{field} is a text that is not JSON: {value!r:.50}. Write lists as json.dumps writes them")
+        return value
+
+    def _find(self, field: str) -> Any:
+        if field in self.columns:
+            return _cell(self.row, self.columns[field], field)
+        value = next((self.row[name] for name in ALIASES.get(field, (field,)) if self.row.get(name) is not None), None)
+        if value is None and field in ALPACA and "instruction" in self.row:
+            return next((self.row[name] for name in ALPACA[field] if self.row.get(name) is not None), None)
+        return value
 
     def system_column(self) -> str | None:
         """Column of the system text, unless there is none or the prompt's template writes it already."""
         names = [self.columns["system"]] if "system" in self.columns else ["system", "system_prompt"]
-        written = _columns_of(self.template) if self.template is not None else set()
-        return next((name for name in names if self.row.get(name) is not None and name not in written), None)
+        written = columns_of(self.template) if self.template is not None else set()
+        return next((name for name in names if self.text(name) is not None and name not in written), None)
+
+    def text(self, column: str) -> Any:
+        """What a column holds; None if there is none."""
+        try:
+            return _cell(self.row, column, column)
+        except DataError:
+            return None
 
     def prompt(self) -> Prompt:
         if self.template is not None:
             return self._as_configured(_fill(self.template, self.row))
+        if not self.has("prompt") and self.has("messages"):
+            return self._turns("messages")
+        if self.is_alpaca:
+            return self._instruction()
         if not self.has("prompt"):
             raise DataError("field 'prompt' is missing")
-        value = self.value("prompt")
-        if isinstance(value, str):
-            return self._as_configured(_string(value, "prompt"))
-        turns = _messages(value, "prompt")
+        value = _as_turns(self.value("prompt"))
+        return self._as_configured(_string(value, "prompt")) if isinstance(value, str) else self._turns("prompt")
+
+    def _turns(self, field: str) -> tuple[Message, ...]:
+        turns = _messages(self.listed(field), field)
         if not turns:
-            raise DataError("prompt is an empty list of messages")
+            raise DataError(f"{field} is an empty list of messages")
         return turns
+
+    def _instruction(self) -> Prompt:
+        """Alpaca's prompt: the instruction, and what it is about; earlier turns where there is a `history`."""
+        instruction = _string(self.row["instruction"], "instruction")
+        about = _string(self.value("input") or "", "input")
+        history = _decoded(self.row.get("history")) or []
+        if self.as_message:
+            asked = Message(role="user", content="\n".join(filter(str.strip, (instruction, about))))
+            return (*_history(history), asked)
+        if history:
+            raise DataError("history holds earlier turns, which plain text has not; set prompt_as to user_message")
+        has_input = bool(about.strip())
+        return ALPACA_PROMPT.format(
+            with_input=", paired with an input that provides further context" if has_input else "",
+            instruction=instruction,
+            input=f"### Input:\n{about}\n\n" if has_input else "",
+        )
 
     def _as_configured(self, text: str) -> Prompt:
         return (Message(role="user", content=text),) if self.as_message else text
 
 
-def _columns_of(template: str) -> set[str]:
+def _history(pairs: Any) -> list[Message]:
+    """Earlier turns as LLaMA-Factory has them: pairs of what the user said and what the assistant did."""
+    pairs = pairs if isinstance(pairs, list | tuple) else [pairs]
+    if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+        raise DataError("history must be a list of pairs: what the user said, and what the assistant answered")
+    roles = ("user", "assistant")
+    return [
+        Message(role=role, content=_string(text, "history"))
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+class _Template(string.Formatter):
+    """Braces hold a column's name, dots and all."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
+def columns_of(template: str) -> set[str]:
+    """Names of the columns that a prompt's template writes."""
     return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
 
 
 def _fill(template: str, row: Row) -> str:
-    names = _columns_of(template)
-    missing = sorted(names - row.keys())
-    if missing:
-        raise DataError(f"column {missing[0]!r} of the prompt template is missing")
-    return template.format(**{name: _string(row[name], name) for name in names})
+    cells = {name: _cell(row, name, f"column {name!r} of the prompt template") for name in sorted(columns_of(template))}
+    return _Template().vformat(template, (), {name: _string(cell, name) for name, cell in cells.items()})
 
 
 def _preference(shape: _Shape) -> tuple[Prompt, list[Message]]:
-    values = [shape.value("chosen"), shape.value("rejected")]
+    values = [_as_turns(shape.value("chosen")), _as_turns(shape.value("rejected"))]
     if len({isinstance(value, str) for value in values}) > 1:
         kinds = " and ".join(type(value).__name__ for value in values)
         raise DataError(f"chosen and rejected must be both strings or both lists of messages, not {kinds}")
+    has_prompt = shape.has("prompt") or shape.is_alpaca
     if isinstance(values[0], str):
         chosen, rejected = (_string(value, field) for value, field in zip(values, ("chosen", "rejected"), strict=True))
-        if shape.has("prompt"):
+        if has_prompt or shape.has("messages"):
             return shape.prompt(), [Message(role="assistant", content=text) for text in (chosen, rejected)]
         return _shared_beginning(_transcript(chosen, "chosen"), _transcript(rejected, "rejected"))
     chosen_turns, rejected_turns = _messages(values[0], "chosen"), _messages(values[1], "rejected")
-    if len(chosen_turns) == len(rejected_turns) == 1:
-        prompt = shape.prompt()
-        if isinstance(prompt, str):
-            prompt = (Message(role="user", content=prompt),)
-        chosen_turns, rejected_turns = (*prompt, *chosen_turns), (*prompt, *rejected_turns)
+    if len(chosen_turns) == len(rejected_turns) == 1 or has_prompt:  # else `messages` may be the chosen one again
+        chosen_turns, rejected_turns = (_after(shape.prompt(), turns) for turns in (chosen_turns, rejected_turns))
     return _shared_beginning(chosen_turns, rejected_turns)
+
+
+def _after(prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The whole conversation: turns that go on from the prompt, or that begin with it already.
+
+    Raises:
+        DataError: they begin with something else, so that one of the two would not be what was answered.
+    """
+    opening = (Message(role="user", content=prompt),) if isinstance(prompt, str) else prompt
+    if not turns or turns[0].role == "assistant":
+        return (*opening, *turns)
+    if turns[: len(opening)] == opening:
+        return turns
+    if opening[0].role == "system" and turns[: len(opening) - 1] == opening[1:]:
+        return (opening[0], *turns)
+    if [turn.role for turn in opening] == ["user"]:  # a text, which sets of several turns take from any of them
+        asked = ["", *(turn.content.strip() for turn in turns if turn.role == "user")]
+        if opening[0].content.strip() in asked:
+            return turns
+    raise DataError("prompt is not what the list of messages begins with; take the wrong one of them out of the row")
+
+
+def _as_turns(value: Any) -> Any:
+    """Messages as a list: also one alone, and those that are given as JSON text. Any other text stays a text.
+
+    Raises:
+        DataError: it is the text of a list that Python printed, which is no JSON.
+    """
+    turns = _decoded(value)
+    if isinstance(turns, dict):
+        turns = [turns]
+    if isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(_is_message, turns))):
+        if re.match(r"\s*\[\{'(role|content|from|value)':", value):
+            raise DataError(
+                f"holds a list as Python prints it, {value!r:.50}, which is no JSON; write it by json.dumps"
+            )
+        return value
+    return turns
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
 
 
 def _transcript(text: str, field: str) -> tuple[Message, ...]:
@@ -275,7 +488,7 @@ def _is_empty(answer: Message) -> bool:
 def _rewards(shape: _Shape, count: int) -> list[float | None]:
     if not shape.has("rewards"):
         return [None] * count
-    rewards = shape.value("rewards")
+    rewards = shape.listed("rewards")
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise DataError(f"rewards must be a list of {count} numbers, one per completion")
     for reward in rewards:
@@ -288,13 +501,15 @@ def _label(shape: _Shape) -> float | None:
     if not shape.has("label"):
         return None
     label = shape.value("label")
-    if label not in (0, 1):  # True and False are 1 and 0
+    known = LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label
+    if known not in (0, 1):  # True and False are 1 and 0
         raise DataError(f"label must be true or false, not {label!r}")
-    return float(label)
+    return float(known)
 
 
 def _answer(value: Any, field: str) -> Message:
     """A completion given as a string or as a list with one assistant message."""
+    value = _as_turns(value)
     if isinstance(value, str):
         return Message(role="assistant", content=_string(value, field))
     turns = _messages(value, field)
@@ -305,7 +520,9 @@ def _answer(value: Any, field: str) -> Message:
 
 def _messages(value: Any, field: str) -> tuple[Message, ...]:
     if not isinstance(value, list | tuple):
-        raise DataError(f"{field} must be a string or a list of messages, not {type(value).__name__}")
+        wanted = "a list of messages" if field == "messages" else "a string or a list of messages"
+        kind = "a string" if isinstance(value, str) else type(value).__name__
+        raise DataError(f"{field} must be {wanted}, not {kind}")
     return tuple(_message(turn, field) for turn in value)
 
 
@@ -315,6 +532,7 @@ def _message(turn: Any, field: str) -> Message:
     Raises:
         DataError: it is none, or a field cannot be read.
     """
+    turn = _of_sharegpt(turn) if isinstance(turn, dict) and {"from", "value"} <= turn.keys() else turn
     calls = turn.get("tool_calls") or turn.get("function_call") if isinstance(turn, dict) else None
     if not isinstance(turn, dict) or "role" not in turn or not ("content" in turn or calls):
         raise DataError(f"{field} holds something that is not a message with role and content")
@@ -323,12 +541,31 @@ def _message(turn: Any, field: str) -> Message:
     finish_reason = fields.pop("finish_reason", None)
     content = turn.get("content")
     return Message(
-        role=_string(turn["role"], f"{field} role"),
+        role=_role(turn["role"], f"{field} role"),
         content="" if content is None and calls else _content(content, f"{field} content"),
         fields=_present(fields, field),
         trained=all(weights),
         truncated=finish_reason is not None and _is_cut_off(finish_reason, "finish_reason"),
     )
+
+
+def _of_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of ShareGPT's form, `{from, value}`, as a message. A call of a function is the JSON text of the call."""
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    if str(turn["from"]).lower() != "function_call":
+        return {"role": turn["from"], "content": turn["value"], **others}
+    calls = _decoded(turn["value"])
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise DataError(f"a function_call must be the JSON of a name and arguments, not {turn['value']!r:.50}")
+    functions = [{"type": "function", "function": call} for call in calls]
+    return {"role": "assistant", "content": "", "tool_calls": functions, **others}
+
+
+def _role(value: Any, field: str) -> str:
+    """Who speaks, in the words of chat templates; a speaker that is not known stays, for the template to judge."""
+    role = _string(value, field)
+    return ROLES.get(role.strip().lower(), role)
 
 
 def _weight(value: Any, name: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
-from alignment.errors import DataError
+from alignment.errors import DataError, NoPreference
 from alignment.types import Completion, Group, Message
 from tests.conftest import read_data
 
@@ -22,6 +22,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 HUMAN = "\n\nHuman: 2 + 2?\n\nAssistant: {}"
 ASKED = (Message(role="user", content="2 + 2?"),)
 PAIR = (Completion(text="4", reward=1.0), Completion(text="5", reward=0.0))
+FOUR = (Completion(text="4"),)
 
 
 def group_of(row: Row, **settings: Any) -> Group:
@@ -300,11 +301,11 @@ MESSAGE = "holds something that is not a message with role and content"
         ({"prompt": "p", "completion": "x", "label": []}, {}, "label must be true or false, not []"),
         ({"prompt": "p", "completion": [USER]}, {}, "completion must be a string or one assistant message"),
         ({"prompt": "p", "completion": [GOOD, BAD]}, {}, "completion must be a string or one assistant message"),
-        ({"messages": "hello"}, {}, "messages must be a string or a list of messages, not str"),
+        ({"messages": "hello"}, {}, "messages must be a list of messages, not a string"),
         ({"messages": [USER]}, {}, "messages hold no assistant's turn that answers something"),
         ({"messages": [GOOD]}, {}, "messages hold no assistant's turn that answers something"),
         ({"messages": []}, {}, "messages hold no assistant's turn that answers something"),
-        ({"messages": [{"from": "human", "value": "x"}]}, {}, f"messages {MESSAGE}"),
+        ({"messages": [{"from": "human", "text": "x"}]}, {}, f"messages {MESSAGE}"),
         ({"text": 5}, {}, "text must be a string, not int"),
         (
             {"prompt": "p", "chosen": "x", "rejected": "y"},
@@ -362,3 +363,141 @@ def test_real_preferences_are_usable_except_where_the_row_says_why(name: str, un
             refused[number] = str(error)
     assert refused == unusable
     assert len(groups) > 20 and all(group.pairs == [(0, 1)] for group in groups)
+
+
+TURNS = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
+LIST = json.dumps([SYSTEM, USER, GOOD])
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "prompt", "completions"),
+    [
+        ({"conversations": TURNS}, {}, messages(SYSTEM, USER), (Completion(text="4"),)),
+        ({"conversations": TURNS}, {"columns": {"messages": "conversations"}}, messages(SYSTEM, USER), FOUR),
+        ({"conversations": json.dumps(TURNS), "system": ""}, {}, messages(SYSTEM, USER), FOUR),
+        ({"conversations": TURNS[1:], "system": "Be brief."}, {}, messages(SYSTEM, USER), FOUR),
+        ({"conversation": [{"from": "Human", "value": "2 + 2?"}, {"from": "GPT", "value": "4"}]}, {}, ASKED, FOUR),
+        ({"conversations": TURNS[1:2], "chosen": TURNS[2], "rejected": {"from": "gpt", "value": "5"}}, {}, ASKED, PAIR),
+        ({"conversations": TURNS[1:2], "chosen": "4", "rejected": "5"}, {}, ASKED, PAIR),
+        ({"conversations": TURNS[1:], "label": True}, {}, ASKED, PAIR[:1]),
+        ({"messages": [USER, BAD], "kto_tag": "False"}, {}, ASKED, PAIR[1:]),
+        ({"messages": [{"role": "User", "content": "2 + 2?"}, {"role": "ASSISTANT", "content": "4"}]}, {}, ASKED, FOUR),
+        ({"messages": LIST}, {}, messages(SYSTEM, USER), FOUR),
+        ({"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])}, {}, ASKED, PAIR),
+        ({"prompt": [USER], "chosen": GOOD, "rejected": BAD}, {}, ASKED, PAIR),
+        ({"prompt": json.dumps([USER]), "completions": '["4", "5"]', "rewards": "[1, 0.0]"}, {}, ASKED, PAIR),
+        ({"prompt": "[1, 2] + [3]?", "completion": "[1, 2, 3]"}, {}, "[1, 2] + [3]?", (Completion(text="[1, 2, 3]"),)),
+        ({"prompt": "2 + 2?", "completion": "4", "label": "True"}, {}, "2 + 2?", PAIR[:1]),
+        ({"prompt": "2 + 2?", "completion": "5", "label": "0"}, {}, "2 + 2?", PAIR[1:]),
+        ({"prompt": "2 + 2?", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, {},
+         messages(SYSTEM, USER), PAIR),
+        ({"prompt": "2 + 2?", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
+         {"prompt_as": "user_message"}, messages(SYSTEM, USER), PAIR),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, messages(SYSTEM, USER), PAIR),
+        ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]}, {},
+         messages(USER, GOOD, USER), PAIR),
+        ({"prompt": "2 + 2?", "messages": [USER, GOOD]}, {}, ASKED, FOUR),
+        ({"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, ASKED, PAIR),
+        ({"q": {"text": "2 + 2?"}, "a": {"all": ["4", "5"]}},
+         {"columns": {"prompt": "q.text", "chosen": "a.all.0", "rejected": "a.all.1"}}, "2 + 2?", PAIR),
+        ({"q": '{"text": "2 + 2"}'}, {"prompt_template": "{q.text} = "}, "2 + 2 = ", ()),
+        ({"a.b": "2 + 2?", "a": {"b": "no"}}, {"columns": {"prompt": "a.b"}}, "2 + 2?", ()),
+        ({"prompt": "2 + 2?", "completion": "4", "weight": "1.0", "images": []}, {}, "2 + 2?", FOUR),
+        ({"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "score_chosen": 8, "score_rejected": 8}, {}, "2 + 2?",
+         PAIR),
+        ({"instruction": "2 + 2?", "input": "", "output": "4", "text": "x"}, {"prompt_as": "user_message"}, ASKED,
+         FOUR),
+        ({"instruction": "Add.", "input": "2, 2", "output": "4"}, {"prompt_as": "user_message"},
+         messages({"role": "user", "content": "Add.\n2, 2"}), FOUR),
+        ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5", "system": "Be brief."},
+         {"prompt_as": "user_message"}, messages(SYSTEM, USER), PAIR),
+        ({"instruction": "2 + 2?", "output": "4", "history": [["2 + 3?", "5"]]}, {"prompt_as": "user_message"},
+         messages({"role": "user", "content": "2 + 3?"}, BAD, USER), FOUR),
+        ({"instruction": "2 + 2?", "context": None, "response": "4"}, {"prompt_as": "user_message"}, ASKED, FOUR),
+        ({"instruction": "2 + 2?"}, {"prompt_as": "user_message"}, ASKED, ()),
+    ],
+)  # fmt: skip
+def test_rows_of_other_programs_are_read(
+    row: Row, settings: Row, prompt: str | tuple[Message, ...], completions: tuple[Completion, ...]
+) -> None:
+    assert group_of(row, **settings) == Group(id="rows.jsonl:7", prompt=prompt, completions=completions)
+
+
+def test_an_instruction_that_is_continued_as_text_is_written_as_alpaca_writes_it() -> None:
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4"}
+    assert group_of(row).prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2, 2\n\n"
+        "### Response:\n"
+    )
+    assert group_of({**row, "input": None}).prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+
+
+def test_a_call_of_a_function_in_sharegpts_form_is_a_tool_call() -> None:
+    call = {"name": "add", "arguments": {"a": 2, "b": 2}}
+    turns = [
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "It is 4."},
+    ]
+    (completion,) = group_of({"conversations": turns, "tools": json.dumps([{"name": "add"}])}).completions
+    assert completion.fields == {"tool_calls": [{"type": "function", "function": call}]}
+    assert completion.following == messages(
+        {"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4."}
+    )
+    with pytest.raises(DataError, match="a function_call must be the JSON of a name and arguments, not 'add it'"):
+        group_of({"conversations": [turns[0], {"from": "function_call", "value": "add it"}]})
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "expected"),
+    [
+        ({"messages": "[{'role': 'user'}]"}, {}, "messages is a text that is not JSON"),
+        ({"prompt": "p", "chosen": "[{'role': 'assistant', 'content': 'x'}]", "rejected": "y"}, {},
+         "holds a list as Python prints it"),
+        ({"prompt": "Another?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {},
+         "prompt is not what the list of messages begins with"),
+        ({"prompt": [SYSTEM, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, "prompt is not what the"),
+        ({"prompt": "Another?", "messages": [USER, GOOD]}, {}, "prompt is not what the list of messages begins with"),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", "score_chosen": 2.0, "score_rejected": 8.0}, {},
+         "its scores contradict its order: chosen has 2 and rejected 8, which is better"),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", "chosen-rating": "1", "rejected-rating": "4"}, {},
+         "its scores contradict its order: chosen has 1 and rejected 4"),
+        ({"prompt": "p", "completion": "x", "weight": 0.5}, {}, "its weight is 0.5, and rows count alike here"),
+        ({"prompt": "p", "completion": "x", "images": ["a.png"]}, {}, "column 'images' holds what is no text"),
+        ({"prompt": "p", "completions": ["x", "y"], "labels": [True, False]}, {}, "labels beside completions"),
+        ({"conversations": TURNS[:2], "label": True}, {}, "a label is about the assistant's turn at the end"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, {}, "history holds earlier turns"),
+        ({"instruction": "x", "output": "y", "history": ["a"]}, {"prompt_as": "user_message"}, "history must be a"),
+        ({"a": {"b": 1}}, {"columns": {"prompt": "a.c"}}, "column 'a.c' (columns.prompt) is missing"),
+        ({"a": {"b": 1}, "prompt": "p"}, {"keep": ("a.c",)}, "column 'a.c' (keep) is missing"),
+        ({"a": {"b": "x"}}, {"prompt_template": "{a.c}"}, "column 'a.c' of the prompt template is missing"),
+    ],
+)  # fmt: skip
+def test_a_row_of_another_program_that_cannot_be_read_says_why(row: Row, settings: Row, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        group_of(row, **settings)
+    assert str(caught.value).startswith(expected)
+    assert not isinstance(caught.value, NoPreference)
+
+
+def test_a_row_of_weight_nothing_is_left_out_unless_the_column_is_read_as_something_else() -> None:
+    row = {"prompt": "p", "completion": "x", "weight": 0}
+    with pytest.raises(NoPreference, match="its weight is 0"):
+        group_of(row)
+    assert group_of(row, keep=("weight",)).columns == {"weight": 0}
+
+
+def test_kept_columns_are_found_inside_others_and_keep_the_name_that_was_given() -> None:
+    row = {"prompt": "p", "reward_model": {"style": "rule", "ground_truth": "72"}, "extra": '{"answers": [1, 2]}'}
+    kept = group_of(row, keep=("reward_model.ground_truth", "extra.answers.1", "extra")).columns
+    assert kept == {"reward_model.ground_truth": "72", "extra.answers.1": 2, "extra": row["extra"]}
+
+
+def test_what_was_cut_off_is_said_for_each_of_several_answers() -> None:
+    row = {"prompt": "p", "completions": ["x", "y", "z"], "finish_reasons": ["length", "stop", None]}
+    assert [completion.truncated for completion in group_of(row).completions] == [True, False, False]
