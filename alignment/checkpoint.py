@@ -3,6 +3,7 @@
 runs/NAME/checkpoints/step-00000100/
     config.json, model.safetensors, tokenizer.json …     opened by transformers, peft and vLLM as it is
     trainer/state.json, trainer/tensors.safetensors      step, cursor, fp32 masters, moments, random states
+    trainer/rollouts.safetensors                         answers drawn ahead of their step, if there are any
     manifest.json                                        sha256 and size of every file
     COMMITTED                                            sha256 of the manifest; written last
 """
@@ -15,12 +16,13 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import RunConfig
 from alignment.errors import CheckpointError
+from alignment.identity import Identity, check_same_run, identify
 
 if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need not wait for torch
     import torch
@@ -36,10 +38,9 @@ logger = logging.getLogger(__name__)
 MANIFEST, COMMITTED, CHECKPOINTS = "manifest.json", "COMMITTED", "checkpoints"
 TRAINER = "trainer/"
 STATE, TENSORS = f"{TRAINER}state.json", f"{TRAINER}tensors.safetensors"
+ROLLOUTS = f"{TRAINER}rollouts.safetensors"
 PREFIXES: dict[Role, str] = {"actor": "", "critic": "critic."}
 """Of each trained role's tensors."""
-SAMPLING = {"completions", "max_tokens", "temperature", "top_p", "top_k"}
-"""Keys of `rollout` that results depend on; the others only say how and where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,31 @@ class Progress:
     """Price of a nat of divergence from the reference, in the next step."""
 
 
-def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, world: World) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a checkpoint has put back, beside the models."""
+
+    progress: Progress
+    rollouts: dict[str, Tensor] = field(default_factory=dict)
+    """What the run's feed had drawn ahead; empty if nothing."""
+    adjustable: dict[str, Any] = field(default_factory=dict)
+    """`Identity.adjustable` of the run that wrote it; empty if it was written before these were kept."""
+
+
+def save(
+    config: RunConfig,
+    roles: Roles,
+    progress: Progress,
+    *,
+    identity: Identity,
+    world: World,
+    rollouts: dict[str, Tensor] | None = None,
+) -> None:
     """Writes a checkpoint beside the others and deletes those that `keep` no longer covers. Called by every worker.
 
     Args:
-        data: fingerprint of the training data, which a resumed run must match.
+        identity: of the run, which a resumed run must match.
+        rollouts: what its feed has drawn ahead.
 
     Raises:
         CheckpointError: it cannot be written, as when the disk is full; earlier checkpoints stay as they are.
@@ -73,9 +94,9 @@ def save(config: RunConfig, roles: Roles, progress: Progress, *, data: str, worl
 
     def write() -> None:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
-        state = {**asdict(progress), "identity": _identity(config, data)}
+        state = {**asdict(progress), "identity": identity.fixed, "adjustable": identity.adjustable}
         try:
-            _write(folder, roles.actor, weights, state, tensors)
+            _write(folder, roles.actor, weights, state, {TENSORS: tensors, ROLLOUTS: rollouts or {}})
         except Exception as error:  # of transformers, peft, safetensors, tokenizers: each has errors of its own
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
         for old in _folders(config.folder)[config.checkpoint.keep :]:
@@ -108,7 +129,8 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
             _write_model(trial, actor, {name: torch.zeros(1) for name in names})
             if actor.has_adapter:  # who merges it later writes its base's settings too
                 actor.network.save_pretrained(trial, state_dict={})
-            (trial / STATE).write_text(json.dumps(_identity(config, "")))
+            identity = identify(config, data="", num_groups=None, steps=0, source="")
+            (trial / STATE).write_text(json.dumps(vars(identity)))
             needed, free = _num_bytes(config, roles), shutil.disk_usage(trial).free
         except Exception as error:
             raise CheckpointError(
@@ -121,7 +143,7 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
     return on_every_worker(attempt if world.is_main else None, world)
 
 
-def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Progress:
+def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World) -> Restored:
     """Puts the newest intact checkpoint of the run back, bit for bit; step 0 if there is none.
 
     Raises:
@@ -129,11 +151,13 @@ def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Prog
     """
     folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
     if folder is None:
-        return Progress(step=0, position=0, kl_coefficient=roles.algorithm.first_kl_coefficient)
+        first = Progress(step=0, position=0, kl_coefficient=roles.algorithm.first_kl_coefficient)
+        return Restored(progress=first)
     from safetensors.torch import load_file
 
     state = json.loads((folder / STATE).read_text())
-    _check_identity(folder, state["identity"], _identity(config, data))
+    adjustable = state.get("adjustable", {})
+    check_same_run(folder, state["identity"], identity, adjustable.get("data", {}).get("groups"))
     tensors = load_file(folder / TENSORS)
     for role, trained in roles.trained_by_role.items():
         prefix = PREFIXES[role]
@@ -141,7 +165,11 @@ def restore(config: RunConfig, roles: Roles, *, data: str, world: World) -> Prog
     mine = tensors.get(f"random.{world.rank}")
     if mine is not None:
         _set_random_state(mine, world.device)
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    return Restored(
+        progress=Progress(**{field.name: state[field.name] for field in fields(Progress)}),
+        rollouts=load_file(folder / ROLLOUTS) if (folder / ROLLOUTS).exists() else {},
+        adjustable=adjustable,
+    )
 
 
 def find_checkpoint(path: Path, *, only_model: bool = False) -> Path:
@@ -333,9 +361,17 @@ def _saved(actor: LanguageModel) -> dict[str, Tensor]:
 
 
 def _write(
-    folder: Path, actor: LanguageModel, weights: dict[str, Tensor], state: dict[str, Any], tensors: dict[str, Tensor]
+    folder: Path,
+    actor: LanguageModel,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    tensors: dict[str, dict[str, Tensor]],
 ) -> None:
-    """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all."""
+    """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all.
+
+    Args:
+        tensors: by the name of their file; none is written without.
+    """
     from safetensors.torch import save_file
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -344,7 +380,9 @@ def _write(
         (unfinished / TRAINER).mkdir(parents=True)
         _write_model(unfinished, actor, weights)
         (unfinished / STATE).write_text(json.dumps(state, indent=1))
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+        for file, content in tensors.items():
+            if content:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, unfinished / file)
         commit(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
@@ -376,31 +414,6 @@ def _digest(file: Path) -> str:
 @functools.lru_cache(maxsize=1024)
 def _remembered_sha256(file: Path, size: int, changed_ns: int, inode: int) -> str:
     return _sha256(file)
-
-
-def _identity(config: RunConfig, data: str) -> dict[str, Any]:
-    """What must not change between the parts of one run, as far as results depend on it."""
-    lora = config.model.lora
-    return {
-        "model.path": config.model.path,
-        "model.dtype": config.model.dtype,
-        "model.lora": None if lora is None else lora.model_dump(mode="json"),
-        "algorithm": config.algorithm.model_dump(mode="json"),
-        "rollout": config.rollout.model_dump(mode="json", include=SAMPLING),
-        "critic": config.critic.model_dump(mode="json", include={"trunk", "path"}),
-        "rewards": [scorer.model_dump(mode="json") for scorer in config.rewards],
-        "groups_per_step": config.groups_per_step,
-        "seed": config.seed,
-        "data": data,
-    }
-
-
-def _check_identity(folder: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"{key} was {kept.get(key)!r} and is {now[key]!r}" for key in now if kept.get(key) != now[key]]
-    if changed:
-        raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. Give this run another name, or delete the folder"
-        )
 
 
 def _random_state(device: torch.device) -> Tensor:

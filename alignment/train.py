@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from alignment import checkpoint
 from alignment.algorithms import Algorithm
-from alignment.checkpoint import Progress
-from alignment.config import RunConfig
+from alignment.checkpoint import Progress, Restored
+from alignment.config import OptimConfig, RunConfig
 from alignment.data.agreement import check_data, check_step
 from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, load_data
@@ -32,6 +32,7 @@ from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Examination, prompt_text
 from alignment.failure import clear_failure, telling_others
 from alignment.guards import Guards
+from alignment.identity import identify, notes
 from alignment.journal import Journal
 from alignment.metrics import Reporter
 from alignment.models.parallel import World, together
@@ -80,6 +81,13 @@ class _Run:
         self.data = self._load_data()
         self.steps = num_steps(config, self.data)
         check_data(self.data, self.steps, world)
+        self.identity = identify(
+            config,
+            data=self.data.fingerprint,
+            num_groups=self.data.num_train,
+            steps=self.steps,
+            source=str(self.roles.actor.source),
+        )
         config.check_warmup(self.steps)
         reporter.note(f"data: {self.data.report}")
         if self.roles.reference == "precomputed":
@@ -103,7 +111,8 @@ class _Run:
 
     def to_the_end(self) -> Metrics:
         config, reporter = self.config, self.reporter
-        progress = checkpoint.restore(config, self.roles, data=self.data.fingerprint, world=self.world)
+        restored = checkpoint.restore(config, self.roles, identity=self.identity, world=self.world)
+        progress = restored.progress
         if progress.step > self.steps:
             raise ConfigError(
                 f"{config.folder} already has {progress.step} steps, more than the {self.steps} asked for"
@@ -111,8 +120,11 @@ class _Run:
         if progress.step == self.steps:
             reporter.note(f"{config.folder} is finished: all {self.steps} steps are done. More steps, or another name?")
             return {}
-        reporter.note(f"resuming after step {progress.step}" if progress.step else f"starting {self.steps} steps")
+        resuming = f"resuming after step {progress.step}{self._changed(restored)}"
+        reporter.note(resuming if progress.step else f"starting {self.steps} steps")
         self._begin(progress)
+        if restored.rollouts and self.feed is not None and not self.feed.restore(restored.rollouts):
+            reporter.note("the stream gives other prompts than those that were answered ahead; they are answered anew")
         if progress.step == 0:
             self._first(progress)
         started, first = time.perf_counter(), progress.step
@@ -124,6 +136,22 @@ class _Run:
         command = "serve" if self.algorithm.head == "language" else "reward-server"
         reporter.note(f"done. raylign {command} {config.folder} puts it behind HTTP")
         return summary
+
+    def _changed(self, restored: Restored) -> str:
+        """What differs from the part of the run that wrote a checkpoint, in words; empty if nothing does."""
+        changes = notes(restored.adjustable, self.identity)
+        if not changes:
+            return ""
+        text, step = f", with changed settings: {', '.join(changes)}", restored.progress.step
+        before = OptimConfig.model_validate({**self.config.optim.model_dump(), **restored.adjustable["optim"]})
+        rates = (
+            learning_rate(before, step - 1, restored.adjustable["steps"]),
+            learning_rate(self.config.optim, step, self.steps),
+        )
+        if rates[0] != rates[1]:
+            text += f". The learning rate was {rates[0]:.3g} in step {step} and is {rates[1]:.3g} in step {step + 1}"
+            text += f" ({self.config.optim.schedule} over {self.steps} steps)"
+        return text
 
     def _begin(self, progress: Progress) -> None:
         """Makes everything stand where `progress` says: cursor, reports, engines."""
@@ -145,7 +173,7 @@ class _Run:
     def _step(self, progress: Progress) -> Progress:
         """Runs the step after `progress`; returns where the run stands then: further back, after a roll-back."""
         config, started, step = self.config, time.perf_counter(), progress.step + 1
-        taken = self._take(step)
+        taken = self._take()
         check_step(taken.groups, step, self.world)
         metrics = taken.metrics | self._learn(step, taken.groups, progress.kl_coefficient)
         if self.algorithm.samples:
@@ -171,10 +199,10 @@ class _Run:
             self._save(progress)
         return progress
 
-    def _take(self, step: int) -> Step:
+    def _take(self) -> Step:
         if self.algorithm.samples:
             assert self.feed is not None
-            return self.feed.take(more=self.steps - step)
+            return self.feed.take()
         groups = self.data.train.take(self.config.groups_per_step)
         return Step(groups=groups, position=self.data.train.position, metrics={})
 
@@ -209,8 +237,8 @@ class _Run:
         self.roll_backs += 1
         if self.feed is not None:
             self.feed.forget()
-        back = checkpoint.restore(self.config, self.roles, data=self.data.fingerprint, world=self.world)
-        back = dataclasses.replace(back, position=position)
+        restored = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
+        back = dataclasses.replace(restored.progress, position=position)
         self.reporter.note(f"{text}. Rolling back to step {back.step}, going on with the prompts that come next")
         self.guards.forget()
         self._begin(back)
@@ -220,7 +248,8 @@ class _Run:
         return back
 
     def _save(self, progress: Progress) -> None:
-        checkpoint.save(self.config, self.roles, progress, data=self.data.fingerprint, world=self.world)
+        rollouts = None if self.feed is None else self.feed.state()
+        checkpoint.save(self.config, self.roles, progress, identity=self.identity, world=self.world, rollouts=rollouts)
 
     def _evaluate(self, step: int) -> Metrics:
         """Figures on what is held out, by names that begin with `eval/`."""

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from alignment.algorithms import Algorithm
 from alignment.config import RunConfig
 from alignment.data.stream import GroupStream
@@ -16,6 +18,7 @@ from alignment.models.load import LanguageModel
 from alignment.models.parallel import World, on_every_worker
 from alignment.rewards import Rewards
 from alignment.rollout import Generator, Prompt, Rollout, Rollouts, Sampling
+from alignment.rollout.kept import from_tensors, num_groups, to_tensors
 from alignment.types import Completion, Group
 
 MAX_REFILLS = 4
@@ -42,6 +45,8 @@ class _Drawing:
     wait: Callable[[], Rollouts] | None
     """Only on the main worker."""
     started: float
+    drawn: list[Group] | None = None
+    """The groups with their completions, if these are known already: at a checkpoint, and after one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,8 @@ class Feed:
         stream ─► drawings: being drawn ─► ready: drawn and scored ─► steps
 
     Uninformative groups fall out on the way, and the ones after them move up. So a step that draws ahead is as large as
-    one that does not, and whatever a checkpoint's cursor has not passed is drawn again after it.
+    one that does not. Whatever a checkpoint's cursor has not passed is kept with it (`state`), and so is what the last
+    step of a run draws ahead: with more steps, it goes on as if it had had them from the beginning.
     """
 
     def __init__(
@@ -97,15 +103,15 @@ class Feed:
         self._ready: deque[_Scored] = deque()
         self._received_at = 0.0
 
-    def take(self, *, more: int) -> Step:
-        """The groups of the next step; starts those of the steps after it, of which there are `more`.
+    def take(self) -> Step:
+        """The groups of the next step; starts those of the steps after it.
 
         Raises:
             RolloutError: completions could not be drawn.
             RewardError: completions could not be judged.
         """
         size = self.config.groups_per_step
-        ahead = size * min(self.config.rollout.steps_ahead, more)
+        ahead = size * self.config.rollout.steps_ahead
         self._provide(size + ahead)
         spent, receipts = _Spent(), 0
         seen: list[_Scored] = []
@@ -139,9 +145,36 @@ class Feed:
     def forget(self) -> None:
         """Drops what was drawn ahead; the stream's cursor is the caller's business."""
         for drawing in self._drawings:
-            self._completed(drawing.groups, drawing.wait)
+            self._drawn(drawing)
         self._drawings.clear()
         self._ready.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """What was drawn ahead, for a checkpoint; waits for it. Called by every worker."""
+        self._drawings = deque(dataclasses.replace(drawing, drawn=self._drawn(drawing)) for drawing in self._drawings)
+        ready = [scored.group for scored in self._ready]
+        return to_tensors(ready, [drawing.drawn or [] for drawing in self._drawings])
+
+    def restore(self, tensors: dict[str, Tensor]) -> bool:
+        """Puts back what `state` has returned, with the prompts that come next in the stream. Called by every worker.
+
+        Returns:
+            False if those are other prompts than the ones that were answered: then they will be answered anew.
+        """
+        first = self.stream.position
+        prompts = self.stream.take(num_groups(tensors))
+        kept = from_tensors(tensors, prompts, self._completion)
+        if kept is None:
+            self.stream.position = first
+            return False
+        scored, drawings = kept
+        self._ready.extend(_Scored(group=g, position=first + n) for n, g in enumerate(scored, start=1))
+        first += len(scored)
+        for drawn in drawings:
+            now = time.perf_counter()
+            self._drawings.append(_Drawing(groups=drawn, first=first, wait=None, started=now, drawn=drawn))
+            first += len(drawn)
+        return True
 
     def _provide(self, count: int) -> None:
         """Starts drawings until so many groups are ready or on their way, at most a step's in each."""
@@ -161,7 +194,7 @@ class Feed:
     def _receive(self, spent: _Spent) -> None:
         """Waits for the oldest drawing, and has it scored."""
         drawing = self._drawings.popleft()
-        drawn = self._completed(drawing.groups, drawing.wait)
+        drawn = self._drawn(drawing)
         drawn_at = time.perf_counter()
         scored = self.rewards.score(drawn, world=self.world)
         for offset, group in enumerate(scored, start=1):
@@ -171,6 +204,9 @@ class Feed:
         self._received_at = time.perf_counter()
         spent.reward += self._received_at - drawn_at
         spent.tokens += sum(len(completion.tokens) for group in drawn for completion in group.completions)
+
+    def _drawn(self, drawing: _Drawing) -> list[Group]:
+        return self._completed(drawing.groups, drawing.wait) if drawing.drawn is None else drawing.drawn
 
     def _submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts] | None:
         if not self.world.is_main:

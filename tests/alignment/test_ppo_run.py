@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.algorithms import Algorithm
-from alignment.checkpoint import find_checkpoint
+from alignment.checkpoint import commit, find_checkpoint
 from alignment.config import algorithm_class
 from alignment.metrics import read_metrics
 from alignment.types import Completion, Group
@@ -80,13 +80,19 @@ KINDS = {
         "critic": {"trunk": "shared", "warmup_steps": 1},
     },
     "reinforce++": {"algorithm": {"name": "reinforce++"}, "model": {"lora": {"rank": 4}}},
+    "grpo, two steps ahead": {"rollout": {"steps_ahead": 2}},
+    "grpo, ahead and with refills": {
+        "algorithm": {"name": "grpo", "drop_equal_groups": True, "kl_target": 0.5, "kl_horizon": 100.0},
+        "rollout": {"steps_ahead": 1, "max_tokens": 1},
+    },
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_steps_and_four_more_are_eight_bit_for_bit(kind: str, sampling_run: Settings, tmp_path: Path) -> None:
     settings = {**sampling_run, **KINDS[kind], "evaluate": {"every": 2, "samples": 2}, "checkpoint": {"every": 4}}
-    settings["model"] = {**sampling_run["model"], **settings.get("model", {})}
+    for section in ("model", "rollout"):
+        settings[section] = {**sampling_run[section], **KINDS[kind].get(section, {})}
     whole = run(settings, steps=8)
     halves = {**settings, "output": str(tmp_path / "halves")}
     run(halves, steps=4)
@@ -259,6 +265,31 @@ def test_a_run_of_which_every_answer_is_masked_learns_nothing_and_stays_finite(
     assert all(math.isfinite(value) for value in line.values())
 
 
+def test_answers_that_were_drawn_ahead_of_a_changed_stream_are_drawn_anew(
+    sampling_run: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would stand behind prompts that they do not answer."""
+    settings = {**sampling_run, "rollout": {**sampling_run["rollout"], "steps_ahead": 1}}
+    settings["data"] = {**settings["data"], "streaming": True, "shuffle": False}
+    run(settings, steps=2)
+    rows = Path(settings["data"]["path"])
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
+    folder = run(settings, steps=3)
+    assert "the stream gives other prompts than those that were answered ahead" in capsys.readouterr().out
+    ledger = rows_of(folder / "ledger.jsonl")
+    assert ledger[-1]["versions"] == [2] and ledger[-1]["position"] == 12
+
+
+def test_a_checkpoint_without_answers_drawn_ahead_is_resumed_as_before(sampling_run: Settings) -> None:
+    settings = {**sampling_run, "rollout": {**sampling_run["rollout"], "steps_ahead": 1}}
+    folder = find_checkpoint(run(settings, steps=2))
+    for name in ("trainer/rollouts.safetensors", "manifest.json", "COMMITTED"):
+        (folder / name).unlink()
+    commit(folder)
+    ledger = rows_of(run(settings, steps=4) / "ledger.jsonl")
+    assert [row["versions"] for row in ledger] == [[0], [0], [2], [2]]
+
+
 def test_uninformative_groups_are_replaced_by_new_prompts(sampling_run: Settings) -> None:
     algorithm = {"name": "grpo", "drop_equal_groups": True}
     folder = run(sampling_run, algorithm=algorithm, rollout={**sampling_run["rollout"], "max_tokens": 1}, steps=3)
@@ -276,10 +307,13 @@ def test_uninformative_groups_are_replaced_while_drawing_ahead_too(sampling_run:
         "data": {**sampling_run["data"], "shuffle": False},
         "algorithm": {"name": "grpo", "drop_equal_groups": True},
         "rollout": {**sampling_run["rollout"], "max_tokens": 1, "steps_ahead": 1},
+        "evaluate": {"every": 3},
     }
     rows = [f"prompts.jsonl:{line}" for line in range(1, 17)] * 8
     run(settings, steps=3)
-    for folder in (run({**settings, "output": str(tmp_path / "whole")}, steps=6), run(settings, steps=6)):
+    whole, resumed = run({**settings, "output": str(tmp_path / "whole")}, steps=6), run(settings, steps=6)
+    assert_same_run(whole, resumed)
+    for folder in (whole, resumed):
         ledger = rows_of(folder / "ledger.jsonl")
         refills = [line["rollout/refills"] for line in read_metrics(folder) if line["step"]]
         assert sum(refills) > 0

@@ -20,6 +20,7 @@ from alignment.checkpoint import find_checkpoint
 from alignment.config import DataConfig, ModelConfig, RunConfig, algorithm_class
 from alignment.data.packing import pack
 from alignment.errors import DataError
+from alignment.identity import Identity
 from alignment.metrics import read_metrics
 from alignment.models.forward import scores
 from alignment.models.load import LanguageModel, load_model
@@ -227,8 +228,9 @@ def test_peft_reads_the_scores_that_we_do_from_an_adapter(reward_settings: Setti
     theirs.config.pad_token_id = base.config.pad_token_id = 0
 
     roles = Roles.build(config, World())
-    state = json.loads((folder / "trainer" / "state.json").read_text())
-    checkpoint.restore(config, roles, data=state["identity"]["data"], world=World())
+    kept = json.loads((folder / "trainer" / "state.json").read_text())
+    same = Identity(fixed=kept["identity"], adjustable=kept["adjustable"])
+    checkpoint.restore(config, roles, identity=same, world=World())
     roles.train(False)
     groups = random_groups(6)
     assert their_scores(theirs, rows_of(groups), 0) == pytest.approx(our_scores(roles.actor, groups), abs=1e-5)

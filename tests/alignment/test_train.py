@@ -14,7 +14,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
-from alignment.checkpoint import checkpoints_of, find_checkpoint, newest_intact
+from alignment.checkpoint import checkpoints_of, commit, find_checkpoint, newest_intact
 from alignment.config import RunConfig
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.metrics import FileReporter, read_metrics
@@ -30,6 +30,12 @@ def run(settings: Settings, **changed: Any) -> Path:
     config = RunConfig.model_validate({**settings, **changed})
     train(config, World(), FileReporter(config.folder))
     return config.folder
+
+
+def merged(settings: Settings, changed: Settings) -> Settings:
+    """Settings with some keys of their sections changed."""
+    both = {key: {**settings[key], **value} for key, value in changed.items() if isinstance(value, dict)}
+    return {**settings, **changed, **both}
 
 
 def measured(folder: Path) -> list[dict[str, float]]:
@@ -157,22 +163,57 @@ def test_two_processes_cannot_train_one_run(run_settings: Settings) -> None:
     ("changed", "field"),
     [
         ({"seed": 1}, "seed was 0 and is 1"),
-        ({"algorithm": {"name": "dpo", "beta": 0.2}}, "algorithm was"),
+        ({"algorithm": {"name": "dpo", "beta": 0.2}}, r"algorithm\.beta was 0\.1 and is 0\.2"),
+        ({"model": {"revision": "main"}}, "model.revision was None and is 'main'"),
+        ({"optim": {"name": "rmsprop"}}, "optim.name was 'adamw' and is 'rmsprop'"),
+        ({"data": {"shuffle": False}}, "data.shuffle was True and is False"),
         ({"groups_per_step": 8}, "groups_per_step was 4 and is 8"),
     ],
 )
 def test_a_run_does_not_go_on_as_another_one(run_settings: Settings, changed: Settings, field: str) -> None:
     run(run_settings)
     with pytest.raises(CheckpointError, match=field):
-        run(run_settings, **{**changed, "steps": 6})
+        run(merged(run_settings, changed), steps=6)
 
 
 def test_a_run_does_not_go_on_with_other_data(run_settings: Settings) -> None:
     run(run_settings)
     path = Path(run_settings["data"]["path"])
     path.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(30)))
-    with pytest.raises(CheckpointError, match="data was"):
+    with pytest.raises(CheckpointError, match=r"data was 20 groups \(.*\) and is 26 groups .* data\.take"):
         run(run_settings, steps=6)
+
+
+def test_what_may_change_on_a_resume_is_told_with_old_and_new_values(
+    run_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four steps of a linear schedule end at a rate of nearly 0; with eight, the rate goes up again."""
+    settings = merged(run_settings, {"optim": {"lr": 1e-3, "schedule": "linear"}})
+    run(settings)
+    capsys.readouterr()
+    run(merged(settings, {"optim": {"lr": 8e-4}}), steps=8)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "resuming" in line)
+    assert "resuming after step 4, with changed settings: steps 4 → 8, optim.lr 0.001 → 0.0008" in line
+    assert "was 0.00025 in step 4 and is 0.0004 in step 5 (linear over 8 steps)" in line
+    run(merged(settings, {"optim": {"lr": 8e-4, "micro_batch_tokens": 64}}), steps=9)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "resuming" in line)
+    assert "steps 8 → 9" in line and "micro_batch" not in line, "what does not change results is not told"
+
+
+def test_a_checkpoint_without_the_settings_that_may_change_is_resumed_all_the_same(
+    run_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those that were written before these were kept, and before `optim.name` was compared."""
+    folder = find_checkpoint(run(run_settings))
+    state = json.loads((folder / "trainer" / "state.json").read_text())
+    del state["adjustable"], state["identity"]["optim"], state["identity"]["algorithm"]["beta"]
+    (folder / "trainer" / "state.json").write_text(json.dumps(state))
+    for mark in ("manifest.json", "COMMITTED"):
+        (folder / mark).unlink()
+    commit(folder)
+    capsys.readouterr()
+    run(merged(run_settings, {"optim": {"lr": 5e-4}}), steps=6)
+    assert "resuming after step 4\n" in capsys.readouterr().out
 
 
 def test_a_run_is_not_shortened(run_settings: Settings) -> None:

@@ -292,7 +292,7 @@ def one_step(number: int, config: RunConfig, roles: Roles, feed: Feed, generator
 
     assert config.steps is not None
     begin = time.perf_counter()
-    taken = feed.take(more=config.steps - number)
+    taken = feed.take()
     drawn = time.perf_counter()
     pace = Pace(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
     learn(roles, roles.algorithm, taken.groups, config.optim, World(), pace)
