@@ -27,6 +27,9 @@ Arguments = Mapping[str, Any]
 UNSUPPORTED = frozenset({"language:response_language"})
 CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 ENGLISH_SHARE = 0.9
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)")
+LONGEST_WORD = 50
+"""Characters within which the word before a sentence's end is looked for."""
 ABBREVIATIONS = frozenset(
     word
     for line in ("mr mrs ms dr prof st sr jr vs etc e.g i.e cf no fig inc ltd co dept approx p.s p.p.s",)
@@ -106,8 +109,8 @@ def sentences(text: str) -> list[str]:
     """Sentences: they end with . ! ? or …, perhaps in quotes or brackets, before white space or the end of the text."""
     parts: list[str] = []
     begin = 0
-    for match in re.finditer(r"[.!?…]+[\"'”’)\]]*(?=\s|$)", text):
-        before = text[begin : match.start()].split()
+    for match in SENTENCE_END.finditer(text):
+        before = text[max(begin, match.start() - LONGEST_WORD) : match.start()].split()
         word = before[-1].lstrip("(\"'“‘[") if before else ""
         shortened = word.lower() in ABBREVIATIONS or re.fullmatch(r"[B-HJ-Z]", word)  # the initial of a name
         if match.group() != "." or not shortened:
@@ -151,7 +154,15 @@ def _nth_paragraph_first_word(text: str, given: Arguments) -> bool:
 
 
 def _placeholders(text: str, given: Arguments) -> bool:
-    return len(re.findall(r"\[[^\n\]]*\]", text)) >= int(given["num_placeholders"])
+    return sum(map(_brackets, text.split("\n"))) >= int(given["num_placeholders"])
+
+
+def _brackets(line: str) -> int:
+    """Number of `[…]` in a line. Not by a regular expression, which looks for an end behind every `[`."""
+    count, place = 0, -1
+    while (begin := line.find("[", place + 1)) >= 0 and (place := line.find("]", begin)) >= 0:
+        count += 1
+    return count
 
 
 def _postscript(text: str, given: Arguments) -> bool:
@@ -161,7 +172,7 @@ def _postscript(text: str, given: Arguments) -> bool:
 
 
 def _bullets(text: str, given: Arguments) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*\n]|-)", text, re.MULTILINE)) == int(given["num_bullets"])
+    return len(re.findall(r"^[^\S\n]*+(?:\*[^*\n]|-)", text, re.MULTILINE)) == int(given["num_bullets"])
 
 
 def _highlights(text: str, given: Arguments) -> bool:
@@ -186,7 +197,11 @@ def _json(text: str, _: Arguments) -> bool:
 
 
 def _title(text: str, _: Arguments) -> bool:
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    for line in text.split("\n"):
+        begin, end = line.find("<<"), line.rfind(">>")
+        if 0 <= begin < end - 2 and line[begin : end + 2].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 def _two_responses(text: str, _: Arguments) -> bool:

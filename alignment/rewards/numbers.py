@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
@@ -12,33 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignment.config import NonNegative
 from alignment.errors import RewardError
 from alignment.rewards import Reward
+from alignment.rewards.quantities import Reading, first_number, formula, has_words, last_number, only_number
 from alignment.rewards.rules import Rule, kept_column
 
 if TYPE_CHECKING:
     from alignment.types import Completion, Group
 
-MAX_DIGITS = 50
-"""Longer ones are no answer; a completion could otherwise name a number that takes hours to write out."""
-DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?![\d,]*\d)|\d{{1,{MAX_DIGITS}}}(?!\d))"
-NUMBER = re.compile(
-    rf"""(?<![\w.])                          # not inside a word or a longer number
-    (?:(?<![)\]}}%])(?P<sign>[-+−]))?  # a sign: neither a minus between two terms nor a bullet
-    (?:(?P<whole>{DIGITS})[ ]+(?=\d+/\d))?   # the 1 of 1 1/2
-    (?P<number>(?:{DIGITS})?\.\d{{1,{MAX_DIGITS}}}|{DIGITS})
-    (?:[eE](?P<exponent>[-+]?\d{{1,2}})(?!\w))?
-    (?:[ ]?/[ ]?(?P<divisor>{DIGITS})(?![\d.]))?
-    (?P<percent>[ ]?%)?""",
-    re.VERBOSE,
-)
-FRACTION = re.compile(r"(?P<whole>\d?)\\[dt]?frac\s*\{\s*(?P<sign>-?)\s*(?P<top>\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}")
+BOX = re.compile(r"\\(?:boxed|fbox) ?(?=\{|\d)")
 
 
 class ExactNumber(Rule):
     """1 for an answer whose number equals the row's, else 0.
 
     The answer's number stands after the last `####`, in the last `\\boxed{}`, or is the last of the text; the row's
-    column is read in the same way, so that GSM8K's whole solutions serve. Commas, signs, currencies, decimals,
-    fractions and percent signs are understood: 1,500.00 = 1500, 3/4 = 0.75, and 20 % equals both 20 and 0.2.
+    column is read in the same way, so that GSM8K's whole solutions serve. Commas, signs, currencies, units, decimals,
+    fractions, powers of ten and percent signs are understood: 1,500.00 = 1500, 3/4 = 0.75, and 20 % equals both 20 and
+    0.2. What is more than a number (4√2, 3x+2, a pair, a time of day) equals only the same text in the column; the rule
+    `math` knows what such things are worth.
     """
 
     name: Literal["exact_number"] = "exact_number"
@@ -63,16 +54,20 @@ class ExactNumber(Rule):
         if value is None:
             return None
         right = self._right(value)
-        return float(equal(number_in(completion.text, marked=self.marked), right, tolerance=self.tolerance))
+        answer = reading(completion.text, marked=self.marked)
+        is_right = equal(answer.values, right.values, tolerance=self.tolerance) or (
+            answer.formula != "" and answer.formula == right.formula
+        )
+        return float(is_right)
 
-    def _right(self, value: Any) -> frozenset[Fraction]:
+    def _right(self, value: Any) -> Reading:
         if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
             raise RewardError(
                 f"column {self.column!r} holds no number but a {type(value).__name__}: {value!r:.50}. A part of a "
                 f"mapping is kept by its dotted name, as {self.column}.NAME"
             )
-        right = number_in(str(value))
-        if not right:
+        right = right_reading(str(value))
+        if not (right.values or right.formula):
             raise RewardError(f"column {self.column!r} holds no number: {value!r:.50}")
         return right
 
@@ -83,18 +78,30 @@ def number_in(text: str, *, marked: bool = False) -> frozenset[Fraction]:
     Args:
         marked: read only what stands after `####` or in `\\boxed{}`.
     """
-    text = _plain(text)
-    answer = _marked(text)
-    if answer is not None:
-        readings = all_numbers(answer.rpartition("=")[2]) or all_numbers(answer)
-        return readings[0] if readings else frozenset()
-    readings = [] if marked else all_numbers(text)
-    return readings[-1] if readings else frozenset()
+    return reading(text, marked=marked).values
 
 
-def all_numbers(text: str) -> list[frozenset[Fraction]]:
-    """Every number in a text, in order, each as its readings."""
-    return [readings for match in NUMBER.finditer(text) if (readings := _readings(match))]
+def reading(text: str, *, marked: bool = False) -> Reading:
+    """What a text gives as its answer.
+
+    Args:
+        marked: read only what stands after `####` or in `\\boxed{}`.
+    """
+    mark = _mark(text)
+    if mark is not None:
+        values = only_number(mark.text) or (frozenset() if mark.is_boxed else first_number(mark.text))
+        return Reading(values=values) if values else Reading(formula=formula(mark.text))
+    return Reading() if marked else last_number(text)
+
+
+def right_reading(text: str) -> Reading:
+    """What a column gives as the right answer: read as a marked answer is, or, if it has words, as a text is."""
+    if _mark(text) is not None:
+        return reading(text)
+    values = only_number(text)
+    if not values and has_words(text):
+        return reading(text)
+    return Reading(values=values) if values else Reading(formula=formula(text))
 
 
 def equal(answer: frozenset[Fraction], right: frozenset[Fraction], *, tolerance: float = 0.0) -> bool:
@@ -102,48 +109,31 @@ def equal(answer: frozenset[Fraction], right: frozenset[Fraction], *, tolerance:
     return any(abs(one - other) <= Fraction(tolerance) * abs(other) for one in answer for other in right)
 
 
-def _plain(text: str) -> str:
-    """The text without currency signs, and with LaTeX's fractions and thin spaces as people type them."""
-    text = FRACTION.sub(_slashed, text)
-    text = re.sub(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})", ",", text)
-    return re.sub(r"\\?[$€£¥]|\\(?=%)|\*\*|__", "", text)
+@dataclass(frozen=True, kw_only=True)
+class _Mark:
+    """What stands after the last `####`, or in the last `\\boxed{}`."""
+
+    text: str
+    is_boxed: bool
 
 
-def _slashed(fraction: re.Match[str]) -> str:
-    before = f"{fraction['whole']} " if fraction["whole"] else fraction["sign"]
-    return f"{before}{fraction['top']}/{fraction['bottom']}"
-
-
-def _marked(text: str) -> str | None:
-    """What stands after the last `####`, or in the last `\\boxed{}`; None without either."""
-    boxed, hashes = text.rfind("\\boxed{"), text.rfind("####")
+def _mark(text: str) -> _Mark | None:
+    hashes = text.rfind("####")
     line = text[hashes + 4 :].strip().partition("\n")[0]
+    boxed = max((match.end() for match in BOX.finditer(text)), default=-1)
     if hashes > boxed and re.search(r"\d", line):  # else it is a heading of Markdown
-        return line
-    return _balanced(text[boxed + len("\\boxed{") :]) if boxed >= 0 else None
+        return _Mark(text=line, is_boxed=False)
+    if boxed < 0:
+        return None
+    inner = _balanced(text[boxed + 1 :]) if text[boxed] == "{" else text[boxed]
+    return _Mark(text=inner, is_boxed=True)
 
 
 def _balanced(text: str) -> str:
     """The text up to the brace that closes it."""
     depth = 1
-    for index, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for brace in re.finditer(r"[{}]", text):
+        depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return text[:index]
+            return text[: brace.start()]
     return text
-
-
-def _readings(match: re.Match[str]) -> frozenset[Fraction]:
-    value = Fraction(match["number"].replace(",", ""))
-    if match["exponent"]:
-        value *= Fraction(10) ** int(match["exponent"])
-    if match["divisor"]:
-        divisor = int(match["divisor"].replace(",", ""))
-        if divisor == 0:
-            return frozenset()
-        value /= divisor
-    if match["whole"]:
-        value += int(match["whole"].replace(",", ""))
-    if match["sign"] in ("-", "−"):
-        value = -value
-    return frozenset({value, value / 100} if match["percent"] else {value})

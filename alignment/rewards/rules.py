@@ -7,9 +7,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import regex
 from pydantic import field_validator, model_validator
 
-from alignment.config import Count, PositiveCount
+from alignment.config import Count, Positive, PositiveCount
 from alignment.errors import RewardError
 from alignment.rewards import BuildableScorer, Reward, Unreadable, UnreadableTexts
 
@@ -77,6 +78,9 @@ class Regex(Rule):
     """A pattern that the answer must, or must not, match."""
     pattern: str
     """Regular expression, as Python's `re` reads it; `(?i)` in front ignores case, `(?s)` lets a dot match newlines."""
+    timeout_s: Positive = 1.0
+    """Seconds after which a text counts as one that cannot be read: some patterns, as `(a+)+b`, take for ever on some
+    texts."""
     match: Literal["search", "full"] = "search"
     """`search`: anywhere in the text. `full`: the whole text."""
     forbid: bool = False
@@ -87,13 +91,20 @@ class Regex(Rule):
     def _compiles(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
-        except re.error as error:
+            regex.compile(pattern)
+        except (re.error, regex.error) as error:
             raise ValueError(f"is not a regular expression: {error}") from error
         return pattern
 
     def reward(self, completion: Completion, group: Group) -> float:
-        find = re.search if self.match == "search" else re.fullmatch
-        return float((find(self.pattern, completion.text) is None) == self.forbid)
+        find = regex.search if self.match == "search" else regex.fullmatch
+        try:  # the package regex, because `re` cannot be stopped
+            match = find(self.pattern, completion.text, timeout=self.timeout_s)
+        except TimeoutError:
+            raise Unreadable(
+                f"the pattern was not done with a text of {len(completion.text)} characters after {self.timeout_s:g} s"
+            ) from None
+        return float((match is None) == self.forbid)
 
 
 class Length(Rule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -477,6 +478,80 @@ def test_a_hand_written_answer_to_a_real_row_follows_all_of_it() -> None:
 )
 def test_sentences_end_where_a_reader_pauses(text: str, count: int) -> None:
     assert len(sentences(text)) == count
+
+
+HOSTILE = [
+    "[",
+    "[\n",
+    "<<",
+    "<",
+    "<<>",
+    "\n",
+    " \n",
+    "* ",
+    "*",
+    "**a",
+    "***",
+    "...",
+    "e.g. ",
+    ".'",
+    "a.",
+    "{",
+    "[[",
+    "```",
+    "p. ",
+]
+
+
+def test_no_text_makes_an_instruction_take_long() -> None:
+    instructions = {
+        "keywords:frequency": {"keyword": "aa", "relation": "at least", "frequency": 1},
+        "length_constraints:number_sentences": {"relation": "at least", "num_sentences": 3},
+        "length_constraints:number_paragraphs": {"num_paragraphs": 3},
+        "detectable_content:number_placeholders": {"num_placeholders": 3},
+        "detectable_content:postscript": {"postscript_marker": "P.P.S"},
+        "detectable_format:number_bullet_lists": {"num_bullets": 3},
+        "detectable_format:number_highlighted_sections": {"num_highlights": 3},
+        "detectable_format:multiple_sections": {"section_spliter": "S", "num_sections": 3},
+        "detectable_format:json_format": {},
+        "detectable_format:title": {},
+    }
+    for piece in HOSTILE:
+        text = (piece * 64_000)[:64_000] + "x"
+        for kind, arguments in instructions.items():
+            started = time.perf_counter()
+            followed(kind, text, **arguments)
+            assert time.perf_counter() - started < 1, (kind, piece)
+        for name in ("sentiment", "repetition"):
+            started = time.perf_counter()
+            reward(text, name=name)
+            assert time.perf_counter() - started < 1, (name, piece)
+
+
+def test_placeholders_bullets_and_titles_are_counted_as_the_benchmarks_patterns_count_them() -> None:
+    chance = random.Random(0)
+    for _ in range(3000):
+        text = "".join(chance.choice("[]<>*-. \na") for _ in range(chance.randrange(20)))
+        if not text.strip():
+            continue
+        placeholders = len(re.findall(r"\[[^\n\]]*\]", text))
+        bullets = len(re.findall(r"^\s*(?:\*[^*\n]|-)", text, re.MULTILINE))
+        titles = re.findall(r"<<[^\n]+>>", text)
+        assert followed("detectable_content:number_placeholders", text, num_placeholders=placeholders)
+        assert not followed("detectable_content:number_placeholders", text, num_placeholders=placeholders + 1)
+        assert followed("detectable_format:number_bullet_lists", text, num_bullets=bullets), text
+        is_titled = any(title.lstrip("<").rstrip(">").strip() for title in titles)
+        assert followed("detectable_format:title", text) == is_titled, text
+
+
+def test_a_pattern_that_takes_for_ever_is_stopped_and_the_text_counts_as_unreadable() -> None:
+    started = time.perf_counter()
+    settings = {"name": "regex", "pattern": "(a|aa)+$", "timeout_s": 0.1}
+    assert reward("a" * 60 + "b", **settings, on_unreadable=-1) == -1
+    assert reward("a" * 60, **settings) == 1
+    with pytest.raises(RewardError, match=r"the pattern was not done with a text of 61 characters after 0\.1 s"):
+        reward("a" * 60 + "b", **settings, on_unreadable="fail")
+    assert time.perf_counter() - started < 5
 
 
 def test_a_keyword_of_punctuation_is_found() -> None:
