@@ -90,8 +90,19 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; None is full fine-tuning."""
     chat_template: str | None = None
-    """Template for message lists: `chatml`, `zephyr`, a path to a Jinja file, or Jinja text. None uses the tokenizer's
-    own."""
+    """Template for message lists: `chatml`, `zephyr`, a path to a Jinja file, Jinja text, or the name of one of several
+    that the tokenizer has. None uses the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the template is told besides the messages, as `{enable_thinking: false}`. It is written into the template
+    as defaults, so that training, rollouts, evaluation, the saved model and its endpoint all have the same."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _names_of_variables(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for name in kwargs:
+            if not name.isidentifier() or name in ("messages", "tools", "documents", "add_generation_prompt"):
+                raise ValueError(f"{name!r} cannot be told to a chat template")
+        return kwargs
 
 
 class AlgorithmConfig(Section):
@@ -212,6 +223,10 @@ class DataConfig(SourceConfig):
     """Which part of a long prompt survives."""
     max_characters: PositiveCount | None = None
     """Leave out rows with prompt + completion longer than this many characters, for any completion. None keeps all."""
+    control_tokens: Literal["auto", "text", "control"] = "auto"
+    """What the tokenizer's control tokens (`<|im_end|>`) are where they stand in the data's own texts. `text`: ordinary
+    characters, so that no text ends its own turn. `control`: what they are in a template. `auto`: text in messages,
+    whose control tokens the chat template writes; control in plain text, which has nobody else to write them."""
     train_on_prompt: bool = False
     """Learn the prompt's tokens too (plain language modelling); only for groups with one completion."""
     on_bad_row: Literal["fail", "skip"] = "fail"

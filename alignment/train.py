@@ -25,6 +25,7 @@ from alignment.algorithms import Algorithm
 from alignment.checkpoint import Progress, Restored
 from alignment.config import OptimConfig, RunConfig
 from alignment.data.agreement import check_data, check_step
+from alignment.data.chat import run_date
 from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, load_data
 from alignment.data.vocabulary import BoundedGroupTokenizer
@@ -35,7 +36,7 @@ from alignment.guards import Guards
 from alignment.identity import identify, notes
 from alignment.journal import Journal
 from alignment.metrics import Reporter
-from alignment.models.parallel import World, together
+from alignment.models.parallel import World, on_every_worker, together
 from alignment.models.roles import Roles
 from alignment.reference import precompute
 from alignment.rewards import Rewards
@@ -283,10 +284,13 @@ class _Run:
                 "the others are bad ones"
             )
         data = keep_live_rows(config.data, config.folder, self.world, self.reporter.note)
+        date = on_every_worker((lambda: run_date(config.folder)) if self.world.is_main else None, self.world)
         reader = GroupReader(
             data,
             self.algorithm,
-            BoundedGroupTokenizer(model.tokenizer, data, model.end_tokens, num_embeddings=model.num_embeddings),
+            BoundedGroupTokenizer(
+                model.tokenizer, data, model.end_tokens, date=date, num_embeddings=model.num_embeddings
+            ),
             bad_rows if self.world.is_main else None,
         )
         return together(lambda: load_data(reader, seed=config.seed, progress=self.world.is_main), self.world)

@@ -92,9 +92,15 @@ class Group:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Indices (better, worse) of every two completions with different rewards."""
-        rated = [(index, c.reward) for index, c in enumerate(self.completions) if c.reward is not None]
-        return [(i, j) for i, better in rated for j, worse in rated if better > worse]
+        """Indices (better, worse) of every two completions with different rewards, and different tokens once they
+        have some: within the window, two answers may be the same."""
+        rated = [(index, c.reward, c.tokens) for index, c in enumerate(self.completions) if c.reward is not None]
+        return [
+            (i, j)
+            for i, better, tokens in rated
+            for j, worse, others in rated
+            if better > worse and (tokens != others or not tokens)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

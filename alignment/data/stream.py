@@ -56,7 +56,10 @@ class GroupReader:
                 if self._too_many_characters(group):
                     self.num_long += 1
                     continue
-                yield self.tokenizer(group)
+                examples = self.tokenizer.examples(group)
+                if group.pairs and not any(example.pairs for example in examples):
+                    raise NoPreference("the answers are the same as far as data.max_length shows them")
+                yield from examples
             except NoPreference:
                 self.num_undecided += 1
             except DataError as error:
@@ -79,7 +82,8 @@ class GroupReader:
             text += f", {self.num_undecided} that prefer no answer left out"
         if self.num_bad:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
-        return text
+        notes = self.tokenizer.summary()
+        return f"{text}; {notes}" if notes else text
 
     def _too_many_characters(self, group: Group) -> bool:
         limit = self.data.max_characters
@@ -256,8 +260,10 @@ def hold_out(
         DataError: nothing would be left to train on.
     """
     by_prompt: dict[object, list[int]] = {}
+    begins: dict[str, object] = {}  # a conversation of several examples, of one id, is not torn apart
     for index, group in enumerate(groups):
-        by_prompt.setdefault(group.prompt if by == "prompt" else _first_turn(group), []).append(index)
+        prompt = begins.setdefault(group.id, group.prompt if by == "prompt" else _first_turn(group))
+        by_prompt.setdefault(prompt, []).append(index)
     prompts = list(by_prompt)
     random.Random(seed).shuffle(prompts)
     chosen: set[int] = set()

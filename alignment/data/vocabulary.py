@@ -17,13 +17,18 @@ class BoundedGroupTokenizer(GroupTokenizer):
         super().__init__(*arguments, **options)
         self.num_embeddings = num_embeddings
 
-    def __call__(self, group: Group) -> Group:
+    def examples(self, group: Group) -> list[Group]:
         """As GroupTokenizer.
 
         Raises:
             DataError: also for a token that the model has no embedding for.
         """
-        group = super().__call__(group)
+        examples = super().examples(group)
+        for example in examples:
+            self._check_embeddings(example)
+        return examples
+
+    def _check_embeddings(self, group: Group) -> None:
         texts = (group.prompt_tokens, *(completion.tokens for completion in group.completions))
         largest = max((max(tokens) for tokens in texts if tokens), default=0)
         if largest >= self.num_embeddings:
@@ -33,4 +38,3 @@ class BoundedGroupTokenizer(GroupTokenizer):
                 f"tokenizer has ids up to {len(self.tokenizer) - 1}. Resize the embeddings and save both, "
                 "or take the tokenizer that the model was trained with"
             )
-        return group

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,8 +25,8 @@ from transformers import (
 
 from alignment.checkpoint import checkpoint_or_path
 from alignment.config import DataConfig, LoraConfig, ModelConfig, NumberFormat
-from alignment.data.chat import chat_template
-from alignment.errors import ModelError
+from alignment.data.chat import chat_template, with_kwargs
+from alignment.errors import ConfigError, ModelError
 from alignment.models import attention
 from alignment.models.folders import is_adapter, model_source
 from alignment.models.lean import make_lean
@@ -82,10 +83,11 @@ class LanguageModel:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, with the configured chat template and an end token.
+    """The model's tokenizer, with an end token, and the configured chat template and what this is told.
 
     Raises:
         ModelError: it cannot be loaded, or has no end token.
+        ConfigError: the configured template is none, or does not know what it is told.
     """
     source = model_source(config.path)
     try:
@@ -94,10 +96,36 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         raise ModelError(f"model.path {config.path!r}: no tokenizer can be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path {config.path!r}: the tokenizer has no end token, so no answer could ever end")
-    template = chat_template(config.chat_template)
+    own = tokenizer.chat_template
+    template = chat_template(config.chat_template, own if isinstance(own, dict) else None)
     if template is not None:
         tokenizer.chat_template = template
+        _check_syntax(tokenizer)
+    if config.chat_template_kwargs:
+        own = tokenizer.chat_template
+        if own is None:
+            raise ConfigError("model.chat_template_kwargs: the tokenizer has no chat template to be told anything")
+        # Whoever loads the saved tokenizer has them too: they become a part of the template.
+        tokenizer.chat_template = (
+            {name: with_kwargs(text, config.chat_template_kwargs) for name, text in own.items()}
+            if isinstance(own, dict)
+            else with_kwargs(own, config.chat_template_kwargs)
+        )
     return tokenizer
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuses a template that no messages could ever be rendered by; what it refuses otherwise is seen with the rows.
+
+    Raises:
+        ConfigError: with the line.
+    """
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"model.chat_template: line {error.lineno} is not Jinja: {error.message}") from error
+    except Exception as error:
+        logger.debug("model.chat_template does not render a lone question: %s", error)
 
 
 def load_model(
