@@ -27,6 +27,7 @@ READY_MADE = {
     "regex": "alignment.rewards.rules:Regex",
     "length": "alignment.rewards.rules:Length",
     "exact_number": "alignment.rewards.numbers:ExactNumber",
+    "math": "alignment.rewards.mathematics:Math",
     "keywords": "alignment.rewards.rules:Keywords",
     "repetition": "alignment.rewards.rules:Repetition",
     "sentiment": "alignment.rewards.sentiment:Sentiment",

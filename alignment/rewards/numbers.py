@@ -117,6 +117,12 @@ class _Mark:
     is_boxed: bool
 
 
+def marked_text(text: str) -> str | None:
+    """What stands after the last `####`, or in the last `\\boxed{}`; None without either."""
+    mark = _mark(text)
+    return mark.text if mark else None
+
+
 def _mark(text: str) -> _Mark | None:
     hashes = text.rfind("####")
     line = text[hashes + 4 :].strip().partition("\n")[0]
