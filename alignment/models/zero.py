@@ -216,6 +216,10 @@ def _engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torc
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     settings = _settings(module, optim, world)
     _in_one_dtype(module, next(module.parameters()).dtype)
+    if world.device.type == "cpu":
+        # DeepSpeed would compile a sum over workers that only its tensor-parallel inference uses, for 40 s, under a
+        # lock that is a file. The file of a build that was killed stays, and every later run would wait for ever.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what belongs into a log
         deepspeed.init_distributed(dist_init_required=False)
         if optim.zero.stage == 3:

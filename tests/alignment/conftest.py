@@ -1,10 +1,10 @@
-"""What tests of reading share: a reader of rows for any algorithm."""
+"""What tests share: a reader of rows for any algorithm, and two workers of one process group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,7 +15,31 @@ from alignment.data.stream import Data, GroupReader, load_data
 from alignment.types import Group
 from tests.conftest import make_tokenizer
 
+if TYPE_CHECKING:
+    from tests.alignment.test_zero import Workers
+
 WriteRows = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def extensions_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where torch compiles extensions, as a worker leaves it that was killed while it compiled DeepSpeed's operator."""
+    folder = tmp_path_factory.mktemp("extensions")
+    (folder / "deepspeed_shm_comm").mkdir()
+    (folder / "deepspeed_shm_comm" / "lock").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workers(extensions_folder: Path) -> Iterator[Workers]:
+    """Two processes with a gloo group between them."""
+    from tests.alignment.test_zero import Workers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_folder))
+        started = Workers()
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -96,13 +96,6 @@ def serve(rank: int, port: int, pipe: Connection) -> None:
             pipe.send(answer if rank == 0 else None)
         except BaseException:
             pipe.send(Trouble(traceback.format_exc()))
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
 
 
 @pytest.fixture(scope="module")
