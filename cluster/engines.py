@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.config import RunConfig
 from alignment.errors import AlignmentError, RolloutError
 from alignment.models.parallel import World
-from alignment.rollout import Prompt, Rollout, Sampling
+from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EngineLost, Pool
 from alignment.rollout.vllm import Engine, EngineSettings
 from alignment.rollout.weights import Outbox, Update, local_places
@@ -93,11 +93,39 @@ def attach(found: Engines, config: RunConfig, world: World) -> Pool:
         RolloutError: an engine does not start.
     """
     seats = [RaySeat(actor) for actor in found.actors()] if world.is_main else []
-    outbox = Outbox(found.name, _places(seats, config))
+    outbox = NearestOutbox(found.name, seats, config.folder.resolve())
     adapter = config.model.lora is not None
     pool = Pool(seats, outbox, adapter=adapter, timeout_s=config.rollout.timeout_s, main=world.is_main)
     pool.begin()
     return pool
+
+
+class NearestOutbox(Outbox):
+    """Leaves weights in shared memory while every engine is on this machine, else in the run's folder.
+
+    Asked anew at each sync: an engine that was lost may come back on another machine.
+    """
+
+    def __init__(self, name: str, seats: list[RaySeat], folder: Path) -> None:
+        super().__init__(name, (*local_places(), folder))
+        self.seats = seats
+        self.folder = folder
+
+    def put(self, weights: Weights, *, adapter: bool) -> Update:
+        self.clear()  # also where the last update is
+        here = _node()
+        self.places = local_places() if all(seat.node == here for seat in self.seats) else (self.folder,)
+        return super().put(weights, adapter=adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Life:
+    """One life of an engine's actor."""
+
+    name: str
+    """Unlike any other life's."""
+    node: str
+    """Id of the node that it runs on."""
 
 
 class EngineActor:
@@ -105,18 +133,16 @@ class EngineActor:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.engine = Engine(settings)
-        self.life = secrets.token_hex(8)
+        self.life = Life(name=secrets.token_hex(8), node=_node())
         self._starting = asyncio.Lock()
         self._started = False
 
     async def place(self) -> str:
         """The id of the node that it runs on."""
-        import ray
+        return self.life.node
 
-        return str(ray.get_runtime_context().get_node_id())
-
-    async def begin(self) -> str:
-        """Starts the engine, or makes one that has started idle and stale. Returns the name of this actor's life."""
+    async def begin(self) -> Life:
+        """Starts the engine, or makes one that has started idle and stale. Returns this actor's life."""
         async with self._starting:
             if self._started:
                 await self.engine.reset()
@@ -143,13 +169,15 @@ class RaySeat:
 
     def __init__(self, actor: ActorHandle) -> None:
         self.actor = actor
-        self.life = ""
+        self.life: Life | None = None
+
+    @property
+    def node(self) -> str | None:
+        """Id of the node that its engine ran on last; None before it began."""
+        return None if self.life is None else self.life.node
 
     async def begin(self) -> None:
-        try:
-            self.life = await self._call("begin")
-        except EngineLost:
-            await self.restart()
+        self.life = await self._call("begin")
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         rollouts: list[Rollout] = await self._call("generate", prompt, sampling)
@@ -217,10 +245,8 @@ def _end(actors: list[ActorHandle]) -> None:
         ray.kill(actor)
 
 
-def _places(seats: list[RaySeat], config: RunConfig) -> tuple[Path, ...]:
-    """Where weights are left: in shared memory if every engine is on this machine, else in the run's folder."""
+def _node() -> str:
+    """Id of the node that this process runs on."""
     import ray
 
-    here = ray.get_runtime_context().get_node_id()
-    nodes = ray.get([seat.actor.place.remote() for seat in seats], timeout=config.rollout.timeout_s)
-    return local_places() if all(node == here for node in nodes) else (config.folder.resolve(),)
+    return str(ray.get_runtime_context().get_node_id())

@@ -14,8 +14,6 @@ ROUNDING = 1e-6
 """Of an amount: Ray counts in ten-thousandths, and 0.1 + 0.2 is more than 0.3."""
 UNTIMED_WORK_S = 2 * 3600
 """Seconds allowed for what has no time limit of its own: one worker's reading, loading, scoring or saving."""
-SYNC_WAITS = 5
-"""Most times `rollout.timeout_s` that the main worker spends in one sync while the others wait, with one to spare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +98,12 @@ def most_workers(wanted: Plan, nodes: Sequence[Resources]) -> int | None:
 def collective_timeout_s(config: ClusterRunConfig) -> int:
     """Seconds after which a worker that waits for the others in a collective gives up: longer than any wait of ours.
 
-    A sync waits for what is being drawn, for engines that are being restarted, and twice for the weights to be loaded.
-    For the rest, loading, evaluating and saving a large model, hours are allowed: a worker that has failed or died
-    is noticed at once by other means, so only one that hangs is noticed by this.
+    Of these, only waits for engines have a limit. For the rest, loading, evaluating and saving a large model, hours are
+    allowed: a worker that has failed or died is noticed at once by other means, so only one that hangs is by this.
     """
-    return UNTIMED_WORK_S + round(SYNC_WAITS * config.rollout.timeout_s)
+    from alignment.rollout.pool import longest_wait_s
+
+    return UNTIMED_WORK_S + round(longest_wait_s(config.rollout.timeout_s))
 
 
 def check_machine(config: ClusterRunConfig, *, gpus: int) -> str:

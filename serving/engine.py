@@ -252,18 +252,23 @@ class WholeWeights:
 
     async def load(self, number: int) -> None:
         """As the port says. Nothing may be in progress."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from alignment.rollout.vllm import wait_while_alive
 
         self._registry.verify(number)
         files = sorted(str(file) for file in self._registry.folder_of(number).glob("*.safetensors"))
         try:
-            await self._client.pause_generation(mode="wait", clear_cache=True)
-            await self._client.start_weight_update()
-            await self._client.update_weights(WeightTransferUpdateRequest(update_info={"files": files}))
-            await self._client.finish_weight_update(str(number))
-            await self._client.resume_generation()
+            await wait_while_alive(self._client, self._replace(files, number))
         except Exception as error:  # of any kind: vLLM passes on what happened in its process
             raise HalfLoaded(f"version {number} got stuck half-way into the engine: {error}") from error
+
+    async def _replace(self, files: list[str], number: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._client.pause_generation(mode="wait", clear_cache=True)
+        await self._client.start_weight_update()
+        await self._client.update_weights(WeightTransferUpdateRequest(update_info={"files": files}))
+        await self._client.finish_weight_update(str(number))
+        await self._client.resume_generation()
 
     async def unload(self, number: int) -> None:
         """Nothing to do: the next weights took its place."""
@@ -318,12 +323,15 @@ def _engine_class(settings: EngineSettings) -> type[VLLMEngine]:
 
 def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`."""
+    from alignment.rollout.weights import WORKER
+
     config, cpu = settings.config, settings.device == "cpu"
     arguments: dict[str, Any] = {
         "dtype": _dtype(config.dtype, settings.device),
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": _is_eager(config, cpu=cpu),
         "tensor_parallel_size": config.tensor_parallel_size,
+        "worker_extension_cls": WORKER,
     }
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import CheckpointError, ServingError
+from alignment.models.adapter_kinds import LORA_RANKS, obstacles, rank_of
 from alignment.models.folders import base_of, is_adapter, model_source
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways to begin an adapter that leave the base model's weights alone."""
 ADAPTER_FILE = "adapter_model.safetensors"
 WHOLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LORA = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
@@ -92,12 +90,16 @@ def adapter_of(folder: Path, name: str) -> Adapter:
     """
     settings = _json(folder / "adapter_config.json")
     try:
-        rank = max(settings.get("r", 0), *(settings.get("rank_pattern") or {}).values(), 1)
+        rank = rank_of(settings)
         targets = settings.get("target_modules") or ""
         names = None if isinstance(targets, str) else tuple(sorted(targets))
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}/adapter_config.json is damaged: {error}") from error
-    _check_kind(folder, settings, rank)
+    for obstacle in obstacles(settings):  # which vLLM would refuse half a minute later
+        raise ServingError(
+            f"The adapter {folder} cannot be served beside its base model, since {obstacle}; "
+            "merge it into the base model and serve the result"
+        )
     template = folder / "chat_template.jinja"
     return Adapter(
         name=name,
@@ -233,26 +235,6 @@ def _is_finite(stored: Stored) -> bool:
         if ((bits & exponent) == exponent).any():
             return False
     return True
-
-
-def _check_kind(folder: Path, settings: dict[str, Any], rank: int) -> None:
-    """Refuses what vLLM would refuse half a minute later."""
-    start = settings.get("init_lora_weights")
-    reasons = {
-        f"it is of the kind {settings.get('peft_type')}": settings.get("peft_type", "LORA") != "LORA",
-        f"its rank is {rank}, above {LORA_RANKS[-1]}": rank > LORA_RANKS[-1],
-        "it is a DoRA adapter": settings.get("use_dora", False),
-        "it has biases": settings.get("lora_bias") or settings.get("bias", "none") != "none",
-        f"it began as {start}, which changes the base model": isinstance(start, str) and start not in PLAIN_STARTS,
-        "it repeats layers": bool(settings.get("layer_replication")),
-        f"it replaces whole modules ({settings.get('modules_to_save')})": bool(settings.get("modules_to_save")),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ServingError(
-                f"The adapter {folder} cannot be served beside its base model, since {reason}; "
-                "merge it into the base model and serve the result"
-            )
 
 
 def _check_adapter(folder: Path, tensors: dict[str, Stored]) -> None:

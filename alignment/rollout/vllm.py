@@ -9,19 +9,22 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from alignment.checkpoint import checkpoint_or_path
 from alignment.config import LoraConfig, ModelConfig, RolloutConfig
 from alignment.errors import AlignmentError, ConfigError, RolloutError
+from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EngineLost, Pool
-from alignment.rollout.weights import FILES, Outbox, Update, local_places
+from alignment.rollout.weights import FILES, WORKER, Outbox, Update, local_places
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -30,9 +33,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 Device = Literal["cpu", "cuda"]
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 LOCAL = "raylign-local-"
 """What the names of weights for engines of the same process begin with; the process id follows."""
+DEATH_POLL_S = 0.5
+"""Seconds between two looks whether vLLM's process has died while a call to it goes on."""
 CPU_BLOCK_TOKENS = 32
 """Tokens of a block of the key-value cache on a CPU. Completions share whole blocks of their prompt; by itself vLLM
 takes 128, with which most prompts would share nothing."""
@@ -58,12 +62,10 @@ class EngineSettings:
         """The settings of a run's engines, which may start in another folder.
 
         Raises:
-            ConfigError: the adapter's rank is more than vLLM takes.
+            ConfigError: the adapter's rank is more than vLLM takes, or it goes on from a kind that vLLM does not take.
         """
-        if model.lora is not None and model.lora.rank > LORA_RANKS[-1]:
-            raise ConfigError(
-                f"model.lora.rank {model.lora.rank}: vLLM takes adapters of rank {LORA_RANKS[-1]} at most"
-            )
+        if model.lora is not None:
+            _check_adapter(model.lora)
         folder = Path(model.path).expanduser()
         if folder.is_dir():
             model = model.model_copy(update={"path": str(folder.resolve())})
@@ -106,7 +108,7 @@ class Engine:
             with _environment(self.settings):
                 self._llm = _start(self.settings)
             if self.settings.model.lora is None:
-                await self._prepare_transfer(self._llm)
+                await wait_while_alive(self._llm, self._prepare_transfer(self._llm))
         except AlignmentError:
             raise
         except Exception as error:  # of any kind: vLLM raises what its model code raises
@@ -145,11 +147,14 @@ class Engine:
             if self._half_loaded:
                 raise RolloutError("an earlier update got stuck half-way, so the engine has to be restarted")
             self._half_loaded = True
+            load = self._load_all if update.adapter is None else self._load_adapter
             try:
                 # Also forgets the cached prompts: they were computed by the old weights.
-                await llm.pause_generation(mode="wait", clear_cache=True)
-                await (self._load_all(llm, update) if update.adapter is None else self._load_adapter(llm, update))
-                await llm.resume_generation()
+                await wait_while_alive(llm, llm.pause_generation(mode="wait", clear_cache=True))
+                await wait_while_alive(llm, load(llm, update))
+                await wait_while_alive(llm, llm.resume_generation())
+            except EngineLost as error:
+                raise EngineLost(f"{error} while it loaded version {update.version} of the weights") from error
             except Exception as error:  # of any kind: vLLM passes on what happened in its process
                 raise RolloutError(f"version {update.version} could not be loaded: {error}") from error
             self._half_loaded = False
@@ -289,6 +294,27 @@ def seed_of(prompt: Prompt, k: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{prompt.seed}/{k}".encode(), digest_size=7).digest(), "big")
 
 
+async def wait_while_alive(llm: AsyncLLM, call: Coroutine[Any, Any, None]) -> None:
+    """Waits for a call to vLLM's process for as long as that lives.
+
+    When it dies, vLLM 0.32 fails the requests that are being answered, but nothing ends the futures of other calls
+    (`utility_results` of its client): whoever waits for one of those alone waits for ever.
+
+    Raises:
+        EngineLost: it has died.
+    """
+    running = asyncio.ensure_future(call)
+    running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it may fail of the same death
+    try:
+        while not running.done():
+            await asyncio.wait([running], timeout=DEATH_POLL_S)
+            if llm.errored:
+                raise EngineLost("the vLLM engine has died")
+        await running
+    finally:
+        running.cancel()
+
+
 def _parameters(prompt: Prompt, sampling: Sampling, k: int) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -365,6 +391,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "enforce_eager": cpu,
         "logprobs_mode": "processed_logprobs",  # of the distribution drawn from, temperature and all
         "generation_config": "vllm",  # nothing of the model's own: a run says all
+        "worker_extension_cls": WORKER,
     }
     if cpu:
         arguments |= {
@@ -398,6 +425,26 @@ def _adapter_arguments(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
         "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora.rank),
         "lora_target_modules": _target_modules(model, lora),
     }
+
+
+def _check_adapter(lora: LoraConfig) -> None:
+    """Refuses, before anything is started, what an engine would refuse when it gets the first weights."""
+    if lora.rank > LORA_RANKS[-1]:
+        raise ConfigError(f"model.lora.rank {lora.rank}: vLLM takes adapters of rank {LORA_RANKS[-1]} at most")
+    if lora.start is None:
+        return
+    file = Path(checkpoint_or_path(lora.start)).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return  # the trainer says so
+    try:
+        reasons = obstacles(json.loads(file.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.lora.start {lora.start!r}: {file} is damaged: {error}") from error
+    for reason in reasons:
+        raise ConfigError(
+            f"model.lora.start {lora.start!r} cannot be held by vLLM engines, since {reason}; as model.path it is "
+            "merged into its base"
+        )
 
 
 def _target_modules(model: ModelConfig, lora: LoraConfig) -> list[str]:

@@ -8,7 +8,6 @@ transports need CUDA; this one needs memory that both processes see, so it also 
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from alignment.errors import RolloutError
-from alignment.rollout import Weights, adapter_speed
+from alignment.rollout import Weights
 
 FILES = "raylign_files"
 """What vLLM knows our weight transfer by."""
+WORKER = "alignment.rollout.worker.EngineWorker"
+"""vLLM's `worker_extension_cls` of every engine of ours: where vLLM imports it, it knows `FILES`."""
 SHARD_BYTES = 64 << 20
 """Bytes of weights that are copied before they are written: the extra memory of a sync."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -96,16 +98,11 @@ class Outbox:
         from safetensors.torch import save_file
 
         files: list[str] = []
-        stream = weights.full()
-        try:
-            for shard in _shards(stream):
-                place = self._place_for(sum(tensor.nbytes for tensor in shard.values()))
-                file = self._folder(place, version=weights.version) / f"{len(files):05d}.safetensors"
-                save_file(shard, file)
-                files.append(str(file))
-        finally:
-            for _ in stream:  # after a failure too: the other workers gather every weight together with this one
-                pass
+        for shard in _shards(weights.full()):
+            place = self._place_for(sum(tensor.nbytes for tensor in shard.values()))
+            file = self._folder(place, version=weights.version) / f"{len(files):05d}.safetensors"
+            save_file(shard, file)
+            files.append(str(file))
         return Update(version=weights.version, adapter=None, files=tuple(files))
 
     def _place_for(self, size: int) -> Path:
@@ -116,6 +113,50 @@ class Outbox:
         folder = place / f"{self.name}-weights-{version}-{self.count}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+class GatherOnce:
+    """The main worker's `Weights`, gathered exactly once, whatever fails there: before it, meanwhile or after.
+
+    The other workers are in `join` all the while, whose collectives need this worker. If it gave up and went on to
+    another collective, both would wait for ever, or take one's data for the other's.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._rest: Iterator[tuple[str, Tensor]] | None = None
+        """What is still to be gathered; None is everything."""
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps done."""
+        return self._weights.version
+
+    def save_adapter(self, folder: Path) -> bool:
+        """As the port says."""
+        self._rest = iter(())  # everything is gathered before anything is written
+        is_adapter = self._weights.save_adapter(folder)
+        if not is_adapter:
+            self._rest = None
+        return is_adapter
+
+    def join(self) -> None:
+        """As the port says."""
+        self._rest = iter(())
+        self._weights.join()
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        """As the port says."""
+        self._rest = self._weights.full()
+        return self._rest
+
+    def complete(self) -> None:
+        """Takes part in what is left to gather."""
+        if self._rest is None:
+            self.join()
+        else:
+            for _ in self._rest:
+                pass
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -142,30 +183,48 @@ def read(files: list[str]) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def register() -> None:
-    """Makes `FILES` known to vLLM, which calls this in each of its processes (entry point `vllm.general_plugins`)."""
+def install() -> None:
+    """Makes a process of one of our engines what we need; `alignment.rollout.worker` calls it there, and only there."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    _end_with_parent()
+    from alignment.rollout import adapter_speed
+
+    _end_with_owner()
     # Linux kills a process that uses AMX without having asked for it. vLLM's attention does, unless a product of
     # matrices has asked before, which one of one or two tokens may not. Elsewhere this does nothing.
     torch.cpu._init_amx()
     adapter_speed.install()
-    with contextlib.suppress(ValueError):  # known already: vLLM may call it twice
-        WeightTransferEngineFactory.register_engine(FILES, _receiver())
+    WeightTransferEngineFactory.register_engine(FILES, _receiver())
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, killed even: an engine without a trainer is only heat."""
+def register() -> None:
+    """Does nothing. Where an older raylign was installed, vLLM calls this in each process, other people's too."""
+
+
+def _end_with_owner() -> None:
+    """Ends this process when the one that started the engine is gone, killed even: an engine alone is only heat."""
     parent = multiprocessing.parent_process()
-    if parent is None:
+    if parent is None or parent.pid is None:
         return
+    core, owner_of_core = parent.pid, _parent_of(parent.pid)
 
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, args=(parent.sentinel,), name="lifeline", daemon=True).start()
+    def watch_core() -> None:
+        while _parent_of(core) == owner_of_core:
+            time.sleep(1.0)
+        os.kill(core, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    if parent.name.startswith("EngineCore"):  # of an engine of several workers, it imports nothing of ours
+        threading.Thread(target=watch_core, name="lifeline of EngineCore", daemon=True).start()
+
+
+def _parent_of(process: int) -> int:
+    """Id of a process's parent: another one than before when that has ended. As Linux says it."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @dataclass
@@ -193,6 +252,7 @@ def _receiver() -> type[Any]:
 
         def start_weight_update(self) -> None:
             self.missing = {name for name, _ in self.model.named_parameters()} - _tied_names(self.model)
+            unpack_experts(self.model)
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: FilesInfo) -> None:
@@ -203,7 +263,7 @@ def _receiver() -> type[Any]:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
-            tie_again(self.model)
+            pack_again(self.model)
 
         def shutdown(self) -> None: ...
 
@@ -224,12 +284,40 @@ def _tied_heads(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in model.named_modules() if isinstance(part, ParallelLMHead)]
 
 
-def tie_again(model: torch.nn.Module) -> None:
-    """Gives output heads that are tied to the embedding its new weights.
+def pack_again(model: torch.nn.Module) -> None:
+    """Makes anew what vLLM 0.32 computes with on a CPU in place of the weights, and a layerwise reload leaves old.
 
-    On a CPU, vLLM 0.32 keeps a packed copy of a linear layer's weight, and a layerwise reload makes a new one only if a
-    weight comes by the layer's own name. None comes for a tied head: without this, it would stay the old one.
+    That is the output head that is tied to the embedding: the reload packs a layer whose weight comes by its own name,
+    and none comes for that. And it is experts: those are packed when they are loaded first, and never again.
     """
+    _tie_again(model)
+    for layer in _packed_experts(model):
+        layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def unpack_experts(model: torch.nn.Module) -> None:
+    """Gives experts room for weights as they come, in place of packed ones, which may have been padded."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in _packed_experts(model):
+        parameters, _ = get_layerwise_info(layer).restore_metadata
+        for name, shape in parameters.items():
+            layer.get_parameter(name).data = torch.empty_like(shape, device="cpu")
+
+
+def _packed_experts(model: torch.nn.Module) -> list[Any]:
+    """Layers of experts, where vLLM packs them."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, RoutedExperts)]
+    return [layer for layer in layers if isinstance(layer.quant_method, UnquantizedFusedMoEMethod)]
+
+
+def _tie_again(model: torch.nn.Module) -> None:
+    """Gives output heads that are tied to the embedding its new weights."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     for _, head in _tied_heads(model):

@@ -317,11 +317,12 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 
 folder, file, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=96,
-          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=movement.FILES))
+          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=movement.FILES),
+          worker_extension_cls=movement.WORKER)
 llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-tie, found = movement.tie_again, {}
+tie, found = movement.pack_again, {}
 for name, tied in (("without", lambda model: None), ("with", tie)):
-    movement.tie_again = tied
+    movement.pack_again = tied
     llm.start_weight_update()
     llm.update_weights(WeightTransferUpdateRequest(update_info={"files": [file]}))
     llm.finish_weight_update()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,14 @@ def actor_processes() -> list[psutil.Process]:
     return descendants("EngineActor")
 
 
+def wait_until_all_are_back(pool: Pool) -> None:
+    """Lost engines return beside syncs and rollouts."""
+    limit = time.monotonic() + TINY.timeout_s
+    while any(place.revival is not None for place in pool.places):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
 def draw(pool: Pool, **settings: Any) -> Rollouts:
     return pool.submit(PROMPTS, sampling(**settings))()
 
@@ -128,10 +137,26 @@ def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: Po
     drawn = wait()
     assert_right(pool, trainer, drawn)
     assert tokens_of(drawn) == tokens_of(expected)
-    pool.load(trainer.change())  # waits until the engine is back
+    pool.load(trainer.change())
+    assert_right(pool, trainer, draw(pool))
+    wait_until_all_are_back(pool)
     assert_right(pool, trainer, draw(pool))
     assert_engine_processes(2)
     assert killed not in engine_processes()
+
+
+def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(pool: Pool, trainer: Trainer) -> None:
+    dying = engine_processes()[0]
+    dying.suspend()
+    killer = threading.Timer(2.0, dying.kill)
+    killer.start()
+    started = time.monotonic()
+    pool.load(trainer.change())
+    assert time.monotonic() - started < 30
+    killer.join()
+    assert_right(pool, trainer, draw(pool))
+    wait_until_all_are_back(pool)
+    assert_right(pool, trainer, draw(pool))
 
 
 def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(pool: Pool, trainer: Trainer) -> None:

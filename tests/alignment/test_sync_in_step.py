@@ -1,0 +1,110 @@
+"""A sync that fails on the main worker, at ZeRO stage 3 with two real workers: all are told why, at once, in step."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment.config import ZeroConfig
+from alignment.errors import RolloutError
+from alignment.models.parallel import World, shard, together
+from alignment.models.roles import ActorWeights
+from alignment.rollout import Weights
+from alignment.rollout.pool import Pool
+from alignment.rollout.weights import Outbox, Update
+from tests.alignment.test_pool import PaperSeat
+from tests.alignment.test_zero import Task, Workers
+
+SECONDS = 30.0
+"""Within which a failure has to be told to everybody; a worker that waits for it in vain waits half an hour."""
+
+
+class UnreadySeat(PaperSeat):
+    """Takes no update."""
+
+    async def load(self, update: Update) -> None:
+        raise RolloutError("the engine has lost its files")
+
+
+class NoOutbox(Outbox):
+    """Fails before it looks at the weights."""
+
+    def put(self, weights: Weights, *, adapter: bool) -> Update:
+        raise RolloutError("there is no outbox")
+
+
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file can become larger, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str, float, float]]:
+    """Every worker's error, its seconds, and the sum of what all have afterwards: collectives go on."""
+    model = task.load()
+    trained = shard(model.module, task.optim, world)
+    weights = ActorWeights(actor=model, trained=trained, version=1)
+    seats: list[PaperSeat] = []
+    if world.is_main:
+        seats = [UnreadySeat() if failure == "after the gather" else PaperSeat()]
+    place = Path(folder) / "file" if failure == "no folder" else Path(folder)
+    outbox = (NoOutbox if failure == "before the gather" else Outbox)("run", (place,))
+    pool = Pool(seats, outbox, adapter=task.lora, timeout_s=60, main=world.is_main)
+    world.wait()
+    started, text = time.perf_counter(), ""
+    with small_disk(1000) if failure == "full disk" and world.is_main else contextlib.nullcontext():
+        try:
+            together(lambda: pool.load(weights), world)
+        except RolloutError as error:
+            text = str(error)
+    seconds = time.perf_counter() - started
+    pool.close()
+    total = float(world.sum(torch.tensor(float(world.rank + 1))))
+    assert all(weight.isfinite().all() for _, weight in trained.full())
+    return world.gather((text, seconds, total))
+
+
+FAILURES = {
+    "before the gather": "there is no outbox",
+    "no folder": "cannot be written: .*Not a directory",
+    "full disk": "cannot be written: .*File too large",
+    "after the gather": "the engine has lost its files",
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_every_worker_is_told_at_once_what_failed_on_the_main_one(
+    workers: Workers, tiny_model: Path, tmp_path: Path, failure: str, lora: bool
+) -> None:
+    (tmp_path / "file").touch()
+    task = Task(path=str(tiny_model), zero=ZeroConfig(stage=3), lora=lora)
+    results = workers.run(sync, task, failure, str(tmp_path))
+    assert len(results) == 2
+    for text, seconds, total in results:
+        with pytest.raises(RolloutError, match=FAILURES[failure]):
+            raise RolloutError(text)
+        assert seconds < SECONDS
+        assert total == 3.0, "the next collectives are in step"
+
+
+def test_the_lock_of_a_build_that_was_killed_stops_nobody(
+    workers: Workers, tiny_model: Path, tmp_path: Path, extensions_folder: Path
+) -> None:
+    """Nothing is compiled, so nobody waits for the lock."""
+    task = Task(path=str(tiny_model), zero=ZeroConfig(stage=3))
+    started = time.perf_counter()
+    assert len(workers.run(sync, task, "after the gather", str(tmp_path))) == 2
+    assert time.perf_counter() - started < 60
+    assert [path.name for path in extensions_folder.rglob("*")] == ["deepspeed_shm_comm", "lock"]
