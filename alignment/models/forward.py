@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from alignment.models.attention import blocks_of
-from alignment.models.load import LanguageModel
+from alignment.models.attention import packed_layout
+from alignment.models.language_model import LINEAR, LanguageModel, LogitTransform
 from alignment.types import Batch, Outputs
 
 LOGITS_AT_ONCE = 1 << 24
@@ -40,6 +39,7 @@ def outputs(
         batch.tokens[batch.learned],
         head.bias,
         temperature=temperature,
+        transform=model.logit_transform,
         entropies=entropies,
     )
     return Outputs(
@@ -64,42 +64,18 @@ def values(model: LanguageModel, batch: Batch) -> Tensor:
 
 def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
     """[T, H] last hidden states of the decoder over a packed batch."""
-    return model.network.get_decoder()(  # type: ignore[no-any-return]
-        input_ids=batch.tokens[None],
-        position_ids=batch.positions[None],
-        use_cache=False,
-        **_mask(model, batch),
-    ).last_hidden_state[0]
+    with packed_layout(batch):
+        return model.decoder(  # type: ignore[no-any-return]
+            input_ids=batch.tokens[None],
+            # Ones say that nothing is padding; without them transformers looks for sequences in the positions.
+            attention_mask=torch.ones_like(batch.tokens[None]),
+            position_ids=batch.positions[None],
+            use_cache=False,
+        ).last_hidden_state[0]
 
 
 def _scored(model: LanguageModel, hidden: Tensor) -> Tensor:
     return model.network.score(hidden.float()).squeeze(1)  # type: ignore[no-any-return]
-
-
-def _mask(model: LanguageModel, batch: Batch) -> dict[str, Any]:
-    """The packed mask in the form that the model's attention takes, as keywords of the forward pass."""
-    if model.attention == "blocks":
-        return {"attention_mask": None, "packed": blocks_of(batch, model.network.dtype)}
-    return {"attention_mask": block_mask(batch) if model.attention == "flex" else dense_mask(batch)[None, None]}
-
-
-def dense_mask(batch: Batch) -> Tensor:
-    """[T, T] bool, true where the row's token attends to the column's token."""
-    same_group = batch.groups[:, None] == batch.groups[None, :]
-    visible = (batch.branches[None, :] == -1) | (batch.branches[:, None] == batch.branches[None, :])
-    return (same_group & visible).tril()
-
-
-def block_mask(batch: Batch) -> BlockMask:
-    """The same mask for flex_attention, which skips the blocks that no token may see."""
-    groups, branches = batch.groups, batch.branches
-
-    def visible(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_branch = (branches[key] == -1) | (branches[query] == branches[key])
-        return (groups[query] == groups[key]) & (key <= query) & same_branch
-
-    length = batch.tokens.shape[0]
-    return create_block_mask(visible, None, None, length, length, device=str(batch.tokens.device))
 
 
 def linear_logprobs(
@@ -109,9 +85,10 @@ def linear_logprobs(
     bias: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    transform: LogitTransform = LINEAR,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax((hidden · weightᵀ + bias) / temperature)[target], a chunk of rows at a time, in fp32 from the logits.
+    """log softmax(f(hidden · weightᵀ + bias) / temperature)[target], some rows at a time, in fp32 from the logits.
 
     Args:
         hidden: [n, H] outputs of the decoder.
@@ -119,13 +96,14 @@ def linear_logprobs(
         targets: [n] int64 token ids.
         bias: [V] of the output head, or None.
         temperature: > 0.
+        transform: f, what the model does to its logits.
         entropies: whether to compute the second result; it is zeros otherwise.
 
     Returns:
         [n] fp32 log-probabilities (nats) and [n] fp32 entropies of the whole distributions (nats), both differentiable
         in hidden, weight and bias.
     """
-    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, entropies)  # type: ignore[no-any-return,no-untyped-call]
+    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, transform, entropies)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -139,12 +117,13 @@ class _LinearLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        transform: LogitTransform,
         entropies: bool,
     ) -> tuple[Tensor, Tensor]:
         chosen = torch.empty(len(targets), device=hidden.device)
         log_normaliser, entropy = torch.empty_like(chosen), torch.zeros_like(chosen)
         for rows in _chunks(len(targets), weight.shape[0]):
-            logits = _logits(hidden[rows], weight, bias, temperature)
+            logits = _logits(hidden[rows], weight, bias, temperature, transform)
             picked = logits.gather(1, targets[rows, None]).squeeze(1)
             logprobs = torch.log_softmax(logits, dim=1)
             chosen[rows] = logprobs.gather(1, targets[rows, None]).squeeze(1)
@@ -152,7 +131,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if entropies:
                 entropy[rows] = -torch.linalg.vecdot(torch.exp(logprobs, out=logits), logprobs)
         ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.transform = temperature, transform
         ctx.set_materialize_grads(False)
         return chosen, entropy
 
@@ -165,7 +144,9 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         grad = torch.zeros_like(log_normaliser) if grad is None else grad
         for rows in _chunks(len(targets), weight.shape[0]):
-            logprobs = _logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_normaliser[rows, None])
+            logits = _logits(hidden[rows], weight, bias, ctx.temperature, ctx.transform)
+            bend = ctx.transform.slope(logits * ctx.temperature) if ctx.transform.cap else ctx.transform.scale
+            logprobs = logits.sub_(log_normaliser[rows, None])
             # d logprob / d logits = onehot(target) − p;  d entropy / d logits = −p (log p + entropy)
             if grad_entropy is None:
                 slope = logprobs.exp_().mul_(-grad[rows, None])
@@ -175,6 +156,8 @@ class _LinearLogprobs(torch.autograd.Function):
             slope.scatter_add_(1, targets[rows, None], grad[rows, None])
             if ctx.temperature != 1:
                 slope /= ctx.temperature
+            if ctx.transform != LINEAR:
+                slope *= bend
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(weight.dtype)
@@ -189,15 +172,18 @@ class _LinearLogprobs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, transform: LogitTransform
+) -> Tensor:
     if hidden.is_cuda and hidden.dtype != torch.float32:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:
         logits = (hidden @ weight.T).float()
-    logits = logits if bias is None else logits + bias.float()
+    logits = transform.apply_(logits if bias is None else logits + bias.float())
     return logits if temperature == 1 else logits / temperature
 
 

@@ -70,8 +70,9 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        # d silu = σ + silu·(1 − σ)
+        # d silu = σ + silu·(1 − σ), as silu's own backward pass computes it: in fp32, and rounded once.
+        exact = gate.float()
+        sigmoid = torch.sigmoid(exact)
+        silu = exact.mul_(sigmoid) if exact is not gate else exact * sigmoid
         slope = sigmoid.addcmul_(silu, 1 - sigmoid)
-        return slope.mul_(grad * up), grad * silu
+        return slope.mul_(grad * up).to(gate.dtype), (grad * silu).to(up.dtype)

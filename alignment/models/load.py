@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -27,59 +28,26 @@ from alignment.checkpoint import checkpoint_or_path
 from alignment.config import DataConfig, LoraConfig, ModelConfig, NumberFormat
 from alignment.data.chat import chat_template, with_kwargs
 from alignment.errors import ConfigError, ModelError
-from alignment.models import attention
+from alignment.models.attention import IMPLEMENTATIONS, Attention, limit_recompilations
+from alignment.models.check import prove_packing
 from alignment.models.folders import is_adapter, model_source
+from alignment.models.language_model import LanguageModel
 from alignment.models.lean import make_lean
+from alignment.models.rope import fix_rope
 from alignment.models.saving import mend_generation_settings
 
 logger = logging.getLogger(__name__)
 
-Attention = Literal["blocks", "sdpa", "flex"]
+__all__ = ["LanguageModel", "load_model", "load_tokenizer"]
+
 Head = Literal["language", "score"]
-IMPLEMENTATIONS = {"blocks": attention.NAME, "sdpa": "sdpa", "flex": "flex_attention"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SCALES = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
 """Of an adapter's settings: what changes its effect where names and shapes are the same."""
-# Settings by which a model bends its logits after the output head; the packed forward pass applies none of them.
-BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageModel:
-    """A decoder with a head, and what is needed to train it and to talk to it.
-
-    The head is that of a language model, or one number per position: a reward model's score, a critic's value.
-    """
-
-    module: Any
-    """A transformers model, or a peft model around one."""
-    tokenizer: PreTrainedTokenizerFast
-    source: str
-    """Folder or hub id of the whole model that training starts from."""
-    attention: Attention
-    """In which form the module takes the packed mask."""
-
-    @property
-    def network(self) -> PreTrainedModel:
-        """The transformers model, without peft around it."""
-        return self.module if isinstance(self.module, PreTrainedModel) else self.module.get_base_model()
-
-    @property
-    def has_adapter(self) -> bool:
-        """True if only an adapter is trained, and saved."""
-        return not isinstance(self.module, PreTrainedModel)
-
-    @property
-    def num_embeddings(self) -> int:
-        """Ids that the network has embeddings for; its tokenizer may have more, or fewer."""
-        return int(self.network.get_input_embeddings().num_embeddings)
-
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """Ids that end an answer: the tokenizer's, and those that the model stops generating at."""
-        # A model with a score head generates nothing, and has no such settings.
-        ends = self.network.generation_config.eos_token_id if self.network.can_generate() else None
-        return frozenset({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+UNLOADABLE = (AttributeError, ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+"""What transformers raises where a family has no such head, lacks a package or takes no attention but its own."""
+RANDOM_SETTINGS = ("dropout", "pdrop", "jitter")
+"""Parts of the names by which configurations call what is random in training."""
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
@@ -136,7 +104,8 @@ def load_model(
     `seed` decides the first weights of an adapter, and of a score head that the model does not have yet.
 
     Raises:
-        ModelError: the model cannot be loaded, is too short for `data.max_length`, or cannot be trained packed.
+        ModelError: the model cannot be loaded, is too short for `data.max_length`, or says something else of packed
+            groups than of each sequence alone.
     """
     source = model_source(config.path)
     form = _attention(config, device)
@@ -146,8 +115,8 @@ def load_model(
         raise ModelError(
             f"model.path {config.path!r} is neither a folder here nor a hub id that can be loaded: {error}"
         ) from error
-    _check(settings, data, config.path)
-    settings.attention_dropout = 0.0
+    _check_length(settings, data, config.path)
+    _make_deterministic(settings)
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)
     how = {
@@ -164,11 +133,19 @@ def load_model(
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     make_lean(module)
+    fix_rope(module, data.max_length)
     if config.lora is not None:
         module = _with_adapter(module, config.lora, seed, head)
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return LanguageModel(module=module.to(device), tokenizer=tokenizer, source=source, attention=form)
+    model = LanguageModel(
+        module=module.to(device),
+        tokenizer=tokenizer,
+        source=source,
+        attention=form,
+        generation_ends=_generation_ends(module, tokenizer, source, config.revision),
+    )
+    return prove_packing(model, max_length=data.max_length, path=config.path)
 
 
 def number_format(wanted: NumberFormat, device: torch.device | str) -> Literal["bf16", "fp32"]:
@@ -204,21 +181,66 @@ def freeze(module: nn.Module) -> None:
 def _attention(config: ModelConfig, device: torch.device) -> Attention:
     if config.attention == "flex" and device.type != "cuda":
         raise ModelError("model.attention flex needs a CUDA device: on a CPU flex_attention has no backward pass")
-    if config.attention == "auto":
-        return "flex" if device.type == "cuda" else "blocks"
-    return config.attention
+    form: Attention = config.attention if config.attention != "auto" else "flex" if device.type == "cuda" else "blocks"
+    if form == "flex":
+        limit_recompilations()
+    return form
 
 
-def _check(settings: Any, data: DataConfig, path: str) -> None:
-    """Refuses, with the figure, what the packed forward pass would silently compute differently."""
-    known = settings.to_dict()
-    for name in BENT_LOGITS:
-        if known.get(name) not in (None, 1, 1.0):
-            raise ModelError(f"model.path {path!r} sets {name} = {known[name]}, which is not supported")
-    for name, what in (("max_position_embeddings", "positions"), ("sliding_window", "tokens of sliding window")):
-        limit = known.get(name)
-        if limit is not None and data.max_length > limit:
-            raise ModelError(f"data.max_length ({data.max_length}) exceeds the model's {limit} {what}")
+def longest_positions(settings: Any) -> int | None:
+    """Number of positions that a model's configuration names; None if it names none."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None) or None
+
+
+def _check_length(settings: Any, data: DataConfig, path: str) -> None:
+    limit = longest_positions(settings)
+    if limit is not None and data.max_length > limit:
+        raise ModelError(
+            f"data.max_length ({data.max_length}) exceeds the {limit} positions of model.path {path!r}; lower it"
+        )
+
+
+def _make_deterministic(settings: Any) -> None:
+    """Sets every dropout and every jitter of a configuration, and of those inside it, to 0."""
+    for part in (settings, *(getattr(settings, name, None) for name in settings.sub_configs)):
+        for name, value in vars(part).items() if part is not None else ():
+            if isinstance(value, float) and any(word in name for word in RANDOM_SETTINGS):
+                setattr(part, name, 0.0)
+
+
+def _generation_ends(
+    module: Any, tokenizer: PreTrainedTokenizerFast, source: str, revision: str | None
+) -> frozenset[int]:
+    """Ids at which generation stops, by the model's folder.
+
+    A score head generates nothing and has no such settings in memory. Its answers end as those of the model that wrote
+    them: by the folder's generation_config.json and config.json, and by the chat template.
+    """
+    if module.can_generate():
+        return _ids(module.generation_config.eos_token_id)
+    ends = _ids(getattr(module.config.get_text_config(), "eos_token_id", None)) | _template_ends(tokenizer)
+    try:
+        return ends | _ids(GenerationConfig.from_pretrained(source, revision=revision).eos_token_id)
+    except (OSError, ValueError):  # there is none
+        return ends
+
+
+def _ids(tokens: int | list[int] | None) -> frozenset[int]:
+    return frozenset() if tokens is None else frozenset(tokens if isinstance(tokens, list) else [tokens])
+
+
+def _template_ends(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The special token that the chat template writes behind an answer, if it does."""
+    if tokenizer.chat_template is None:
+        return frozenset()
+    text, mark = "", "raylign"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    with contextlib.suppress(TemplateError, TypeError):  # a template that refuses these turns says nothing of ends
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    if mark not in text:
+        return frozenset()
+    following = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
+    return frozenset(following) & frozenset(tokenizer.all_special_ids)
 
 
 def _with_language_head(source: str, how: dict[str, Any], path: str) -> Any:
@@ -259,8 +281,11 @@ def _opened(kind: Any, source: str, how: dict[str, Any], path: str) -> tuple[Any
     """
     try:
         module, loading = kind.from_pretrained(source, **how, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
+    except UNLOADABLE as error:
+        family = how["config"].model_type
+        raise ModelError(
+            f"model {path!r} ({family}) cannot be loaded with {kind.__name__}: {type(error).__name__}: {error}"
+        ) from error
     mismatched = {name: (list(stored), list(expected)) for name, stored, expected in loading["mismatched_keys"]}
     if "score.weight" in mismatched:
         raise ModelError(

@@ -229,21 +229,21 @@ def longest_input(path: str, revision: str | None) -> int:
     from transformers import AutoConfig
 
     from alignment.models.folders import model_source
+    from alignment.models.load import longest_positions
 
     try:
-        settings: dict[str, Any] = AutoConfig.from_pretrained(model_source(path), revision=revision).to_dict()
+        settings: Any = AutoConfig.from_pretrained(model_source(path), revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"reward model {path!r} is neither a folder here nor a hub id that can be loaded: {error}"
         ) from error
-    kinds = settings.get("architectures") or []
+    kinds = settings.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ModelError(
             f"reward model {path!r} is a {', '.join(kinds) or 'model'} without a trained score head, so its rewards "
             "would be random; train one with algorithm reward_model"
         )
-    limits = [settings.get(name) for name in ("max_position_embeddings", "sliding_window")]
-    return min([limit for limit in limits if limit], default=UNLIMITED)
+    return longest_positions(settings) or UNLIMITED
 
 
 def _load(config: RewardModel, path: str, max_length: int, device: torch.device) -> Any:

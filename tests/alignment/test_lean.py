@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.models.lean import make_lean
+from alignment.models.lean import _Gated, make_lean
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -86,3 +86,21 @@ def test_what_is_not_known_is_left_alone() -> None:
     part = nn.RMSNorm(8)
     make_lean(nn.Sequential(part))
     assert "forward" not in vars(part)
+
+
+def test_the_gated_mlps_gradients_are_as_exact_as_transformers_own() -> None:
+    """Their bf16 error against fp64, as a ratio to that of silu and a product by autograd; it was 1.4 to 1.7."""
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(512, 256, dtype=torch.bfloat16) for _ in range(3))
+
+    def slopes(dtype: torch.dtype, lean: bool) -> tuple[Tensor, ...]:
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (gate, up)]
+        result = _Gated.apply(*inputs) if lean else nn.functional.silu(inputs[0]) * inputs[1]  # type: ignore[no-untyped-call]
+        return torch.autograd.grad(result, inputs, grad.to(dtype))
+
+    exact = slopes(torch.float64, False)
+    for which, (mine, stock) in enumerate(
+        zip(slopes(torch.bfloat16, True), slopes(torch.bfloat16, False), strict=True)
+    ):
+        error, own = (float((tensor.double() - exact[which]).norm()) for tensor in (mine, stock))
+        assert error < 1.05 * own

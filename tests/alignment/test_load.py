@@ -7,8 +7,10 @@ import time
 
 import pytest
 import torch
+import torch._dynamo
 
 from alignment.config import ModelConfig, RolloutConfig
+from alignment.models.attention import limit_recompilations
 from alignment.models.load import DTYPES, number_format
 from alignment.rollout.vllm import EngineSettings
 
@@ -46,3 +48,9 @@ def test_trainer_and_engine_agree_unless_told_otherwise(model: str, rollout: str
         config, RolloutConfig.model_validate({"dtype": rollout}), max_length=64, device="cpu", threads=1
     )
     assert f"torch.{settings.dtype}" == str(DTYPES[number_format(wanted, "cpu")])  # type: ignore[arg-type]
+
+
+def test_flex_attention_may_compile_many_shapes_and_never_falls_back_in_silence() -> None:
+    limit_recompilations()
+    assert torch._dynamo.config.recompile_limit >= 64
+    assert torch._dynamo.config.fail_on_recompile_limit_hit

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from alignment.config import DataConfig, ModelConfig
 from alignment.data.packing import pack
-from alignment.models.forward import dense_mask, linear_logprobs, outputs
+from alignment.models.attention import dense_mask
+from alignment.models.forward import linear_logprobs, outputs
 from alignment.models.load import LanguageModel, load_model
 from alignment.types import Completion, Group
 
