@@ -25,6 +25,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -147,15 +148,19 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a hub dataset, or of a folder whose files' names say one, as `test.jsonl`, `train/a.jsonl` and
     `train-00000-of-00001.parquet` do; several are `train+test`. A folder whose names say none is all `train`."""
-    weight: Fraction = 1.0
+    fraction: Fraction = 1.0
     """Fraction of the groups to use, 0 to 1, taken from the front after `shuffle`; while streaming, the probability of
-    using each."""
+    using each, which is the same in every epoch."""
     skip: Count = 0
     """Rows to leave out at the front."""
     take: PositiveCount | None = None
     """Rows to read at most; None reads all."""
     streaming: bool = False
     """Read while training instead of before it: for sets that do not fit into memory."""
+    weight: NonNegative = 1.0
+    """How often a group is drawn from this source of a streaming mixture, beside the weights of the others. Without
+    streaming every group of a mixture is used once per epoch, and `weight` is read as the `fraction`, as which
+    it was known."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Which column stands for which field, as `{chosen: response_j, rejected: response_k}`. Fields: prompt, chosen,
     rejected, completion, completions, rewards, label, messages, text, system, tools, finish_reason, truncated. Dots
@@ -176,6 +181,13 @@ class SourceConfig(Section):
         if path is not None and "://" in path and urlsplit(path).password is not None:
             raise ValueError("must hold no password, for it is kept with the run; PGPASSWORD or ~/.pgpass may")
         return path
+
+    @field_validator("weight")
+    @classmethod
+    def _draws_from_a_stream(cls, weight: float, info: ValidationInfo) -> float:
+        if weight > 1 and not info.data.get("streaming"):
+            raise ValueError("above 1 it says how often a stream is drawn from; set streaming, or give a fraction")
+        return weight
 
     @field_validator("columns")
     @classmethod
@@ -198,13 +210,20 @@ class SourceConfig(Section):
         return template
 
 
+WHICH_ROWS = ("path", "name", "data_dir", "split", "fraction", "skip", "take", "streaming", "weight")
+"""Keys of a source that say which rows it has; all others say how a row is read."""
+
+
 class DataConfig(SourceConfig):
     """Where the preference data comes from and how it is cut to fit."""
 
     mixture: tuple[SourceConfig, ...] = ()
-    """Several sources, each with its weight, instead of one `path`."""
+    """Several sources instead of one `path`. Without streaming all their groups are shuffled together. If one of them
+    streams, every group is drawn from a source by `weight`; each goes on from its own place, and begins again when it
+    ends."""
     eval: SourceConfig | None = None
-    """Held-out rows for evaluation. None cuts `eval_groups` from the training data."""
+    """Held-out rows for evaluation. They are read as the training rows are (`prompt_as`, `prompt_template`, `columns`,
+    `keep`), unless it says otherwise. None cuts `eval_groups` from the training data."""
     eval_groups: Count = 0
     """Groups held out for evaluation: cut from the training data, by prompt, if `eval` is None; else the most that
     are used of `eval`, where 0 uses all."""
@@ -213,7 +232,7 @@ class DataConfig(SourceConfig):
     shuffle: bool = True
     """Visit groups in a new random order every epoch; false keeps the file's order."""
     shuffle_buffer: PositiveCount = 1000
-    """Rows held to shuffle from while streaming."""
+    """Rows of each source held to shuffle from while streaming."""
     max_length: PositiveCount = 1024
     """Most tokens of prompt and one completion together. A longer completion is cut and gets no end token."""
     max_prompt_length: PositiveCount | None = None
@@ -233,6 +252,33 @@ class DataConfig(SourceConfig):
     """`fail` stops at the first unusable row; `skip` leaves it out, counts it and names it in `bad_rows.jsonl`."""
     bad_row_budget: Fraction = 0.05
     """Largest fraction of bad rows that `skip` accepts, 0 to 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_rows_are_read_alike(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("eval"), dict | SourceConfig):
+            return values
+        held_out = _settings(values["eval"])
+        mixture = values.get("mixture")
+        sources = [_settings(each) for each in mixture] if isinstance(mixture, list | tuple) and mixture else [values]
+        for key, field in SourceConfig.model_fields.items():
+            if key in WHICH_ROWS or key in held_out:
+                continue
+            settings = [source.get(key, field.get_default(call_default_factory=True)) for source in sources]
+            if any(setting != settings[0] for setting in settings):
+                raise ValueError(f"the sources of mixture differ in {key}, so eval must say which is its own")
+            held_out[key] = settings[0]
+        return {**values, "eval": held_out}
+
+    @model_validator(mode="after")
+    def _weights_mean_something(self) -> Self:
+        drawn = self.sources if self.is_drawn else ()
+        if drawn and not any(source.weight != 0 for source in drawn):
+            raise ValueError("every weight of mixture is 0, so that no group is ever drawn")
+        for source in (*self.sources, *([self.eval] if self.eval else [])):
+            if source not in drawn and source.weight != 1 and (source.fraction != 1 or source.weight > 1):
+                raise ValueError(f"weight {source.weight:g} means nothing without a streaming mixture; take it away")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -261,6 +307,21 @@ class DataConfig(SourceConfig):
     def sources(self) -> tuple[SourceConfig, ...]:
         """The training sources, whether given as one path or as a mixture."""
         return self.mixture or (self,)
+
+    @property
+    def is_drawn(self) -> bool:
+        """True if every group is drawn from one of several sources, by their weights."""
+        return len(self.mixture) > 1 and any(source.streaming for source in self.mixture)
+
+    def fraction_of(self, source: SourceConfig) -> float:
+        """Fraction of a source's groups that is used."""
+        is_drawn = self.is_drawn and source in self.mixture
+        return source.fraction if is_drawn or source.weight == 1 else source.weight
+
+
+def _settings(source: Any) -> dict[str, Any]:
+    """What a source says, whether it is read already or not."""
+    return source.model_dump(exclude_unset=True) if isinstance(source, SourceConfig) else dict(source)
 
 
 class ZeroConfig(Section):

@@ -14,7 +14,22 @@ class DataError(AlignmentError):
 
 
 class NoPreference(DataError):
-    """A row is in order and prefers none of its answers, as a tie does: comparing learns nothing from it."""
+    """A row is in order, and there is nothing in it to learn from: it prefers none of its answers, as a tie does."""
+
+    reason = "that prefer no answer"
+    """What such rows are, for the account of what was left out."""
+
+
+class NothingToImitate(NoPreference):
+    """A row is in order, and its answers are rated bad, or no better than each other."""
+
+    reason = "whose answers are not rated good"
+
+
+class WithoutWeight(NoPreference):
+    """A row is in order, and its weight of 0 says that it is not to be learned from."""
+
+    reason = "of weight 0"
 
 
 class ModelError(AlignmentError):

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -39,7 +39,7 @@ from alignment.metrics import Reporter
 from alignment.models.parallel import World, on_every_worker, together
 from alignment.models.roles import Roles
 from alignment.reference import precompute
-from alignment.rewards import Rewards
+from alignment.rewards import BuildableScorer, Rewards
 from alignment.rollout import Generator
 from alignment.rollout.feed import Feed, Step
 from alignment.rollout.local import LocalGenerator, greedy
@@ -292,6 +292,8 @@ class _Run:
                 model.tokenizer, data, model.end_tokens, date=date, num_embeddings=model.num_embeddings
             ),
             bad_rows if self.world.is_main else None,
+            rewards=cast(Sequence[BuildableScorer], config.rewards),
+            judges=cast(Sequence[BuildableScorer], config.judges),
         )
         return together(lambda: load_data(reader, seed=config.seed, progress=self.world.is_main), self.world)
 

@@ -14,7 +14,11 @@ from alignment.types import Batch, Group, Loss, Outputs, Term
 
 
 class DPO(ReferencedAlgorithm):
-    """Raises β(log π − log π_ref) of the better completion above that of the worse one, for every pair of a group."""
+    """Raises β(log π − log π_ref) of the better completion above that of the worse one, for every pair of a group.
+
+    Every pair of a step counts alike. So a prompt with K ranked answers, which are K(K − 1)/2 pairs, weighs as much as
+    that many prompts with two.
+    """
 
     name: Literal["dpo"] = "dpo"
     """Direct preference optimisation and its relatives."""

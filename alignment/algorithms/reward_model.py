@@ -14,7 +14,11 @@ from alignment.types import Batch, Group, Loss, Outputs, Term
 
 
 class RewardModel(Algorithm):
-    """Raises the score of the better completion above that of the worse one, for every pair of a group."""
+    """Raises the score of the better completion above that of the worse one, for every pair of a group.
+
+    Every pair of a step counts alike, so a prompt with K ranked answers weighs K(K − 1)/2 times a prompt with two. The
+    paper divides by that number, so that prompts count alike; here ranking more answers teaches more.
+    """
 
     head: ClassVar[Literal["language", "score"]] = "score"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from alignment.config import SourceConfig
 from alignment.data.files import Row
-from alignment.errors import DataError, NoPreference
+from alignment.errors import DataError, WithoutWeight
 from alignment.types import Completion, Group, Message
 
 STACK_EXCHANGE = {"chosen": "response_j", "rejected": "response_k"}
@@ -67,7 +67,7 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     is not to be learned from.
 
     Raises:
-        NoPreference: the row is in order, and its weight says that nothing is to be learned from it.
+        WithoutWeight: the row is in order, and its weight says that nothing is to be learned from it.
         DataError: the row is unusable; the text says why, without the origin.
     """
     columns = {column: _cell(row, column, f"column {column!r} (keep)") for column in source.keep}
@@ -125,7 +125,7 @@ def _check_columns(shape: _Shape) -> None:
         )
     weight = _number(row.get("weight"))
     if weight == 0:
-        raise NoPreference("its weight is 0")
+        raise WithoutWeight("its weight is 0")
     if weight is not None and weight != 1:
         raise DataError(
             f"its weight is {weight:g}, and rows count alike here: 1, or 0 for one to leave out. If the column means "

@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from tqdm import tqdm
@@ -17,10 +18,13 @@ from tqdm import tqdm
 from alignment.algorithms import Algorithm
 from alignment.config import DataConfig, SourceConfig
 from alignment.data.chat import GroupTokenizer
-from alignment.data.shapes import to_group
+from alignment.data.shapes import has_equal_scores, to_group
 from alignment.data.sources import read_rows
-from alignment.errors import DataError, NoPreference
+from alignment.errors import DataError, NoPreference, RewardError
 from alignment.types import Group
+
+if TYPE_CHECKING:
+    from alignment.rewards import BuildableScorer
 
 MIN_ROWS_FOR_BUDGET = 100
 """A streamed source may break the bad-row budget only after this many rows, when the fraction means something."""
@@ -30,16 +34,35 @@ class GroupReader:
     """Reads sources into tokenised groups that an algorithm can learn from, and keeps the account of bad rows."""
 
     def __init__(
-        self, data: DataConfig, algorithm: Algorithm, tokenizer: GroupTokenizer, bad_rows: Path | None = None
+        self,
+        data: DataConfig,
+        algorithm: Algorithm,
+        tokenizer: GroupTokenizer,
+        bad_rows: Path | None = None,
+        *,
+        rewards: Sequence[BuildableScorer] = (),
+        judges: Sequence[BuildableScorer] = (),
     ) -> None:
-        """`bad_rows`: file that names every skipped row, one JSON object per line; None keeps no such file."""
+        """Args:
+        bad_rows: file that names every skipped row, one JSON object per line; None keeps no such file.
+        rewards: scorers that will judge answers to these rows; a row whose columns one cannot read is a bad one.
+        judges: those that will judge answers to held-out rows alone.
+        """
         self.data = data
         self.algorithm = algorithm
         self.tokenizer = tokenizer
         self.bad_rows = bad_rows
-        self.num_rows = self.num_bad = self.num_long = self.num_undecided = 0
+        self.rewards = rewards
+        self.judges = judges
+        self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = 0
+        self.left_out: Counter[str] = Counter()
         self.first_bad: list[str] = []
         self._named: set[str] = set()
+
+    @property
+    def num_undecided(self) -> int:
+        """Rows that are in order and have nothing to learn from."""
+        return self.left_out.total()
 
     def read(self, source: SourceConfig) -> Iterator[Group]:
         """Yields the usable groups of one source, in its order.
@@ -53,6 +76,8 @@ class GroupReader:
                 if isinstance(row, DataError):
                     raise row
                 group = self.algorithm.select(to_group(row, origin, source))
+                self._check_columns(group, source)
+                self.num_equal_scores += bool(group.pairs) and has_equal_scores(row)
                 if self._too_many_characters(group):
                     self.num_long += 1
                     continue
@@ -60,10 +85,25 @@ class GroupReader:
                 if group.pairs and not any(example.pairs for example in examples):
                     raise NoPreference("the answers are the same as far as data.max_length shows them")
                 yield from examples
-            except NoPreference:
-                self.num_undecided += 1
+            except NoPreference as error:
+                self.left_out[error.reason] += 1
             except DataError as error:
                 self._bad(origin, error)
+
+    def note_on_weights(self) -> str:
+        """What to say where a source gives its fraction by its old name, as the end of a line."""
+        sources = (*self.data.sources, *([self.data.eval] if self.data.eval else []))
+        renamed = any(self.data.fraction_of(source) != source.fraction for source in sources)
+        return "; a weight without a streaming mixture is read as a fraction, which is its name now" if renamed else ""
+
+    def _check_columns(self, group: Group, source: SourceConfig) -> None:
+        """Raises DataError if a scorer could give no answer to this row a reward."""
+        is_held_out = self.data.eval is None or source == self.data.eval
+        for scorer in (*self.rewards, *(self.judges if is_held_out else ())):
+            try:
+                scorer.check_row(group.columns)
+            except RewardError as error:
+                raise DataError(f"{scorer.name}: {error}") from error
 
     def check_budget(self) -> None:
         """Raises DataError if more rows were bad than `bad_row_budget` allows."""
@@ -78,8 +118,10 @@ class GroupReader:
         text = f"{self.num_rows} rows"
         if self.num_long:
             text += f", {self.num_long} longer than {self.data.max_characters} characters left out"
-        if self.num_undecided:
-            text += f", {self.num_undecided} that prefer no answer left out"
+        for reason, count in self.left_out.items():
+            text += f", {count} {reason} left out"
+        if self.num_equal_scores:
+            text += f", {self.num_equal_scores} whose chosen and rejected have equal scores"
         if self.num_bad:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
         notes = self.tokenizer.summary()
@@ -148,26 +190,38 @@ class ListStream:
 
 
 class LiveStream:
-    """Groups read while training, shuffled through a buffer; moving the cursor reads again from the beginning."""
+    """Groups read while training, each source shuffled through a buffer of its own.
+
+    Of several sources each group is drawn from one, by weight. A source goes on from its own place, and begins again in
+    another order when it ends. All of it depends on the seed and the position alone: moving the cursor back reads again
+    from the beginning, and a resumed run is exact.
+    """
 
     def __init__(self, reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: int, buffer: int) -> None:
-        """`buffer`: groups held to shuffle from; 1 keeps the order."""
+        """`buffer`: groups of each source held to shuffle from; 1 keeps their order."""
         self.reader = reader
         self.sources = sources
         self.seed = seed
         self.buffer = buffer
         self.position = 0
         self._read = 0
-        self._groups = self._endless()
+        self._groups = self._drawn()
 
     def take(self, count: int) -> list[Group]:
         if self.position < self._read:
-            self._read, self._groups = 0, self._endless()
+            self._read, self._groups = 0, self._drawn()
         while self._read < self.position:
             self._next()
         groups = [self._next() for _ in range(count)]
         self.position = self._read
         return groups
+
+    @property
+    def kind(self) -> str:
+        """What its order depends on, but for the rows: a resumed run must have the same."""
+        weights = [source.weight for source in self.sources]
+        fractions = [self.reader.data.fraction_of(source) for source in self.sources]
+        return repr((weights, fractions, [(source.skip, source.take) for source in self.sources], self.buffer))
 
     def _next(self) -> Group:
         group = next(self._groups)
@@ -176,25 +230,35 @@ class LiveStream:
             self.reader.check_budget()
         return group
 
-    def _endless(self) -> Iterator[Group]:
+    def _drawn(self) -> Iterator[Group]:
+        """The groups of all sources, mixed."""
+        streams = [self._endless(number, source) for number, source in enumerate(self.sources)]
+        weights = [source.weight for source in self.sources]
+        chance = random.Random(f"{self.seed}-mixture")
+        while True:
+            (stream,) = chance.choices(streams, weights) if len(streams) > 1 else streams
+            yield next(stream)
+
+    def _endless(self, number: int, source: SourceConfig) -> Iterator[Group]:
+        """The groups of one source, over and over."""
+        fraction = self.reader.data.fraction_of(source)
         epoch = 0
         while True:
-            chance = random.Random(f"{self.seed}-{epoch}")
+            chance = random.Random(f"{self.seed}-{epoch}" + (f"-{number}" if number else ""))
+            lot = random.Random(f"{self.seed}-{number}")  # the same groups in every epoch
             held: list[Group] = []
             empty = True
-            for number, source in enumerate(self.sources):
-                lot = random.Random(f"{self.seed}-{number}")  # the same groups in every epoch
-                for group in self.reader.read(source):
-                    if lot.random() >= source.weight:
-                        continue
-                    empty = False
-                    held.append(group)
-                    if len(held) >= self.buffer:
-                        yield held.pop(chance.randrange(len(held)))
+            for group in self.reader.read(source):
+                if lot.random() >= fraction:
+                    continue
+                empty = False
+                held.append(group)
+                if len(held) >= self.buffer:
+                    yield held.pop(chance.randrange(len(held)))
             chance.shuffle(held)
             yield from held
             if empty:
-                raise DataError(f"the streamed data holds no usable group: {self.reader.summary()}")
+                raise DataError(f"the streamed data {source.path} holds no usable group: {self.reader.summary()}")
             epoch += 1
 
 
@@ -211,8 +275,8 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all training tokens and rewards, in the file's order; for a stream, of its kind only."""
-        digest = hashlib.sha256()
+        """Hash of all training tokens and rewards, in the file's order; for a stream, of what its order depends on."""
+        digest = hashlib.sha256(self.train.kind.encode() if isinstance(self.train, LiveStream) else b"")
         for group in self.train.groups if isinstance(self.train, ListStream) else []:
             answers = [(c.tokens, c.learned, c.reward) for c in group.completions]
             digest.update(repr((group.prompt_tokens, answers)).encode())
@@ -234,7 +298,7 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
         live = LiveStream(reader, data.sources, seed=seed, buffer=buffer)
         if data.eval_groups and not data.eval:
             raise DataError("data.eval_groups cannot be cut from a stream; give data.eval, or set it to 0")
-        return Data(train=live, num_train=None, eval=held_out, report="streaming")
+        return Data(train=live, num_train=None, eval=held_out, report=f"streaming{reader.note_on_weights()}")
     groups = _read_all(reader, data.sources, seed=seed, progress=progress)
     if data.eval is None and data.eval_groups:
         groups, held_out = hold_out(groups, data.eval_groups, seed=seed, by=data.hold_out_by)
@@ -242,6 +306,7 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
         raise DataError(f"no usable group is left to train on: {reader.summary()}")
     train = ListStream(groups, seed=seed, shuffle=data.shuffle)
     report = f"{len(groups)} groups to train on, {len(held_out)} held out, from {reader.summary()}"
+    report += reader.note_on_weights()
     return Data(train=train, num_train=len(groups), eval=held_out, report=report)
 
 
@@ -294,10 +359,11 @@ def _read_all(reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: i
             leave=False,
         )
         read = list(bar)
-        if source.weight < 1:
+        fraction = reader.data.fraction_of(source)
+        if fraction < 1:
             if reader.data.shuffle:
                 random.Random(seed).shuffle(read)
-            read = read[: round(len(read) * source.weight)]
+            read = read[: round(len(read) * fraction)]
         groups += read
     reader.check_budget()
     return groups

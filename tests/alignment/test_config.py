@@ -450,3 +450,32 @@ def test_an_output_that_cannot_be_written_is_one_line(load: Load, tmp_path: Path
         )
     with pytest.raises(ConfigError, match="cannot be written"):
         load(output="/proc/x").make_folder()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"mixture": [{"path": "x", "streaming": True, "weight": 0}] * 2}, "data: every weight of mixture is 0"),
+        ({"path": "x", "weight": 0.5, "fraction": 0.5}, "data: weight 0.5 means nothing without a streaming mixture"),
+        ({"path": "x", "streaming": True, "weight": 3}, "data: weight 3 means nothing without a streaming mixture"),
+        ({"mixture": [{"path": "x"}, {"path": "y", "weight": 3}]}, "data.mixture.1.weight: above 1 it says how often"),
+        (
+            {"mixture": [{"path": "x"}, {"path": "y", "prompt_as": "user_message"}], "eval": {"path": "z"}},
+            "data: the sources of mixture differ in prompt_as, so eval must say which is its own",
+        ),
+    ],
+)
+def test_weights_and_held_out_rows_that_could_mean_two_things_are_refused(
+    load: Load, data: dict[str, Any], expected: str
+) -> None:
+    (problem,) = problems(load, data=data)
+    assert problem.startswith(expected)
+
+
+def test_what_held_out_rows_inherit_survives_the_way_to_a_worker(load: Load) -> None:
+    config = load(data={"path": "x", "prompt_as": "user_message", "keep": ["answer"], "eval": {"path": "y"}})
+    assert config.data.eval is not None
+    assert (config.data.eval.prompt_as, config.data.eval.keep) == ("user_message", ("answer",))
+    assert ClusterRunConfig.model_validate_json(config.model_dump_json()) == config
+    same = config.data.model_copy(update={"eval": config.data.eval.model_copy(update={"keep": ()})})
+    assert ClusterRunConfig.model_validate({**config.model_dump(), "data": same.model_dump()}).data == same

@@ -69,3 +69,50 @@ def test_a_tie_or_a_thumb_is_no_bad_row_but_one_to_leave_out(
 def test_rows_that_all_prefer_nothing_are_said_to(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
     with pytest.raises(DataError, match=r"no usable group is left .*: 3 rows, 3 that prefer no answer left out"):
         load(reader(path=str(write_rows(UNDECIDED))))
+
+
+SFT_ROWS: list[Any] = [
+    {"prompt": "the", "completion": " fox"},
+    {"prompt": "the", "completions": [" fox", " dog"]},
+    {"prompt": "the", "completion": " fox", "label": True},
+    {"prompt": "the", "completion": " no", "label": False},
+    {"prompt": "the", "completions": [" no"], "rewards": [0.0]},
+    {"prompt": "the", "completions": [" no", " no no"], "rewards": [0.0, 0.0]},
+    {"prompt": "the", "completions": [" no", " no no"], "rewards": [0.5, 0.5]},
+    {"prompt": "the", "completions": [" fox", " dog"], "rewards": [1.0, 1.0]},
+    {"prompt": "the", "completions": [" no", " fox"], "rewards": [0.0, 1.0]},
+    {"prompt": "the", "completions": [" fox", " no", " no no"], "rewards": [-1, -5, -9]},
+    {"prompt": "the", "chosen": " fox", "rejected": " no"},
+    {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " no"}], "label": False},
+    {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " fox"}], "label": True},
+    {"prompt": "the", "completion": " no", "weight": 0},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sft_imitates_demonstrations_and_what_is_rated_good_and_counts_what_it_leaves_out(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, streaming: bool
+) -> None:
+    path = str(write_rows(SFT_ROWS))
+    one = reader("sft", path=path, shuffle=False, streaming=streaming, bad_row_budget=0)
+    data = load(one)
+    texts = [[completion.text for completion in group.completions] for group in data.train.take(8)]
+    assert texts == [[" fox"], [" fox", " dog"], [" fox"], [" fox", " dog"], [" fox"], [" fox"], [" fox"], [" fox"]]
+    if not streaming:
+        assert data.num_train == 8
+        assert "14 rows, 5 whose answers are not rated good left out, 1 of weight 0 left out" in data.report
+
+
+def test_equal_scores_of_a_pair_are_told_and_contradicting_ones_are_bad_rows(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    scores = [(8, 2), (5, 5), (None, 3), (2, 8)]
+    rows = [
+        {**row, "score_chosen": chosen, "score_rejected": rejected}
+        for row, (chosen, rejected) in zip(pair_rows(4), scores, strict=True)
+    ]
+    data = load(reader(path=str(write_rows(rows)), on_bad_row="skip", bad_row_budget=0.5))
+    assert data.num_train == 3
+    assert "4 rows, 1 whose chosen and rejected have equal scores, 1 bad ones skipped" in data.report
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: its scores contradict its order: chosen has 2 and rejected 8"):
+        load(reader(path=str(write_rows(rows))))

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
-from alignment.errors import DataError, NoPreference
+from alignment.errors import DataError, NoPreference, WithoutWeight
 from alignment.types import Completion, Group, Message
 from tests.conftest import read_data
 
@@ -487,7 +487,7 @@ def test_a_row_of_another_program_that_cannot_be_read_says_why(row: Row, setting
 
 def test_a_row_of_weight_nothing_is_left_out_unless_the_column_is_read_as_something_else() -> None:
     row = {"prompt": "p", "completion": "x", "weight": 0}
-    with pytest.raises(NoPreference, match="its weight is 0"):
+    with pytest.raises(WithoutWeight, match="its weight is 0"):
         group_of(row)
     assert group_of(row, keep=("weight",)).columns == {"weight": 0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from alignment.data.stream import MIN_ROWS_FOR_BUDGET, GroupReader, ListStream, LiveStream, hold_out
 from alignment.errors import DataError
+from alignment.rewards import scorer_class
 from alignment.types import Completion, Group
 from tests.alignment.conftest import WriteRows, lines_of, load
 from tests.conftest import pair_rows
@@ -248,33 +250,35 @@ def test_all_turns_of_a_conversation_count_as_characters(
         load(reader("sft", path=path, max_characters=7))
 
 
-@pytest.mark.parametrize(("weight", "count"), [(1.0, 100), (0.29, 29), (0.5, 50), (0.0, 0)])
-def test_a_weight_uses_that_fraction_of_the_groups(
-    reader: Callable[..., GroupReader], write_rows: WriteRows, weight: float, count: int
+@pytest.mark.parametrize("key", ["fraction", "weight"])
+@pytest.mark.parametrize(("share", "count"), [(1.0, 100), (0.29, 29), (0.5, 50), (0.0, 0)])
+def test_a_fraction_uses_that_part_of_the_groups_also_by_its_old_name(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, key: str, share: float, count: int
 ) -> None:
-    one = {"path": str(write_rows(pair_rows(100))), "weight": weight}
+    one = {"path": str(write_rows(pair_rows(100))), key: share}
     other = {"path": str(write_rows(pair_rows(5), "other.jsonl"))}
     data = load(reader(mixture=[one, other]))
     assert data.num_train == count + 5
     ids = [group.id for group in data.train.take(count + 5)]
     assert len(set(ids)) == count + 5
     assert sum("other.jsonl" in name for name in ids) == 5
+    assert ("is read as a fraction" in data.report) == (key == "weight" and share < 1)
 
 
-def test_a_weight_takes_a_random_part_if_shuffled_and_the_front_if_not(
+def test_a_fraction_takes_a_random_part_if_shuffled_and_the_front_if_not(
     reader: Callable[..., GroupReader], write_rows: WriteRows
 ) -> None:
     path = str(write_rows(pair_rows(20)))
-    front = load(reader(path=path, weight=0.5, shuffle=False)).train.take(10)
+    front = load(reader(path=path, fraction=0.5, shuffle=False)).train.take(10)
     assert lines_of(front) == list(range(1, 11))
-    drawn = lines_of(load(reader(path=path, weight=0.5)).train.take(10))
+    drawn = lines_of(load(reader(path=path, fraction=0.5)).train.take(10))
     assert len(set(drawn)) == 10 and max(drawn) > 10
-    assert drawn == lines_of(load(reader(path=path, weight=0.5)).train.take(10))
+    assert drawn == lines_of(load(reader(path=path, fraction=0.5)).train.take(10))
 
 
-def test_a_weight_holds_for_a_stream_as_well(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
+def test_a_fraction_holds_for_a_stream_as_well(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
     sources = [
-        {"path": str(write_rows(pair_rows(200), "one.jsonl")), "weight": 0.25, "streaming": True},
+        {"path": str(write_rows(pair_rows(200), "one.jsonl")), "fraction": 0.25, "streaming": True},
         {"path": str(write_rows(pair_rows(20), "two.jsonl")), "streaming": True},
     ]
     stream = load(reader(mixture=sources)).train
@@ -283,6 +287,128 @@ def test_a_weight_holds_for_a_stream_as_well(reader: Callable[..., GroupReader],
     assert 30 <= len(seen) <= 70
     assert len({name for name in ids if "two.jsonl" in name}) == 20
     assert stream.take(0) == []
+    alone = load(reader(path=sources[0]["path"], weight=0.25, streaming=True)).train
+    assert 30 <= len({group.id for group in alone.take(150)}) <= 70, "alone, by its old name"
+
+
+def sizes_of(groups: list[Group]) -> dict[str, int]:
+    """How many groups came from each file."""
+    return dict(Counter(Path(group.id.rpartition(":")[0]).name for group in groups))
+
+
+@pytest.fixture
+def streams(write_rows: WriteRows) -> Callable[..., list[dict[str, Any]]]:
+    """Three streaming sources of 60, 60 and 7 rows, with weights."""
+
+    def make(*weights: float) -> list[dict[str, Any]]:
+        files = zip(("a.jsonl", "b.jsonl", "c.jsonl"), (60, 60, 7), strict=True)
+        paths = [str(write_rows(pair_rows(count), name)) for name, count in files]
+        return [
+            {"path": path, "streaming": True, "weight": weight} for path, weight in zip(paths, weights, strict=False)
+        ]
+
+    return make
+
+
+def test_a_streaming_mixture_is_mixed_by_weight_from_its_first_groups_on(
+    reader: Callable[..., GroupReader], streams: Callable[..., list[dict[str, Any]]]
+) -> None:
+    stream = load(reader(mixture=streams(3, 1, 1), shuffle_buffer=5)).train
+    first, all_of_them = sizes_of(stream.take(40)), sizes_of(stream.take(960))
+    assert set(first) == {"a.jsonl", "b.jsonl", "c.jsonl"}
+    assert 520 <= all_of_them["a.jsonl"] <= 630 and 150 <= all_of_them["c.jsonl"] <= 240
+    equal = sizes_of(load(reader(mixture=streams(1, 1, 1))).train.take(300))
+    assert all(70 <= count <= 130 for count in equal.values())
+    assert sizes_of(load(reader(mixture=streams(1, 0, 1))).train.take(50)).keys() == {"a.jsonl", "c.jsonl"}
+
+
+def test_every_source_of_a_mixture_has_a_place_of_its_own(
+    reader: Callable[..., GroupReader], streams: Callable[..., list[dict[str, Any]]]
+) -> None:
+    stream = load(reader(mixture=streams(1, 1, 1), shuffle=False)).train
+    groups = stream.take(120)
+    for name, count in (("a", 60), ("b", 60), ("c", 7)):
+        lines = lines_of([group for group in groups if f"{name}.jsonl" in group.id])
+        assert lines == [1 + number % count for number in range(len(lines))], "in the file's order, over and over"
+    assert sizes_of(groups)["c.jsonl"] > 14, "a short one begins again while the others go on"
+
+
+@pytest.mark.parametrize("position", [1, 37, 150])
+def test_a_mixture_goes_on_exactly_where_it_was(
+    reader: Callable[..., GroupReader], streams: Callable[..., list[dict[str, Any]]], position: int
+) -> None:
+    def fresh() -> Any:
+        return load(reader(mixture=streams(3, 1, 0.5), shuffle_buffer=4)).train
+
+    whole = [group.id for group in fresh().take(200)]
+    resumed = fresh()
+    resumed.position = position
+    assert [group.id for group in resumed.take(40)] == whole[position : position + 40]
+    resumed.position = 2
+    assert [group.id for group in resumed.take(9)] == whole[2:11], "after a roll-back"
+
+
+def test_a_stream_whose_order_would_be_another_has_another_fingerprint(
+    reader: Callable[..., GroupReader], streams: Callable[..., list[dict[str, Any]]]
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {"mixture": streams(1, 1)},
+        {"mixture": streams(2, 1)},
+        {"mixture": streams(1, 1), "shuffle_buffer": 4},
+        {"mixture": streams(1, 1, 1)},
+        {"mixture": [{**source, "fraction": 0.5} for source in streams(1, 1)]},
+        {"mixture": [{**source, "skip": 1} for source in streams(1, 1)]},
+    ]
+    fingerprints = [load(reader(**changed)).fingerprint for changed in settings]
+    assert len(set(fingerprints)) == len(settings)
+    assert load(reader(**settings[0])).fingerprint == fingerprints[0]
+
+
+def test_held_out_rows_are_read_as_the_training_rows_are(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    rows = [{"q": {"text": "the quick"}, "good": " fox", "bad": " dog", "answer": 4}]
+    train, held_out = str(write_rows(rows)), {"path": str(write_rows(rows, "held_out.jsonl"))}
+    reading = {
+        "prompt_template": "{q.text} brown",
+        "prompt_as": "user_message",
+        "columns": {"chosen": "good", "rejected": "bad"},
+        "keep": ["answer"],
+    }
+    for data in ({"path": train, **reading}, {"mixture": [{"path": train, **reading}, {"path": train, **reading}]}):
+        loaded = load(reader(**data, eval=held_out))
+        (trained, *_), (measured,) = loaded.train.take(1), loaded.eval
+        assert measured.prompt_tokens == trained.prompt_tokens
+        assert measured.columns == trained.columns == {"answer": 4}
+    other = load(reader(path=train, **reading, eval={**held_out, "prompt_as": "text", "keep": []})).eval[0]
+    assert (other.prompt, other.columns) == ("the quick brown", {})
+
+
+GRADED: list[Any] = [{"prompt": f"{n} + 1?", "answer": str(n + 1) if n != 3 else "no solution"} for n in range(8)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_a_scorer_cannot_read_is_bad_before_anything_is_sampled(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, streaming: bool
+) -> None:
+    path, scorer = str(write_rows(GRADED)), scorer_class("exact_number").model_validate({"name": "exact_number"})
+    settings: Any = {"path": path, "keep": ["answer"], "shuffle": False, "streaming": streaming}
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: exact_number: .*'no solution'.*on_bad_row=skip"):
+        load(reader("grpo", rewards=[scorer], **settings)).train.take(8)
+    skipping = reader("grpo", rewards=[scorer], on_bad_row="skip", bad_row_budget=0.5, **settings)
+    assert lines_of(load(skipping).train.take(7)) == [1, 2, 3, 5, 6, 7, 8]
+    assert skipping.num_bad == 1
+
+
+def test_judges_are_asked_about_held_out_rows_alone(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
+    judge = scorer_class("exact_number").model_validate({"name": "exact_number"})
+    path, good = str(write_rows(GRADED)), {"path": str(write_rows(GRADED[:2], "held_out.jsonl"))}
+    settings: Any = {"path": path, "keep": ["answer"], "judges": [judge]}
+    assert load(reader("grpo", **settings, eval=good)).num_train == 8
+    with pytest.raises(DataError, match=r"held_out\.jsonl:4: exact_number"):
+        load(reader("grpo", **settings, eval={"path": str(write_rows(GRADED, "held_out.jsonl"))}))
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: exact_number"):
+        load(reader("grpo", **settings, eval_groups=2))
 
 
 def test_a_mixture_reads_every_source_with_its_own_columns(
