@@ -60,6 +60,13 @@ class Silent:
     def close(self) -> None: ...
 
 
+class NoteReporter(Silent):
+    """The reporter of a dry run: it talks, and writes nothing."""
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+
 class FileReporter:
     """Reports to the terminal and into the run's folder."""
 

@@ -67,6 +67,16 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
             return _Run(config, world, reporter, generator).to_the_end()
 
 
+def rehearse(config: RunConfig, world: World, reporter: Reporter) -> None:
+    """Does all that comes before the first step, and no step: loads models, reads data, tries to save and to resume.
+
+    Raises:
+        AlignmentError: what would end the run before its first step.
+    """
+    with _only_run(config.make_folder()):
+        _Run(config, world, reporter, None).rehearse()
+
+
 class _Run:
     """One training run between its first and its last step."""
 
@@ -91,8 +101,6 @@ class _Run:
         )
         config.check_warmup(self.steps)
         reporter.note(f"data: {self.data.report}")
-        if self.roles.reference == "precomputed":
-            self._precompute_reference()
         self.generator = generator or LocalGenerator(self.roles.actor)
         self.judges = together(lambda: Rewards(config.judges, world.device), world)
         self.guards = Guards(config.guards, judges=self.judges.names)
@@ -110,14 +118,33 @@ class _Run:
                 world,
             )
 
+    def rehearse(self) -> None:
+        """Finds where the run would begin, and what its first step would learn from."""
+        progress = self._restore().progress
+        self.data.train.position = progress.position
+        groups = self.data.train.take(self.config.groups_per_step)
+        tokens = [group.num_tokens for group in groups]
+        roles = ", ".join(self.roles.trained_by_role)
+        self.reporter.note(
+            f"dry run: nothing is wrong. {self.steps - progress.step} steps are to be done, after {progress.step}; the "
+            f"next one has {len(groups)} groups of {min(tokens)} to {max(tokens)} tokens. Trained: {roles}; reference: "
+            f"{self.roles.reference}"
+        )
+
+    def _restore(self) -> Restored:
+        restored = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
+        if restored.progress.step > self.steps:
+            raise ConfigError(
+                f"{self.config.folder} already has {restored.progress.step} steps, more than the {self.steps} asked for"
+            )
+        return restored
+
     def to_the_end(self) -> Metrics:
         config, reporter = self.config, self.reporter
-        restored = checkpoint.restore(config, self.roles, identity=self.identity, world=self.world)
+        if self.roles.reference == "precomputed":
+            self._precompute_reference()  # by the actor as it is before anything is restored
+        restored = self._restore()
         progress = restored.progress
-        if progress.step > self.steps:
-            raise ConfigError(
-                f"{config.folder} already has {progress.step} steps, more than the {self.steps} asked for"
-            )
         if progress.step == self.steps:
             reporter.note(f"{config.folder} is finished: all {self.steps} steps are done. More steps, or another name?")
             return {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alignment.config import json_schema
+from alignment.config import ZeroConfig, json_schema
 from alignment.environment import inherited
 from alignment.errors import AlignmentError, ClusterError
 from alignment.failure import clear_failure, failure_of
@@ -38,13 +38,51 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as optim.lr=1e-6")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load, read, check and try to save everything, but take no step.")
+    ] = False,
 ) -> None:
     """Trains a model on preferences, as a YAML file says.
 
     Everything is written below runs/NAME: metrics.jsonl, tensorboard/, samples.jsonl, checkpoints/. A run that was
     stopped goes on from its newest intact checkpoint when the same command is given again.
     """
-    run(load_run(config, overrides or []))
+    settings = load_run(config, overrides or [])
+    if dry_run:
+        rehearse(settings)
+    else:
+        run(settings)
+
+
+def rehearse(config: ClusterRunConfig) -> None:
+    """Does in this process all that comes before a run's first step, and leaves nothing behind.
+
+    Neither Ray nor engines are started, and models are whole here, whatever `optim.zero` says.
+
+    Raises:
+        AlignmentError: what would end the run before its first step.
+    """
+    import torch
+
+    from alignment.metrics import NoteReporter
+    from alignment.models.folders import with_checkpoints
+    from alignment.models.parallel import World
+    from alignment.train import rehearse as loop
+
+    config = with_checkpoints(config)
+    if config.cluster.workers:
+        print(f"dry run: the cluster would be asked for {plan(config).sentence}", flush=True)
+    alone = config.model_copy(update={"optim": config.optim.model_copy(update={"zero": ZeroConfig()})})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made = [folder for folder in (config.folder, *config.folder.parents) if not folder.exists()]
+    try:
+        loop(alone, World(device=device), NoteReporter())
+    finally:
+        if config.folder in made:
+            shutil.rmtree(config.folder, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else's since then
+                folder.rmdir()
 
 
 def run(config: ClusterRunConfig) -> None:

@@ -37,7 +37,7 @@ def launch(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def start(recipe: str, *overrides: str) -> RunConfig:
         small = [f"model.path={tiny_model}", f"output={tmp_path / 'runs'}", "cluster.workers=0"]
-        small += ["steps=2", "epochs=null", "groups_per_step=4"]
+        small += ["steps=2", "epochs=null", "groups_per_step=4", "optim.warmup_steps=0"]
         config = load_run(ROOT / "configs" / "align" / f"{recipe}.yaml", [*small, *overrides])
         run(config)
         return config
@@ -130,7 +130,8 @@ def chat_template(config: RunConfig) -> str:
 
 def mixture(parts: list[Path]) -> list[str]:
     """The overrides that put local files in the place of a recipe's two hub sets."""
-    return [f"data.mixture.{index}.path={part}" for index, part in enumerate(parts)]
+    places = [f"data.mixture.{index}.path={part}" for index, part in enumerate(parts)]
+    return places + [f"data.mixture.{index}.split={part.stem}" for index, part in enumerate(parts)]
 
 
 def stack_exchange_row(pair: Row) -> Row:
@@ -199,7 +200,7 @@ def test_the_recipes_for_a_gpu_cluster_run_small(launch: Launch, write_rows: Cal
     places = [f"data.path={rows}", "data.name=null", "optim.zero.stage=0", "data.max_length=128", "data.split=train"]
     changes = {
         "grpo_8b": [f"data.eval.path={rows}", "data.eval.name=null", "data.eval_groups=4", "data.eval.split=train"],
-        "ppo_8b": ["critic.path=null", "data.max_prompt_length=64", "rewards=[{name: sentiment}]"],
+        "ppo_8b": ["critic.path=null", "critic.warmup_steps=1", "data.max_prompt_length=64", "rewards=[{name: sentiment}]"],
     }
     config = launch(recipe, *SAMPLED, *places, *changes[recipe])
     assert read_metrics(config.folder)[-1]["step"] == 2

@@ -61,8 +61,7 @@ def _read_files(path: Path, source: SourceConfig) -> Rows:
     if path.is_file():
         if not is_data_file(path):
             raise DataError(f"{path}: unknown kind of file; known are {KINDS}")
-        if source.name is not None or source.data_dir is not None:
-            raise DataError(f"{path}: is one file; data.name and data.data_dir are for folders and sets of the hub")
+        # data.name and data.data_dir of a recipe for the hub say nothing here: data.path alone is overridden then.
         if not says_split(path, source.split):
             raise DataError(
                 f"{path}: is one file, whose name says nothing of the split {source.split!r}; leave split out, or give "
