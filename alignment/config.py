@@ -397,7 +397,8 @@ class RolloutConfig(Section):
     dtype: NumberFormat = "auto"
     """Number format of the engine; `auto` is `model.dtype`."""
     timeout_s: Positive = 900.0
-    """Seconds after which a step's rollouts, or a weight sync, count as failed."""
+    """Seconds after which a step's rollouts, or a weight sync, count as failed. Long answers want more: 32,000 tokens
+    at 40 a second take 800 s, once for every `max_sequences` of them. Workers that wait for others allow for it."""
     cache_gb: Positive = 1.0
     """GiB of key-value cache of an engine on a CPU."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.85

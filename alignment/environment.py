@@ -9,6 +9,8 @@ IDLE_THREADS = {"OMP_WAIT_POLICY": "passive"}
 for off its core when another program wants one too: on two cores beside two busy processes a training step takes
 several times as long (`tests/benchmarks/openmp.py`). GNU's runtime, which torch brings and vLLM preloads, and Intel's
 both read this variable when they are loaded."""
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Libraries draw no progress bars where these are set when they are imported."""
 
 
 def set_environment() -> None:

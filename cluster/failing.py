@@ -21,3 +21,9 @@ class EndForGood(UserCallback):  # type: ignore[misc]
             error = getattr(exception, "_base_exc", exception)  # Ray Train wraps it with its traceback
             if isinstance(error, AlignmentError):
                 raise ControllerError(error)
+
+
+def final_error(error: Exception) -> AlignmentError | None:
+    """The error of ours for which Ray Train has ended a run; None if it was another."""
+    failure = getattr(error, "controller_failure", None)
+    return failure if isinstance(failure, AlignmentError) else None

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alignment.config import ZeroConfig, json_schema
-from alignment.environment import inherited
-from alignment.errors import AlignmentError, ClusterError
+from alignment.environment import NO_BARS, inherited
+from alignment.errors import ClusterError
 from alignment.failure import clear_failure, failure_of
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
@@ -182,8 +182,11 @@ def start_ray(address: str | None) -> bool:
     """
     # Read when Ray is imported or starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if not sys.stdout.isatty():  # a file shall hold our lines as they are, without the name of a process before each
+        os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")
     if not address:  # on Linux too: without it, Ray replaces 127.0.0.1 by the outside address
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     import ray
 
     if ray.is_initialized():
@@ -219,7 +222,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from cluster.failing import EndForGood
+    from cluster.failing import EndForGood, final_error
     from cluster.worker import run as worker
 
     clear_failure(config.folder)
@@ -242,7 +245,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             # On another machine Ray's worker loads torch before anything of ours.
-            worker_runtime_env={"env_vars": inherited()},
+            worker_runtime_env={"env_vars": inherited() | ({} if sys.stdout.isatty() else NO_BARS)},
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[EndForGood()],
         ),
@@ -252,10 +255,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        failure = getattr(error, "controller_failure", None)  # what EndForGood has raised
-        if not isinstance(failure, AlignmentError):
-            failure = failure_of(config.folder)
-        if failure is not None:
+        if failure := final_error(error) or failure_of(config.folder):
             raise failure from None
         raise ClusterError(
             f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"

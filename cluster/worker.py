@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import RunConfig
+from alignment.errors import AlignmentError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
 
@@ -80,14 +82,23 @@ def run(settings: dict[str, Any]) -> None:
     if Path(settings["folder"]).is_dir():  # relative paths of the configuration mean the driver's folder
         os.chdir(settings["folder"])
     logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train repeats every reported metric
+    logging.getLogger("ray.train.v2._internal.util").addFilter(_is_no_error_of_ours)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     context = ray.train.get_context()
-    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=ray.train.torch.get_device())
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
+    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     if failure := world.from_main(failure_of(config.folder)):
         raise failure  # again: Ray Train has restarted the workers before it was told not to
     inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
     with _attached(settings["engines"], config, world) as generator:
         train(config, world, RayReporter(inner), generator)
+
+
+def _is_no_error_of_ours(_: logging.LogRecord) -> bool:
+    """Filters Ray Train's record of a worker's exception: an error of ours is told once, without its traceback."""
+    return not isinstance(sys.exc_info()[1], AlignmentError)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import pytest
 
 from alignment.config import check_config
 from alignment.errors import ConfigError
+from alignment.rollout.pool import HEARTBEAT_S
 from cluster.config import ClusterRunConfig, load_run
-from cluster.plan import Plan, check_fits, check_machine, most_workers, plan
+from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, most_workers, plan
 from tests.conftest import ALIGN
 
 Settings = dict[str, Any]
@@ -126,6 +127,13 @@ def test_packing_is_exact() -> None:
 def test_tenths_of_a_core_add_up_to_a_core() -> None:
     wanted = Plan(workers=3, resources={"CPU": 0.1}, engines=7, engine_resources={"CPU": 0.1})
     check_fits(wanted, nodes=[{"CPU": 1.0}])
+
+
+@pytest.mark.parametrize("timeout_s", [60, 900, 7200.5])
+def test_workers_wait_longer_for_each_other_than_for_anything_else(timeout_s: float) -> None:
+    """A sync waits for what is being drawn, for a restart, and twice for a load."""
+    limit = collective_timeout_s(sampling({"workers": 2}, timeout_s=timeout_s))
+    assert isinstance(limit, int) and limit > 4 * (timeout_s + HEARTBEAT_S) + 3600
 
 
 def test_without_ray_trainer_and_engine_do_not_share_a_gpu() -> None:
