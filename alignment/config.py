@@ -223,7 +223,8 @@ class DataConfig(SourceConfig):
     ends."""
     eval: SourceConfig | None = None
     """Held-out rows for evaluation. They are read as the training rows are (`prompt_as`, `prompt_template`, `columns`,
-    `keep`), unless it says otherwise. None cuts `eval_groups` from the training data."""
+    `keep`), unless it says otherwise; with a `split` alone it is that split of the same set. None cuts `eval_groups`
+    from the training data."""
     eval_groups: Count = 0
     """Groups held out for evaluation: cut from the training data, by prompt, if `eval` is None; else the most that
     are used of `eval`, where 0 uses all."""
@@ -260,6 +261,8 @@ class DataConfig(SourceConfig):
             return values
         held_out = _settings(values["eval"])
         mixture = values.get("mixture")
+        if held_out.get("path") is None and "split" in held_out and not mixture:  # another split of the same set
+            held_out |= {key: values[key] for key in ("path", "name", "data_dir") if key in values}
         sources = [_settings(each) for each in mixture] if isinstance(mixture, list | tuple) and mixture else [values]
         for key, field in SourceConfig.model_fields.items():
             if key in WHICH_ROWS or key in held_out:
@@ -269,6 +272,14 @@ class DataConfig(SourceConfig):
                 raise ValueError(f"the sources of mixture differ in {key}, so eval must say which is its own")
             held_out[key] = settings[0]
         return {**values, "eval": held_out}
+
+    @model_validator(mode="after")
+    def _every_source_has_a_path(self) -> Self:
+        if any(source.path is None for source in self.mixture):
+            raise ValueError("a source of mixture has no path")
+        if self.eval is not None and self.eval.path is None:
+            raise ValueError("eval has no path; give it one, or a split of data.path that is not trained on")
+        return self
 
     @model_validator(mode="after")
     def _weights_mean_something(self) -> Self:

@@ -78,6 +78,8 @@ KEYS_ELSEWHERE = {
     "activation_offloading": "model.gradient_checkpointing",
     "chat_template_path": "model.chat_template",
     "chat_template": "model.chat_template",
+    "chat_template_kwargs": "model.chat_template_kwargs",
+    "enable_thinking": "model.chat_template_kwargs, as {enable_thinking: false}",
     "trust_remote_code": "no key: code that comes with a model is never executed",
     "model_init_kwargs": "the keys of model",
     "load_in_4bit": NO_QUANTISATION,

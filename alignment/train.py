@@ -27,7 +27,7 @@ from alignment.config import OptimConfig, RunConfig
 from alignment.data.agreement import check_data, check_step
 from alignment.data.chat import run_date
 from alignment.data.snapshot import keep_live_rows
-from alignment.data.stream import Data, GroupReader, ListStream, load_data
+from alignment.data.stream import Data, GroupReader, ListStream, LiveStream, load_data
 from alignment.data.vocabulary import BoundedGroupTokenizer
 from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Examination, prompt_text
@@ -158,6 +158,8 @@ class _Run:
         started, first = time.perf_counter(), progress.step
         while progress.step < self.steps:
             progress = self._step(progress)
+        if isinstance(self.data.train, LiveStream):  # what a list leaves out is told before the first step
+            reporter.note(f"data: the stream gave {self.data.train.summary()}")
         summary = self._summarise(self.steps - first, time.perf_counter() - started)
         self._sample(self.steps)
         reporter.close()

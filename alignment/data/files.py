@@ -27,6 +27,11 @@ from alignment.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+
+class Cell(str):
+    """A text of a table, in which numbers, true and false, and lists as JSON are texts too."""
+
+
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row | DataError]]
 
@@ -166,7 +171,8 @@ def _declared_splits(folder: Path, config: str | None) -> dict[Path, list[str]]:
     except yaml.YAMLError:
         return {}
     configs = head.get("configs") if isinstance(head, dict) else None
-    named = {str(entry["config_name"]): entry for entry in configs or () if "data_files" in entry}
+    entries = [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
+    named = {str(entry.get("config_name", "default")): entry for entry in entries if entry.get("data_files")}
     if not named:
         return {}
     default = next((name for name, entry in named.items() if entry.get("default") or len(named) == 1), "default")
@@ -174,12 +180,13 @@ def _declared_splits(folder: Path, config: str | None) -> dict[Path, list[str]]:
         asked = "none is named" if config is None else f"{config!r} is none of them"
         raise DataError(f"{folder}: has the configurations {', '.join(named)}, and {asked}. Choose one by name")
     files = named[config or default]["data_files"]
-    entries = files if isinstance(files, list) and isinstance(files[0], dict) else [{"path": files}]
     splits: dict[Path, list[str]] = {}
-    for entry in entries:
-        patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        for file in chain.from_iterable(folder.glob(pattern) for pattern in patterns):
-            splits.setdefault(file, []).append(str(entry.get("split", DEFAULT_SPLIT)))
+    for entry in files if isinstance(files, list) else [files]:
+        patterns = entry.get("path") if isinstance(entry, dict) else entry
+        split = str(entry.get("split", DEFAULT_SPLIT)) if isinstance(entry, dict) else DEFAULT_SPLIT
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            for file in folder.glob(str(pattern).removeprefix("./")):
+                splits.setdefault(file, []).append(split)
     return splits
 
 
@@ -387,7 +394,7 @@ def _row_of(header: list[str], cells: list[str]) -> Row | DataError:
     for name, cell in zip(header, cells, strict=True):
         if any("\udc80" <= character <= "\udcff" for character in cell):
             return DataError(f"is not valid UTF-8 in column {name!r}")
-    return {name: cell or None for name, cell in zip(header, cells, strict=True) if name}
+    return {name: Cell(cell) if cell else None for name, cell in zip(header, cells, strict=True) if name}
 
 
 def _read_parquet(path: Path) -> Rows:

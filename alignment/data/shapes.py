@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.config import SourceConfig
-from alignment.data.files import Row
+from alignment.data.files import Cell, Row
 from alignment.errors import DataError, WithoutWeight
 from alignment.types import Completion, Group, Message
 
@@ -70,7 +71,7 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
         WithoutWeight: the row is in order, and its weight says that nothing is to be learned from it.
         DataError: the row is unusable; the text says why, without the origin.
     """
-    columns = {column: _cell(row, column, f"column {column!r} (keep)") for column in source.keep}
+    columns = {column: _kept(_cell(row, column, f"column {column!r} (keep)")) for column in source.keep}
     shape = _Shape(row, source)
     _check_columns(shape)
     group = _shaped(shape, origin)
@@ -102,6 +103,21 @@ def _cell(row: Row, column: str, what: str) -> Any:
     return value
 
 
+def _kept(value: Any) -> Any:
+    """A column for scorers as it is; of a table, what its text stands for: a number, true or false, or a list."""
+    if not isinstance(value, Cell):
+        return value
+    try:
+        meaning = json.loads({"True": "true", "False": "false"}.get(value, value))
+    except (ValueError, RecursionError):
+        return str(value)
+    # A number that would be written otherwise is a text that looks like one, as 007 and 1e5 are.
+    is_same = isinstance(meaning, bool | list | dict) or (
+        isinstance(meaning, int | float) and math.isfinite(meaning) and str(meaning) == value
+    )
+    return meaning if is_same else str(value)
+
+
 def _decoded(value: Any) -> Any:
     """A list or mapping that is given as JSON text, as tables keep them; anything else as it is."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
@@ -119,9 +135,10 @@ def _check_columns(shape: _Shape) -> None:
     for column in MEDIA:
         if row.get(column) not in (None, "", [], ()):
             raise DataError(f"column {column!r} holds what is no text, and models are trained on text alone")
-    if row.get("labels") is not None and shape.has("completions"):
+    label = next((name for name in ("labels", "label") if row.get(name) is not None), None)
+    if label is not None and shape.has("completions"):
         raise DataError(
-            "labels beside completions (of steps of an answer?) are not read; give rewards of whole answers"
+            f"{label} beside completions (of steps of an answer?) is not read; give rewards, one per answer"
         )
     weight = _number(row.get("weight"))
     if weight == 0:
@@ -164,7 +181,8 @@ def _shaped(shape: _Shape, origin: str) -> Group:
             raise DataError("completions is empty")
         rewards = _rewards(shape, len(answers))
     elif shape.has("completion"):
-        prompt, answers, rewards = shape.prompt(), [_answer(shape.value("completion"), "completion")], [_label(shape)]
+        prompt, answers = shape.prompt(), [_answer(shape.value("completion"), "completion")]
+        rewards = [_label(shape)] if shape.has("label") or not shape.has("rewards") else _rewards(shape, 1)
     elif shape.has("chosen") or shape.has("rejected"):
         raise DataError(f"field {'rejected' if shape.has('chosen') else 'chosen'!r} is missing")
     elif shape.has("messages"):
@@ -489,6 +507,8 @@ def _rewards(shape: _Shape, count: int) -> list[float | None]:
     if not shape.has("rewards"):
         return [None] * count
     rewards = shape.listed("rewards")
+    if shape.has("completion") and not isinstance(rewards, list | tuple):  # of one answer, one number
+        rewards = [_number(rewards) if isinstance(rewards, str) else rewards]
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise DataError(f"rewards must be a list of {count} numbers, one per completion")
     for reward in rewards:

@@ -223,6 +223,10 @@ class LiveStream:
         fractions = [self.reader.data.fraction_of(source) for source in self.sources]
         return repr((weights, fractions, [(source.skip, source.take) for source in self.sources], self.buffer))
 
+    def summary(self) -> str:
+        """One line about what was read so far, in every epoch, and what was left out."""
+        return self.reader.summary()
+
     def _next(self) -> Group:
         group = next(self._groups)
         self._read += 1
@@ -305,7 +309,10 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
     if not groups:
         raise DataError(f"no usable group is left to train on: {reader.summary()}")
     train = ListStream(groups, seed=seed, shuffle=data.shuffle)
-    report = f"{len(groups)} groups to train on, {len(held_out)} held out, from {reader.summary()}"
+    trained = {group.prompt_tokens for group in groups} if data.eval else set()
+    shared = sum(group.prompt_tokens in trained for group in held_out)
+    overlap = f" ({shared} of them with prompts that are trained on)" if shared else ""
+    report = f"{len(groups)} groups to train on, {len(held_out)} held out{overlap}, from {reader.summary()}"
     report += reader.note_on_weights()
     return Data(train=train, num_train=len(groups), eval=held_out, report=report)
 

@@ -456,6 +456,8 @@ def test_an_output_that_cannot_be_written_is_one_line(load: Load, tmp_path: Path
     ("data", "expected"),
     [
         ({"mixture": [{"path": "x", "streaming": True, "weight": 0}] * 2}, "data: every weight of mixture is 0"),
+        ({"path": "x", "eval": {"take": 5}}, "data: eval has no path; give it one, or a split of data.path"),
+        ({"mixture": [{"path": "x"}, {"split": "test"}]}, "data: a source of mixture has no path"),
         ({"path": "x", "weight": 0.5, "fraction": 0.5}, "data: weight 0.5 means nothing without a streaming mixture"),
         ({"path": "x", "streaming": True, "weight": 3}, "data: weight 3 means nothing without a streaming mixture"),
         ({"mixture": [{"path": "x"}, {"path": "y", "weight": 3}]}, "data.mixture.1.weight: above 1 it says how often"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.config import SourceConfig
+from alignment.data.files import Cell
 from alignment.data.shapes import to_group
 from alignment.errors import DataError, NoPreference, WithoutWeight
 from alignment.types import Completion, Group, Message
@@ -389,6 +390,8 @@ LIST = json.dumps([SYSTEM, USER, GOOD])
         ({"prompt": "[1, 2] + [3]?", "completion": "[1, 2, 3]"}, {}, "[1, 2] + [3]?", (Completion(text="[1, 2, 3]"),)),
         ({"prompt": "2 + 2?", "completion": "4", "label": "True"}, {}, "2 + 2?", PAIR[:1]),
         ({"prompt": "2 + 2?", "completion": "5", "label": "0"}, {}, "2 + 2?", PAIR[1:]),
+        ({"prompt": "2 + 2?", "completion": "5", "rewards": 0}, {}, "2 + 2?", PAIR[1:]),
+        ({"prompt": "2 + 2?", "completion": "5", "rewards": "0.0"}, {}, "2 + 2?", PAIR[1:]),
         ({"prompt": "2 + 2?", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, {},
          messages(SYSTEM, USER), PAIR),
         ({"prompt": "2 + 2?", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
@@ -470,6 +473,8 @@ def test_a_call_of_a_function_in_sharegpts_form_is_a_tool_call() -> None:
         ({"prompt": "p", "completion": "x", "weight": 0.5}, {}, "its weight is 0.5, and rows count alike here"),
         ({"prompt": "p", "completion": "x", "images": ["a.png"]}, {}, "column 'images' holds what is no text"),
         ({"prompt": "p", "completions": ["x", "y"], "labels": [True, False]}, {}, "labels beside completions"),
+        ({"prompt": "p", "completions": ["x", "y"], "label": True}, {}, "label beside completions"),
+        ({"prompt": "p", "completion": "x", "rewards": "good"}, {}, "reward None is not a finite number"),
         ({"conversations": TURNS[:2], "label": True}, {}, "a label is about the assistant's turn at the end"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, {}, "history holds earlier turns"),
         ({"instruction": "x", "output": "y", "history": ["a"]}, {"prompt_as": "user_message"}, "history must be a"),
@@ -501,3 +506,17 @@ def test_kept_columns_are_found_inside_others_and_keep_the_name_that_was_given()
 def test_what_was_cut_off_is_said_for_each_of_several_answers() -> None:
     row = {"prompt": "p", "completions": ["x", "y", "z"], "finish_reasons": ["length", "stop", None]}
     assert [completion.truncated for completion in group_of(row).completions] == [True, False, False]
+
+
+def test_kept_columns_of_a_table_are_what_their_text_stands_for() -> None:
+    cells = {
+        "a": "72", "b": "1.5", "c": "True", "d": "false", "e": '["x", 2]', "f": "007", "g": "1e5", "h": "1,000",
+        "i": "x", "j": "NaN", "k": '"quoted"', "l": "-3",
+    }  # fmt: skip
+    row = {"prompt": Cell("42"), **{name: Cell(text) for name, text in cells.items()}, "m": None}
+    group = group_of(row, keep=(*cells, "m"))
+    assert group.prompt == "42"
+    assert list(group.columns.values()) == [
+        72, 1.5, True, False, ["x", 2], "007", "1e5", "1,000", "x", "NaN", '"quoted"', -3, None,
+    ]  # fmt: skip
+    assert group_of({"prompt": "p", "a": "72"}, keep=("a",)).columns == {"a": "72"}, "JSON says what is a text"

@@ -384,6 +384,49 @@ def test_held_out_rows_are_read_as_the_training_rows_are(
     assert (other.prompt, other.columns) == ("the quick brown", {})
 
 
+def test_held_out_rows_may_be_another_split_of_the_same_set(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    write_rows(pair_rows(4), "set/train.jsonl")
+    write_rows(pair_rows(3), "set/test.jsonl")
+    data = load(reader(path=str(tmp_path / "set"), eval={"split": "test"}))
+    assert (data.num_train, [Path(group.id).name for group in data.eval][:1]) == (4, ["test.jsonl:1"])
+
+
+def test_prompts_that_are_measured_on_and_trained_on_are_told(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    other = str(write_rows([*pair_rows(2), {"prompt": "another", "chosen": "a", "rejected": "b"}], "other.jsonl"))
+    data = load(reader(path=str(write_rows(pair_rows(8))), eval={"path": other}))
+    assert "8 groups to train on, 3 held out (2 of them with prompts that are trained on), from 11 rows" in data.report
+    apart = load(reader(path=str(write_rows(pair_rows(8))), eval={"path": other, "skip": 2}))
+    assert "8 groups to train on, 1 held out, from 9 rows" in apart.report
+
+
+def test_rows_are_the_same_groups_in_every_kind_of_file(
+    reader: Callable[..., GroupReader], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    import datasets
+
+    turns = [{"role": "user", "content": "the, \n quick"}]
+    rows = [
+        {"prompt": turns, "completion": f" fox {number}", "label": number % 2 == 0, "answer": number}
+        for number in range(4)
+    ]
+    table = [{**row, "prompt": json.dumps(row["prompt"])} for row in rows]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(table).to_csv(tmp_path / "rows.csv")
+    datasets.Dataset.from_list(table).to_csv(tmp_path / "rows.tsv", sep="\t")
+    (tmp_path / "rows.json").write_text(json.dumps({"data": rows}))
+    paths = [str(write_rows(rows)), *(str(tmp_path / f"rows.{kind}") for kind in ("json", "parquet", "csv", "tsv"))]
+    read = [load(reader("sft", path=path, keep=["answer"])) for path in (*paths, str(tmp_path / "saved"))]
+    assert [data.num_train for data in read] == [2] * 6
+    assert len({data.fingerprint for data in read}) == 1
+    assert all({group.columns["answer"] for group in data.train.take(2)} == {0, 2} for data in read)
+
+
 GRADED: list[Any] = [{"prompt": f"{n} + 1?", "answer": str(n + 1) if n != 3 else "no solution"} for n in range(8)]
 
 
