@@ -132,11 +132,11 @@ class ControlTokens:
         encoder = self._encoder()
         # The template's control tokens become fences, which the encoder knows, and stand-ins become their characters.
         pieces: list[str] = []
-        origins: list[int] = []  # of each character of the new text, where it comes from in `text`
+        origins: list[Span] = []  # of each character of the new text, what it stands for in `text`
         num_fences = position = 0
         for start, stop, number, is_stand_in in self._marks(text):
             pieces.append(text[position:start])
-            origins.extend(range(position, start))
+            origins.extend((index, index + 1) for index in range(position, start))
             literal = self.texts[number]
             if not is_stand_in:
                 literal = _fence(number)
@@ -144,10 +144,10 @@ class ControlTokens:
             elif breaks:
                 literal = literal[:1] + BREAK + literal[1:]
             pieces.append(literal)
-            origins.extend([start] * len(literal))
+            origins.extend([(start, stop)] * len(literal))
             position = stop
         pieces.append(text[position:])
-        origins.extend(range(position, len(text) + 1))
+        origins.extend((index, index + 1) for index in range(position, len(text) + 1))
         encoded = encoder.encode("".join(pieces), add_special_tokens=False)
         ids, spans, num_control = [], [], 0
         for id_, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True):
@@ -156,7 +156,8 @@ class ControlTokens:
             control = self._control_of.get(id_)
             num_control += control is not None or id_ in self._control_ids
             ids.append(id_ if control is None else control)
-            spans.append((origins[start], origins[stop - 1] + 1 if stop > start else origins[start]))
+            begin = origins[start][0]
+            spans.append((begin, origins[stop - 1][1] if stop > start else begin))
         return Encoding(ids=ids, spans=spans) if num_control == num_fences else None
 
     def _marks(self, text: str) -> list[tuple[int, int, int, bool]]:

@@ -86,8 +86,9 @@ class Renderer:
             self._takes_parts = False
             self._takes_parts = self._needs_parts()
         # Templates take a call's arguments as a mapping; a few join them to text, and fail with a mapping.
+        messages = self._messages(turns)
         try:
-            return self._apply(self._messages(turns), tools, answer_next)
+            return self._apply(messages, tools, answer_next)
         except DataError:
             if not any(turn.fields.get("tool_calls") for turn in turns):
                 raise
@@ -192,9 +193,9 @@ class Renderer:
             head = prompt if opened is None else prompt[: prompt.rindex(opened[0])]
             if opened is None or not whole.startswith(head):
                 raise _moved(prompt, whole)
-            if thought is None:
+            if not (thought or "").strip():
                 raise _no_thought(opened)
-            return self._generated(before, turn, tools, prompt, opened, thought, content)
+            return self._generated(before, turn, tools, prompt, opened, thought or "", content)
         rest = whole[len(prompt) :]
         if _calls(answer):
             return self._with_calls(before, turn, tools, prompt, rest)
@@ -206,9 +207,9 @@ class Renderer:
         if thought is not None and (printed is None or thought.strip() not in wrapper):
             return self._generated(before, turn, tools, prompt, opened, thought, content)
         if opened is not None and not _closes(wrapper, opened[1]) and not answer.truncated:
-            if thought is None:
+            if not (thought or "").strip():
                 raise _no_thought(opened)
-            return self._generated(before, turn, tools, prompt, opened, thought, content)
+            return self._generated(before, turn, tools, prompt, opened, thought or "", content)
         end = "" if answer.truncated and answer.content else self._end(tail)
         return Answer(prompt=prompt, body=body, content=printed or "", end=end)
 
@@ -455,15 +456,14 @@ def _is_empty_thought(wrapper: str) -> bool:
 
 
 def _thought_and_content(turn: Message) -> tuple[str | None, str]:
-    """An answer's thought, from a field or from its text, and the text behind it."""
+    """An answer's thought, from a field or from its text, where it may be empty, and the text behind it."""
     named = next((turn.fields[name] for name in REASONING if turn.fields.get(name)), None)
     if isinstance(named, str) and named.strip():
         return named, turn.content
     for open_, close in THOUGHTS:
         thought, found, content = turn.content.partition(close)
         if found:
-            thought = thought.rpartition(open_.strip())[2]
-            return (thought, content) if thought.strip() else (None, turn.content)
+            return thought.rpartition(open_.strip())[2], content
     return None, turn.content
 
 
