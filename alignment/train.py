@@ -105,6 +105,8 @@ class _Run:
         self.judges = together(lambda: Rewards(config.judges, world.device), world)
         self.guards = Guards(config.guards, judges=self.judges.names)
         self.roll_backs = 0
+        self.evaluated: int | None = None
+        """Step whose model was evaluated last."""
         self.journal = Journal(config.folder)
         self.feed: Feed | None = None
         if config.answers_prompts:
@@ -185,6 +187,7 @@ class _Run:
 
     def _begin(self, progress: Progress) -> None:
         """Makes everything stand where `progress` says: cursor, reports, engines."""
+        self.evaluated = None
         self.reporter.begin(progress.step, self.steps)
         self.data.train.position = progress.position
         if self.world.is_main:
@@ -278,11 +281,14 @@ class _Run:
         return back
 
     def _save(self, progress: Progress) -> None:
+        if self.algorithm.head == "score" and self.evaluated != progress.step:
+            self._evaluate(progress.step)  # a reward model's checkpoint has the figures of its own scores
         rollouts = None if self.feed is None else self.feed.state()
         checkpoint.save(self.config, self.roles, progress, identity=self.identity, world=self.world, rollouts=rollouts)
 
     def _evaluate(self, step: int) -> Metrics:
         """Figures on what is held out, by names that begin with `eval/`."""
+        self.evaluated = step
         if not self.data.eval:
             return {}
         metrics: Metrics = {}

@@ -17,6 +17,7 @@ from alignment.errors import ConfigError
 from alignment.models.forward import outputs, scores, values
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, loading_device, shard, shard_frozen
+from alignment.rewards.model import MEAN, STD, RewardModel
 from alignment.types import Batch, Outputs, Role
 
 Reference = Literal["none", "adapter_off", "copy", "precomputed"]
@@ -31,6 +32,8 @@ class Critic:
     head: nn.Module | None
     """[H] → [1], for a critic without a trunk of its own."""
     trained: Trained
+    offset: float = 0.0
+    """Added to what the head says, and not trained: where a reward model's scores begin, in units of the rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,8 @@ class Roles:
         )
         if critic is None or critic.model is None:
             return said
-        return Outputs(logprobs=said.logprobs, entropies=said.entropies, values=values(critic.model, batch))
+        worth = values(critic.model, batch) + critic.offset * batch.learned
+        return Outputs(logprobs=said.logprobs, entropies=said.entropies, values=worth)
 
     @torch.no_grad()
     def annotations(self, batch: Batch) -> dict[str, Tensor]:
@@ -169,9 +173,7 @@ class Roles:
         """Keeps the level and spread of held-out rewards with a reward model, for those who normalise by them."""
         if self.algorithm.head == "score":
             mean, square = metrics["scores/mean"], metrics["scores/mean_square"]
-            self.actor.network.config.update(
-                {"raylign_reward_mean": mean, "raylign_reward_std": max(0.0, square - mean**2) ** 0.5}
-            )
+            self.actor.network.config.update({MEAN: mean, STD: max(0.0, square - mean**2) ** 0.5})
 
     def train(self, mode: bool = True) -> None:
         """Switches what is trained between learning and being measured."""
@@ -209,13 +211,38 @@ def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
         own = config.model.model_copy(update={"path": config.critic.path or config.model.path, "lora": lora})
         device = loading_device(config.optim, world)
         model = load_model(own, config.data, device=device, seed=config.seed + 1, head="score")
-        return Critic(model=model, head=None, trained=shard(model.module, optim, world))
+        offset = _in_units_of_rewards(model, config)
+        return Critic(model=model, head=None, trained=shard(model.module, optim, world), offset=offset)
     size = actor.network.get_output_embeddings().weight.shape[1]
     torch.manual_seed(config.seed + 1)
     head = nn.Linear(size, 1, bias=False)
     nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
     head = head.to(world.device)
     return Critic(model=None, head=head, trained=shard(head, optim, world))
+
+
+@torch.no_grad()
+def _in_units_of_rewards(model: LanguageModel, config: RunConfig) -> float:
+    """Lets a critic that was a reward model begin with the rewards that it gives as a scorer, and not with raw scores.
+
+    A scorer's rewards are weight · (score - mean) / std. The factor goes into the head's weights; returned is the rest,
+    which the head, being without bias, cannot hold.
+    """
+    if config.critic.path is None:
+        return 0.0
+    settings = model.network.config.to_dict()
+    mean, std = settings.get(MEAN, 0.0), settings.get(STD, 1.0)
+    weight = 1.0
+    for scorer in config.rewards:
+        if isinstance(scorer, RewardModel) and scorer.path == config.critic.path:
+            weight = scorer.weight
+            mean, std = (mean, std) if scorer.normalise else (0.0, 1.0)
+    if not std > 0:
+        return 0.0
+    for name, parameter in model.network.named_parameters():
+        if name.startswith("score."):
+            parameter *= weight / std
+    return float(-mean * weight / std)
 
 
 @contextlib.contextmanager

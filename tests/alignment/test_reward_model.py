@@ -141,6 +141,56 @@ def test_a_separable_preference_is_learned_and_the_level_of_its_scores_is_kept(
         assert kept["raylign_reward_std"] == pytest.approx(spread)
 
 
+def test_every_checkpoint_of_a_reward_model_has_the_figures_of_its_own_scores_also_after_a_resume(
+    reward_settings: Settings, tmp_path: Path
+) -> None:
+    """D9: they were those of an older evaluation, and gone after a resume until the next one."""
+    settings = {**reward_settings, "checkpoint": {"every": 1, "keep": 9}, "steps": 5}
+    means = {
+        line["step"]: line["eval/scores/mean"]
+        for line in read_metrics(run({**settings, "name": "every", "evaluate": {"every": 1}}))
+    }
+    folder = run({**settings, "steps": 3, "optim": {**settings["optim"], "schedule": "constant"}})
+    run({**settings, "optim": {**settings["optim"], "schedule": "constant"}})
+    for step in range(1, 6):
+        kept = json.loads((folder / f"checkpoints/step-{step:08d}/config.json").read_text())
+        assert kept["raylign_reward_mean"] == pytest.approx(means[step], abs=1e-6), step
+    assert len(set(means.values())) == 6
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.parametrize(
+    "scorer", [{}, {"weight": 2.0}, {"normalise": False, "weight": 0.5}], ids=["plain", "weighted", "raw"]
+)
+def test_a_critic_that_was_a_reward_model_begins_with_the_rewards_that_it_gives(
+    scorer: Settings, lora: Settings | None, reward_settings: Settings
+) -> None:
+    """D8: it began with raw scores, while rewards were normalised."""
+    model = {**reward_settings["model"], "lora": None}
+    folder = find_checkpoint(run({**reward_settings, "name": "reward", "model": model}))
+    config = RunConfig.model_validate(
+        {
+            **reward_settings,
+            "algorithm": {"name": "ppo"},
+            "model": {**model, "lora": lora},
+            "rewards": [{"name": "model", "path": str(folder), **scorer}],
+            "critic": {"path": str(folder)},
+        }
+    )
+    roles = Roles.build(config, World())
+    assert roles.critic is not None and roles.critic.model is not None
+    groups = random_groups(5)
+    raw = torch.tensor(our_scores(opened(folder), groups))
+    known = json.loads((folder / "config.json").read_text())
+    mean, std = known["raylign_reward_mean"], known["raylign_reward_std"]
+    rewards = raw if "normalise" in scorer else (raw - mean) / std
+    worth = torch.tensor(our_scores(roles.critic.model, groups)) + roles.critic.offset
+    torch.testing.assert_close(worth, scorer.get("weight", 1.0) * rewards, atol=1e-4, rtol=1e-4)
+    batch = pack(groups)
+    said = roles.outputs(batch).values
+    assert said is not None and not said[~batch.learned].any(), "nothing is said of what is not learned"
+
+
 def test_micro_batches_do_not_change_the_loss_of_a_reward_model(reward_settings: Settings) -> None:
     config = RunConfig.model_validate(reward_settings)
     algorithm = config.algorithm
