@@ -6,9 +6,11 @@ import importlib
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import typer
 
+from alignment.config import search_for_modules
 from alignment.errors import AlignmentError
 
 # name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer; a command that has
@@ -54,6 +56,7 @@ def main() -> None:
 
 def run_command(name: str, program: str) -> None:
     """Runs one command on the arguments in `sys.argv`; an error of ours is printed without a traceback."""
+    search_for_modules(Path.cwd())  # as `python -m` does; a console script has only its own folder on the path
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines and locks are given back
     place, what = COMMANDS[name]
     module, _, function = place.partition(":")

@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import string
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -667,8 +668,21 @@ def imported(name: str, what: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: malformed module names
-        raise ConfigError(f"{what} {name!r} cannot be imported: {error}") from error
+    except ModuleNotFoundError as error:
+        folders = [folder for folder in sys.path if not folder.startswith((sys.prefix, sys.base_prefix))]
+        raise ConfigError(
+            f"{what} {name!r} cannot be imported: {error}. Modules are looked for in the current folder, in that of "
+            f"the configuration, on PYTHONPATH ({', '.join(folders) or 'none'}), and among the installed packages"
+        ) from error
+    except Exception as error:  # anything may come: the module's code is run, and its name may be malformed
+        kind = "" if isinstance(error, ImportError | AttributeError | TypeError | ValueError) else type(error).__name__
+        raise ConfigError(f"{what} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
+
+
+def search_for_modules(folder: Path) -> None:
+    """Lets functions and classes that a configuration names be found in a folder, behind what is installed."""
+    if (path := str(folder.resolve())) not in sys.path:
+        sys.path.append(path)
 
 
 def algorithm_class(name: str) -> type[AlgorithmConfig]:
@@ -739,10 +753,15 @@ Config = TypeVar("Config", bound=Section)
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, kind: type[Config]) -> Config:
     """Reads a YAML file (None: nothing), applies `section.key=value` overrides and checks the result against `kind`.
 
+    Functions that it names are looked for in the file's folder too, by this process and by the Ray workers that it
+    starts.
+
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
     """
     tree = {} if path is None else _read(path)
+    if path is not None:
+        search_for_modules(Path(path).parent)
     for override in overrides:
         _apply(tree, override)
     try:

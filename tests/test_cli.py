@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -68,6 +69,47 @@ def test_an_error_of_ours_is_one_line_without_a_traceback(tmp_path: Path) -> Non
     line = one_line_of(raylign("train", "run.yaml", "lr=1", "optim", cwd=tmp_path))
     assert line.startswith("ConfigError: override 'optim' must have the form section.key=value")
     assert not (tmp_path / "runs").exists(), "a run that cannot start leaves nothing behind"
+
+
+POLITE = "def reward(prompts, completions, **rest):\n    return [float('please' in text) for text in completions]\n"
+REWARDED = (
+    "name: run\nsteps: 1\nalgorithm: {name: grpo}\ndata: {path: ./none.jsonl}\nrewards: [{name: 'politeness:reward'}]\n"
+)
+
+
+@pytest.mark.parametrize("command", [[str(RAYLIGN), "train"], [sys.executable, "-m", "cluster"]], ids=["script", "-m"])
+@pytest.mark.parametrize("beside", ["current folder", "configuration"])
+def test_a_function_is_found_in_the_current_folder_and_beside_the_configuration(
+    tmp_path: Path, command: list[str], beside: str
+) -> None:
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs" / "run.yaml"
+    config.write_text(REWARDED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for is_there, told in ((False, "cannot be imported: No module named 'politeness'"), (True, "optim.lr: Input")):
+        if is_there:
+            folder = tmp_path if beside == "current folder" else config.parent
+            (folder / "politeness.py").write_text(POLITE)
+        done = subprocess.run(
+            [*command, str(config), "optim.lr=0"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert told in done.stderr and ("politeness" in done.stderr) != is_there
+        assert is_there or (str(tmp_path) in done.stderr and str(config.parent) in done.stderr)
+
+
+@pytest.mark.parametrize("code", ["def reward(:\n", "import no_such_package\n", "reward = 1 / 0\n"])
+def test_a_module_that_cannot_be_run_is_an_error_with_its_reason(tmp_path: Path, code: str) -> None:
+    (tmp_path / "run.yaml").write_text(REWARDED)
+    (tmp_path / "politeness.py").write_text(code)
+    done = raylign("train", "run.yaml", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "scorer 'politeness:reward' cannot be imported: " in done.stderr
 
 
 def test_several_problems_of_a_configuration_are_a_line_each(tmp_path: Path) -> None:
