@@ -49,6 +49,10 @@ MERGE_KEY = "tag:yaml.org,2002:merge"
 """YAML's `<<`, which a mapping may have several of."""
 
 
+MODULE_FOLDERS: list[str] = []
+"""Where modules are looked for beside what is installed: Ray's workers get the current folder by Ray, these by us."""
+
+
 class Section(BaseModel):
     """A frozen part of a configuration; unknown keys are refused and every field's docstring reaches the schema."""
 
@@ -683,6 +687,8 @@ def search_for_modules(folder: Path) -> None:
     """Lets functions and classes that a configuration names be found in a folder, behind what is installed."""
     if (path := str(folder.resolve())) not in sys.path:
         sys.path.append(path)
+    if path not in MODULE_FOLDERS:
+        MODULE_FOLDERS.append(path)
 
 
 def algorithm_class(name: str) -> type[AlgorithmConfig]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alignment.config import ZeroConfig, json_schema
+from alignment.config import MODULE_FOLDERS, ZeroConfig, json_schema
 from alignment.environment import NO_BARS, inherited
 from alignment.errors import ClusterError
 from alignment.failure import clear_failure, failure_of
@@ -231,6 +231,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
         train_loop_config={
             "config": config.model_dump_json(),
             "folder": os.getcwd(),
+            "module_folders": MODULE_FOLDERS,
             "bar": sys.stdout.isatty(),
             "engines": engines,
         },

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.config import RunConfig
+from alignment.config import RunConfig, search_for_modules
 from alignment.errors import AlignmentError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
@@ -64,8 +64,9 @@ def run(settings: dict[str, Any]) -> None:
     returned is not yet durable.
 
     Args:
-        settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean; `bar`,
-            whether its output can show a progress bar; `engines`, where the run's engines are, if it has any.
+        settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean;
+            `module_folders`, where modules that the configuration names are looked for; `bar`, whether its output can
+            show a progress bar; `engines`, where the run's engines are, if it has any.
     """
     import ray.train
     import ray.train.torch
@@ -78,6 +79,8 @@ def run(settings: dict[str, Any]) -> None:
     from alignment.train import train
     from cluster.config import ClusterRunConfig
 
+    for module_folder in settings["module_folders"]:
+        search_for_modules(Path(module_folder))
     config = ClusterRunConfig.model_validate_json(settings["config"])
     if Path(settings["folder"]).is_dir():  # relative paths of the configuration mean the driver's folder
         os.chdir(settings["folder"])

@@ -104,6 +104,9 @@ class GroupReader:
                 scorer.check_row(group.columns)
             except RewardError as error:
                 raise DataError(f"{scorer.name}: {error}") from error
+        if self.rewards and all(scorer.abstains(group.columns) for scorer in self.rewards):
+            names = ", ".join(column for scorer in self.rewards for column in scorer.columns)
+            raise DataError(f"no scorer has a reward for this row: it has none of their columns ({names})")
 
     def check_budget(self) -> None:
         """Raises DataError if more rows were bad than `bad_row_budget` allows."""

@@ -100,6 +100,10 @@ class BuildableScorer(ScorerConfig):
     A subclass named as `package.module:Class` in a run's `rewards` is a scorer like those that come with raylign.
     """
 
+    def abstains(self, columns: Mapping[str, Any]) -> bool:
+        """True if the scorer abstains from every answer to a row, because the row has nothing to compare with."""
+        return bool(self.columns) and columns.get(self.columns[0]) is None
+
     def check_row(self, columns: Mapping[str, Any]) -> None:
         """Checks the kept columns of a row, while rows are read; a row without a column is one that it abstains from.
 

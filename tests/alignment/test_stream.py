@@ -482,3 +482,19 @@ def test_the_fingerprint_changes_with_the_tokens_and_not_with_the_cursor(
     assert data.fingerprint == before == load(reader(path=path), seed=5).fingerprint
     assert load(reader(path=path, max_length=12, max_prompt_length=6)).fingerprint != before
     assert load(reader(path=path, skip=1)).fingerprint != before
+
+
+def test_a_row_that_every_scorer_abstains_from_is_bad(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    number, length = (
+        scorer_class(name).model_validate({"name": name, **settings})
+        for name, settings in (("exact_number", {}), ("length", {"target": 5}))
+    )
+    sources = [
+        {"path": str(write_rows(GRADED[:2])), "keep": ["answer"]},
+        {"path": str(write_rows([{"prompt": "Hello?"}], "chat.jsonl"))},
+    ]
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: no scorer has a reward for this row: .*\(answer\)"):
+        load(reader("grpo", rewards=[number], mixture=sources))
+    assert load(reader("grpo", rewards=[number, length], mixture=sources)).num_train == 3
