@@ -70,8 +70,7 @@ SPLIT_WORDS = {
 SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 NO_SPLIT = ("part", "data", "shard", "chunk", "file", "output", "batch")
 """What shards are called that belong to no split."""
-DEFAULT_SPLIT = "train"
-SMALLEST_LIMIT = 131_072
+DEFAULT_SPLIT, DEFAULT_CONFIG = "train", "default"
 csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # by default a cell has 131,072 characters at most
 
 
@@ -91,9 +90,9 @@ def data_files(folder: Path, split: str, config: str | None = None) -> list[Path
     """
     declared = _declared_splits(folder, config)
     if not declared and config is not None:
-        if not (folder / config).is_dir():
+        if not (folder / config).is_dir() and config != DEFAULT_CONFIG:
             raise DataError(f"{folder}: has no configuration {config!r}: neither its README nor a folder is called so")
-        folder = folder / config
+        folder = folder / config if (folder / config).is_dir() else folder
     files = _data_files(folder)
     if not files:
         raise DataError(f"{folder}: holds no file of a known kind ({KINDS})")
@@ -172,10 +171,10 @@ def _declared_splits(folder: Path, config: str | None) -> dict[Path, list[str]]:
         return {}
     configs = head.get("configs") if isinstance(head, dict) else None
     entries = [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
-    named = {str(entry.get("config_name", "default")): entry for entry in entries if entry.get("data_files")}
+    named = {str(entry.get("config_name", DEFAULT_CONFIG)): entry for entry in entries if entry.get("data_files")}
     if not named:
         return {}
-    default = next((name for name, entry in named.items() if entry.get("default") or len(named) == 1), "default")
+    default = next((name for name, entry in named.items() if entry.get("default") or len(named) == 1), DEFAULT_CONFIG)
     if (config or default) not in named:
         asked = "none is named" if config is None else f"{config!r} is none of them"
         raise DataError(f"{folder}: has the configurations {', '.join(named)}, and {asked}. Choose one by name")

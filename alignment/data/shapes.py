@@ -74,8 +74,12 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     columns = {column: _kept(_cell(row, column, f"column {column!r} (keep)")) for column in source.keep}
     shape = _Shape(row, source)
     _check_columns(shape)
-    group = _shaped(shape, origin)
-    return dataclasses.replace(group, prompt=_with_system(group.prompt, shape), tools=_tools(shape), columns=columns)
+    group, tools = _shaped(shape, origin), _tools(shape)
+    if tools and isinstance(group.prompt, str) and shape.columns.get("tools", "tools") not in shape.used:
+        raise DataError(
+            "tools are given, and a prompt of plain text has no place for them; set prompt_as to user_message"
+        )
+    return dataclasses.replace(group, prompt=_with_system(group.prompt, shape), tools=tools, columns=columns)
 
 
 def has_equal_scores(row: Row) -> bool:
@@ -131,7 +135,7 @@ def _decoded(value: Any) -> Any:
 
 def _check_columns(shape: _Shape) -> None:
     """Refuses what a row has beside its shape and nothing here would read."""
-    row = {column: value for column, value in shape.row.items() if column not in shape.read}
+    row = {column: value for column, value in shape.row.items() if column not in {*shape.used, *shape.columns.values()}}
     for column in MEDIA:
         if row.get(column) not in (None, "", [], ()):
             raise DataError(f"column {column!r} holds what is no text, and models are trained on text alone")
@@ -241,7 +245,13 @@ def _tools(shape: _Shape) -> tuple[Mapping[str, Any], ...]:
             raise DataError(f"tools is a text that is not JSON: {error}") from error
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"tools must be a list of JSON schemas, not {tools!r:.50}")
-    return tuple(_present(tool, "tools") for tool in tools)
+    return tuple(_function(_present(tool, "tools")) for tool in tools)
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as OpenAI and chat templates have it; LLaMA-Factory gives the function alone."""
+    is_bare = "name" in tool and not {"type", "function"} & tool.keys()
+    return {"type": "function", "function": tool} if is_bare else tool
 
 
 def _truncations(shape: _Shape, count: int) -> list[bool]:
@@ -277,7 +287,7 @@ class _Shape:
         self.columns = STACK_EXCHANGE if stack_exchange else source.columns
         self.template = source.prompt_template or (STACK_EXCHANGE_PROMPT if stack_exchange else None)
         self.as_message = source.prompt_as == "user_message"
-        self.read = {*source.keep, *self.columns.values(), *columns_of(self.template or "")}
+        self.used = {*source.keep, *columns_of(self.template or "")}
         for field, column in source.columns.items():
             _cell(row, column, f"column {column!r} (columns.{field})")
 

@@ -447,7 +447,9 @@ def test_a_call_of_a_function_in_sharegpts_form_is_a_tool_call() -> None:
         {"from": "observation", "value": "4"},
         {"from": "gpt", "value": "It is 4."},
     ]
-    (completion,) = group_of({"conversations": turns, "tools": json.dumps([{"name": "add"}])}).completions
+    group = group_of({"conversations": turns, "tools": json.dumps([{"name": "add"}])})
+    assert group.tools == ({"type": "function", "function": {"name": "add"}},)
+    (completion,) = group.completions
     assert completion.fields == {"tool_calls": [{"type": "function", "function": call}]}
     assert completion.following == messages(
         {"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4."}
@@ -475,6 +477,7 @@ def test_a_call_of_a_function_in_sharegpts_form_is_a_tool_call() -> None:
         ({"prompt": "p", "completions": ["x", "y"], "labels": [True, False]}, {}, "labels beside completions"),
         ({"prompt": "p", "completions": ["x", "y"], "label": True}, {}, "label beside completions"),
         ({"prompt": "p", "completion": "x", "rewards": "good"}, {}, "reward None is not a finite number"),
+        ({"prompt": "p", "completion": "x", "tools": [{"name": "f"}]}, {}, "tools are given, and plain text has no"),
         ({"conversations": TURNS[:2], "label": True}, {}, "a label is about the assistant's turn at the end"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, {}, "history holds earlier turns"),
         ({"instruction": "x", "output": "y", "history": ["a"]}, {"prompt_as": "user_message"}, "history must be a"),

@@ -413,7 +413,7 @@ def test_the_readme_of_a_set_from_the_hub_says_which_files_a_split_has(tmp_path:
         names_in(folder)
     (folder / "README.md").unlink()
     assert names_in(folder, name="socratic") == files[2:], "without a README, a folder of that name"
-    assert names_in(folder, data_dir="main") == files[:1]
+    assert names_in(folder, data_dir="main", name="default") == files[:1]
     for settings, why in (
         ({"name": "other"}, "no configuration 'other'"),
         ({"data_dir": "other"}, "no folder 'other'"),
