@@ -31,13 +31,9 @@ SIZES: dict[str, Any] = {
 }
 """Settings by every name that families have for them; each takes those that it knows."""
 
-FULL_SLIDING = ["full_attention", "sliding_attention"]
+LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3")
 SPECIAL: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
-    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": None},
-    "glm4_moe_lite": {"num_key_value_heads": 4, "head_dim": None},
-    "minicpm3": {"num_key_value_heads": 4, "head_dim": None},
-    "youtu": {"num_key_value_heads": 4, "head_dim": None},
+    **{family: {"num_key_value_heads": 4, "head_dim": None} for family in LATENT_ATTENTION},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"attention_window_size": 16},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64},
