@@ -222,8 +222,8 @@ class Pool:
     async def _withdraw(self) -> None:
         """Takes the offer back, whose files are about to be replaced, and waits for engines that are reading them."""
         self._offered.clear()
-        # The restart around a load, not the load: when that has ended, the place knows that it is ready.
-        if reading := [place.revival or place.reading for place in self.places if place.reading is not None]:
+        # Not for the restarts around those loads: one that fails may be followed by another, which may find no room.
+        if reading := [place.reading for place in self.places if place.reading is not None]:
             await asyncio.wait(reading)
 
     async def _bring(self, update: Update) -> None:

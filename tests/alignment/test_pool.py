@@ -245,6 +245,22 @@ def test_files_stay_while_a_returning_engine_reads_them(started: Run) -> None:
     started.draw()
 
 
+def test_a_returning_engine_that_is_lost_again_stops_nobody(started: Run) -> None:
+    lost, other = started.seats
+    lost.pace.clear()
+    lost.die(room=True)
+    started.draw()
+    wait_until(lambda: lost.is_loading)
+    sync = threading.Thread(target=started.sync)
+    sync.start()
+    time.sleep(0.1)
+    lost.die(room=False)
+    sync.join(timeout=TIMEOUT_S / 2)
+    assert not sync.is_alive()
+    assert other.version == started.version
+    started.draw()
+
+
 def test_a_failed_load_is_tried_again_at_the_next_sync(started: Run, caplog: pytest.LogCaptureFixture) -> None:
     damaged, other = started.seats
     damaged.is_damaged = True
