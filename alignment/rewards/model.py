@@ -6,7 +6,7 @@ groups ─► its own GroupTokenizer ─► cut to its window ─► pack ─►
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from alignment.rewards import BuildableScorer, UnreadableTexts
 if TYPE_CHECKING:  # a configuration with a reward model is checked by processes that need no torch
     import torch
 
-    from alignment.types import Completion, Group
+    from alignment.types import Group
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class ModelScorer:
         """
         numbers = list(range(len(group.completions)))
         try:
-            yield numbers, self._without_ends(group, self.tokenise(group))
+            yield numbers, self.tokenise(group)
             return
         except DataError as error:
             cause = error
@@ -143,16 +143,9 @@ class ModelScorer:
         for number in numbers:
             alone = replace(group, completions=group.completions[number : number + 1])
             try:
-                yield [number], self._without_ends(alone, self.tokenise(alone))
+                yield [number], self.tokenise(alone)
             except DataError:
                 logger.debug("group %s, completion %d: %s", group.id, number + 1, cause)
-
-    def _without_ends(self, group: Group, tokenised: Group) -> Group:
-        completions = (
-            without_end(rendered, self.model.end_tokens) if completion.truncated else rendered
-            for completion, rendered in zip(group.completions, tokenised.completions, strict=True)
-        )
-        return replace(tokenised, completions=tuple(completions))
 
     def _count_cut(self, count: int) -> None:
         if not self.num_cut:
@@ -208,16 +201,6 @@ def fitted(group: Group, index: int, *, max_length: int, bos: int | None) -> lis
         )
         for room, numbers in by_room.items()
     ]
-
-
-def without_end(completion: Completion, end_tokens: Collection[int]) -> Completion:
-    """A completion that was cut where it was sampled, as reward training has such: it stops where the text does.
-
-    Rendering has closed it as if it had ended; an answer of nothing else is left as it is, since a score needs a token.
-    """
-    ends = [place for place, token in enumerate(completion.tokens) if token in end_tokens and place]
-    length = ends[-1] if ends else len(completion.tokens)
-    return replace(completion, tokens=completion.tokens[:length], learned=completion.learned[:length], truncated=True)
 
 
 def longest_input(path: str, revision: str | None) -> int:
