@@ -76,9 +76,7 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     _check_columns(shape)
     group, tools = _shaped(shape, origin), _tools(shape)
     if tools and isinstance(group.prompt, str) and shape.columns.get("tools", "tools") not in shape.used:
-        raise DataError(
-            "tools are given, and a prompt of plain text has no place for them; set prompt_as to user_message"
-        )
+        raise DataError("tools are given, and plain text has no place for them; set prompt_as to user_message")
     return dataclasses.replace(group, prompt=_with_system(group.prompt, shape), tools=tools, columns=columns)
 
 
