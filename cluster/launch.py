@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alignment.config import MODULE_FOLDERS, ZeroConfig, json_schema
-from alignment.environment import NO_BARS, inherited
+from alignment.environment import NO_BARS, compute_on, inherited
 from alignment.errors import ClusterError
 from alignment.failure import clear_failure, failure_of
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
 
 if TYPE_CHECKING:
+    import torch
+
     from alignment.rollout import Generator
     from alignment.rollout.vllm import EngineSettings
     from cluster.engines import Engines
@@ -62,8 +64,7 @@ def rehearse(config: ClusterRunConfig) -> None:
     Raises:
         AlignmentError: what would end the run before its first step.
     """
-    import torch
-
+    device = _device_here()
     from alignment.metrics import NoteReporter
     from alignment.models.folders import with_checkpoints
     from alignment.models.parallel import World
@@ -73,7 +74,6 @@ def rehearse(config: ClusterRunConfig) -> None:
     if config.cluster.workers:
         print(f"dry run: the cluster would be asked for {plan(config).sentence}", flush=True)
     alone = config.model_copy(update={"optim": config.optim.model_copy(update={"zero": ZeroConfig()})})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = [folder for folder in (config.folder, *config.folder.parents) if not folder.exists()]
     try:
         loop(alone, World(device=device), NoteReporter())
@@ -102,17 +102,25 @@ def run(config: ClusterRunConfig) -> None:
 
 
 def _run_here(config: ClusterRunConfig) -> None:
+    device = _device_here()
     import torch
 
     from alignment.metrics import FileReporter
     from alignment.models.parallel import World
     from alignment.train import train as loop
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if text := check_machine(config, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0):
         print(text, flush=True)
     with _engine_here(config) as generator:
         loop(config, World(device=device), FileReporter(config.folder), generator)
+
+
+def _device_here() -> torch.device:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute_on(device.type)
+    return device
 
 
 @contextlib.contextmanager
@@ -246,7 +254,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             # On another machine Ray's worker loads torch before anything of ours.
-            worker_runtime_env={"env_vars": inherited() | ({} if sys.stdout.isatty() else NO_BARS)},
+            worker_runtime_env={"env_vars": inherited() | NO_BARS},
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[EndForGood()],
         ),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import RunConfig, search_for_modules
+from alignment.environment import compute_on
 from alignment.errors import AlignmentError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
@@ -73,6 +74,8 @@ def run(settings: dict[str, Any]) -> None:
     import torch
     from ray.experimental import tqdm_ray
 
+    device = ray.train.torch.get_device()
+    compute_on(device.type)
     from alignment.failure import failure_of
     from alignment.metrics import FileReporter, Silent
     from alignment.models.parallel import World
@@ -88,9 +91,6 @@ def run(settings: dict[str, Any]) -> None:
     logging.getLogger("ray.train.v2._internal.util").addFilter(_is_no_error_of_ours)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     if failure := world.from_main(failure_of(config.folder)):
         raise failure  # again: Ray Train has restarted the workers before it was told not to
