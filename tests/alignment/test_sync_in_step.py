@@ -97,14 +97,3 @@ def test_every_worker_is_told_at_once_what_failed_on_the_main_one(
             raise RolloutError(text)
         assert seconds < SECONDS
         assert total == 3.0, "the next collectives are in step"
-
-
-def test_the_lock_of_a_build_that_was_killed_stops_nobody(
-    workers: Workers, tiny_model: Path, tmp_path: Path, extensions_folder: Path
-) -> None:
-    """Nothing is compiled, so nobody waits for the lock."""
-    task = Task(path=str(tiny_model), zero=ZeroConfig(stage=3))
-    started = time.perf_counter()
-    assert len(workers.run(sync, task, "after the gather", str(tmp_path))) == 2
-    assert time.perf_counter() - started < 60
-    assert [path.name for path in extensions_folder.rglob("*")] == ["deepspeed_shm_comm", "lock"]

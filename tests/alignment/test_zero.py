@@ -251,6 +251,13 @@ def test_five_steps_are_those_of_one_plain_process(workers: Workers, tiny_model:
     assert_same(plain, workers.run(train, Task(path=str(tiny_model), zero=zero), range(5)))
 
 
+@every_kind
+def test_nothing_is_compiled(workers: Workers, tiny_model: Path, zero: ZeroConfig, extensions_folder: Path) -> None:
+    """Of a build that was killed a lock stays, as in this folder, on which every later one would wait for ever."""
+    workers.run(train, Task(path=str(tiny_model), zero=zero), range(1))
+    assert [path.name for path in extensions_folder.rglob("*")] == ["deepspeed_shm_comm", "lock"]
+
+
 @every_stage
 def test_bf16_weights_follow_fp32_masters(workers: Workers, tiny_model: Path, zero: ZeroConfig) -> None:
     plain = train(World(), Task(path=str(tiny_model), dtype="bf16"), range(3))
