@@ -315,8 +315,8 @@ class _Run:
             bad_rows.unlink(missing_ok=True)
         if len(model.tokenizer) > model.num_embeddings:
             self.reporter.note(
-                f"model: its tokenizer has {len(model.tokenizer)} ids and it embeds {model.num_embeddings}; rows with "
-                "the others are bad ones"
+                f"model: it embeds {model.num_embeddings} ids, and its tokenizer has ids up to "
+                f"{len(model.tokenizer) - 1}; a row that uses one of the others is a bad one"
             )
         data = keep_live_rows(config.data, config.folder, self.world, self.reporter.note)
         date = on_every_worker((lambda: run_date(config.folder)) if self.world.is_main else None, self.world)

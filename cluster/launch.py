@@ -16,7 +16,7 @@ import typer
 
 from alignment.config import MODULE_FOLDERS, ZeroConfig, json_schema
 from alignment.environment import NO_BARS, compute_on, inherited
-from alignment.errors import ClusterError
+from alignment.errors import ClusterError, ConfigError
 from alignment.failure import clear_failure, failure_of
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
@@ -94,11 +94,28 @@ def run(config: ClusterRunConfig) -> None:
     from alignment.models.folders import with_checkpoints
 
     config = with_checkpoints(config)
-    (config.make_folder() / CONFIG).write_text(config.model_dump_json(indent=1))
+    _keep(config)
     if config.cluster.workers == 0:
         _run_here(config)
     else:
         _run_on_ray(config)
+
+
+def _keep(config: ClusterRunConfig) -> None:
+    """Writes the configuration into the run's folder, whole or not at all.
+
+    Raises:
+        ConfigError: the folder or the file cannot be written.
+    """
+    file = config.make_folder() / CONFIG
+    unfinished = file.with_name(f".{CONFIG}.unfinished")
+    try:
+        unfinished.write_text(config.model_dump_json(indent=1))
+        unfinished.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise ConfigError(f"output {config.output!r}: {file} cannot be written: {error.strerror}") from error
 
 
 def _run_here(config: ClusterRunConfig) -> None:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
@@ -417,3 +418,18 @@ def test_more_embeddings_than_ids_are_fine(run_settings: Settings, tiny_model: P
     network.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     run(run_settings, model={"path": str(folder), "dtype": "fp32"}, steps=1)
+
+
+def test_a_reward_model_s_adapter_as_peft_alone_saves_it_gives_rewards(
+    tiny_model: Path, run_settings: Settings, tmp_path: Path
+) -> None:
+    """Without config.json and tokenizer, which ours have beside the adapter."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = loaded(tmp_path / "adapter", head="score")
+    assert torch.equal(model.network.score.weight, adapted.base_model.model.score.modules_to_save["default"].weight)
+    rollout = {"engine": "local", "completions": 2, "max_tokens": 4}
+    rewards = [{"name": "model", "path": str(tmp_path / "adapter")}]
+    run(run_settings, algorithm={"name": "grpo"}, rewards=rewards, rollout=rollout, steps=1)

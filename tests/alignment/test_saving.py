@@ -14,11 +14,13 @@ import torch
 from alignment import checkpoint
 from alignment.checkpoint import Progress, checkpoints_of, find_checkpoint
 from alignment.config import RunConfig
-from alignment.errors import CheckpointError
+from alignment.errors import CheckpointError, ConfigError
 from alignment.metrics import Silent
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.train import train
+from cluster.config import ClusterRunConfig
+from cluster.launch import run as launch
 
 Settings = dict[str, Any]
 
@@ -120,3 +122,19 @@ def test_trying_to_save_changes_nothing_of_what_is_trained(run_settings: Setting
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weight, before[name]) for name, weight in roles.actor.module.state_dict().items())
     assert not list(Path(config.folder).rglob("*.json"))
+
+
+@pytest.mark.parametrize("what", ["full disk", "a file", "a folder in the way"])
+def test_a_run_s_own_configuration_that_cannot_be_written_is_one_line(
+    what: str, run_settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / ("file" if what == "a file" else "new")
+    if what == "a folder in the way":
+        (output / "run" / "config.json").mkdir(parents=True)
+    config = ClusterRunConfig.model_validate({**run_settings, "output": str(output)})
+    limit = files_of_at_most(100) if what == "full disk" else contextlib.nullcontext()
+    with limit, pytest.raises(ConfigError, match=r"^output .* cannot be written: [A-Z]"):
+        launch(config)
+    if what == "full disk":
+        assert not any(file.is_file() for file in config.folder.iterdir())
