@@ -25,7 +25,7 @@ from alignment.algorithms import Algorithm
 from alignment.checkpoint import Progress, Restored
 from alignment.config import OptimConfig, RunConfig
 from alignment.data.agreement import check_data, check_step
-from alignment.data.chat import run_date
+from alignment.data.chat import DATE_OF_RUN, run_date
 from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, LiveStream, load_data
 from alignment.data.vocabulary import BoundedGroupTokenizer
@@ -320,6 +320,7 @@ class _Run:
             )
         data = keep_live_rows(config.data, config.folder, self.world, self.reporter.note)
         date = on_every_worker((lambda: run_date(config.folder)) if self.world.is_main else None, self.world)
+        DATE_OF_RUN.set(date)
         reader = GroupReader(
             data,
             self.algorithm,

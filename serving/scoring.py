@@ -162,6 +162,7 @@ class Policies:
             self._data,
             self._reference.end_tokens,
             num_embeddings=self._reference.num_embeddings,
+            checks_answers=False,
         )
 
     def ratios(self, groups: list[Group], version: Version) -> tuple[tuple[Ratios, ...], ...]:

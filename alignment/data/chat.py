@@ -7,6 +7,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+DATE_OF_RUN: ContextVar[datetime.date | None] = ContextVar("DATE_OF_RUN", default=None)
+"""The date that templates print in this process, for scorers too, which nobody tells the run's folder."""
 DATE_FILE = "date"
 """In a run's folder: the day on which it began, for templates that print today's date."""
 
@@ -112,9 +115,15 @@ class GroupTokenizer:
         end_tokens: frozenset[int],
         *,
         date: datetime.date | None = None,
+        checks_answers: bool = True,
     ) -> None:
-        """`end_tokens`: ids that end an answer; the first completion without one gets the tokenizer's own.
-        `date`: what templates that print today's date print; None is today."""
+        """`end_tokens` are ids that end an answer; the first completion without one gets the tokenizer's own.
+
+        Args:
+            date: what templates that print today's date print; None is the date of this process's run, or today.
+            checks_answers: refuse an answer of which the template drops a part. False takes it as its model wrote it,
+                for answers that are only scored.
+        """
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; character offsets are needed")
         self.tokenizer = tokenizer
@@ -124,7 +133,8 @@ class GroupTokenizer:
         self.ends_by_itself = ids[-1:] == [tokenizer.eos_token_id]
         self.control = ControlTokens(tokenizer)
         end_texts = frozenset(tokenizer.decode([index]) for index in end_tokens)
-        self.renderer = Renderer(tokenizer, self.control, end_texts, date or datetime.date.today())
+        self.renderer = Renderer(tokenizer, self.control, end_texts, date or DATE_OF_RUN.get() or datetime.date.today())
+        self.checks_answers = checks_answers
         self.num_with_control = 0
         """Groups seen whose texts hold control tokens."""
         self.num_divided = 0
@@ -246,9 +256,8 @@ class GroupTokenizer:
         try:
             return self.renderer.answer(group.prompt, _turn(completion), tools=group.tools, prompt=prompt, begun=begun)
         except DataError:
-            if not completion.tokens:
+            if self.checks_answers:
                 raise
-            # A model's own text is scored as it stands, whatever it wrote.
             return self.renderer.as_generated(group.prompt, _turn(completion), tools=group.tools, prompt=prompt)
 
     def _conversation_layout(self, group: Group) -> _Layout | None:

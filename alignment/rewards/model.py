@@ -77,7 +77,11 @@ class ModelScorer:
         self.model = _load(config, path, self.max_length, device)
         data = DataConfig(path=path, max_length=UNLIMITED)  # the cutting is done here, by another rule
         self.tokenise = BoundedGroupTokenizer(
-            self.model.tokenizer, data, self.model.end_tokens, num_embeddings=self.model.num_embeddings
+            self.model.tokenizer,
+            data,
+            self.model.end_tokens,
+            num_embeddings=self.model.num_embeddings,
+            checks_answers=False,
         )
         known = self.model.network.config.to_dict()
         self.mean: float = known.get(MEAN, 0.0) if config.normalise else 0.0

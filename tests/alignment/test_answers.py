@@ -349,8 +349,10 @@ def test_a_cut_answer_gets_no_end_token() -> None:
 
 
 def test_a_models_own_text_is_scored_as_it_stands_whatever_the_template_makes_of_it() -> None:
-    tok = tokenize(OPENED)
-    answers = tuple(Completion(text=text, tokens=(1,)) for text in ("Paris.", "Hm</think>Paris.</think>", ""))
+    tokenizer = tokenizer_with(OPENED)
+    ends = frozenset({tokenizer.eos_token_id})
+    tok = GroupTokenizer(tokenizer, DataConfig(path="none"), ends, checks_answers=False)
+    answers = tuple(Completion(text=text) for text in ("Paris.", "Hm</think>Paris.</think>", ""))
     group = tok(Group(id="x", prompt=(user("France?"),), completions=answers))
     assert [shown(tok, group, number) for number in range(3)] == [
         f"«Paris.{EOS}\n»",
