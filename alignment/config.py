@@ -76,6 +76,14 @@ class LoraConfig(Section):
     The reference is the model without it. None starts a new one, which changes nothing at first."""
 
 
+TEMPLATE_ARGUMENTS = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "strftime_now"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+"""What `apply_chat_template` takes besides the variables of a template."""
+
+
 class ModelConfig(Section):
     """The model to align."""
 
@@ -106,9 +114,14 @@ class ModelConfig(Section):
     @classmethod
     def _names_of_variables(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         for name in kwargs:
-            if not name.isidentifier() or name in ("messages", "tools", "documents", "add_generation_prompt"):
+            if not is_template_variable(name):
                 raise ValueError(f"{name!r} cannot be told to a chat template")
         return kwargs
+
+
+def is_template_variable(name: str) -> bool:
+    """Whether a chat template can be told something by this name: transformers needs a few names for itself."""
+    return name.isidentifier() and name not in TEMPLATE_ARGUMENTS
 
 
 class AlgorithmConfig(Section):
@@ -127,7 +140,7 @@ class AlgorithmConfig(Section):
 
 FIELDS = (
     *("prompt", "chosen", "rejected", "completion", "completions", "rewards", "label", "messages", "text"),
-    *("system", "tools", "finish_reason", "truncated"),
+    *("system", "tools", "chat_template_kwargs", "finish_reason", "truncated"),
 )
 """What `columns` can name: the fields of the shapes that `alignment.data.shapes` reads."""
 
@@ -168,8 +181,8 @@ class SourceConfig(Section):
     it was known."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Which column stands for which field, as `{chosen: response_j, rejected: response_k}`. Fields: prompt, chosen,
-    rejected, completion, completions, rewards, label, messages, text, system, tools, finish_reason, truncated. Dots
-    reach into a column, as `{completion: answer.text}`."""
+    rejected, completion, completions, rewards, label, messages, text, system, tools, chat_template_kwargs,
+    finish_reason, truncated. Dots reach into a column, as `{completion: answer.text}`."""
     prompt_template: str | None = None
     """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`; dots reach into a column.
     None reads a column."""

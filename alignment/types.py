@@ -82,6 +82,8 @@ class Group:
     """Token ids of the prompt, shared by all completions; empty before tokenisation."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the functions that the assistant may call, for the chat template."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the row tells its chat template besides, as `{"enable_thinking": False}`."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the row that `data.keep` names, for scorers that compare with a known answer."""
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignment.config import DataConfig
 from alignment.data.control_tokens import ControlTokens, Span
-from alignment.data.rendering import Answer, Renderer
+from alignment.data.rendering import Answer, Renderer, TemplateInputs
 from alignment.errors import ConfigError, DataError
 from alignment.types import Completion, Group, Message
 
@@ -190,7 +190,7 @@ class GroupTokenizer:
             notes.append(f"{self.num_divided} conversations learned as one example per answer")
         if self.renderer.unread_fields:
             names = ", ".join(sorted(self.renderer.unread_fields))
-            notes.append(f"fields of messages that the chat template does not read: {names}")
+            notes.append(f"fields that the chat template does not read: {names}")
         return "; ".join(notes)
 
     def render(self, turns: tuple[Message, ...], *, answer_next: bool) -> str:
@@ -242,8 +242,8 @@ class GroupTokenizer:
         """Every completion is the next turn after the prompt, or goes on with its last one."""
         assert not isinstance(group.prompt, str)
         begun = _is_begun(group.prompt)
-        prompt = self.renderer.prompt(group.prompt, tools=group.tools, begun=begun)
-        self.renderer.check_prompt(prompt, group.prompt, group.tools)
+        prompt = self.renderer.prompt(group.prompt, inputs=_inputs(group), begun=begun)
+        self.renderer.check_prompt(prompt, group.prompt, _inputs(group))
         wholes = []
         for completion in group.completions:
             answer = self._answer(group, completion, prompt, begun)
@@ -254,11 +254,12 @@ class GroupTokenizer:
     def _answer(self, group: Group, completion: Completion, prompt: str, begun: bool) -> Answer:
         assert not isinstance(group.prompt, str)
         try:
-            return self.renderer.answer(group.prompt, _turn(completion), tools=group.tools, prompt=prompt, begun=begun)
+            answer = _turn(completion)
+            return self.renderer.answer(group.prompt, answer, inputs=_inputs(group), prompt=prompt, begun=begun)
         except DataError:
             if self.checks_answers:
                 raise
-            return self.renderer.as_generated(group.prompt, _turn(completion), tools=group.tools, prompt=prompt)
+            return self.renderer.as_generated(group.prompt, _turn(completion), inputs=_inputs(group), prompt=prompt)
 
     def _conversation_layout(self, group: Group) -> _Layout | None:
         """All answers of a conversation in one text; None if its template needs one example per answer."""
@@ -272,11 +273,11 @@ class GroupTokenizer:
         if self.data.train_on_prompt:  # every token is learned, wherever the answers are
             answers = answers[-1:]
             begun = begun and len(answers) == 1
-        conversation = self.renderer.conversation(turns, answers, tools=group.tools, begun=begun)
+        conversation = self.renderer.conversation(turns, answers, inputs=_inputs(group), begun=begun)
         if conversation is None:
             return None
         context = turns[: answers[-1]]
-        self.renderer.check_prompt(conversation.text, context, group.tools)
+        self.renderer.check_prompt(conversation.text, context, _inputs(group))
         encoding = self.control.encode(conversation.text)
         # Spans may overlap a border (a merge over it) or be empty (some tokenizers leave white space out of them).
         learned = [
@@ -298,7 +299,7 @@ class GroupTokenizer:
             DataError: the template does not print these texts as they are.
         """
         assert not isinstance(group.prompt, str)
-        places = self.renderer.places(prompt, group.prompt, tools=group.tools, roles=("user", "tool"))
+        places = self.renderer.places(prompt, group.prompt, inputs=_inputs(group), roles=("user", "tool"))
         return [any(start >= begin and begin < stop <= end for begin, end in places) for start, stop in spans]
 
     def _filled(self, group: Group, layout: _Layout) -> Group:
@@ -421,6 +422,10 @@ def _border(layout: _Layout) -> int:
 def _is_begun(prompt: tuple[Message, ...]) -> bool:
     """Whether a prompt ends with an answer that is to be continued. An answer that is marked as context is over."""
     return prompt[-1].role == "assistant" and prompt[-1].trained
+
+
+def _inputs(group: Group) -> TemplateInputs:
+    return TemplateInputs(tools=group.tools, kwargs=group.chat_template_kwargs)
 
 
 def _turns(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:

@@ -21,7 +21,6 @@ from alignment.data.control_tokens import THOUGHTS, ControlTokens, Span
 from alignment.errors import DataError
 from alignment.types import Message
 
-Tools = Sequence[Mapping[str, Any]]
 Turns = tuple[Message, ...]
 
 SENTINEL = "\ufdd3text\ufdd3"
@@ -29,6 +28,19 @@ SENTINEL = "\ufdd3text\ufdd3"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields that hold the thought before an answer, by the names that templates and servers have for it."""
 CALLS = ("tool_calls", "function_call")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemplateInputs:
+    """What a template is given beside the messages."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    """JSON schemas of the functions that may be called."""
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The row's own `chat_template_kwargs`, which win over the configured ones."""
+
+
+NOTHING = TemplateInputs()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,41 +87,41 @@ class Renderer:
         self._tails: dict[str, None] = {}
         self._takes_parts: bool | None = None
 
-    def render(self, turns: Turns, *, tools: Tools = (), answer_next: bool) -> str:
+    def render(self, turns: Turns, *, inputs: TemplateInputs = NOTHING, answer_next: bool) -> str:
         """The turns through the chat template, ending where an answer would begin if `answer_next`.
 
         Raises:
             DataError: there is no template, or it refuses these messages.
         """
         if self._takes_parts is None:
-            self._source(tools)
+            self._source(inputs)
             self._takes_parts = False
             self._takes_parts = self._needs_parts()
         # Templates take a call's arguments as a mapping; a few join them to text, and fail with a mapping.
         messages = self._messages(turns)
         try:
-            return self._apply(messages, tools, answer_next)
+            return self._apply(messages, inputs, answer_next)
         except DataError:
             if not any(turn.fields.get("tool_calls") for turn in turns):
                 raise
-            return self._apply(self._messages(turns, arguments_as_text=True), tools, answer_next)
+            return self._apply(self._messages(turns, arguments_as_text=True), inputs, answer_next)
 
-    def prompt(self, turns: Turns, *, tools: Tools = (), begun: bool = False) -> str:
+    def prompt(self, turns: Turns, *, inputs: TemplateInputs = NOTHING, begun: bool = False) -> str:
         """What generation begins behind: the turns and the opening of an answer, or an answer that is begun already.
 
         Args:
             begun: the last turn is an answer to be continued, so that nothing stands behind its text.
         """
         if not begun:
-            return self.render(turns, tools=tools, answer_next=True)
+            return self.render(turns, inputs=inputs, answer_next=True)
         last = turns[-1]
         marked = dataclasses.replace(last, content=last.content + SENTINEL)
-        text, found, _ = self.render((*turns[:-1], marked), tools=tools, answer_next=False).rpartition(SENTINEL)
+        text, found, _ = self.render((*turns[:-1], marked), inputs=inputs, answer_next=False).rpartition(SENTINEL)
         if not found or not text.endswith(last.content.lstrip()):
             raise DataError(f"the chat template does not print the begun answer {last.content!r:.50} as it stands")
         return text
 
-    def check_prompt(self, prompt: str, turns: Turns, tools: Tools) -> None:
+    def check_prompt(self, prompt: str, turns: Turns, inputs: TemplateInputs) -> None:
         """Checks that the template prints every turn's text, every call and the tools.
 
         Raises:
@@ -117,31 +129,41 @@ class Renderer:
         """
         for index, turn in enumerate(turns):
             content = turn.content.strip()
-            if content and content not in prompt and not self._prints(turns, index, tools):
+            if content and content not in prompt and not self._prints(turns, index, inputs):
                 raise DataError(
                     f"the chat template leaves out what role {turn.role!r} says ({content!r:.50}); "
                     "take another model.chat_template, or leave such turns out of the data"
                 )
             self._note_fields(turn)
-        if tools and self._is_same(turns, tools, turns, ()):
+        for name in inputs.kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", self._source(inputs)):
+                self.unread_fields[f"chat_template_kwargs.{name}"] += 1
+        if inputs.tools and self._is_same(turns, inputs, turns, dataclasses.replace(inputs, tools=())):
             raise DataError(
                 "the chat template does not print tools, so the model would not learn what it may call; take a "
                 "model.chat_template that does"
             )
         names = [name for turn in turns for name in _calls(turn)]
         without = tuple(_without(turn, CALLS) for turn in turns)
-        if names and (self._is_same(turns, tools, without, tools) or not all(name in prompt for name in names)):
+        if names and (self._is_same(turns, inputs, without, inputs) or not all(name in prompt for name in names)):
             raise _calls_are_lost()
 
-    def _is_same(self, turns: Turns, tools: Tools, others: Turns, other_tools: Tools, answer_next: bool = True) -> bool:
+    def _is_same(
+        self,
+        turns: Turns,
+        inputs: TemplateInputs,
+        others: Turns,
+        other_inputs: TemplateInputs,
+        answer_next: bool = True,
+    ) -> bool:
         """Whether the template writes the same without something. If it refuses that, it reads it."""
         try:
-            without = self.render(others, tools=other_tools, answer_next=answer_next)
+            without = self.render(others, inputs=other_inputs, answer_next=answer_next)
         except DataError:
             return False
-        return without == self.render(turns, tools=tools, answer_next=answer_next)
+        return without == self.render(turns, inputs=inputs, answer_next=answer_next)
 
-    def places(self, prompt: str, turns: Turns, *, tools: Tools, roles: Sequence[str]) -> list[Span]:
+    def places(self, prompt: str, turns: Turns, *, inputs: TemplateInputs, roles: Sequence[str]) -> list[Span]:
         """Where the texts of some roles stand in a rendered prompt.
 
         Raises:
@@ -152,7 +174,7 @@ class Renderer:
             for turn in turns
         )
         begun = turns[-1].role == "assistant" and turns[-1].trained
-        around = self.prompt(marked, tools=tools, begun=begun).split(SENTINEL)
+        around = self.prompt(marked, inputs=inputs, begun=begun).split(SENTINEL)
         contents = [turn.content for turn, mark in zip(turns, marked, strict=True) if mark is not turn]
         spans, position = [], len(around[0])
         for content, after in zip(contents, around[1:], strict=False):
@@ -168,7 +190,9 @@ class Renderer:
             )
         return spans
 
-    def answer(self, turns: Turns, answer: Message, *, tools: Tools = (), prompt: str, begun: bool = False) -> Answer:
+    def answer(
+        self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NOTHING, prompt: str, begun: bool = False
+    ) -> Answer:
         """An answer behind the prompt of `turns`, found by its text.
 
         Args:
@@ -186,7 +210,7 @@ class Renderer:
                 turns[:-1],
             )
         self._note_fields(answer)
-        whole = self.render((*before, turn), tools=tools, answer_next=False)
+        whole = self.render((*before, turn), inputs=inputs, answer_next=False)
         opened = None if begun else _opened_thought(prompt)
         thought, content = _thought_and_content(answer)
         if not whole.startswith(prompt):
@@ -195,37 +219,37 @@ class Renderer:
                 raise _moved(prompt, whole)
             if not (thought or "").strip():
                 raise _no_thought(opened)
-            return self._generated(before, turn, tools, prompt, opened, thought or "", content)
+            return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
         rest = whole[len(prompt) :]
         if _calls(answer):
-            return self._with_calls(before, turn, tools, prompt, rest)
-        body, tail = self._body(before, turn, tools, rest, content)
+            return self._with_calls(before, turn, inputs, prompt, rest)
+        body, tail = self._body(before, turn, inputs, rest, content)
         printed = next((form for form in _forms(content) if body.endswith(form)), None)
         if printed is None and thought is None:
             raise DataError(f"the chat template does not print the answer {content!r:.50} as it stands")
         wrapper = body[: len(body) - len(printed or "")]
         if thought is not None and (printed is None or thought.strip() not in wrapper):
-            return self._generated(before, turn, tools, prompt, opened, thought, content)
+            return self._generated(before, turn, inputs, prompt, opened, thought, content)
         if opened is not None and not _closes(wrapper, opened[1]) and not answer.truncated:
             if not (thought or "").strip():
                 raise _no_thought(opened)
-            return self._generated(before, turn, tools, prompt, opened, thought or "", content)
+            return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
         end = "" if answer.truncated and answer.content else self._end(tail)
         return Answer(prompt=prompt, body=body, content=printed or "", end=end)
 
-    def as_generated(self, turns: Turns, answer: Message, *, tools: Tools = (), prompt: str) -> Answer:
+    def as_generated(self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NOTHING, prompt: str) -> Answer:
         """An answer that a model wrote, behind the prompt as it stands, whatever the template makes of it.
 
         Raises:
             DataError: the template refuses it.
         """
-        self.render((*turns, answer), tools=tools, answer_next=False)
-        tail = self._tail(turns, answer, tools)
+        self.render((*turns, answer), inputs=inputs, answer_next=False)
+        tail = self._tail(turns, answer, inputs)
         end = "" if tail is None or (answer.truncated and answer.content) else self._end(tail)
         return Answer(prompt=prompt, body=answer.content, content=answer.content, end=end)
 
     def conversation(
-        self, turns: Turns, answers: Sequence[int], *, tools: Tools = (), begun: bool
+        self, turns: Turns, answers: Sequence[int], *, inputs: TemplateInputs = NOTHING, begun: bool
     ) -> Conversation | None:
         """All answers in one rendering, if each stands there behind exactly the prompt that generation has.
 
@@ -243,22 +267,24 @@ class Renderer:
         """
         *earlier, last_index = answers
         continues = begun and not earlier
-        last_prompt = self.prompt(turns[:last_index], tools=tools, begun=continues)
-        last = self.answer(turns[:last_index], turns[last_index], tools=tools, prompt=last_prompt, begun=continues)
+        last_prompt = self.prompt(turns[:last_index], inputs=inputs, begun=continues)
+        last = self.answer(turns[:last_index], turns[last_index], inputs=inputs, prompt=last_prompt, begun=continues)
         if earlier and last.end and not self.control.find(last.end):
             return None  # nothing would end the earlier answers
         text, spans = last.text, []
         for index in earlier:
             continues = begun and index == answers[0]
-            prompt = self.prompt(turns[:index], tools=tools, begun=continues)
-            stop = self._stop(text, prompt, turns[: index + 1], last, tools, continues)
+            prompt = self.prompt(turns[:index], inputs=inputs, begun=continues)
+            stop = self._stop(text, prompt, turns[: index + 1], last, inputs, continues)
             if stop is None:
                 return None
             spans.append((len(prompt), stop))
         first = text[: spans[0][0]] if spans else last_prompt
         return Conversation(text=text, prompt=first, spans=(*spans, (len(last_prompt), len(text))))
 
-    def _stop(self, text: str, prompt: str, turns: Turns, last: Answer, tools: Tools, begun: bool) -> int | None:
+    def _stop(
+        self, text: str, prompt: str, turns: Turns, last: Answer, inputs: TemplateInputs, begun: bool
+    ) -> int | None:
         """Where the last of `turns`, an answer, ends in the whole text; None if it is not found there."""
         if not text.startswith(prompt):
             return None
@@ -267,7 +293,7 @@ class Renderer:
             for form in _forms(turn.content):  # the common case, without rendering it
                 if text.startswith(form + last.end.rstrip(), start) and not _opened_thought(prompt):
                     return _behind(text, start + len(form), last.end)
-        answer = self.answer(turns[:-1], turn, tools=tools, prompt=prompt, begun=begun)
+        answer = self.answer(turns[:-1], turn, inputs=inputs, prompt=prompt, begun=begun)
         wrapper = answer.body[: len(answer.body) - len(answer.content)]
         if text.startswith(answer.body, start):
             stop = start + len(answer.body)
@@ -282,23 +308,23 @@ class Renderer:
             return None
         return _behind(text, stop, end)
 
-    def _body(self, before: Turns, turn: Message, tools: Tools, rest: str, content: str) -> tuple[str, str]:
+    def _body(self, before: Turns, turn: Message, inputs: TemplateInputs, rest: str, content: str) -> tuple[str, str]:
         """`rest` without what the template writes behind an answer, and that."""
         forms = _forms(content)
         for tail in sorted(self._tails, key=len, reverse=True):
             body = rest[: len(rest) - len(tail)]
             if rest.endswith(tail) and body.endswith(forms):
                 return body, tail
-        found = self._tail(before, turn, tools)
+        found = self._tail(before, turn, inputs)
         if found is None or not rest.endswith(found):
             raise DataError(f"the chat template does not print the answer {content!r:.50} as it stands")
         self._tails[found] = None
         return rest[: len(rest) - len(found)], found
 
-    def _tail(self, before: Turns, turn: Message, tools: Tools) -> str | None:
+    def _tail(self, before: Turns, turn: Message, inputs: TemplateInputs) -> str | None:
         """What the template writes behind an answer; None if it does not print answers."""
         marked = _without(dataclasses.replace(turn, content=SENTINEL), CALLS)
-        _, found, tail = self.render((*before, marked), tools=tools, answer_next=False).rpartition(SENTINEL)
+        _, found, tail = self.render((*before, marked), inputs=inputs, answer_next=False).rpartition(SENTINEL)
         return tail if found else None
 
     def _end(self, tail: str) -> str:
@@ -309,11 +335,11 @@ class Renderer:
         stop = min(stops)
         return tail[: len(tail) - len(tail[stop:].lstrip())]
 
-    def _with_calls(self, before: Turns, turn: Message, tools: Tools, prompt: str, rest: str) -> Answer:
+    def _with_calls(self, before: Turns, turn: Message, inputs: TemplateInputs, prompt: str, rest: str) -> Answer:
         content = turn.content.strip()
         stop = rest.find(content) + len(content) if content else 0
         thought, _ = _thought_and_content(turn)
-        is_lost = self._is_same((*before, turn), tools, (*before, _without(turn, CALLS)), tools, answer_next=False)
+        is_lost = self._is_same((*before, turn), inputs, (*before, _without(turn, CALLS)), inputs, answer_next=False)
         if is_lost or content not in rest or not all(name in rest for name in _calls(turn)):
             raise _calls_are_lost()
         if thought is not None and thought.strip() not in rest:
@@ -329,7 +355,7 @@ class Renderer:
         self,
         before: Turns,
         turn: Message,
-        tools: Tools,
+        inputs: TemplateInputs,
         prompt: str,
         opened: tuple[str, str] | None,
         thought: str,
@@ -345,14 +371,14 @@ class Renderer:
                 body = body.lstrip()[len(opened[0].strip()) :].lstrip("\n")
         else:
             body = f"{thought.strip()}\n{marks[1]}\n\n{content}"
-        tail = self._tail(before, turn, tools)
+        tail = self._tail(before, turn, inputs)
         end = "" if turn.truncated or tail is None else self._end(tail)
         return Answer(prompt=prompt, body=body, content=body, end=end)
 
-    def _prints(self, turns: Turns, index: int, tools: Tools) -> bool:
+    def _prints(self, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
         """Whether the template prints the text of a turn, perhaps in other characters (as JSON, without a thought)."""
         marked = dataclasses.replace(turns[index], content=SENTINEL)
-        return SENTINEL in self.render((*turns[:index], marked, *turns[index + 1 :]), tools=tools, answer_next=True)
+        return SENTINEL in self.render((*turns[:index], marked, *turns[index + 1 :]), inputs=inputs, answer_next=True)
 
     def _needs_parts(self) -> bool:
         """Whether the template takes a content only as a list of parts, as those of some image models do."""
@@ -361,7 +387,7 @@ class Renderer:
 
     def _shows_sentinel(self, content: str | list[dict[str, str]]) -> bool:
         try:
-            return SENTINEL in self._apply([{"role": "user", "content": content}], (), answer_next=True)
+            return SENTINEL in self._apply([{"role": "user", "content": content}], NOTHING, answer_next=True)
         except DataError:
             return False
 
@@ -392,17 +418,18 @@ class Renderer:
 
     def _reads(self, field: str) -> bool:
         """Whether the template reads a field of messages, as `message.field` or `message['field']`."""
-        return re.search(rf"[.'\"]{re.escape(field)}\b", self._source(())) is not None
+        return re.search(rf"[.'\"]{re.escape(field)}\b", self._source()) is not None
 
-    def _apply(self, messages: list[dict[str, Any]], tools: Tools, answer_next: bool) -> str:
+    def _apply(self, messages: list[dict[str, Any]], inputs: TemplateInputs, answer_next: bool) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    tools=list(tools) or None,
+                    tools=list(inputs.tools) or None,
                     tokenize=False,
                     add_generation_prompt=answer_next,
                     strftime_now=self._now.strftime,
+                    **inputs.kwargs,
                 )
             )
         except TemplateError as error:
@@ -410,7 +437,7 @@ class Renderer:
         except Exception as error:  # a template is a program of somebody else's, and may fail in any way
             raise DataError(f"the chat template fails on these messages: {type(error).__name__}: {error}") from error
 
-    def _source(self, tools: Tools) -> str:
+    def _source(self, inputs: TemplateInputs = NOTHING) -> str:
         template = self.tokenizer.chat_template
         if template is None:
             raise DataError(
@@ -422,7 +449,7 @@ class Renderer:
                     f"the tokenizer has several chat templates ({', '.join(sorted(template))}) and none is the "
                     "default; set model.chat_template to one of these names"
                 )
-            template = template["tool_use"] if tools and "tool_use" in template else template["default"]
+            template = template["tool_use"] if inputs.tools and "tool_use" in template else template["default"]
         return str(template)
 
 

@@ -10,7 +10,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.config import SourceConfig
+from alignment.config import SourceConfig, is_template_variable
 from alignment.data.files import Cell, Row
 from alignment.errors import DataError, WithoutWeight
 from alignment.types import Completion, Group, Message
@@ -63,9 +63,9 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     beginning; `question` + `response_j` + `response_k`; `completions` + `rewards`; `completion` with or without a
     `label`; `messages` (ShareGPT's `conversations`), with or without a `label` of the last answer; `instruction`,
     `input` and `output` as in Alpaca; `text`; a prompt alone. A prompt may be `messages` too, or an `instruction`.
-    Lists may be given as JSON text. Beside any of them: `system`, a text that becomes the first turn; `tools`;
-    `finish_reason` or `truncated`, which say what was cut off where it was sampled; a `weight` of 1, or of 0 for what
-    is not to be learned from.
+    Lists may be given as JSON text. Beside any of them: `system`, a text that becomes the first turn; `tools` and
+    `chat_template_kwargs`, for the template; `finish_reason` or `truncated`, which say what was cut off where it was
+    sampled; a `weight` of 1, or of 0 for what is not to be learned from.
 
     Raises:
         WithoutWeight: the row is in order, and its weight says that nothing is to be learned from it.
@@ -77,7 +77,13 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     group, tools = _shaped(shape, origin), _tools(shape)
     if tools and isinstance(group.prompt, str) and shape.columns.get("tools", "tools") not in shape.used:
         raise DataError("tools are given, and plain text has no place for them; set prompt_as to user_message")
-    return dataclasses.replace(group, prompt=_with_system(group.prompt, shape), tools=tools, columns=columns)
+    return dataclasses.replace(
+        group,
+        prompt=_with_system(group.prompt, shape),
+        tools=tools,
+        chat_template_kwargs=_template_kwargs(shape),
+        columns=columns,
+    )
 
 
 def has_equal_scores(row: Row) -> bool:
@@ -250,6 +256,15 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as OpenAI and chat templates have it; LLaMA-Factory gives the function alone."""
     is_bare = "name" in tool and not {"type", "function"} & tool.keys()
     return {"type": "function", "function": tool} if is_bare else tool
+
+
+def _template_kwargs(shape: _Shape) -> Mapping[str, Any]:
+    """What the row tells its chat template besides: a mapping, or the text of one; what is null counts as absent."""
+    kwargs = _decoded(shape.value("chat_template_kwargs")) if shape.has("chat_template_kwargs") else {}
+    if not isinstance(kwargs, dict) or not all(map(is_template_variable, kwargs)):
+        raise DataError(f"chat_template_kwargs must be a mapping of a chat template's variables, not {kwargs!r:.60}")
+    present: Mapping[str, Any] = _present(kwargs, "chat_template_kwargs")
+    return present
 
 
 def _truncations(shape: _Shape, count: int) -> list[bool]:

@@ -236,11 +236,11 @@ def in_thread(function: Callable[[], Result], *, timeout_s: float) -> Result:
     return future.result(timeout_s)
 
 
-def prompt_of(group: Group) -> str | list[dict[str, str]]:
-    """A group's prompt as plain Python: text, or the turns of a conversation."""
+def prompt_of(group: Group) -> str | list[dict[str, Any]]:
+    """A group's prompt as plain Python: text, or the turns of a conversation with all their fields."""
     if isinstance(group.prompt, str):
         return group.prompt
-    return [{"role": turn.role, "content": turn.content} for turn in group.prompt]
+    return [turn.template_fields() for turn in group.prompt]
 
 
 async def _awaited(result: Awaitable[Result]) -> Result:

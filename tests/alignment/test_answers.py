@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from alignment.config import DataConfig, ModelConfig, algorithm_class
+from alignment.algorithms.sft import SFT
+from alignment.config import DataConfig, ModelConfig
 from alignment.data.chat import GroupTokenizer, run_date, with_kwargs
-from alignment.data.stream import GroupReader
+from alignment.data.shapes import to_group
+from alignment.data.stream import Data, GroupReader, ListStream
 from alignment.errors import ConfigError, DataError
 from alignment.models.load import load_tokenizer
 from alignment.types import Completion, Group, Message
@@ -74,6 +76,11 @@ def tokenizer_with(template: str) -> Any:
 def tokenize(template: str = CHATML, **settings: Any) -> GroupTokenizer:
     tokenizer = tokenizer_with(template)
     return GroupTokenizer(tokenizer, DataConfig(path="none", **settings), frozenset({tokenizer.eos_token_id}))
+
+
+def train_groups(data: Data) -> list[Group]:
+    assert isinstance(data.train, ListStream)
+    return data.train.groups
 
 
 def shown(tokenizer: GroupTokenizer, group: Group, number: int = 0) -> str:
@@ -267,14 +274,14 @@ def test_a_template_that_fails_in_any_way_is_a_bad_row(template: str) -> None:
 
 def test_calls_and_tools_reach_the_template() -> None:
     tok = tokenize(CALLING)
-    told = Message(role="tool", content="sunny", fields={"tool_call_id": "1"})
-    turns = (user("Weather?"), assistant("Let me look.", tool_calls=[CALL]), told, assistant("It is sunny."))
+    result = Message(role="tool", content="sunny", fields={"tool_call_id": "1"})
+    turns = (user("Weather?"), assistant("Let me look.", tool_calls=[CALL]), result, assistant("It is sunny."))
     group = tok(row(*turns, tools=(TOOL,)))
     assert '"name": "weather"' in prompt_of(tok, group)
     result = TURN.format("tool", "sunny") + "<|im_start|>assistant\n"
     call = '{weather{"city": "Bonn"}}'
     assert shown(tok, group) == f"«Let me look.{call}{EOS}\n»{result}«It is sunny.{EOS}\n»"
-    assert tok.summary() == "fields of messages that the chat template does not read: tool_call_id"
+    assert tok.summary() == "fields that the chat template does not read: tool_call_id"
     as_context = tok(row(*turns, prompt=3, tools=(TOOL,)))
     assert call in prompt_of(tok, as_context)
 
@@ -429,7 +436,7 @@ def test_a_border_inside_of_the_first_token_is_said_to_be_there() -> None:
 def test_fields_that_the_template_does_not_read_are_named() -> None:
     tok = tokenize()
     tok(row(Message(role="user", content="Hi", fields={"timestamp": 5}), assistant("Ho", language="en")))
-    assert tok.summary() == "fields of messages that the chat template does not read: language, timestamp"
+    assert tok.summary() == "fields that the chat template does not read: language, timestamp"
 
 
 def test_pairs_that_are_equal_within_the_window_are_counted_like_ties(reader: Any, write_rows: Any) -> None:
@@ -439,9 +446,9 @@ def test_pairs_that_are_equal_within_the_window_are_counted_like_ties(reader: An
     ]
     path = str(write_rows(rows))
     whole = load(reader(path=path, shuffle=False))
-    border = len(whole.train.groups[0].prompt_tokens)
+    border = len(train_groups(whole)[0].prompt_tokens)
     data = load(reader(path=path, shuffle=False, max_length=border + 3))
-    assert lines_of(data.train.groups) == [2]
+    assert lines_of(train_groups(data)) == [2]
     assert "1 that prefer no answer left out" in data.report
     ranked = Group(
         id="x",
@@ -457,12 +464,11 @@ def test_the_data_of_a_run_is_the_same_on_another_day(tokenizer: Any, write_rows
     dated = tokenizer_with(DATED)
     path = str(write_rows([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]))
     data = DataConfig(path=path)
-    sft = algorithm_class("sft").model_validate({"name": "sft"})
     day = datetime.date(2024, 2, 29)
     prints = []
     for date in (day, day, datetime.date(2024, 3, 1)):
         tok = GroupTokenizer(dated, data, frozenset({dated.eos_token_id}), date=date)
-        prints.append(load(GroupReader(data, sft, tok)).fingerprint)
+        prints.append(load(GroupReader(data, SFT(), tok)).fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -472,8 +478,42 @@ def test_the_answers_of_one_conversation_are_held_out_together(write_rows: Any) 
     system = [{"role": "system", "content": "Brief"}]
     rows = [{"messages": [*system, {"role": "user", "content": str(i)}, turns[1], *more]} for i in range(8)]
     data = DataConfig(path=str(write_rows(rows)), eval_groups=4)
-    sft = algorithm_class("sft").model_validate({"name": "sft"})
-    loaded = load(GroupReader(data, sft, tokenize(MOVED)))
+    loaded = load(GroupReader(data, SFT(), tokenize(MOVED)))
     held_out = {group.id for group in loaded.eval}
     assert len(loaded.eval) == 4 and len(held_out) == 2
-    assert not held_out & {group.id for group in loaded.train.groups}
+    assert not held_out & {group.id for group in train_groups(loaded)}
+
+
+def test_a_row_tells_its_template_what_its_chat_template_kwargs_say(write_rows: Any) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    kinds = [
+        {"enable_thinking": False, "tools_as": None},
+        '{"enable_thinking": false}',
+        {"enable_thinking": True, "x": 1},
+    ]
+    rows = [{"messages": turns, "chat_template_kwargs": kwargs} for kwargs in kinds]
+    data = DataConfig(path=str(write_rows(rows)), shuffle=False, on_bad_row="skip", bad_row_budget=1)
+    template = CHATML.replace(
+        "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<think>\n' if enable_thinking else '')"
+    )
+    tokenizer = tokenizer_with(template)
+    tok = GroupTokenizer(tokenizer, data, frozenset({tokenizer.eos_token_id}))
+    loaded = load(GroupReader(data, SFT(), tok))
+    assert lines_of(train_groups(loaded)) == [1, 2]
+    assert "1 bad ones skipped" in loaded.report and "opens a thought" in loaded.report
+    assert "fields that the chat template does not read: chat_template_kwargs.x" in loaded.report
+    with pytest.raises(DataError, match="chat_template_kwargs must be a mapping of a chat template's variables"):
+        to_group({"messages": turns, "chat_template_kwargs": {"tokenize": True}}, "x", data)
+
+
+def test_consecutive_turns_of_the_assistant_are_turns_of_their_own() -> None:
+    tok = tokenize(CALLING)
+    result = Message(role="tool", content="sunny")
+    group = tok(
+        row(user("W?"), assistant("Let me look."), assistant("", tool_calls=[CALL]), result, assistant("Sunny."))
+    )
+    header = "<|im_start|>assistant\n"
+    assert shown(tok, group) == (
+        f'«Let me look.{EOS}\n»{header}«{{weather{{"city": "Bonn"}}}}{EOS}\n»'
+        f"{TURN.format('tool', 'sunny')}{header}«Sunny.{EOS}\n»"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from alignment.data.chat import GroupTokenizer, with_kwargs
+from alignment.data.rendering import TemplateInputs
 from alignment.errors import DataError
 from alignment.types import Group, Message
 from tests.alignment.chat_templates import (
@@ -54,7 +55,7 @@ def check(tokenize: GroupTokenizer, group: Group, examples: list[Group]) -> None
     assert len(parts) == len(answers)
     ends = {tokenize.tokenizer.decode([index]) for index in tokenize.end_tokens}
     for index, (context, learned) in zip(answers, parts, strict=True):
-        assert context == tokenize.renderer.prompt(tuple(turns[:index]), tools=group.tools)
+        assert context == tokenize.renderer.prompt(tuple(turns[:index]), inputs=TemplateInputs(tools=group.tools))
         wrapper, found, end = learned.partition(turns[index].content)
         assert found and wrapper in WRAPPERS, learned
         core = end.strip().removesuffix(EOS).removeprefix("<|END_RESPONSE|>")
