@@ -35,7 +35,7 @@ class Cell(str):
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row | DataError]]
 
-TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
 def _open_zstandard(path: Path) -> io.BufferedReader:
@@ -143,7 +143,7 @@ def is_data_file(path: Path | str) -> bool:
 def says_split(path: Path, split: str) -> bool:
     """Whether a file that is given by itself can be read as a split: each as `train`, and a .json may hold several."""
     names = [DEFAULT_SPLIT, *_splits(Path(path.name))]
-    return ".json" in path.suffixes or all(part in names for part in split.split("+"))
+    return _kind(path) == ".json" or all(part in names for part in split.split("+"))
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -198,10 +198,7 @@ def _splits(path: Path) -> list[str]:
     shard = SHARD.match(path.name)
     if shard and shard["split"] not in NO_SPLIT:
         return [shard["split"]]
-    stem = path.name
-    while is_data_file(stem) or stem.endswith(SUFFIXES):
-        stem = stem.removesuffix(next(suffix for suffix in SUFFIXES[::-1] if stem.endswith(suffix)))
-    for name in (stem, *reversed(path.parts[:-1])):
+    for name in (_stem(path).name, *reversed(path.parts[:-1])):
         words = [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in SPLIT_WORDS]
         if words:
             return [SPLIT_WORDS[words[-1]], words[-1], name]
@@ -214,17 +211,24 @@ def _of_one_form(folder: Path, files: list[Path]) -> list[Path]:
     if tables and len(tables) < len(files):
         logger.warning("%s: holds JSON or parquet files, so %s is not read", folder, tables[0].name)
         files = [file for file in files if file not in tables]
-    stems = Counter(str(file).partition(_kind(file) or "\0")[0] for file in files)
+    stems = Counter(map(_stem, files))
     double = next((stem for stem, count in stems.items() if count > 1), None)
     if double is not None:
-        names = [file.name for file in files if str(file).partition(_kind(file) or "\0")[0] == double]
+        names = [file.name for file in files if _stem(file) == double]
         raise DataError(f"{folder}: {' and '.join(names)} would be the same rows twice; take one of them away")
     return files
 
 
+def _stem(path: Path) -> Path:
+    """A file without the suffixes of its kind and compression."""
+    plain = path.with_suffix("") if path.suffix in DECOMPRESS else path
+    return plain.with_suffix("") if _kind(path) else plain
+
+
 def _kind(path: Path) -> str:
     """Suffix of a file without that of its compression; empty for a saved set."""
-    return next((kind for kind in (*TEXTS, ".parquet") if kind in path.suffixes[-2:]), "")
+    kind = path.with_suffix("").suffix if path.suffix in DECOMPRESS else path.suffix
+    return kind if kind in (*TEXTS, ".parquet") else ""
 
 
 def _open(path: Path) -> BinaryIO:
@@ -262,7 +266,7 @@ def _read_json(path: Path, file: BinaryIO, split: str) -> Rows:
     value = _parse(first) if begins in (b"[", b"{") else None
     is_list = begins == b"[" and (isinstance(value, DataError) or is_alone)
     # In a .jsonl a broken first line is a broken row; in a .json it is the beginning of a value of many lines.
-    if is_list or (".jsonl" not in path.suffixes and (not isinstance(value, dict) or is_alone)):
+    if is_list or (_kind(path) == ".json" and (not isinstance(value, dict) or is_alone)):
         yield from _read_value(path, lines, split)
     else:
         yield from _read_lines(path, lines)

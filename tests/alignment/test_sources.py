@@ -173,7 +173,11 @@ def test_a_damaged_gz_is_an_error_and_no_crash(tmp_path: Path, damage: str) -> N
         ("rows.tsv", b"a,b\n1,2\n", "its first line, 'a,b', seems to separate columns by ','"),
         ("rows.csv", b"a,b,a\n1,2,3\n", "the first line must name every column once, and 'a' does not"),
         ("rows.csv", "a,b\n1,2\n".encode("utf-16"), "does not begin with the names of columns in UTF-8"),
-        ("rows.xlsx", b"PK", "unknown kind of file; known are .jsonl, .json, .csv, .tsv (each also .gz, .bz2, .xz, "),
+        (
+            "rows.xlsx",
+            b"PK",
+            "unknown kind of file; known are .jsonl, .ndjson, .json, .csv, .tsv (each also .gz, .bz2, .xz, ",
+        ),
     ],
 )
 def test_an_unreadable_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
@@ -242,7 +246,7 @@ def test_a_hub_that_cannot_be_reached_is_a_short_error_and_no_wait(tmp_path: Pat
     assert len(text) < 600
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows.ndjson"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -451,3 +455,8 @@ def test_a_file_given_by_itself_is_any_split_that_its_name_does_not_deny(tmp_pat
     for name in ("rows.jsonl", "test.jsonl"):
         with pytest.raises(DataError, match="is one file, whose name says nothing of the split 'validation'"):
             names_in(tmp_path / name, split="validation")
+
+
+def test_the_last_part_of_a_name_says_the_kind_of_a_file(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "rows.json.csv", b"a,b\n1,2\n")
+    assert read(path) == [(f"{path}:2", {"a": "1", "b": "2"})]
