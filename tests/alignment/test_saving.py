@@ -15,6 +15,7 @@ from alignment import checkpoint
 from alignment.checkpoint import Progress, checkpoints_of, find_checkpoint
 from alignment.config import RunConfig
 from alignment.errors import CheckpointError, ConfigError
+from alignment.identity import Identity
 from alignment.metrics import Silent
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
@@ -58,7 +59,11 @@ def test_whichever_file_cannot_be_written_the_error_is_ours_and_earlier_checkpoi
 ) -> None:
     config = configured(run_settings, kind)
     roles = Roles.build(config, World())
-    save = lambda step: checkpoint.save(config, roles, Progress(step=step, position=0), data="", world=World())  # noqa: E731
+    identity = Identity(fixed={}, adjustable={})
+
+    def save(step: int) -> None:
+        checkpoint.save(config, roles, Progress(step=step, position=0), identity=identity, world=World())
+
     save(1)
     intact = find_checkpoint(config.folder)
     sizes = sorted({file.stat().st_size for file in intact.rglob("*") if file.is_file()})
