@@ -13,7 +13,7 @@ demo-ppo: .venv/.installed
 	$(BIN)/raylign demo-ppo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

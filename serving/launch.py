@@ -156,6 +156,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     try:
         if _is_local():
             ray.init(
+                address="local",  # not that of a `ray start` on this machine
                 num_cpus=_num_cpus(config),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,

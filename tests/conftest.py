@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -48,21 +51,104 @@ def read_data(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+SHARED = {
+    "endpoint": ["test_endpoint", "test_feedback_routes", "test_page_for_real", "test_rewards_route", "test_swap"],
+    "ray_here": ["test_engines", "test_rollouts_on_ray", "test_train_on_ray", "test_zero_on_ray"],
+    "small_endpoint": ["test_circle", "test_contract", "test_swap_of_whole_weights"],
+}
+"""Fixtures that take long to start, and the files whose tests share them: these run in one piece, in one process and
+before all others, so that two processes (`make test`) end at about the same time."""
+PIECES = {file: fixture for fixture, files in SHARED.items() for file in files}
+
+
+def piece_of(nodeid: str) -> str:
+    """The fixture of `SHARED` that a test's file needs, else the file."""
+    file = nodeid.partition("::")[0]
+    return PIECES.get(Path(file).stem, file)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(SHARED)
+    pieces = {item: piece_of(item.nodeid) for item in items}
+    items.sort(key=lambda item: order.index(pieces[item]) if pieces[item] in order else len(order))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives a whole piece to a process that has nothing to do."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Pieces(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return piece_of(nodeid)
+
+    return Pieces(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ends a fixture of `SHARED` after its last test; pytest would keep it, and its processes, until the very end."""
+    piece = piece_of(item.nodeid)
+    if piece in SHARED and (nextitem is None or piece_of(nextitem.nodeid) != piece):
+        definitions = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+        for definition in definitions.get(piece, [])[-1:]:
+            definition.finish(item._request)  # type: ignore[attr-defined]
+
+
+class Deselected:
+    """How many tests were left out; all processes of `pytest -n 2` leave out the same, and tell it when they end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.count = config, 0
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.count += len(items)
+
+    def pytest_sessionfinish(self) -> None:
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["deselected"] = self.count
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.count = getattr(node, "workeroutput", {}).get("deselected", self.count)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Deselected(config), "deselected")
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
     """Ends a run by one line with all that was not tested, and why."""
     yield
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
     parts = [f"{count} × {reason}" for reason, count in reasons.most_common()]
-    if num_slow := len(terminalreporter.stats.get("deselected", [])):
-        parts.append(f"{num_slow} slow or unselected ones: `make test-slow`")
+    if count := terminalreporter.config.pluginmanager.getplugin("deselected").count:
+        parts.append(f"{count} that were not selected, as the slow ones, which `make test-slow` runs")
     terminalreporter.write_line(f"Not tested: {'; '.join(parts) or 'nothing'}")
 
 
+def ports() -> Iterator[int]:
+    """Numbers of ports that nobody else takes: neither the system for a connection, nor another process of `pytest -n`.
+
+    The system numbers connections from 32768 on, and Ray's workers listen below 20000.
+    """
+    place = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    start = random.Random(os.getpid()).randrange(3000)
+    while True:
+        yield from (20_000 + 3000 * place + (start + number) % 3000 for number in range(3000))
+
+
+PORTS = ports()
+
+
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on just now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A TCP port of this machine that nothing listens on, a new one each time."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("ports do not end")
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 
@@ -31,3 +34,26 @@ def engine_processes(*, of: int | None = None) -> list[psutil.Process]:
     and goes on with the command line that it was spawned with.
     """
     return descendants("EngineCore", "multiprocessing.spawn", of=of)
+
+
+def without_wait_policy() -> dict[str, str]:
+    """The environment of a user who has not said how OpenMP's threads wait."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
+
+def computes(process: psutil.Process) -> bool:
+    """Whether a process has loaded OpenMP, as torch does."""
+    try:
+        return "libgomp" in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:  # it has ended
+        return False
+
+
+def assert_idle_threads_sleep(processes: Iterable[psutil.Process]) -> None:
+    """Asserts that some of the processes compute, and that those were started with the setting that OpenMP reads."""
+    computing = [process for process in processes if computes(process)]
+    assert computing
+    for process in computing:
+        # As bytes: a process that has given itself a title has overwritten the beginning of its environment.
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        assert b"OMP_WAIT_POLICY=passive" in environment, process.as_dict(["pid", "name", "cmdline"])

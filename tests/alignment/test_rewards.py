@@ -177,7 +177,7 @@ def test_a_late_function_is_asked_again_and_then_named(function: Callable[..., A
     with pytest.raises(RewardError, match=r"it was not done after 0\.1 s, after 2 attempts"):
         rewards.score([group("a")])
     rewards.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25, "less than one call takes"
 
 
 @pytest.mark.parametrize(

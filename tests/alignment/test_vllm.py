@@ -334,6 +334,7 @@ print("FOUND" + json.dumps(found))
 """
 
 
+@pytest.mark.slow  # an engine of its own, to show what vLLM does by itself
 def test_without_its_tying_the_output_head_would_stay_the_old_one(models: dict[bool, Path], tmp_path: Path) -> None:
     trainer = Trainer.of(ModelConfig(path=str(models[True]), dtype="fp32"))
     update = Outbox("update", (tmp_path,)).put(trainer.change(), adapter=False)
@@ -367,6 +368,7 @@ def test_completions_of_neighbouring_seeds_share_no_randomness() -> None:
     assert max(seeds) < 2**63
 
 
+@pytest.mark.slow  # two imports of vLLM; tests/cluster/test_engines.py kills an engine's actor, which is quicker
 def test_an_engine_ends_with_the_process_that_started_it_even_if_that_is_killed(models: dict[bool, Path]) -> None:
     code = (
         "import time; from tests.alignment.test_vllm import settings_of, local_generator, ModelConfig\n"

@@ -48,7 +48,7 @@ def test_no_more_is_asked_at_a_time_than_there_are_clients() -> None:
     started = time.perf_counter()
     rate = asyncio.run(together([one() for _ in range(8)], LOAD))
     assert most == LOAD.concurrency
-    assert rate == pytest.approx(8 / (time.perf_counter() - started), rel=0.5)
+    assert 8 / (time.perf_counter() - started) <= rate <= 8 / (8 / LOAD.concurrency * 0.02)
 
 
 def test_there_is_one_benchmark() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,10 +28,12 @@ from serving.rewards import ModelThread, reward_server
 from serving.schema import Refused
 from tests.alignment.test_rewards_model import GROUPS, make_judge
 from tests.conftest import free_port
+from tests.processes import without_wait_policy
 
 KEY = "a-key-of-this-test"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 PRIVATE = "paris lyon capital"
+FOR_THE_TEST = {"CUDA_VISIBLE_DEVICES": "", "OMP_DISPLAY_ENV": "true"}
 COMMAND = [sys.executable, "-m", "alignment.cli", "reward-server"]
 
 
@@ -58,7 +59,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             [*COMMAND, str(model), *options],
             stdout=file,
             stderr=file,
-            env={**os.environ, "RAYLIGN_REWARD_KEY": KEY, "CUDA_VISIBLE_DEVICES": ""},
+            env={
+                **without_wait_policy(),
+                "RAYLIGN_REWARD_KEY": KEY,
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_DISPLAY_ENV": "true",
+            },
         )
     running = Running(url=f"http://127.0.0.1:{port}", model=model, log=log, process=process)
     try:
@@ -106,6 +112,10 @@ def test_a_run_gets_the_same_rewards_over_http_as_in_its_own_process(
     for one, other in zip(given(remote.score(groups)), given(local.score(groups)), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     remote.close()
+
+
+def test_its_idle_threads_sleep(server: Running) -> None:
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in server.log.read_text()
 
 
 def test_concurrent_requests_get_their_own_answers(server: Running) -> None:

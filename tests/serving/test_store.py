@@ -718,15 +718,15 @@ def test_recording_costs_the_caller_next_to_nothing_while_others_write(store: St
     writers = [threading.Thread(target=keep_writing, args=(f"writer{number}",)) for number in range(8)]
     for writer in writers:
         writer.start()
-    seconds = []
-    for number in range(300):
+    seconds, until_written = [], []
+    for number in range(150):
         group = issued(f"chat-{number}", kind="chat", prompt="word " * 500, texts=("word " * 500,))
         started = time.perf_counter()
         future = store.record(group)
         seconds.append(time.perf_counter() - started)
-        time.sleep(0.003)
-    future.result(timeout=60)
+        future.result(timeout=60)
+        until_written.append(time.perf_counter() - started)
     done.set()
     for writer in writers:
         writer.join()
-    assert statistics.median(seconds) < 0.0005, statistics.quantiles(seconds, n=20)
+    assert statistics.median(seconds) < 0.2 * statistics.median(until_written), statistics.quantiles(seconds, n=20)
