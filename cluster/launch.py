@@ -73,6 +73,8 @@ def rehearse(config: ClusterRunConfig) -> None:
     config = with_checkpoints(config)
     if config.cluster.workers:
         print(f"dry run: the cluster would be asked for {plan(config).sentence}", flush=True)
+    else:
+        _check_machine(config)
     alone = config.model_copy(update={"optim": config.optim.model_copy(update={"zero": ZeroConfig()})})
     made = [folder for folder in (config.folder, *config.folder.parents) if not folder.exists()]
     try:
@@ -120,16 +122,20 @@ def _keep(config: ClusterRunConfig) -> None:
 
 def _run_here(config: ClusterRunConfig) -> None:
     device = _device_here()
-    import torch
-
     from alignment.metrics import FileReporter
     from alignment.models.parallel import World
     from alignment.train import train as loop
 
-    if text := check_machine(config, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        print(text, flush=True)
+    _check_machine(config)
     with _engine_here(config) as generator:
         loop(config, World(device=device), FileReporter(config.folder), generator)
+
+
+def _check_machine(config: ClusterRunConfig) -> None:
+    import torch
+
+    if text := check_machine(config, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        print(text, flush=True)
 
 
 def _device_here() -> torch.device:
