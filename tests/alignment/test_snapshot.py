@@ -68,7 +68,7 @@ def test_workers_read_what_the_main_one_has_written(growing: Settings) -> None:
 def test_every_live_source_is_kept_and_no_other_is_touched(tmp_path: Path) -> None:
     url = add(tmp_path / "feedback.sqlite", pair_rows(5))
     file = tmp_path / "pairs.jsonl"
-    mixture = [{"path": url, "skip": 1, "take": 3, "columns": {"chosen": "better"}}, {"path": str(file), "take": 2}]
+    mixture = [{"path": url, "skip": 1, "take": 3}, {"path": str(file), "take": 2}]
     data = DataConfig.model_validate({"mixture": mixture, "eval": {"path": url}})
     notes: list[str] = []
     kept = keep_live_rows(data, tmp_path, World(), notes.append)
