@@ -13,9 +13,9 @@ import os
 import re
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -903,7 +903,9 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: dict[str, Any]
         if problem["type"] == "extra_forbidden":
             section = ".".join(part for part in path[:-1] if not part.isdecimal())
             known = _fields(kind, parents, tree)
-            message = f"unknown key{place_of(path[-1], section) or _dotted(path[-1]) or nearest(str(last), known)}"
+            inside = _elsewhere(kind, path[-1], f"{section}.") if section else ""
+            place = inside or place_of(path[-1], section) or _dotted(path[-1]) or _elsewhere(kind, path[-1], "")
+            message = f"unknown key{place or nearest(str(last), known)}"
         elif problem["type"] == "missing":
             message = "is required and missing"
         else:
@@ -930,6 +932,20 @@ def _message(problem: ErrorDetails, kind: type[BaseModel], path: list[str]) -> s
 def _dotted(name: str) -> str:
     section, dot, last = name.rpartition(".")
     return f"; dots are for the command line, a file has sections: `{section}: {{{last}: …}}`" if dot else ""
+
+
+def _elsewhere(kind: type[BaseModel], name: str, within: str) -> str:
+    """Sections that have a key of this name, where it was written in another; empty if none has."""
+    places = [place for place in _keys(kind, "") if place.endswith(f".{name}") and place.startswith(within)]
+    return f"; here it is {' or '.join(places[:3])}" if places else ""
+
+
+def _keys(kind: type[BaseModel], section: str) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        yield section + name
+        inner = _sections(field.annotation)
+        if inner and not issubclass(inner[0], kind) and get_origin(field.annotation) is not tuple:
+            yield from _keys(inner[0], f"{section}{name}.")
 
 
 def _given(value: Any) -> str:

@@ -20,6 +20,7 @@ DATA = "data.path, a file, a folder or a hub id"
 KEYS_ELSEWHERE = {
     # the optimizer
     "learning_rate": "optim.lr",
+    "lr": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "lr_scheduler": "optim.schedule",
     "scheduler": "optim.schedule",
@@ -77,6 +78,7 @@ KEYS_ELSEWHERE = {
     "gradient_checkpointing_kwargs": "model.gradient_checkpointing, which is true or false",
     "activation_offloading": "model.gradient_checkpointing",
     "chat_template_path": "model.chat_template",
+    "template": "model.chat_template",
     "chat_template": "model.chat_template",
     "chat_template_kwargs": "model.chat_template_kwargs",
     "enable_thinking": "model.chat_template_kwargs, as {enable_thinking: false}",

@@ -366,6 +366,7 @@ def names_in(folder: Path, **settings: Any) -> list[str]:
         (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train", "part-00000-of-00002.jsonl part-00001"),
         (["contest.jsonl", "restraint.jsonl"], "train", "contest.jsonl restraint.jsonl"),
         (["a.jsonl", "numbers.csv"], "train", "a.jsonl"),
+        (["v1.jsonl/a.json", "v1.jsonl/b.json"], "train", "v1.jsonl/a.json v1.jsonl/b.json"),
     ],
 )  # fmt: skip
 def test_a_folder_is_read_by_split_as_the_hub_reads_it(
