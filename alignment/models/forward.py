@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignment.models.attention import packed_layout
+from alignment.errors import ModelError
+from alignment.models.attention import IMPLEMENTATIONS, packed_layout
 from alignment.models.language_model import LINEAR, LanguageModel, LogitTransform
 from alignment.types import Batch, Outputs
 
@@ -63,7 +64,14 @@ def values(model: LanguageModel, batch: Batch) -> Tensor:
 
 
 def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
-    """[T, H] last hidden states of the decoder over a packed batch."""
+    """[T, H] last hidden states of the decoder over a packed batch.
+
+    Raises:
+        ModelError: the network was given another attention, which knows nothing of groups.
+    """
+    attention = model.network.config._attn_implementation
+    if attention not in IMPLEMENTATIONS.values():
+        raise ModelError(f"a packed batch needs a packed attention, and the network's is {attention!r} just now")
     with packed_layout(batch):
         return model.decoder(  # type: ignore[no-any-return]
             input_ids=batch.tokens[None],

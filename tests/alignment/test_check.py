@@ -287,3 +287,25 @@ def test_a_reward_model_reads_beyond_its_window_and_needs_no_cap_of_a_head_that_
     batch = long_groups()
     expected = torch.stack([logits[0] for logits in alone(model, batch)])
     torch.testing.assert_close(scores(model, batch), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+def test_activations_that_are_computed_again_meet_the_same_masks(tmp_path: Path, family: str) -> None:
+    folder = write_family(tmp_path, family, sliding_window=8)
+    batch = long_groups()
+
+    def gradients(again: bool) -> list[Tensor]:
+        model = load(folder, gradient_checkpointing=again)
+        model.module.train()
+        outputs(model, batch).logprobs.sum().backward()  # type: ignore[no-untyped-call]
+        return [weight.grad for weight in model.module.parameters() if weight.grad is not None]
+
+    for kept, computed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(computed, kept, atol=1e-5, rtol=1e-4)
+
+
+def test_a_packed_batch_is_never_run_with_an_attention_that_ignores_its_groups(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    model.network.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match="'sdpa' just now"):
+        outputs(model, long_groups())
