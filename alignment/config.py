@@ -88,8 +88,8 @@ class ModelConfig(Section):
     """The model to align."""
 
     path: str = "smollm2-135m-instruct"
-    """A hub id, a local folder (a model, or an adapter of an earlier run), or the bundled `smollm2-135m-instruct`.
-    Code that comes with a model is never executed."""
+    """A hub id, a local folder (a model, an adapter, which is merged into its base, or a run, which is its newest intact
+    checkpoint), or the bundled `smollm2-135m-instruct`. Code that comes with a model is never executed."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None takes its default branch."""
     dtype: NumberFormat = "auto"
@@ -444,7 +444,8 @@ class CriticConfig(Section):
     trunk: Literal["separate", "shared"] = "separate"
     """`separate`: a model of its own. `shared`: only a value head on the actor's last hidden states."""
     path: str | None = None
-    """Model or reward model that a separate critic starts from; None is `model.path`."""
+    """Model, reward model or run that a separate critic starts from; None is `model.path`. A reward model begins with
+    the rewards that it would give as a scorer."""
     lr: Positive | None = None
     """Peak learning rate; None is `optim.lr`."""
     warmup_steps: Count = 0
@@ -518,7 +519,7 @@ class CheckpointConfig(Section):
     """What is kept of a run, and how often."""
 
     every: Count = 0
-    """Optimizer steps between checkpoints; 0 writes only the last."""
+    """Optimizer steps between checkpoints; 0 writes only the last, so that a run that breaks off begins again."""
     keep: PositiveCount = 2
     """Newest checkpoints to keep, ≥ 1; older ones are deleted."""
 

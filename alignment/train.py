@@ -47,6 +47,8 @@ from alignment.types import Group, Role
 from alignment.update import Metrics, Pace, evaluate, learn, learning_rate
 
 SUMMARY = "summary.json"
+MANY_STEPS = 200
+"""Steps that one would not want to lose."""
 
 
 def train(config: RunConfig, world: World, reporter: Reporter, generator: Generator | None = None) -> Metrics:
@@ -152,6 +154,8 @@ class _Run:
             return {}
         resuming = f"resuming after step {progress.step}{self._changed(restored)}"
         reporter.note(resuming if progress.step else f"starting {self.steps} steps")
+        if config.checkpoint.every == 0 and self.steps - progress.step > MANY_STEPS:
+            reporter.note("checkpoint.every is 0: nothing is kept of this run before its last step")
         self._begin(progress)
         if restored.rollouts and self.feed is not None and not self.feed.restore(restored.rollouts):
             reporter.note("the stream gives other prompts than those that were answered ahead; they are answered anew")

@@ -23,12 +23,14 @@ from transformers import (
 
 from alignment.checkpoint import find_checkpoint
 from alignment.config import RunConfig
+from alignment.errors import ModelError
 from alignment.metrics import Silent
 from alignment.models.folders import BUNDLED
 from alignment.models.parallel import World
 from alignment.train import train
 from cluster.config import ClusterRunConfig, load_run
 from cluster.launch import rehearse
+from cluster.launch import train as train_command
 from cluster.pipeline import PipelineConfig, check, load_config, settings_of
 from tests.conftest import ALIGN, RECIPES, make_tokenizer, pair_rows
 
@@ -239,7 +241,11 @@ def test_a_dry_run_finds_what_would_fail_and_leaves_a_run_as_it_was(
     run_settings: Row, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ClusterRunConfig.model_validate(run_settings)
-    rehearse(config)
+    file = Path(run_settings["data"]["path"]).with_name("run.yaml")
+    file.write_text(yaml.safe_dump(run_settings))
+    train_command(file, [], dry_run=True)
+    with pytest.raises(ModelError, match="no/model"):
+        train_command(file, ["model.path=./no/model"], dry_run=True)
     assert not Path(run_settings["output"]).exists()
     assert "4 steps are to be done, after 0" in capsys.readouterr().out
     train(config, World(), Silent())

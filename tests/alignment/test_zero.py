@@ -19,12 +19,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, ZeroConfig, check_config
+from alignment import checkpoint
+from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, ZeroConfig, check_config
 from alignment.data.packing import pack
 from alignment.errors import ConfigError
 from alignment.models.forward import outputs, scores
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, shard, shard_frozen
+from alignment.models.roles import Roles
 from alignment.rollout.local import greedy
 from alignment.types import Batch, Completion, Group
 from tests.conftest import free_port, make_tokenizer
@@ -415,6 +417,23 @@ def train_and_save(world: World, task: Task, folder: str) -> list[list[int]]:
 def saved(folder: Path) -> dict[str, Tensor]:
     (file,) = folder.glob("*.safetensors")
     return load_file(file)
+
+
+def try_saving(world: World, settings: dict[str, Any]) -> int:
+    """Bytes that a checkpoint is known to take, after one without its tensors has been tried."""
+    config = RunConfig.model_validate(settings)
+    roles = Roles.build(config, world)
+    assert checkpoint.try_saving(config, roles, world=world) is None
+    return checkpoint._num_bytes(config, roles)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_saving_is_tried_of_what_is_spread_too(
+    workers: Workers, run_settings: dict[str, Any], lora: dict[str, int] | None
+) -> None:
+    settings = {**run_settings, "model": {**run_settings["model"], "lora": lora}, "algorithm": {"name": "sft"}}
+    plain = try_saving(World(), settings)
+    assert workers.run(try_saving, {**settings, "optim": {"zero": {"stage": 3}}}) == plain
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "adapter"])
