@@ -8,11 +8,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
 from alignment.cli import COMMANDS
+from alignment.environment import NO_BARS
 
 RAYLIGN = Path(sys.executable).parent / "raylign"
 
@@ -141,3 +144,14 @@ def test_python_m_cluster_is_the_same_train_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster", "nowhere.yaml"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert one_line_of(told) == "ConfigError: nowhere.yaml: cannot be read: No such file or directory"
+
+
+def test_a_file_gets_our_own_lines_and_nothing_else(run_settings: dict[str, Any], tmp_path: Path) -> None:
+    """No progress bars of libraries, and no warnings about a machine that is as it is."""
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump({**run_settings, "steps": 1}), encoding="utf-8")
+    plain = {name: value for name, value in os.environ.items() if name not in (*NO_BARS, "DS_ACCELERATOR")}
+    with (tmp_path / "output").open("w") as file:
+        subprocess.run([RAYLIGN, "train", str(recipe)], stdout=file, stderr=subprocess.STDOUT, check=True, env=plain)
+    lines = (tmp_path / "output").read_text().splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["data:", "starting", "step", "step", "done."]
