@@ -132,7 +132,7 @@ class GroupTokenizer:
         ids: list[int] = tokenizer("a")["input_ids"]
         self.ends_by_itself = ids[-1:] == [tokenizer.eos_token_id]
         self.control = ControlTokens(tokenizer)
-        end_texts = frozenset(tokenizer.decode([index]) for index in end_tokens)
+        end_texts = frozenset(tokenizer.decode([index]) for index in end_tokens) - {""}  # of an id that it has not
         self.renderer = Renderer(tokenizer, self.control, end_texts, date or DATE_OF_RUN.get() or datetime.date.today())
         self.checks_answers = checks_answers
         self.num_with_control = 0

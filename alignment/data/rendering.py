@@ -25,6 +25,8 @@ Turns = tuple[Message, ...]
 
 SENTINEL = "\ufdd3text\ufdd3"
 """Stands for a text to find where the template puts it; noncharacters of Unicode, which no text holds."""
+MAX_TAILS = 16
+"""Ends of turns that are remembered. A template has one or two, unless it prints something of its messages there."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields that hold the thought before an answer, by the names that templates and servers have for it."""
 CALLS = ("tool_calls", "function_call")
@@ -318,6 +320,8 @@ class Renderer:
         found = self._tail(before, turn, inputs)
         if found is None or not rest.endswith(found):
             raise DataError(f"the chat template does not print the answer {content!r:.50} as it stands")
+        if len(self._tails) >= MAX_TAILS:
+            self._tails.clear()
         self._tails[found] = None
         return rest[: len(rest) - len(found)], found
 

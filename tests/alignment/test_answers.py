@@ -278,9 +278,9 @@ def test_calls_and_tools_reach_the_template() -> None:
     turns = (user("Weather?"), assistant("Let me look.", tool_calls=[CALL]), result, assistant("It is sunny."))
     group = tok(row(*turns, tools=(TOOL,)))
     assert '"name": "weather"' in prompt_of(tok, group)
-    result = TURN.format("tool", "sunny") + "<|im_start|>assistant\n"
+    header = TURN.format("tool", "sunny") + "<|im_start|>assistant\n"
     call = '{weather{"city": "Bonn"}}'
-    assert shown(tok, group) == f"«Let me look.{call}{EOS}\n»{result}«It is sunny.{EOS}\n»"
+    assert shown(tok, group) == f"«Let me look.{call}{EOS}\n»{header}«It is sunny.{EOS}\n»"
     assert tok.summary() == "fields that the chat template does not read: tool_call_id"
     as_context = tok(row(*turns, prompt=3, tools=(TOOL,)))
     assert call in prompt_of(tok, as_context)
@@ -517,3 +517,23 @@ def test_consecutive_turns_of_the_assistant_are_turns_of_their_own() -> None:
         f'«Let me look.{EOS}\n»{header}«{{weather{{"city": "Bonn"}}}}{EOS}\n»'
         f"{TURN.format('tool', 'sunny')}{header}«Sunny.{EOS}\n»"
     )
+
+
+def test_an_end_token_that_the_tokenizer_has_not_changes_nothing() -> None:
+    tokenizer = tokenizer_with(CHATML)
+    plain = row(user("France?"), assistant("Paris."), user("Italy?"), assistant("Rome."))
+    ends = frozenset({tokenizer.eos_token_id})
+    groups = [
+        GroupTokenizer(tokenizer, DataConfig(path="none"), all_ends)(plain) for all_ends in (ends, ends | {99999})
+    ]
+    assert groups[0] == groups[1]
+
+
+def test_what_a_template_prints_behind_a_turn_may_be_of_the_conversation() -> None:
+    counted = CHATML.replace("'<|im_end|>\n' }}", "'<|im_end|>\n(' + loop.index | string + ')\n' }}")
+    tok = tokenize(counted)
+    for number in range(20):
+        turns = [user("Hi"), assistant(f"Ho {number}.")] * (number + 1)
+        groups = tok.examples(row(*turns))
+        assert len(groups) in (1, number + 1)
+        assert tok.tokenizer.decode(groups[0].completions[0].tokens).startswith(f"Ho {number}.{EOS}")
