@@ -25,7 +25,6 @@ ALPACA_PROMPT = (
 ALIASES = {
     "messages": ("messages", "conversations", "conversation"),
     "label": ("label", "kto_tag"),
-    "tools": ("tools",),
 }
 """Columns that stand for a field where `columns` names none, the usual one first; ShareGPT's and LLaMA-Factory's."""
 ALPACA = {"completion": ("output", "response"), "input": ("input", "context")}
@@ -224,7 +223,7 @@ def _with_system(prompt: Prompt, shape: _Shape) -> Prompt:
         DataError: plain text has no such turn, or the messages begin with another one.
     """
     column = shape.system_column()
-    system = _string(shape.row[column], column) if column is not None else ""
+    system = _string(shape.cell(column), column) if column is not None else ""
     if not system.strip() or not prompt:
         return prompt
     if isinstance(prompt, str):
@@ -312,10 +311,7 @@ class _Shape:
     def has(self, field: str) -> bool:
         if field == "prompt" and self.template is not None:
             return True
-        return self._find(field) is not None
-
-    def value(self, field: str) -> Any:
-        return self._find(field)
+        return self.value(field) is not None
 
     def listed(self, field: str) -> Any:
         """The value of a field that is a list, also where it is given as JSON text."""
@@ -324,7 +320,8 @@ class _Shape:
             raise DataError(f"{field} is a text that is not JSON: {value!r:.50}. Write lists as json.dumps writes them")
         return value
 
-    def _find(self, field: str) -> Any:
+    def value(self, field: str) -> Any:
+        """What a field holds; None if there is none."""
         if field in self.columns:
             return _cell(self.row, self.columns[field], field)
         value = next((self.row[name] for name in ALIASES.get(field, (field,)) if self.row.get(name) is not None), None)
@@ -336,9 +333,9 @@ class _Shape:
         """Column of the system text, unless there is none or the prompt's template writes it already."""
         names = [self.columns["system"]] if "system" in self.columns else ["system", "system_prompt"]
         written = columns_of(self.template) if self.template is not None else set()
-        return next((name for name in names if self.text(name) is not None and name not in written), None)
+        return next((name for name in names if self.cell(name) is not None and name not in written), None)
 
-    def text(self, column: str) -> Any:
+    def cell(self, column: str) -> Any:
         """What a column holds; None if there is none."""
         try:
             return _cell(self.row, column, column)

@@ -403,6 +403,8 @@ LIST = json.dumps([SYSTEM, USER, GOOD])
         ({"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, ASKED, PAIR),
         ({"q": {"text": "2 + 2?"}, "a": {"all": ["4", "5"]}},
          {"columns": {"prompt": "q.text", "chosen": "a.all.0", "rejected": "a.all.1"}}, "2 + 2?", PAIR),
+        ({"prompt": [USER], "completion": "4", "meta": {"system": "Be brief."}}, {"columns": {"system": "meta.system"}},
+         messages(SYSTEM, USER), FOUR),
         ({"q": '{"text": "2 + 2"}'}, {"prompt_template": "{q.text} = "}, "2 + 2 = ", ()),
         ({"a.b": "2 + 2?", "a": {"b": "no"}}, {"columns": {"prompt": "a.b"}}, "2 + 2?", ()),
         ({"prompt": "2 + 2?", "completion": "4", "weight": "1.0", "images": []}, {}, "2 + 2?", FOUR),
