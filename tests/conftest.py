@@ -17,6 +17,9 @@ import yaml
 
 import alignment  # noqa: F401  # sets what OpenMP reads when a test loads torch
 
+# Read when ray is imported, by whichever test comes first: without it, Ray replaces 127.0.0.1 by the outside address.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 ALIGN = Path(__file__).parents[1] / "configs" / "align"
 RECIPES = sorted(path for path in ALIGN.glob("*.yaml") if "stages" not in yaml.safe_load(path.read_text()))
 """Every file of one run; the others chain several."""

@@ -1,0 +1,93 @@
+"""A machine with an engine is lost: the run goes on with the other engine, and takes the lost one back in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from alignment.config import DataConfig, ModelConfig, RunConfig
+from alignment.models.parallel import World
+from alignment.rollout.pool import Pool
+from alignment.rollout.vllm import EngineSettings
+from cluster.engines import attach, running_engines
+from tests.alignment.test_vllm import (
+    MAX_LENGTH,
+    PROMPTS,
+    TINY,
+    Trainer,
+    assert_equal_within_rounding,
+    sampling,
+    write_model,
+)
+
+pytestmark = pytest.mark.slow
+
+
+NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+"""Of a Ray node: room for one engine."""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of one node, to which others can be added."""
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    ray.init(address=started.address, _node_ip_address="127.0.0.1")
+    yield started
+    ray.shutdown()
+    started.shutdown()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def presence(pool: Pool) -> list[bool]:
+    return [place.revival is None for place in pool.places]
+
+
+def test_the_loss_of_a_machine_ends_no_run_while_another_engine_lives(cluster: Any, tmp_path: Path) -> None:
+    other = cluster.add_node(**NODE)
+    model = ModelConfig(path=str(write_model(tmp_path / "model", tied=True)), dtype="fp32")
+    config = RunConfig(
+        name="run",
+        output=str(tmp_path / "runs"),
+        steps=1,
+        algorithm={"name": "dpo"},
+        model=model,
+        data=DataConfig(path="-", max_length=MAX_LENGTH),
+        rollout=TINY,
+    )
+    config.folder.mkdir(parents=True)
+    settings = EngineSettings.of(model, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
+    trainer = Trainer.of(model)
+    with running_engines(settings, count=2, cpus=1, gpus=0) as engines:
+        pool = attach(engines, config, World())
+
+        def step() -> None:
+            pool.load(trainer.change())
+            drawn = pool.submit(PROMPTS, sampling())()
+            assert {rollout.version for each in drawn for rollout in each} == {trainer.version}
+            assert_equal_within_rounding(trainer.mismatch(drawn))
+
+        step()
+        cluster.remove_node(other, allow_graceful=False)
+        for _ in range(3):
+            started = time.monotonic()
+            step()
+            assert time.monotonic() - started < 60
+        assert sorted(presence(pool)) == [False, True]
+        cluster.add_node(**NODE)
+        wait_until(lambda: all(presence(pool)), TINY.timeout_s)
+        step()
+        assert presence(pool) == [True, True]
+        pool.close()
