@@ -69,9 +69,12 @@ def prove_packing(model: LanguageModel, *, max_length: int, path: str) -> Langua
     try:
         with _undisturbed(model, max_length), torch.no_grad():
             with _in_fp32(model):
+                decoder_outputs: list[Any] = []
+                with model.decoder.register_forward_hook(lambda _, __, output: decoder_outputs.append(output)):
+                    alone = _alone(model, batch)
                 if _has_language_head(model):
-                    model = dataclasses.replace(model, logit_transform=_logit_transform(model, batch))
-                alone = _alone(model, batch)
+                    transform = _logit_transform(model, batch, decoder_outputs[0])
+                    model = dataclasses.replace(model, logit_transform=transform)
                 _compare(model, batch, alone)
             if model.network.dtype != torch.float32 or model.attention == "flex":
                 _compare_in_own_format(model, batch, alone)
@@ -230,29 +233,31 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return float(apart.max()) if bool(apart.isfinite().all()) else float("inf")
 
 
-def _logit_transform(model: LanguageModel, batch: Batch) -> LogitTransform:
+def _logit_transform(model: LanguageModel, batch: Batch, decoder_output: Any) -> LogitTransform:
     """Measures what the network does between its decoder and its logits, on hidden states of many sizes.
+
+    Args:
+        decoder_output: one that the decoder made of something else; it is given again, with other hidden states.
 
     Raises:
         ModelError: it is no factor and no cap.
     """
-    tokens, _, _ = next(_sequences(batch))
-    tokens = tokens[: len(PROBE_SIZES)].repeat(len(PROBE_SIZES))[: len(PROBE_SIZES)]
+    tokens = batch.tokens[: len(PROBE_SIZES)]
     head = model.network.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, head.weight.shape[1], generator=generator).to(model.device)
     probe = probe * torch.tensor(PROBE_SIZES, device=model.device)[:, None]
-
-    def replace(_: nn.Module, __: Any, output: Any) -> Any:
-        output.last_hidden_state = probe[None].to(output.last_hidden_state.dtype)
-        return output
-
-    hook = model.decoder.register_forward_hook(replace)
+    decoder_output.last_hidden_state = probe[None]
+    decoder = model.decoder
+    forward = vars(decoder).get("forward")
+    decoder.forward = lambda *_, **__: decoder_output
     try:
         with _attention(model, "eager"):
             logits = model.network(input_ids=tokens[None], use_cache=False).logits[0].double()
     finally:
-        hook.remove()
+        del decoder.forward
+        if forward is not None:
+            decoder.forward = forward
     raw = nn.functional.linear(probe, head.weight, head.bias).double()
     if raw.shape != logits.shape:
         raise ModelError(f"the output head has {raw.shape[1]} rows and the model {logits.shape[1]} logits")

@@ -243,6 +243,7 @@ def test_the_proof_leaves_everything_as_it_was(tiny_model: Path, widened: int, m
     assert [part.training for part in model.module.modules()] == modes
     assert [part.p for part in model.module.modules() if isinstance(part, nn.Dropout)] == rates and 0.5 in rates
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.module.modules())
+    assert "forward" not in vars(model.decoder)
 
 
 def test_a_model_of_mixtures_in_bf16_is_accepted_whatever_rounding_does_to_its_experts(tmp_path: Path) -> None:
