@@ -22,9 +22,11 @@ class LimitsConfig(Section):
     body_timeout_s: Positive = 30.0
     """Seconds that a client may take to send its request."""
     max_tokens: PositiveCount = 4096
-    """Most tokens of one answer; an answer that asks for no limit gets this one."""
+    """Most tokens of one answer. A chat that names no limit gets what its prompt leaves of the window, up to this."""
     max_n: PositiveCount = 16
     """Most answers to one prompt."""
+    max_prompts: PositiveCount = 64
+    """Most answers in one request to `/v1/completions` that holds several prompts, each of which is answered."""
     max_logprobs: Count = 20
     """Most alternatives per token whose log-probabilities are told."""
     max_stop: PositiveCount = 16
@@ -100,6 +102,15 @@ class ServeConfig(Section):
     """Requests that one replica answers at the same time; more wait for a place."""
     max_queued_requests: Count = 256
     """Requests that may wait for a place; further ones are refused with status 503."""
+    chat_template: str | None = None
+    """Template for chats: `chatml`, `zephyr`, a path to a Jinja file, or Jinja text. None uses the checkpoint's own;
+    a base model that has none answers `/v1/completions` only."""
+    tool_call_parser: str | None = None
+    """vLLM's name for the form in which the model writes calls of tools, as `hermes` or `llama3_json`. None refuses
+    requests that leave it to the model whether to call one."""
+    reasoning_parser: str | None = None
+    """vLLM's name for the form in which the model writes its thoughts, as `qwen3` or `deepseek_r1`, which then are
+    answered apart. None leaves them in the answer."""
     enforce_eager: bool | None = None
     """Skip compilation and CUDA graphs: a faster start, slower answers. None skips them on CPU only, where they cost
     about 50 s and gain 10 to 20 %."""

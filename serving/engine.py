@@ -79,6 +79,7 @@ class Engine:
         registry = Registry(Path(settings.registry))
         state = registry.state()  # not what the service began with: this replica may be a late one
         self._served = served_version(settings.config, registry, state.current)
+        self._chat_template = chat_template_of(settings.config, self._served)
         config = _llm_config(settings, self._served)
         self._server = LLMServer.sync_init(config)
         # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
@@ -86,6 +87,7 @@ class Engine:
         await self._server.engine.start()
         client = self._server.engine._engine_client
         self._cleanup.callback(client.shutdown)
+        await _warm_up(client)
         loader: Loader
         if self._served.adapter:
             loader = Adapters(self._server.engine._oai_models, registry)
@@ -142,11 +144,10 @@ class Engine:
         """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
         tokenizer = self._server.engine._engine_client.renderer.get_tokenizer()
         if "messages" in body:
-            adapter = self._served.adapter
             ids = tokenizer.apply_chat_template(
                 body["messages"],
                 add_generation_prompt=body.get("add_generation_prompt", True),
-                chat_template=Path(adapter.chat_template).read_text() if adapter and adapter.chat_template else None,
+                chat_template=self._chat_template,
                 return_dict=False,
             )
         else:
@@ -332,9 +333,17 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
         "enforce_eager": _is_eager(config, cpu=cpu),
         "tensor_parallel_size": config.tensor_parallel_size,
         "worker_extension_cls": WORKER,
+        # What an answer gets that asks for no limit; vLLM takes less where the prompt leaves less of the window.
+        "override_generation_config": {"max_new_tokens": config.limits.max_tokens},
     }
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len
+    if config.tool_call_parser is not None:
+        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_call_parser}
+    if config.reasoning_parser is not None:
+        arguments["reasoning_parser"] = config.reasoning_parser
+    if (template := chat_template_of(config, served)) is not None:
+        arguments["chat_template"] = template
     if cpu:
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
         # A prompt that is computed in two parts kills the engine if its request has a seed: vLLM turns the generator
@@ -345,6 +354,25 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
     return arguments | (
         _adapter_arguments(served.adapter, served.room) if served.adapter and served.room else _transfer_arguments()
     )
+
+
+def chat_template_of(config: ServeConfig, served: Served) -> str | None:
+    """Text of the template for chats that the configuration or an adapter sets; None leaves it to the model's own."""
+    from alignment.data.chat import chat_template
+
+    if config.chat_template is not None:
+        return chat_template(config.chat_template)
+    if served.adapter is not None and served.adapter.chat_template:
+        return Path(served.adapter.chat_template).read_text(encoding="utf-8")
+    return None
+
+
+async def _warm_up(client: AsyncLLM) -> None:
+    """Computes one token: an engine that dies with its first request must not be called ready."""
+    from vllm import SamplingParams
+
+    async for _ in client.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1), request_id="warm-up"):
+        pass
 
 
 def _dtype(wanted: NumberFormat, device: Device) -> str:
@@ -374,8 +402,6 @@ def _adapter_arguments(adapter: Adapter, room: Room) -> dict[str, Any]:
     if room.target_modules:
         # With the output head wrapped too, a batch of requests for prompt log-probabilities kills vLLM's CPU engine.
         arguments["lora_target_modules"] = list(room.target_modules)
-    if adapter.chat_template:
-        arguments["chat_template"] = adapter.chat_template
     return arguments
 
 

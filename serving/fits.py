@@ -359,7 +359,7 @@ def _vocabulary(folder: Path) -> dict[str, Any]:
 
 
 def _check_template(candidate: Path, serving: Path) -> None:
-    theirs, ours = _template(candidate), _template(serving)
+    theirs, ours = template_of(candidate), template_of(serving)
     if theirs and ours and theirs != ours:
         raise ServingError(
             f"{candidate} has another chat template than the model that is served, whose template the endpoint would "
@@ -367,14 +367,14 @@ def _check_template(candidate: Path, serving: Path) -> None:
         )
 
 
-def _template(folder: Path) -> str | None:
+def template_of(folder: Path) -> str | None:
     """What turns messages into text; that of the base model, if it is here, for an adapter without its own."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     found = _json(settings).get("chat_template") if settings.is_file() else None
     if found is None and is_adapter(folder):
-        return _template(Path(model_source(base_of(folder))))
+        return template_of(Path(model_source(base_of(folder))))
     return found if isinstance(found, str) else None
 
 

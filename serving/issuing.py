@@ -11,6 +11,8 @@ from alignment.rewards.remote import ChatMessage
 from serving.store.records import Issued, IssuedAnswer
 
 Kind = Literal["chat", "completion", "comparison"]
+BESIDE_MESSAGES = ("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+"""Fields of a chat that change what its template makes of the messages."""
 BASE = 0
 """The version number of a base model, which has none."""
 
@@ -57,9 +59,18 @@ def issued(
 
 
 def prompt_of(asked: dict[str, Any]) -> str | tuple[ChatMessage, ...] | None:
-    """The prompt of a request; None if it was given as tokens, or holds more than texts."""
+    """The prompt of a request, if a training row can hold what the model saw; else None.
+
+    A row cannot hold prompts that were given as tokens, several prompts, messages with more than texts, and chats whose
+    template was given something besides the messages.
+    """
     if "messages" not in asked:
-        return asked["prompt"] if isinstance(asked["prompt"], str) else None
+        prompt = asked["prompt"]
+        if isinstance(prompt, list) and len(prompt) == 1:
+            prompt = prompt[0]
+        return prompt if isinstance(prompt, str) else None
+    if any(asked.get(name) not in (None, [], {}) for name in BESIDE_MESSAGES):
+        return None
     turns = [(turn["role"], _plain(turn.get("content"))) for turn in asked["messages"]]
     if any(content is None or role not in ("system", "user", "assistant") for role, content in turns):
         return None

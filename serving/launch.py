@@ -79,10 +79,20 @@ class Endpoint:
     """Number of the version that answers."""
     keys: bool
     """Whether requests need a key."""
+    can_chat: bool = True
+    """Whether the model has a template for chats."""
 
     def __str__(self) -> str:
-        message = {"role": "user", "content": "Hello!"}
-        body = json.dumps({"model": self.names[0], "messages": [message], "max_tokens": 50})
+        question = {"messages": [{"role": "user", "content": "Hello!"}]} if self.can_chat else {"prompt": "Once upon"}
+        route = "chat/completions" if self.can_chat else "completions"
+        body = json.dumps({"model": self.names[0], **question, "max_tokens": 50})
+        note = (
+            ""
+            if self.can_chat
+            else (
+                " The model has no chat template, so chats are refused; chat_template=chatml or a Jinja file sets one."
+            )
+        )
         key = " -H 'Authorization: Bearer KEY'" if self.keys else ""
         how = (
             f" with a KEY from `raylign keys create`; its page is {self.url}/"
@@ -90,8 +100,8 @@ class Endpoint:
             else f"; its page is {self.url}/"
         )
         return (
-            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{how}. Try: "
-            f"curl {self.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{how}.{note} Try: "
+            f"curl {self.url}/v1/{route}{key} -H 'Content-Type: application/json' -d '{body}'"
         )
 
 
@@ -111,7 +121,13 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
     doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
     typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
     with _ray(config), _application(config, served, registry):
-        yield Endpoint(url=_url(config), names=served.names, version=registry.state().current, keys=not config.no_keys)
+        yield Endpoint(
+            url=_url(config),
+            names=served.names,
+            version=registry.state().current,
+            keys=not config.no_keys,
+            can_chat=served.can_chat,
+        )
 
 
 def _is_local() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from alignment.errors import ServingError
 from alignment.models.folders import base_of, model_source
 from serving.config import ServeConfig
-from serving.fits import Adapter, Room, adapter_of
+from serving.fits import Adapter, Room, adapter_of, template_of
 from serving.registry import Registry, Version, name_of
 
 
@@ -25,6 +25,8 @@ class Served:
     adapter: Adapter | None
     room: Room | None
     """What the engine has to be able to hold; None for whole models."""
+    can_chat: bool = True
+    """Whether there is a template for chats; without one only `/v1/completions` answers."""
 
     @property
     def names(self) -> list[str]:
@@ -76,8 +78,9 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
     version = registry.version(number)
     name = config.name or name_of(config.checkpoint)
     folder = registry.folder_of(number)
+    can_chat = config.chat_template is not None or template_of(folder) is not None
     if version.kind == "full":
-        return Served(name=name, source=str(folder), base_name=None, adapter=None, room=None)
+        return Served(name=name, source=str(folder), base_name=None, adapter=None, room=None, can_chat=can_chat)
     base = _base(version, folder)
     if name_of(base) == name:
         raise ServingError(
@@ -90,6 +93,7 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
         base_name=name_of(base),
         adapter=adapter_of(folder, name),
         room=registry.room(),
+        can_chat=can_chat,
     )
 
 

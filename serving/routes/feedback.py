@@ -142,12 +142,13 @@ def routes(service: Service) -> APIRouter:
     def question(request: Request, body: ComparisonBody) -> dict[str, Any]:
         if body.model not in (None, service.served.name):
             raise Refused(404, f"Versions of {service.served.name} are compared here.")
-        limit = min(body.max_tokens or config.limits.max_tokens, config.limits.max_tokens)
         sent = request.scope["state"]["json"]
         asked = {name: sent[name] for name in ("messages", "prompt") if name in sent}
         if prompt_of(asked) is None:
             raise Refused(400, "Messages are texts of the roles system, user and assistant.")
         temperature = TEMPERATURE if body.temperature is None else body.temperature
+        # Null leaves it to the engine; without the field, a text's completion would have OpenAI's 16 tokens.
+        limit = None if body.max_tokens is None else min(body.max_tokens, config.limits.max_tokens)
         return {**asked, "model": service.served.name, "max_tokens": limit, "temperature": temperature}
 
     def versions(body: ComparisonBody) -> tuple[int, int]:

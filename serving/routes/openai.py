@@ -18,7 +18,6 @@ from serving.schema import Refused, Reply, Route, event
 
 REFUSED_FIELDS = {
     "chat_template": "templates come with the model",
-    "chat_template_kwargs": "templates come with the model",
     "request_id": "the service issues the ids",
     "prompt_embeds": "prompts are texts or tokens",
     "prompt_logprobs": "POST /v1/rewards rates what is given",
@@ -33,11 +32,34 @@ REFUSED_FIELDS = {
 }
 """Fields that vLLM reads and clients have no business with, and why."""
 
+RENDERING = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "processor_kwargs",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+"""What `chat_template_kwargs` may not set: how a template is rendered, not what it reads."""
+
 END = "data: [DONE]"
 """What ends a stream."""
 
 Parts = AsyncGenerator[Reply | str]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TemplateKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
+TemplateValue = bool | int | float | Annotated[str, Field(max_length=1000)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -86,6 +108,7 @@ class ChatBody(Asking):
 
     messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=1000)]
     max_completion_tokens: Tokens | None = None
+    chat_template_kwargs: Annotated[dict[TemplateKey, TemplateValue], Field(max_length=16)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
@@ -93,7 +116,7 @@ class ChatBody(Asking):
 class CompletionBody(Asking):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[Annotated[int, Field(ge=0)]]
+    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
 
@@ -132,8 +155,8 @@ def routes(service: Service) -> APIRouter:
         """OpenAI's chat completions."""
         _check_limit("top_logprobs", body.top_logprobs, config.limits.max_logprobs)
         asked = checked(request, body)
-        if body.max_completion_tokens is None and body.max_tokens is None:
-            asked["max_completion_tokens"] = config.limits.max_tokens
+        _check_template_values(body)
+        _check_tools(asked, config.tool_call_parser)
         _check_limit("max_completion_tokens", body.max_completion_tokens, config.limits.max_tokens)
         return await answered("chat", request, asked)
 
@@ -141,6 +164,8 @@ def routes(service: Service) -> APIRouter:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """OpenAI's completions."""
         _check_limit("logprobs", body.logprobs, config.limits.max_logprobs)
+        if (prompts := num_prompts(body.prompt)) > 1:
+            _check_limit("the number of answers to all prompts", prompts * (body.n or 1), config.limits.max_prompts)
         return await answered("completions", request, checked(request, body))
 
     @router.post("/tokenize", tags=["user"])
@@ -233,6 +258,27 @@ async def whole(parts: Parts) -> Reply:
         return reply
     finally:
         await parts.aclose()
+
+
+def num_prompts(prompt: str | list[Any]) -> int:
+    """How many prompts a request to `/v1/completions` holds, each of which gets answers of its own."""
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return 1 if is_one else len(prompt)
+
+
+def _check_template_values(body: ChatBody) -> None:
+    for name in (body.chat_template_kwargs or {}).keys() & RENDERING:
+        raise Refused(400, f"chat_template_kwargs cannot set {name}: it holds values that the model's template reads.")
+
+
+def _check_tools(asked: dict[str, Any], parser: str | None) -> None:
+    """Refuses a choice that vLLM could only answer with flags of its own command line."""
+    if asked.get("tools") and asked.get("tool_choice", "auto") in (None, "auto") and parser is None:
+        raise Refused(
+            400,
+            "This endpoint does not read calls of tools out of answers (it was started without tool_call_parser); "
+            "leave tools out, or set tool_choice to none, required or one of them.",
+        )
 
 
 def _check_limit(name: str, value: int | None, limit: int) -> None:

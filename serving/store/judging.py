@@ -31,7 +31,15 @@ TIES = {"tie": 0.5, "both_bad": 0.0}
 # Built once: building a statement costs several times as much as carrying it out.
 C = judgements.c
 ISSUED = (
-    sa.select(groups.c.number, groups.c.id, groups.c.prompt, answers.c.position, answers.c.text, answers.c.version)
+    sa.select(
+        groups.c.number,
+        groups.c.id,
+        groups.c.prompt,
+        answers.c.position,
+        answers.c.text,
+        answers.c.version,
+        answers.c.finish_reason,
+    )
     .join_from(groups, answers)
     .where((groups.c.id == sa.bindparam("id")) | (groups.c.id == sa.bindparam("stem")))
     .order_by(answers.c.position)
@@ -94,6 +102,8 @@ class _Graded:
     reward: float
     version: int | None
     """What gave it; None is a person."""
+    finish_reason: str | None = None
+    """Why it ended, as OpenAI calls it: after `length` no end token is learned. None of a person's text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +111,10 @@ class _Answer:
     position: int
     text: str | None
     version: int
+    finish_reason: str | None
 
     def worth(self, reward: float) -> _Graded:
-        return _Graded(text=self.text, reward=reward, version=self.version)
+        return _Graded(text=self.text, reward=reward, version=self.version, finish_reason=self.finish_reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +155,10 @@ def _find(connection: Connection, id: str) -> _Target:
 
 
 def _target(rows: list[Row], position: int | None) -> _Target:
-    of_group = (_Answer(position=row.position, text=_loaded(row.text), version=row.version) for row in rows)
+    of_group = (
+        _Answer(position=row.position, text=_loaded(row.text), version=row.version, finish_reason=row.finish_reason)
+        for row in rows
+    )
     first = rows[0]
     return _Target(
         number=first.number, id=first.id, prompt=_loaded(first.prompt), answers=tuple(of_group), position=position
@@ -251,6 +265,7 @@ def _row(target: _Target, judgement: Judgement, graded: tuple[_Graded, ...], now
         "prompt": target.prompt,
         "completions": [each.text for each in graded],
         "rewards": [each.reward for each in graded],
+        "finish_reasons": [each.finish_reason for each in graded],
         "labeller": judgement.labeller,
         "kind": judgement.verdict.kind,
         "versions": [each.version for each in graded],

@@ -14,10 +14,10 @@ import pytest
 from alignment.errors import CheckpointError, ConfigError, ServingError
 from alignment.models.folders import BUNDLED
 from serving.config import ServeConfig, load_serve_config
-from serving.launch import _gist, refuse_busy_port
+from serving.launch import Endpoint, _gist, refuse_busy_port
 from serving.schema import Refused, sound_json
 from serving.served import Served, publish
-from tests.serving.tiny import BASE, MODULES, adapter, of_run
+from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
 
@@ -173,3 +173,20 @@ def test_an_unsound_body_is_refused(body: bytes) -> None:
 def test_a_sound_body_is_read_as_it_is() -> None:
     body = {"text": "naïve 😀", "list": [1, -2.5, None, True, {"deep": [[]]}]}
     assert sound_json(json.dumps(body).encode()) == body
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "can_chat"),
+    [("{{ messages }}", {}, True), (None, {}, False), (None, {"chat_template": "chatml"}, True)],
+)
+def test_a_model_without_a_chat_template_says_so_and_shows_what_works(
+    tmp_path: Path, template: str | None, settings: dict[str, str], can_chat: bool
+) -> None:
+    model = whole(tmp_path / "base")
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    served, _ = publish(ServeConfig(checkpoint=str(model), folder=str(tmp_path / "serving"), **settings))
+    assert served.can_chat == can_chat
+    text = str(Endpoint(url="http://x", names=["base"], version=1, keys=False, can_chat=served.can_chat))
+    assert ("/v1/chat/completions" in text) == can_chat
+    assert ("no chat template" in text) == (not can_chat)

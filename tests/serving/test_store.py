@@ -68,10 +68,14 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'feedback.sqlite'}"
 
 
+ENDS = ("stop", "length", None)
+"""Why the first, second and third answer of a group ended."""
+
+
 def issued(id: str = "cmp-1", *, texts: tuple[str, ...] = ("yes", "no"), **settings: Any) -> Issued:
     versions = settings.pop("versions", range(1, len(texts) + 1))
     answers = tuple(
-        IssuedAnswer(id=f"{id}-{index}", text=text, version=version, model="m", finish_reason="stop")
+        IssuedAnswer(id=f"{id}-{index}", text=text, version=version, model="m", finish_reason=ENDS[index % 3])
         for index, (text, version) in enumerate(zip(texts, versions, strict=True))
     )
     known: dict[str, Any] = {"kind": "comparison", "prompt": PROMPT, "asked_by": "bot", "created": time.time()}
@@ -132,6 +136,7 @@ def test_a_judgement_becomes_a_training_row(
         "rewards": rewards,
         "labeller": "anna",
         "kind": verdict.kind,
+        "finish_reasons": [version and ENDS[version - 1] for version in versions],
         "versions": versions,
         "created": receipt.created,
     }

@@ -1,0 +1,115 @@
+"""What clients send by themselves to a real endpoint: chats without a limit, prompts in a list, tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from alignment.config import SourceConfig
+from alignment.data.shapes import to_group
+from alignment.models.folders import BUNDLED
+from tests.serving.conftest import ALIGNED, Running
+from tests.serving.test_endpoint import MESSAGES, assert_openai_error
+from tests.serving.test_feedback_routes import exported, judge
+
+WINDOW = 512
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def chat(endpoint: Running, **more: Any) -> httpx.Response:
+    return endpoint.ask("POST", "/v1/chat/completions", {"model": ALIGNED, "messages": MESSAGES, **more})
+
+
+def complete(endpoint: Running, prompt: Any, **more: Any) -> httpx.Response:
+    return endpoint.ask("POST", "/v1/completions", {"model": BUNDLED, "prompt": prompt, "temperature": 0, **more})
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": None}, {"max_completion_tokens": None}])
+def test_a_chat_that_names_no_limit_gets_what_is_left_of_the_window(endpoint: Running, more: dict[str, Any]) -> None:
+    long = [{"role": "user", "content": "fox " * 440}]  # limits.max_tokens alone would be more than the window
+    answer = chat(endpoint, messages=long, ignore_eos=True, **more)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["total_tokens"] == WINDOW
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_comparison_that_names_no_limit_is_answered(endpoint: Running) -> None:
+    for question in ({"messages": MESSAGES}, {"prompt": "The fox " * 220}):
+        answer = endpoint.ask("POST", "/v1/comparisons", {**question, "temperature": 1.0}, role="labeller")
+        assert answer.status_code == 200, answer.text
+
+
+def test_every_prompt_of_a_list_gets_its_answer(endpoint: Running) -> None:
+    texts = ["The sky is", "One, two,"]
+    alone = [complete(endpoint, text, max_tokens=4).json()["choices"][0]["text"] for text in texts]
+    choices = complete(endpoint, texts, max_tokens=4).json()["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == list(enumerate(alone))
+    (choice,) = complete(endpoint, texts[:1], max_tokens=4).json()["choices"]
+    assert choice["text"] == alone[0]
+
+
+def test_a_list_of_token_lists_is_answered_too(endpoint: Running) -> None:
+    ids = [endpoint.ask("POST", "/tokenize", {"model": BUNDLED, "prompt": text}).json()["tokens"] for text in "ab"]
+    assert len(complete(endpoint, ids, max_tokens=4, n=2).json()["choices"]) == 4
+    assert len(complete(endpoint, ids[0], max_tokens=4).json()["choices"]) == 1
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], ["a", 1], [["a"]], ["a"] * 65, [[1, -1]], [1.5], {"a": "b"}, [None]])
+def test_a_list_that_is_no_list_of_prompts_is_refused(endpoint: Running, prompt: Any) -> None:
+    assert_openai_error(complete(endpoint, prompt, max_tokens=1), 400)
+
+
+def test_several_prompts_are_not_written_down_as_one(endpoint: Running) -> None:
+    before = len(exported(endpoint))
+    said = complete(endpoint, ["The sky is", "One, two,"], max_tokens=4).json()
+    judge(endpoint, kind="thumb", id=f"{said['id']}-1", up=True)
+    assert len(exported(endpoint)) == before
+    said = complete(endpoint, ["The sky is"], max_tokens=4).json()
+    judge(endpoint, kind="thumb", id=said["id"], up=True)
+    assert exported(endpoint)[-1]["prompt"] == "The sky is"
+
+
+def test_values_for_the_template_are_taken(endpoint: Running) -> None:
+    answer = chat(endpoint, max_tokens=4, chat_template_kwargs={"enable_thinking": False})
+    assert answer.status_code == 200, answer.text
+    before = len(exported(endpoint))
+    judge(endpoint, kind="thumb", id=answer.json()["id"], up=True)
+    assert len(exported(endpoint)) == before  # a training row would hold another prompt than the model was asked
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tokenize": True},
+        {"chat_template": "{{ 7 * 7 }}"},
+        {"add_generation_prompt": False},
+        {"a": {"b": 1}},
+        {"a b": 1},
+    ],
+    ids=str,
+)
+def test_values_that_would_change_how_a_template_is_rendered_are_refused(
+    endpoint: Running, values: dict[str, Any]
+) -> None:
+    assert_openai_error(chat(endpoint, max_tokens=1, chat_template_kwargs=values), 400)
+
+
+def test_tools_that_the_endpoint_cannot_read_are_refused_in_its_own_words(endpoint: Running) -> None:
+    for choice in ({}, {"tool_choice": "auto"}):
+        answer = chat(endpoint, max_tokens=4, tools=[WEATHER], **choice)
+        assert_openai_error(answer, 400)
+        assert "tool_call_parser" in answer.json()["error"]["message"]
+        assert "--" not in answer.json()["error"]["message"]
+    assert chat(endpoint, max_tokens=4, tools=[WEATHER], tool_choice="none").status_code == 200
+
+
+def test_an_answer_that_was_cut_is_exported_as_cut(endpoint: Running) -> None:
+    for tokens, cut in ((2, True), (400, False)):
+        said = chat(endpoint, max_tokens=tokens, temperature=0, model=BUNDLED).json()
+        judge(endpoint, kind="thumb", id=said["id"], up=True)
+        row = exported(endpoint)[-1]
+        assert row["finish_reasons"] == ["length" if cut else "stop"]
+        (completion,) = to_group(row, "row", SourceConfig(path="-")).completions
+        assert completion.truncated == cut
