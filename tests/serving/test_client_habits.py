@@ -15,6 +15,8 @@ from tests.serving.test_endpoint import MESSAGES, assert_openai_error
 from tests.serving.test_feedback_routes import exported, judge
 
 WINDOW = 512
+LONG = [{"role": "user", "content": "fox " * 440}]
+"""Leaves less of the window than limits.max_tokens."""
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -28,15 +30,14 @@ def complete(endpoint: Running, prompt: Any, **more: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("more", [{}, {"max_tokens": None}, {"max_completion_tokens": None}])
 def test_a_chat_that_names_no_limit_gets_what_is_left_of_the_window(endpoint: Running, more: dict[str, Any]) -> None:
-    long = [{"role": "user", "content": "fox " * 440}]  # limits.max_tokens alone would be more than the window
-    answer = chat(endpoint, messages=long, ignore_eos=True, **more)
+    answer = chat(endpoint, messages=LONG, ignore_eos=True, **more)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["total_tokens"] == WINDOW
     assert answer.json()["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_comparison_that_names_no_limit_is_answered(endpoint: Running) -> None:
-    for question in ({"messages": MESSAGES}, {"prompt": "The fox " * 220}):
+    for question in ({"messages": LONG}, {"prompt": "The fox " * 220}):
         answer = endpoint.ask("POST", "/v1/comparisons", {**question, "temperature": 1.0}, role="labeller")
         assert answer.status_code == 200, answer.text
 
@@ -52,7 +53,7 @@ def test_every_prompt_of_a_list_gets_its_answer(endpoint: Running) -> None:
 
 def test_a_list_of_token_lists_is_answered_too(endpoint: Running) -> None:
     ids = [endpoint.ask("POST", "/tokenize", {"model": BUNDLED, "prompt": text}).json()["tokens"] for text in "ab"]
-    assert len(complete(endpoint, ids, max_tokens=4, n=2).json()["choices"]) == 4
+    assert len(complete(endpoint, ids, max_tokens=4, n=2, temperature=1.0).json()["choices"]) == 4
     assert len(complete(endpoint, ids[0], max_tokens=4).json()["choices"]) == 1
 
 
