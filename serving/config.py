@@ -105,6 +105,10 @@ class ServeConfig(Section):
     chat_template: str | None = None
     """Template for chats: `chatml`, `zephyr`, a path to a Jinja file, or Jinja text. None uses the checkpoint's own;
     a base model that has none answers `/v1/completions` only."""
+    control_tokens: Literal["text", "control"] = "text"
+    """What the tokenizer's control tokens (`<|im_end|>`) are where they stand in a chat's messages. `text`: ordinary
+    characters, as in training, so that no message ends its own turn or opens another's. `control`: what they are in a
+    template."""
     tool_call_parser: str | None = None
     """vLLM's name for the form in which the model writes calls of tools, as `hermes` or `llama3_json`. None refuses
     requests that leave it to the model whether to call one."""

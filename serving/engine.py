@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import NumberFormat
+from alignment.data.control_tokens import chat_prompt_ids
 from alignment.errors import ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
+from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry
 from serving.schema import Reply, Route, event, refusal
 from serving.served import Served, adapter_name, served_version
@@ -79,6 +81,7 @@ class Engine:
         registry = Registry(Path(settings.registry))
         state = registry.state()  # not what the service began with: this replica may be a late one
         self._served = served_version(settings.config, registry, state.current)
+        self._reads_control_tokens_as_text = settings.config.control_tokens == "text"
         self._chat_template = chat_template_of(settings.config, self._served)
         config = _llm_config(settings, self._served)
         self._server = LLMServer.sync_init(config)
@@ -88,6 +91,7 @@ class Engine:
         client = self._server.engine._engine_client
         self._cleanup.callback(client.shutdown)
         await _warm_up(client)
+        self._control_tokens = read_shielded_prompts(client.renderer)
         loader: Loader
         if self._served.adapter:
             loader = Adapters(self._server.engine._oai_models, registry)
@@ -110,7 +114,8 @@ class Engine:
         """
         self._asked += 1
         try:
-            request = _parse(route, body)
+            is_shielded = route == "chat" and self._reads_control_tokens_as_text
+            request = _parse(route, shield_chat(self._control_tokens, body) if is_shielded else body)
             if isinstance(request, Reply):
                 yield request
             elif route == "tokenize":
@@ -144,11 +149,12 @@ class Engine:
         """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
         tokenizer = self._server.engine._engine_client.renderer.get_tokenizer()
         if "messages" in body:
-            ids = tokenizer.apply_chat_template(
+            ids = chat_prompt_ids(
+                tokenizer,
                 body["messages"],
+                control_tokens=self._control_tokens,
                 add_generation_prompt=body.get("add_generation_prompt", True),
                 chat_template=self._chat_template,
-                return_dict=False,
             )
         else:
             ids = tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]

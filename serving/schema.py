@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 Route = Literal["chat", "completions", "tokenize"]
 
+NONCHARACTER = re.compile("[\ufdd0-\ufdd2]")
+"""Of Unicode, and no text's: `alignment.data.control_tokens` fences with them what stands for something else."""
 MAX_DEPTH = 64  # levels of lists and objects; requests use about six
 
 
@@ -108,6 +111,8 @@ def _check_leaf(value: Any) -> None:
         raise Refused(400, "A number in the request body does not fit into 64 bits.")
     if isinstance(value, str) and ("\0" in value or _has_lone_surrogate(value)):
         raise Refused(400, "A text in the request body holds a NUL character or half of a surrogate pair.")
+    if isinstance(value, str) and NONCHARACTER.search(value):
+        raise Refused(400, "A text in the request body holds a noncharacter (U+FDD0 to U+FDD2).")
 
 
 def _has_lone_surrogate(text: str) -> bool:

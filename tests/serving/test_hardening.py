@@ -128,7 +128,7 @@ def test_controls_of_the_engine_are_not_there(tiny: Running, path: str) -> None:
             ]
         },
         {"chat_template": "{{ 7 * 7 }}"},
-        {"chat_template_kwargs": {"a": 1}},
+        {"chat_template_kwargs": {"tokenize": True}},
         {"prompt_embeds": "AAAA"},
         {"prompt_logprobs": 5},
         {"best_of": 10**6},
