@@ -55,7 +55,14 @@ def read_data(name: str) -> list[dict[str, Any]]:
 
 
 SHARED = {
-    "endpoint": ["test_endpoint", "test_feedback_routes", "test_page_for_real", "test_rewards_route", "test_swap"],
+    "endpoint": [
+        "test_client_habits",
+        "test_endpoint",
+        "test_feedback_routes",
+        "test_page_for_real",
+        "test_rewards_route",
+        "test_swap",
+    ],
     "ray_here": ["test_engines", "test_rollouts_on_ray", "test_train_on_ray", "test_zero_on_ray"],
     "small_endpoint": ["test_circle", "test_contract", "test_swap_of_whole_weights"],
 }
