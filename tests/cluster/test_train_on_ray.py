@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ import pytest
 import ray
 import torch
 
-from alignment.errors import ConfigError, DataError
+from alignment.errors import CheckpointError, ConfigError, DataError
 from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
 from cluster.launch import run, start_ray
 from tests.alignment.test_train import assert_same_run, measured, weights
+from tests.cluster.uneven import Uneven
 from tests.processes import descendants
 
 Settings = dict[str, Any]
@@ -68,6 +70,11 @@ def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(run_settings: S
     assert_same_run(undisturbed, folder)
 
 
+def test_how_long_a_worker_may_be_silent_is_left_to_ray() -> None:
+    """Python may keep a large worker's threads waiting for longer than a minute."""
+    assert "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S" not in os.environ
+
+
 def test_a_worker_that_hangs_is_noticed_and_replaced(
     run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +113,34 @@ def test_an_error_of_ours_arrives_whole_and_is_not_tried_again(run_settings: Set
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
         run_on_ray(run_settings, data=data)
     assert time.monotonic() - started < 60
+
+
+def test_a_row_less_on_one_worker_ends_the_run_with_both_figures(run_settings: Settings) -> None:
+    started = time.monotonic()
+    settings = {**run_settings, "algorithm": {"name": f"{Uneven.__module__}:Uneven"}}
+    text = r"worker 0: 20 groups to train on .*; worker 1: 19 groups to train on"
+    with pytest.raises(DataError, match=text):
+        run_on_ray(settings, workers=2)
+    assert time.monotonic() - started < 60, "of which most is the start of the workers"
+
+
+def test_a_disk_that_gets_full_ends_the_run_on_all_workers(run_settings: Settings) -> None:
+    """Only the main worker writes; the other waits for it. The process group alone would let it wait for hours."""
+    full: list[float] = []
+
+    def fill() -> None:
+        while not read_metrics(Path(run_settings["output"]) / "run"):
+            time.sleep(0.01)
+        for worker in train_workers():
+            worker.rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))
+        full.append(time.monotonic())
+
+    threading.Thread(target=fill, daemon=True).start()
+    text = r"step-000000\d0 cannot be written: .*File too large.*; earlier ones are intact"
+    with pytest.raises(CheckpointError, match=text):
+        run_on_ray(run_settings, workers=2, steps=1000, checkpoint={"every": 10})
+    assert time.monotonic() - full[0] < 30
+    assert not psutil.wait_procs(train_workers(), timeout=10)[1], "nobody is left waiting"
 
 
 def test_what_can_never_be_placed_is_refused_with_the_arithmetic(run_settings: Settings) -> None:
