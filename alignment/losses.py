@@ -55,6 +55,21 @@ def hinge_preference(logratio_gap: Tensor, *, beta: float) -> Tensor:
     return torch.relu(1 - beta * logratio_gap)
 
 
+def chosen_likelihood(logps: Tensor, lengths: Tensor) -> Tensor:
+    """The term that RPO adds to DPO's loss, −log π(chosen) / |chosen|: equation 2 of arXiv 2404.19733.
+
+    DPO alone widens a gap, and may do so while both answers become less likely; this term keeps the chosen one likely.
+
+    Args:
+        logps: [M] log-probability (nats) of the chosen completion of each pair, summed over its tokens.
+        lengths: [M] number of those tokens, > 0.
+
+    Returns:
+        [M] mean negative log-probability of a token (nats).
+    """
+    return -logps / lengths
+
+
 def pairwise_reward(better: Tensor, worse: Tensor) -> Tensor:
     """A reward model's Bradley–Terry loss, −log σ(better − worse): equation 1 of arXiv 2203.02155.
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
-from alignment.config import Positive
-from alignment.losses import hinge_preference, ipo_preference, sigmoid_preference
+from alignment.config import NonNegative, Positive
+from alignment.losses import chosen_likelihood, hinge_preference, ipo_preference, sigmoid_preference
 from alignment.types import Batch, Group, Loss, Outputs, Term
 
 
@@ -26,6 +26,9 @@ class DPO(ReferencedAlgorithm):
     """`sigmoid` is DPO itself; `ipo` (arXiv 2310.12036) bounds the margin; `hinge` (arXiv 2305.10425) stops at it."""
     beta: Positive = 0.1
     """Strength of the pull towards the reference, > 0; usually 0.01 to 0.5. For `ipo` it is the paper's τ."""
+    rpo_alpha: NonNegative = 0.0
+    """Weight of the chosen completion's mean negative log-likelihood per token, added to the loss of every pair (RPO,
+    arXiv 2404.19733), ≥ 0. It keeps good answers likely while the gap widens; the paper takes 1. 0 is DPO alone."""
 
     def select(self, group: Group) -> Group:
         check_preference(self.name, group)
@@ -38,8 +41,11 @@ class DPO(ReferencedAlgorithm):
         logratios = logps - batch.per_completion(batch.reference_logprobs)
         rewards = self.beta * logratios.detach()
         margins = rewards[better] - rewards[worse]
+        loss = self._loss(batch, logratios)
+        if self.rpo_alpha > 0:
+            loss = loss + self.rpo_alpha * chosen_likelihood(logps[better], batch.lengths[better])
         return Loss(
-            terms=(Term(values=self._loss(batch, logratios), unit="pair"),),
+            terms=(Term(values=loss, unit="pair"),),
             metrics={
                 "rewards/chosen": rewards[better],
                 "rewards/rejected": rewards[worse],

@@ -19,6 +19,7 @@ from alignment.train import train
 ROOT = Path(__file__).parents[2]
 HELD_OUT = read_questions(ROOT / QUESTIONS)
 TRAINING = read_questions(ROOT / "configs/data/short_answers.train.jsonl")
+CORRECTED = read_questions(ROOT / "configs/data/short_answers.corrected.jsonl")
 
 
 def test_the_preference_set_is_large_enough_and_holds_out_whole_questions() -> None:
@@ -33,6 +34,13 @@ def test_a_chosen_answer_is_right_and_much_shorter_than_the_rejected_one(row: di
     assert not contains_keyword(row["prompt"], row["keywords"]), "the question must not give its answer away"
     assert len(row["chosen"].split()) <= 20
     assert len(row["rejected"]) > 1.5 * len(row["chosen"])
+
+
+def test_corrected_pairs_reject_wrong_answers_to_the_same_questions() -> None:
+    for row, corrected in zip(TRAINING, CORRECTED, strict=True):
+        assert {**corrected, "rejected": row["rejected"]} == row
+        assert contains_keyword(row["rejected"], row["keywords"])
+        assert not contains_keyword(corrected["rejected"], row["keywords"])
 
 
 def test_no_held_out_answer_is_a_training_answer() -> None:

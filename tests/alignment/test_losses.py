@@ -8,6 +8,7 @@ from torch import Tensor
 
 from alignment.losses import (
     KLEstimator,
+    chosen_likelihood,
     clipped_policy,
     clipped_value,
     hinge_preference,
@@ -63,6 +64,14 @@ def test_hinge_has_no_gradient_once_the_margin_is_kept() -> None:
 def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return gradient
+
+
+def test_the_likelihood_of_the_chosen_answer_worked_by_hand() -> None:
+    logps = torch.tensor([-6.0, -1.0], requires_grad=True)
+    values = chosen_likelihood(logps, torch.tensor([3, 4]))
+    assert values.tolist() == pytest.approx([2.0, 0.25])
+    values.sum().backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([-1 / 3, -1 / 4]))
 
 
 def test_the_reward_models_loss_worked_by_hand() -> None:

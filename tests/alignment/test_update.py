@@ -46,7 +46,10 @@ def weights_after(settings: Settings, groups_order: int = 1, **optim: Any) -> tu
     return metrics, {name: weight.detach().clone() for name, weight in roles.trained.weights.items()}
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "dpo"}, {"name": "dpo", "loss_type": "ipo"}, {"name": "sft"}])
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"name": "dpo"}, {"name": "dpo", "loss_type": "ipo"}, {"name": "dpo", "rpo_alpha": 0.5}, {"name": "sft"}],
+)
 def test_neither_micro_batches_nor_row_order_change_the_step(run_settings: Settings, algorithm: Settings) -> None:
     settings = {**run_settings, "algorithm": algorithm, "optim": {"max_grad_norm": 0}}
     metrics, weights = weights_after(settings)
