@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from alignment.rollout import Rollouts
 from alignment.rollout.pool import Pool
 from alignment.rollout.vllm import EngineSettings
 from cluster.engines import Engines, attach, running_engines
-from cluster.launch import start_ray
 from tests.alignment.test_vllm import (
     MAX_LENGTH,
     PROMPTS,
@@ -36,14 +36,6 @@ from tests.alignment.test_vllm import (
     write_model,
 )
 from tests.processes import descendants, engine_processes
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """One Ray for all tests of this file."""
-    start_ray(None)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -159,17 +151,24 @@ def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(pool: Po
     assert_right(pool, trainer, draw(pool))
 
 
-def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(pool: Pool, trainer: Trainer) -> None:
-    killed = actor_processes()
-    assert len(killed) == 2
+def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(
+    engines: Engines, config: RunConfig, trainer: Trainer
+) -> None:
+    pool = attach(dataclasses.replace(engines, count=1), config, World())  # so that nobody else can answer
+    pool.load(trainer.change())
+    (place,) = pool.places
+    killed = psutil.Process(ray.get(place.seat.actor.__ray_call__.remote(lambda _: os.getpid())))
+    (engine,) = engine_processes(of=killed.pid)
     wait = pool.submit(PROMPTS, sampling(max_tokens=40))
     time.sleep(0.05)
-    for actor in killed:  # all, so that nobody else can answer
-        actor.kill()
+    killed.kill()
+    _, alive = psutil.wait_procs([engine], timeout=60)
+    assert not alive, "an engine ends with its actor"
     assert_right(pool, trainer, wait())
     pool.load(trainer.change())
     assert_right(pool, trainer, draw(pool))
-    assert not set(killed) & set(actor_processes())
+    assert killed not in actor_processes()
+    pool.close()
 
 
 def test_an_update_that_is_cut_in_half_is_an_error_in_bounded_time(

@@ -12,14 +12,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 from tests.conftest import free_port
+from tests.processes import assert_idle_threads_sleep, computes, descendants, without_wait_policy
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -50,7 +53,7 @@ def head() -> Iterator[Head]:
     folder = tempfile.mkdtemp(prefix="raylign-", dir="/tmp")  # Ray's sockets need a short path
     port = free_port()
     environment = {
-        **os.environ,
+        **without_wait_policy(),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -94,8 +97,16 @@ def test_a_submitted_job_trains_and_its_logs_are_followed(
     head: Head, run_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     config = write_config(run_settings, tmp_path / "run.yaml")
-    ended = head.submit("python", "-m", "cluster", str(config), "steps=3")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    workers: set[psutil.Process] = set()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(head.submit, "python", "-m", "cluster", str(config), "steps=3")
+        while not job.done():
+            workers |= set(found := [worker for worker in descendants("RayTrainWorker") if computes(worker)])
+            if found:
+                assert_idle_threads_sleep(found)
+            time.sleep(0.1)
+    ended = job.result()
+    assert workers and ended.returncode == 0, ended.stdout + ended.stderr
     assert "step 3/3" in ended.stdout
     assert "succeeded" in ended.stdout
     assert (tmp_path / "runs" / "run" / "checkpoints" / "step-00000003" / "COMMITTED").is_file()

@@ -1,34 +1,26 @@
-"""Whole runs with training workers and vLLM engines on Ray, each with a process killed in the middle of it."""
+"""Whole runs with training workers and vLLM engines on Ray, some of which are killed in the middle of it."""
 
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 
 from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
-from cluster.launch import run, start_ray
+from cluster.launch import run
 from tests.cluster.test_train_on_ray import train_workers
-from tests.processes import engine_processes
+from tests.processes import assert_idle_threads_sleep, descendants, engine_processes
 
 Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")
 STEPS, PROMPTS = 8, 3
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    start_ray(None)
-    yield
-    ray.shutdown()
 
 
 def run_on_ray(settings: Settings, write_rows: Callable[..., Path], **cluster: int) -> Path:
@@ -56,13 +48,6 @@ def wait_for_report(folder: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def beside(watch: Callable[[], None]) -> threading.Thread:
-    """Does something while a run goes on."""
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
 def assert_each_prompt_was_used_once(folder: Path) -> None:
     """Every step is in the ledger once, with the prompts that come next and the weights of the step before."""
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
@@ -76,44 +61,32 @@ def assert_each_prompt_was_used_once(folder: Path) -> None:
     assert max(line["mismatch/mean_abs"] for line in metrics[1:]) < 1e-4, "engine and trainer have the same weights"
 
 
-def test_a_killed_engine_is_replaced_and_no_prompt_is_lost(
-    run_settings: Settings, write_rows: Callable[..., Path]
-) -> None:
-    killed: list[int] = []
-
-    def kill() -> None:
-        wait_for_report(Path(run_settings["output"]) / "run", 3)
-        for engine in engine_processes():
-            killed.append(engine.pid)
-            engine.kill()
-
-    killer = beside(kill)
-    folder = run_on_ray(run_settings, write_rows, workers=1, engines=1)
-    killer.join(timeout=1)
-    assert killed, "the test did not kill anything"
-    assert_each_prompt_was_used_once(folder)
-
-
-def test_a_killed_worker_comes_back_to_the_same_two_engines(
+def test_a_killed_engine_is_replaced_a_killed_worker_comes_back_and_no_prompt_is_lost(
     run_settings: Settings, write_rows: Callable[..., Path]
 ) -> None:
     folder = Path(run_settings["output"]) / "run"
     seen: list[set[psutil.Process]] = []
 
-    def kill_then_look() -> None:
-        wait_for_report(folder, 3)
+    def kill_an_engine_then_the_worker() -> None:
+        wait_for_report(folder, 2)
+        seen.append(set(engine_processes()))
+        assert_idle_threads_sleep([*engine_processes(), *descendants("EngineActor"), *train_workers()])
+        engine_processes()[0].kill()
+        wait_for_report(folder, 4)
         seen.append(set(engine_processes()))
         for worker in train_workers():
             worker.kill()
-        wait_for_report(folder, 5)
+        wait_for_report(folder, 6)
         seen.append(set(engine_processes()))
 
-    watcher = beside(kill_then_look)
-    assert run_on_ray(run_settings, write_rows, workers=1, engines=2) == folder
-    watcher.join(timeout=1)
-    before, after = seen
-    assert len(before) == 2, "two engines"
-    assert after == before, "engines outlive the workers"
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill_an_engine_then_the_worker)
+        assert run_on_ray(run_settings, write_rows, workers=1, engines=2) == folder
+        killer.result(timeout=1)
+    before, between, after = seen
+    assert len(before) == len(between) == 2, "two engines"
+    assert len(before & between) == 1, "one of them was replaced"
+    assert after == between, "engines outlive the workers"
     assert_each_prompt_was_used_once(folder)
 
 

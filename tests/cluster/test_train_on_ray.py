@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,13 @@ import torch
 from alignment.errors import CheckpointError, ConfigError, DataError
 from alignment.metrics import read_metrics
 from cluster.config import ClusterRunConfig
-from cluster.launch import run, start_ray
+from cluster.launch import run
 from tests.alignment.test_train import assert_same_run, measured, weights
 from tests.cluster.uneven import Uneven
 from tests.processes import descendants
 
 Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """One Ray for all tests of this file, started as `raylign train` itself would: its runs then join it."""
-    start_ray(None)
-    yield
-    ray.shutdown()
 
 
 def run_on_ray(settings: Settings, *, workers: int = 1, **changed: Any) -> Path:
@@ -55,14 +46,15 @@ def kill_when(folder: Path, step: int, killed: list[int]) -> None:
         worker.kill()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(run_settings: Settings, tmp_path: Path) -> None:
-    settings = {**run_settings, "steps": 120, "checkpoint": {"every": 10}, "evaluate": {"every": 60}}
+    settings = {**run_settings, "steps": 80, "checkpoint": {"every": 10}, "evaluate": {"every": 40}}
     settings["model"] = {**settings["model"], "lora": {"rank": 4, "dropout": 0.1}}
-    undisturbed = run_on_ray(settings)
+    undisturbed = run_on_ray(settings, workers=0)
 
     disturbed = {**settings, "output": str(tmp_path / "disturbed")}
     killed: list[int] = []
-    killer = threading.Thread(target=kill_when, args=(tmp_path / "disturbed" / "run", 35, killed), daemon=True)
+    killer = threading.Thread(target=kill_when, args=(tmp_path / "disturbed" / "run", 25, killed), daemon=True)
     killer.start()
     folder = run_on_ray(disturbed)
     killer.join(timeout=1)
@@ -112,7 +104,7 @@ def test_an_error_of_ours_arrives_whole_and_is_not_tried_again(run_settings: Set
     started = time.monotonic()
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
         run_on_ray(run_settings, data=data)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 180
 
 
 def test_a_row_less_on_one_worker_ends_the_run_with_both_figures(run_settings: Settings) -> None:

@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 
 from alignment.checkpoint import find_checkpoint
 from tests.alignment.test_train import measured, weights
-from tests.cluster.test_train_on_ray import ray_here, run_on_ray
-
-__all__ = ["ray_here"]
+from tests.cluster.test_train_on_ray import run_on_ray
 
 Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")

@@ -23,7 +23,7 @@ from alignment.models.folders import bundled
 from serving.keys import create_key
 from serving.store import Store
 from tests.conftest import free_port
-from tests.processes import descendants
+from tests.processes import descendants, without_wait_policy
 
 ALIGNED = "random-adapter"
 START_TIMEOUT_S = 240
@@ -72,7 +72,7 @@ def started(checkpoint: Path | str, folder: Path, *settings: str, ready: str = "
     ours = [f"port={port}", f"folder={folder}", f"feedback.database={database_in(folder)}", "kv_cache_gib=0.5"]
     command = [sys.executable, "-m", "alignment.cli", "serve", str(checkpoint), *ours, *settings]
     with output.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=without_wait_policy())
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(process, f"{url}/healthz", output)
@@ -126,6 +126,29 @@ def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> It
     """An adapter on the bundled model, in fp32; what people say is recorded."""
     folder = tmp_path_factory.mktemp("serving")
     adapted.save_pretrained(folder / ALIGNED)
-    settings = ("dtype=fp32", "max_model_len=512", "limits.max_body_mib=0.1", "limits.max_tokens=600")
+    settings = ("dtype=fp32", "max_model_len=512", "limits.max_body_mib=0.1", "limits.max_tokens=200")
     with started(folder / ALIGNED, folder, *settings, "feedback.record=true", "rewards.max_length=512") as running:
+        yield running
+
+
+SMALL = "small"
+SMALL_TOKENS = 8
+"""Most tokens of an answer of the small endpoint."""
+
+
+@pytest.fixture(scope="session")
+def small_endpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Whole weights, of the tiny model; what people say is recorded, and the answers are rated beside it."""
+    folder = tmp_path_factory.mktemp("small")
+    settings = (
+        f"name={SMALL}",
+        "kv_cache_gib=0.1",
+        f"limits.max_tokens={SMALL_TOKENS}",
+        "limits.max_n=2",
+        "feedback.record=true",
+        f"rewards.reference={tiny_model}",
+        "rewards.min_replicas=1",
+        "rewards.max_length=128",
+    )
+    with started(tiny_model, folder, *settings) as running:
         yield running

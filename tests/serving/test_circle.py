@@ -15,7 +15,10 @@ import yaml
 
 from alignment.demo import read_questions
 from alignment.rewards.rules import contains_keyword
-from tests.serving.conftest import Running, started
+from cluster.config import load_run
+from cluster.launch import run
+from serving.promote import promote, rollback
+from tests.serving.conftest import SMALL, Running, started
 
 TOKENS = 96
 """Most of an answer: enough for most to come to their end, so that the shorter one is known."""
@@ -54,26 +57,32 @@ def turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def judged(endpoint: Running, question: dict[str, Any]) -> None:
+def answers_to(endpoint: Running, number: int, question: dict[str, Any]) -> dict[str, str]:
+    """Two answers by their ids, the same ones in every run of this test."""
+    body = {"model": "circle", "messages": turns(question["prompt"]), "max_tokens": TOKENS}
+    drawn = endpoint.ask("POST", "/v1/chat/completions", {**body, "temperature": 1.0, "n": 2, "seed": number}).json()
+    return {f"{drawn['id']}-{choice['index']}": choice["message"]["content"] for choice in drawn["choices"]}
+
+
+def judged(endpoint: Running, question: dict[str, Any], answers: dict[str, str]) -> None:
     """A person who wants a right answer, and the shorter one of two; then writes how it should have been."""
 
     def say(**verdict: Any) -> None:
         said = endpoint.ask("POST", "/v1/feedback", verdict, role="labeller")
         assert said.status_code == 200, said.text
 
-    body = {"messages": turns(question["prompt"]), "max_tokens": TOKENS, "temperature": 1.0}
-    asked = endpoint.ask("POST", "/v1/comparisons", body, role="labeller").json()
-    say(kind="choice", id=asked["id"], winner=winner(asked["answers"], question["keywords"]))
-    say(kind="correction", id=asked["answers"][0]["id"], text=question["chosen"])
+    order = ranking(answers, question["keywords"])
+    if order:
+        say(kind="ranking", id=order[0].rpartition("-")[0], order=order)
+    say(kind="correction", id=next(iter(answers)), text=question["chosen"])
 
 
-def winner(answers: list[dict[str, str]], keywords: list[str]) -> str:
-    right = [answer for answer in answers if contains_keyword(answer["text"], keywords)]
-    right.sort(key=lambda answer: len(answer["text"]))
-    if not right:
-        return "both_bad"
-    tie = len(right) == 2 and len(right[1]["text"]) <= ABOUT_AS_LONG * len(right[0]["text"])
-    return "tie" if tie else right[0]["id"]
+def ranking(answers: dict[str, str], keywords: list[str]) -> list[str]:
+    """The ids of two answers, the better one first; empty if neither is."""
+    right = sorted((id for id in answers if contains_keyword(answers[id], keywords)), key=lambda id: len(answers[id]))
+    if not right or (len(right) == 2 and len(answers[right[1]]) <= ABOUT_AS_LONG * len(answers[right[0]])):
+        return []
+    return [right[0], *(id for id in answers if id != right[0])]
 
 
 def lengths(endpoint: Running) -> float:
@@ -87,7 +96,30 @@ def lengths(endpoint: Running) -> float:
         return statistics.fmean(pool.map(one, read_questions(HELD_OUT)[:NUM_ASKED]))
 
 
-@pytest.mark.timeout(1200)
+def test_what_people_choose_trains_the_version_that_answers_next(
+    small_endpoint: Running, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same circle on random weights, which have nothing to say: what goes round is asked here, not what for."""
+    for question in read_questions(TRAINING)[:4]:
+        body = {"messages": turns(question["prompt"]), "temperature": 1.5}
+        asked = small_endpoint.ask("POST", "/v1/comparisons", body, role="labeller").json()
+        verdict = {"kind": "choice", "id": asked["id"], "winner": asked["answers"][0]["id"]}
+        assert small_endpoint.ask("POST", "/v1/feedback", verdict, role="labeller").status_code == 200
+    monkeypatch.setenv("RAYLIGN_KEY", small_endpoint.keys["admin"])
+    data = {"path": f"{small_endpoint.url}/v1/feedback/export", "max_length": 256}
+    file = recipe(tmp_path, "small", steps=2, groups_per_step=2, model={"path": str(tiny_model)}, data=data)
+    run(load_run(Path(file), []))
+    promote(str(tmp_path / "small"), url=small_endpoint.url)
+    listing = small_endpoint.ask("GET", "/v1/admin/versions").json()
+    assert (listing["state"]["current"], listing["state"]["previous"]) == (2, 1)
+    assert listing["versions"][1]["parent"] == 1 and listing["versions"][1]["data"]
+    chat = {"model": SMALL, "messages": turns("And now?"), "max_tokens": 2}
+    assert small_endpoint.ask("POST", "/v1/chat/completions", chat).headers["x-model-version"] == "2"
+    rollback(url=small_endpoint.url)
+
+
+@pytest.mark.slow  # minutes of training
+@pytest.mark.timeout(1800)
 def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
     first = recipe(
         tmp_path,
@@ -100,8 +132,11 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
     settings = ("name=circle", "max_model_len=512", "feedback.record=true", "rewards.max_length=512")
     with started(tmp_path / "first", tmp_path, *settings) as endpoint:
         before = lengths(endpoint)
+        questions = read_questions(TRAINING)[:NUM_JUDGED]
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda question: judged(endpoint, question), read_questions(TRAINING)[:NUM_JUDGED]))
+            drawn = list(pool.map(lambda number: answers_to(endpoint, number, questions[number]), range(NUM_JUDGED)))
+        for question, answers in zip(questions, drawn, strict=True):  # in one order, which training keeps
+            judged(endpoint, question, answers)
         second = recipe(
             tmp_path,
             "second",

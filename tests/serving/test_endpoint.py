@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from alignment.models.folders import BUNDLED, bundled
+from tests.processes import assert_idle_threads_sleep, descendants, engine_processes
 from tests.serving.conftest import ALIGNED, Running, holding
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -69,6 +70,11 @@ def test_one_line_says_where_it_is_and_how_to_try_it(endpoint: Running) -> None:
     command = ready[0].partition("Try: ")[2].replace("KEY", endpoint.keys["user"])
     answer = subprocess.run(command, shell=True, capture_output=True, timeout=60)
     assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
+
+
+def test_idle_threads_sleep_in_every_process_of_the_endpoint(endpoint: Running) -> None:
+    assert_idle_threads_sleep(descendants(of=endpoint.process.pid))
+    assert_idle_threads_sleep(engine_processes(of=endpoint.process.pid))
 
 
 def test_both_models_are_listed_and_the_adapter_names_its_base(endpoint: Running) -> None:
@@ -187,7 +193,7 @@ def test_no_other_web_page_may_ask(endpoint: Running) -> None:
 
 def test_a_client_that_goes_away_frees_its_place(endpoint: Running) -> None:
     stream = endpoint.client.chat.completions.create(
-        model=BUNDLED, messages=MESSAGES, max_completion_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        model=BUNDLED, messages=MESSAGES, max_completion_tokens=200, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()

