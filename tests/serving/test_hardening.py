@@ -121,7 +121,7 @@ def test_controls_of_the_engine_are_not_there(tiny: Running, path: str) -> None:
         {"model": None},
         {"messages": []},
         {"messages": [{"role": "user"}] * 2000},
-        {"messages": [{"role": "user", "content": "fox " * 4000}]},
+        {"messages": [{"role": "user", "content": "fox " * 20_000}]},
         {"messages": [{"role": "god", "content": "x"}]},
         {
             "messages": [
