@@ -67,7 +67,9 @@ def test_a_killed_engine_is_replaced_a_killed_worker_comes_back_and_no_prompt_is
 
     def kill_an_engine_then_the_worker() -> None:
         wait_for_report(folder, 2)
-        killed, survivor = engine_processes()
+        while len(engines := engine_processes()) != 2:  # a list of processes is not taken at one instant
+            time.sleep(0.1)
+        killed, survivor = engines
         assert_idle_threads_sleep([*engine_processes(), *descendants("EngineActor"), *train_workers()])
         killed.kill()
         wait_for_report(folder, 4)
