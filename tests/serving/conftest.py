@@ -142,6 +142,7 @@ def small_endpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("small")
     settings = (
         f"name={SMALL}",
+        "dtype=fp32",
         "kv_cache_gib=0.1",
         f"limits.max_tokens={SMALL_TOKENS}",
         "limits.max_n=2",
