@@ -126,7 +126,7 @@ def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> It
     """An adapter on the bundled model, in fp32; what people say is recorded."""
     folder = tmp_path_factory.mktemp("serving")
     adapted.save_pretrained(folder / ALIGNED)
-    settings = ("dtype=fp32", "max_model_len=512", "limits.max_body_mib=0.1", "limits.max_tokens=200")
+    settings = ("dtype=fp32", "max_model_len=512", "limits.max_body_mib=0.1", "limits.max_tokens=600")
     with started(folder / ALIGNED, folder, *settings, "feedback.record=true", "rewards.max_length=512") as running:
         yield running
 

@@ -15,7 +15,7 @@ __all__ = ["browser", "page"]
 
 @pytest.mark.timeout(900)
 def test_a_person_chats_compares_and_sees_the_progress_on_the_real_endpoint(page: Page, endpoint: Running) -> None:
-    slow = 4 * PATIENCE_MS  # answers of 200 tokens by the real model
+    slow = 4 * PATIENCE_MS  # answers of hundreds of tokens by the real model
     page.goto(endpoint.url)
     give_key(page, endpoint.keys["labeller"])
     expect(page.locator("#model")).to_be_enabled()
