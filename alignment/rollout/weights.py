@@ -197,10 +197,6 @@ def install() -> None:
     WeightTransferEngineFactory.register_engine(FILES, _receiver())
 
 
-def register() -> None:
-    """Does nothing. Where an older raylign was installed, vLLM calls this in each process, other people's too."""
-
-
 def _end_with_owner() -> None:
     """Ends this process when the one that started the engine is gone, killed even: an engine alone is only heat."""
     parent = multiprocessing.parent_process()
