@@ -31,9 +31,18 @@ def engine_processes(*, of: int | None = None) -> list[psutil.Process]:
     """vLLM's own processes among them.
 
     They call themselves VLLM::EngineCore, except that now and then they cannot: a process may find no room for a title,
-    and goes on with the command line that it was spawned with.
+    and goes on with the command line that it was spawned with, as other processes do that have not loaded vLLM.
     """
-    return descendants("EngineCore", "multiprocessing.spawn", of=of)
+    named = descendants("EngineCore", of=of)
+    return named + [each for each in descendants("multiprocessing.spawn", of=of) if has_loaded(each, "/vllm/")]
+
+
+def has_loaded(process: psutil.Process, library: str) -> bool:
+    """Whether a process has mapped a file with this in its path."""
+    try:
+        return library in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:  # it has ended
+        return False
 
 
 def without_wait_policy() -> dict[str, str]:
@@ -43,10 +52,7 @@ def without_wait_policy() -> dict[str, str]:
 
 def computes(process: psutil.Process) -> bool:
     """Whether a process has loaded OpenMP, as torch does."""
-    try:
-        return "libgomp" in Path(f"/proc/{process.pid}/maps").read_text()
-    except OSError:  # it has ended
-        return False
+    return has_loaded(process, "libgomp")
 
 
 def assert_idle_threads_sleep(processes: Iterable[psutil.Process]) -> None:

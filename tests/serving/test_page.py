@@ -230,6 +230,12 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def lose_network(page: Page) -> None:
+    """Returns when the browser cannot reach the service any more, which takes it a moment."""
+    page.context.set_offline(True)
+    page.evaluate("async () => { for (;;) try { await fetch('/', {cache: 'no-store'}) } catch { return } }")
+
+
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Your message").fill(text)
     page.get_by_label("Your message").press("Enter")
@@ -366,7 +372,7 @@ def test_what_went_wrong_is_told_in_words(page: Page, service: Service) -> None:
 def test_a_lost_network_is_told_in_words(page: Page, service: Service) -> None:
     page.goto(service.url)
     expect(page.locator("#model")).to_be_enabled()
-    page.context.set_offline(True)
+    lose_network(page)
     ask(page, "Why?")
     expect(page.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
     page.context.set_offline(False)
@@ -519,7 +525,7 @@ def test_a_verdict_that_failed_is_said_to_be_unsaved_and_sent_again_under_the_sa
 
 def test_unsaved_verdicts_go_out_by_themselves_when_the_network_is_back(page: Page, service: Service) -> None:
     start_comparing(page, service, "one")
-    page.context.set_offline(True)
+    lose_network(page)
     page.keyboard.press("x")
     expect(page.locator("#verdict-state")).to_contain_text("Not saved. The service cannot be reached.")
     page.context.set_offline(False)
