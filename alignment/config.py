@@ -905,7 +905,8 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: dict[str, Any]
             section = ".".join(part for part in path[:-1] if not part.isdecimal())
             known = _fields(kind, parents, tree)
             inside = _elsewhere(kind, path[-1], f"{section}.") if section else ""
-            place = inside or place_of(path[-1], section) or _dotted(path[-1]) or _elsewhere(kind, path[-1], "")
+            others = place_of(path[-1], section) if issubclass(kind, RunConfig) else ""
+            place = inside or others or _dotted(path[-1]) or _elsewhere(kind, path[-1], "")
             message = f"unknown key{place or nearest(str(last), known)}"
         elif problem["type"] == "missing":
             message = "is required and missing"

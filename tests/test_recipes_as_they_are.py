@@ -44,6 +44,11 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "Qwen/Qwen3-8B": (Qwen3Config, Qwen3ForCausalLM),
 }
 """What stands on the hub under the names that recipes have."""
+NO_THOUGHT = (
+    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+"""How the templates of thinking models end a prompt that is to be answered without a thought."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +141,8 @@ def put_set(name: str, folder: Path) -> None:
 def put_model(folder: Path, family: tuple[Any, Any]) -> None:
     settings, network = family
     tokenizer = make_tokenizer()
+    if network is Qwen3ForCausalLM:
+        tokenizer.chat_template += NO_THOUGHT
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096}
