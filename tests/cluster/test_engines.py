@@ -171,6 +171,7 @@ def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(
     pool.close()
 
 
+@pytest.mark.slow
 def test_an_update_that_is_cut_in_half_is_an_error_in_bounded_time(
     engines: Engines, config: RunConfig, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_killed_engine_is_replaced_a_killed_worker_comes_back_and_no_prompt_is
     assert_each_prompt_was_used_once(folder)
 
 
+@pytest.mark.slow
 def test_two_workers_share_one_engine(run_settings: Settings, write_rows: Callable[..., Path]) -> None:
     folder = run_on_ray(run_settings, write_rows, workers=2, engines=1)
     assert_each_prompt_was_used_once(folder)

@@ -67,6 +67,7 @@ def test_how_long_a_worker_may_be_silent_is_left_to_ray() -> None:
     assert "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_noticed_and_replaced(
     run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

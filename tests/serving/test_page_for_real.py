@@ -14,6 +14,7 @@ __all__ = ["browser", "page"]
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_person_chats_compares_and_sees_the_progress_on_the_real_endpoint(page: Page, endpoint: Running) -> None:
     slow = 4 * PATIENCE_MS  # answers of hundreds of tokens by the real model
     page.goto(endpoint.url)

@@ -57,6 +57,7 @@ def test_rewards_per_token_sum_to_that_of_the_answer(endpoint: Running) -> None:
         assert len(tokens["tokens"]) == len(tokens["logratios"])
 
 
+@pytest.mark.slow
 def test_many_requests_at_once_get_their_own_answers_and_the_engine_lives(
     endpoint: Running, expected: list[float]
 ) -> None:
