@@ -565,6 +565,7 @@ def test_letters_in_a_text_field_are_letters(page: Page, service: Service) -> No
     start_comparing(page, service, "one")
     page.keyboard.press("Control+a")
     page.get_by_role("link", name="Chat").click()
+    expect(page.get_by_label("Your message")).to_be_visible()
     page.get_by_label("Your message").press_sequentially("abtxnu")
     expect(page.get_by_label("Your message")).to_have_value("abtxnu")
     assert service.bodies("feedback") == []
