@@ -27,6 +27,8 @@ SENTINEL = "\ufdd3text\ufdd3"
 """Stands for a text to find where the template puts it; noncharacters of Unicode, which no text holds."""
 MAX_TAILS = 16
 """Ends of turns that are remembered. A template has one or two, unless it prints something of its messages there."""
+LONGEST_BY_CHANCE = 40
+"""Characters of a text that may stand in another, or in the template's own words, without being printed."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields that hold the thought before an answer, by the names that templates and servers have for it."""
 CALLS = ("tool_calls", "function_call")
@@ -87,6 +89,8 @@ class Renderer:
         self.unread_fields: Counter[str] = Counter()
         self._now = datetime.datetime.combine(date, datetime.time())
         self._tails: dict[str, None] = {}
+        # Role, role before, whether it is the last turn and has calls, of turns that the template was seen to print.
+        self._printed_places: set[tuple[str, str | None, bool, bool]] = set()
         self._takes_parts: bool | None = None
 
     def render(self, turns: Turns, *, inputs: TemplateInputs = NOTHING, answer_next: bool) -> str:
@@ -131,7 +135,7 @@ class Renderer:
         """
         for index, turn in enumerate(turns):
             content = turn.content.strip()
-            if content and content not in prompt and not self._prints(turns, index, inputs):
+            if content and not self._is_printed(prompt, turns, index, inputs):
                 raise DataError(
                     f"the chat template leaves out what role {turn.role!r} says ({content!r:.50}); "
                     "take another model.chat_template, or leave such turns out of the data"
@@ -378,6 +382,20 @@ class Renderer:
         tail = self._tail(before, turn, inputs)
         end = "" if turn.truncated or tail is None else self._end(tail)
         return Answer(prompt=prompt, body=body, content=body, end=end)
+
+    def _is_printed(self, prompt: str, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
+        """Whether a turn's text is in the prompt. A short one may stand there by chance, as a part of something else."""
+        content = turns[index].content.strip()
+        if len(content) > LONGEST_BY_CHANCE and prompt.count(content) == sum(content in turn.content for turn in turns):
+            return True
+        before = turns[index - 1].role if index else None
+        place = (turns[index].role, before, index == len(turns) - 1, bool(_calls(turns[index])))
+        if content in prompt and place in self._printed_places:
+            return True
+        is_printed = self._prints(turns, index, inputs)
+        if is_printed:
+            self._printed_places.add(place)
+        return is_printed
 
     def _prints(self, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
         """Whether the template prints the text of a turn, perhaps in other characters (as JSON, without a thought)."""

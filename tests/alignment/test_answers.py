@@ -310,6 +310,23 @@ def test_arguments_are_handed_over_as_the_template_takes_them() -> None:
         tokenize(CALLING)(row(user("W?"), assistant("", tool_calls=[broken])))
 
 
+@pytest.mark.parametrize("text", ["d", "Hello.", "system"])
+def test_a_turn_that_is_left_out_is_refused_where_its_text_stands_elsewhere_by_chance(text: str) -> None:
+    only = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'developer' %}")
+    turns = (Message(role="developer", content=text), Message(role="system", content="Good."), user("Hello. Who?"))
+    with pytest.raises(DataError, match="leaves out what role 'developer' says"):
+        tokenize(only)(row(*turns, assistant("I.")))
+    tokenize()(row(*turns, assistant("I.")))
+
+
+def test_a_long_turn_that_is_left_out_is_refused_where_another_says_the_same() -> None:
+    first = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    text = "It is sunny in Bonn today, and it will rain tomorrow."
+    turns = (user(text), assistant("Is it?"), Message(role="tool", content=text))
+    with pytest.raises(DataError, match="leaves out what role 'tool' says"):
+        tokenize(first)(row(*turns, assistant("So.")))
+
+
 def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
     only = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
     with pytest.raises(DataError, match=r"leaves out what role 'tool' says \('sunny'\)"):
