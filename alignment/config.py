@@ -58,6 +58,22 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses `lr: yes` and `max_grad_norm: off`, which pydantic reads as the numbers 1 and 0."""
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and _is_number(field.annotation):
+            raise ValueError("Input should be a number; on, off, yes, no, true and false are none")
+        return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a type is that of a number, perhaps with others beside it, and not of true and false."""
+    kinds = {annotation, *get_args(annotation)}
+    kinds |= {kind for part in kinds for kind in get_args(part)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
 
 class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685) instead of full fine-tuning."""

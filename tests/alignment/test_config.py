@@ -430,6 +430,19 @@ def test_the_places_that_are_named_exist() -> None:
                 kinds = algorithms if part == "algorithm" else _sections(fields[0].annotation)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=yes", "optim.max_grad_norm=off", "optim.warmup_steps=true", "seed=on", "data.max_prompt_length=false"],
+)
+def test_yes_and_no_are_refused_where_a_number_is_wanted(load: Load, override: str) -> None:
+    with pytest.raises(ConfigError, match="should be a number; on, off, yes, no"):
+        load(override)
+
+
+def test_yes_and_no_are_read_where_they_are_wanted(load: Load) -> None:
+    assert load("data.shuffle=off", "model.gradient_checkpointing=on").model.gradient_checkpointing
+
+
 def test_a_warm_up_longer_than_the_run_is_refused(load: Load) -> None:
     assert load(steps=3, optim={"warmup_steps": 3}).optim.warmup_steps == 3
     (problem,) = problems(load, steps=3, optim={"warmup_steps": 4})
