@@ -384,7 +384,7 @@ class Renderer:
         return Answer(prompt=prompt, body=body, content=body, end=end)
 
     def _is_printed(self, prompt: str, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
-        """Whether a turn's text is in the prompt. A short one may stand there by chance, as a part of something else."""
+        """Whether a turn's text is in the prompt. A short one may stand there by chance, as a part of another."""
         content = turns[index].content.strip()
         if len(content) > LONGEST_BY_CHANCE and prompt.count(content) == sum(content in turn.content for turn in turns):
             return True

@@ -25,12 +25,16 @@ ALPACA_PROMPT = (
 ALIASES = {
     "messages": ("messages", "conversations", "conversation"),
     "label": ("label", "kto_tag"),
+    "tools": ("tools", "functions"),
 }
-"""Columns that stand for a field where `columns` names none, the usual one first; ShareGPT's and LLaMA-Factory's."""
+"""Columns that stand for a field where `columns` names none, the usual one first; ShareGPT's, LLaMA-Factory's,
+OpenAI's old ones."""
 ALPACA = {"completion": ("output", "response"), "input": ("input", "context")}
 """Columns beside an `instruction`, in Alpaca's and in Dolly's words."""
 SCORES = tuple(
-    (name.format("chosen"), name.format("rejected")) for name in ("score_{}", "{}_score", "{}_rating", "{}-rating")
+    (name.format("chosen"), name.format("rejected"))
+    for word in ("score", "rating", "reward")
+    for name in (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}", f"{{}}_avg_{word}")
 )
 """Columns that say how good the two answers of a pair are."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -44,14 +48,47 @@ ROLES = {
 FLT_MAX = 3.4e38
 """Rewards become fp32."""
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-CUT_OFF = ("length", "max_tokens")
-"""Finish reasons of an answer that was stopped, in the words of OpenAI and of Anthropic."""
-LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
-"""Labels as tables write them."""
-WEIGHTS = ("weight", "train", "training")
-"""Fields by which a message says whether it is trained on, in OpenAI's and Mistral's words and in axolotl's."""
+FINISH_REASONS = ("finish_reason", "stop_reason")
+"""Why an answer ends, in OpenAI's and in Anthropic's words; vLLM's `stop_reason` may be the number of a token."""
+CUT_OFF = (
+    *("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"),
+    *("content_filter", "abort", "incomplete"),
+)
+"""Finish reasons of an answer that was stopped, in the words of OpenAI, Anthropic, Mistral and vLLM."""
+LABELS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "good", "up", "thumbs_up", "desirable", "👍"), 1),
+    **dict.fromkeys(("false", "0", "0.0", "no", "bad", "down", "thumbs_down", "undesirable", "👎"), 0),
+}
+"""Labels as tables and people write them, in small letters."""
+WEIGHTS = ("weight", "train", "training", "loss", "loss_mask")
+"""Fields by which a message says whether it is trained on, in OpenAI's and Mistral's words, axolotl's and Swift's."""
+PARTS_TRAINED = ("train_detail", "training_detail")
+"""Fields by which axolotl trains on parts of a message."""
+TREE = ("parent_id", "message_tree_id")
+"""Columns of a row that is one message of a conversation, as Open Assistant's are."""
 
 Prompt = str | tuple[Message, ...]
+
+
+class ReadRow(dict[str, Any]):
+    """A row that remembers which of its columns were asked for."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self.read.add(column)
+        return super().get(column, default)
+
+    @property
+    def unread(self) -> list[str]:
+        """Columns with something in them that nothing asked for."""
+        return [column for column, value in self.items() if column not in self.read and value not in (None, "", [], {})]
 
 
 def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
@@ -147,7 +184,7 @@ def _check_columns(shape: _Shape) -> None:
         raise DataError(
             f"{label} beside completions (of steps of an answer?) is not read; give rewards, one per answer"
         )
-    weight = _number(row.get("weight"))
+    weight = _number(shape.row.get("weight") if "weight" in row else None)
     if weight == 0:
         raise WithoutWeight("its weight is 0")
     if weight is not None and weight != 1:
@@ -156,7 +193,7 @@ def _check_columns(shape: _Shape) -> None:
             "something else, give it another name"
         )
     if shape.has("chosen") and shape.has("rejected"):
-        for chosen, rejected in _score_pairs(row):
+        for chosen, rejected in _score_pairs(shape.row):
             if chosen < rejected:
                 raise DataError(
                     f"its scores contradict its order: chosen has {chosen:g} and rejected {rejected:g}, which is better"
@@ -201,12 +238,20 @@ def _shaped(shape: _Shape, origin: str) -> Group:
             raise DataError("a label is about the assistant's turn at the end of messages, and there is none")
         prompt, answers, rewards = turns[:-1], [turns[-1]], [_label(shape)]
     elif shape.has("text"):
+        if "text" not in shape.columns and (column := _of_a_tree(shape.row)) is not None:
+            raise DataError(
+                f"a text with a {column!r} is one message of a conversation, and rows here are whole ones; join them "
+                "to messages, or say columns: {text: text} to learn every message as plain text"
+            )
         text = Message(role="assistant", content=_string(shape.value("text"), "text"))
         prompt, answers, rewards = "", [text], [None]
     elif shape.has("prompt") or shape.is_alpaca:
         prompt, answers, rewards = shape.prompt(), [], []
     else:
-        raise DataError(f"has none of the known fields; its columns are {', '.join(map(repr, shape.row)) or 'none'}")
+        raise DataError(
+            f"has none of the known fields; its columns are {', '.join(map(repr, shape.row)) or 'none'}. Say by "
+            "data.columns what they are, as {prompt: question, completion: answer}"
+        )
     if any(_is_empty(answer) for answer in answers):
         raise DataError("an answer is empty")
     completions = tuple(
@@ -214,6 +259,12 @@ def _shaped(shape: _Shape, origin: str) -> Group:
         for answer, reward, truncated in zip(answers, rewards, _truncations(shape, len(answers)), strict=True)
     )
     return Group(id=origin, prompt=prompt, completions=completions)
+
+
+def _of_a_tree(row: Row) -> str | None:
+    """Column by which a row's text is one message of a conversation; None if there is none."""
+    is_message = str(row.get("role") or "").strip().lower() in ROLES
+    return "role" if is_message else next((column for column in TREE if column in row), None)
 
 
 def _with_system(prompt: Prompt, shape: _Shape) -> Prompt:
@@ -268,7 +319,7 @@ def _template_kwargs(shape: _Shape) -> Mapping[str, Any]:
 
 def _truncations(shape: _Shape, count: int) -> list[bool]:
     """Whether each answer was cut off where it was sampled, by `finish_reason` or `truncated`, of one or of each."""
-    for field in ("truncated", "finish_reason", "finish_reasons"):
+    for field in ("truncated", "finish_reason", "finish_reasons", "stop_reason"):
         if not shape.has(field):
             continue
         value = _decoded(shape.value(field))
@@ -287,6 +338,8 @@ def _is_cut_off(value: Any, field: str) -> bool:
         return bool(value)
     if field != "truncated" and isinstance(value, str):
         return value.lower() in CUT_OFF
+    if field == "stop_reason" and isinstance(value, int):
+        return False
     raise DataError(f"{field} must be {'true or false' if field == 'truncated' else 'a string'}, not {value!r:.50}")
 
 
@@ -541,9 +594,11 @@ def _label(shape: _Shape) -> float | None:
     if not shape.has("label"):
         return None
     label = shape.value("label")
-    known = LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label
+    known = LABELS.get(re.sub(r"[\s-]+", "_", label.strip().lower()), label) if isinstance(label, str) else label
     if known not in (0, 1):  # True and False are 1 and 0
-        raise DataError(f"label must be true or false, not {label!r}")
+        raise DataError(
+            f"label must be true or false, not {label!r}; ratings in another unit go into a column `rewards`"
+        )
     return float(known)
 
 
@@ -578,14 +633,16 @@ def _message(turn: Any, field: str) -> Message:
         raise DataError(f"{field} holds something that is not a message with role and content")
     fields = {name: value for name, value in turn.items() if value is not None and name not in ("role", "content")}
     weights = [_weight(fields.pop(name), name) for name in WEIGHTS if name in fields]
-    finish_reason = fields.pop("finish_reason", None)
+    if any(fields.get(name) for name in PARTS_TRAINED):
+        raise DataError("a message says which parts of it are trained on, and here it is trained on or not: use weight")
+    cuts = [_is_cut_off(fields.pop(name), name) for name in FINISH_REASONS if name in fields]
     content = turn.get("content")
     return Message(
         role=_role(turn["role"], f"{field} role"),
         content="" if content is None and calls else _content(content, f"{field} content"),
         fields=_present(fields, field),
         trained=all(weights),
-        truncated=finish_reason is not None and _is_cut_off(finish_reason, "finish_reason"),
+        truncated=any(cuts),
     )
 
 
@@ -609,9 +666,10 @@ def _role(value: Any, field: str) -> str:
 
 
 def _weight(value: Any, name: str) -> bool:
-    if value not in (0, 1):  # True and False are 1 and 0
+    known = LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if known not in (0, 1):  # True and False are 1 and 0
         raise DataError(f"a message's {name} must be 0 or 1 (not trained on, or trained on), not {value!r:.50}")
-    return bool(value)
+    return bool(known)
 
 
 def _content(value: Any, field: str) -> str:

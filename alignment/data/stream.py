@@ -18,7 +18,7 @@ from tqdm import tqdm
 from alignment.algorithms import Algorithm
 from alignment.config import DataConfig, SourceConfig
 from alignment.data.chat import GroupTokenizer
-from alignment.data.shapes import has_equal_scores, to_group
+from alignment.data.shapes import ReadRow, has_equal_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
 from alignment.types import Group
@@ -26,6 +26,8 @@ from alignment.types import Group
 if TYPE_CHECKING:
     from alignment.rewards import BuildableScorer
 
+MAX_NAMES = 8
+"""Columns that a report names."""
 MIN_ROWS_FOR_BUDGET = 100
 """A streamed source may break the bad-row budget only after this many rows, when the fraction means something."""
 
@@ -56,6 +58,8 @@ class GroupReader:
         self.judges = judges
         self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = 0
         self.left_out: Counter[str] = Counter()
+        self.unread_columns: Counter[str] = Counter()
+        """Rows that had something in a column that nothing reads, by the column's name."""
         self.first_bad: list[str] = []
         self._named: set[str] = set()
 
@@ -75,7 +79,10 @@ class GroupReader:
             try:
                 if isinstance(row, DataError):
                     raise row
-                group = self.algorithm.select(to_group(row, origin, source))
+                row = ReadRow(row)
+                group = to_group(row, origin, source)
+                self.unread_columns.update(row.unread)
+                group = self._selected(group, row)
                 self._check_columns(group, source)
                 self.num_equal_scores += bool(group.pairs) and has_equal_scores(row)
                 if self._too_many_characters(group):
@@ -127,8 +134,26 @@ class GroupReader:
             text += f", {self.num_equal_scores} whose chosen and rejected have equal scores"
         if self.num_bad:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
+        if self.unread_columns:
+            names = [name for name, _ in self.unread_columns.most_common(MAX_NAMES)]
+            more = len(self.unread_columns) - len(names)
+            text += f"; columns that are not read: {', '.join(sorted(names))}" + (f" and {more} more" if more else "")
         notes = self.tokenizer.summary()
         return f"{text}; {notes}" if notes else text
+
+    def _selected(self, group: Group, row: ReadRow) -> Group:
+        """What the algorithm learns of a group. Where answers are missing, the error tells what else the row has."""
+        try:
+            return self.algorithm.select(group)
+        except NoPreference:
+            raise
+        except DataError as error:
+            if group.completions or not row.unread:
+                raise
+            raise DataError(
+                f"{error}, and these columns are not read: {', '.join(map(repr, row.unread))}. Say by data.columns "
+                "what they are, as {completion: answer}, or {chosen: better, rejected: worse}"
+            ) from error
 
     def _too_many_characters(self, group: Group) -> bool:
         limit = self.data.max_characters

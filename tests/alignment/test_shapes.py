@@ -154,7 +154,18 @@ def test_the_answers_of_a_pair_keep_their_fields_and_differ_by_them() -> None:
     assert [dict(answer.fields) for answer in group.completions] == [{"tool_calls": [CALL]}, {}]
 
 
-@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0.0}])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"training": False},
+        {"weight": 0.0},
+        {"loss": False},
+        {"loss_mask": 0},
+        {"weight": "0"},
+    ],
+)
 def test_an_answer_of_no_weight_is_context(weight: Row) -> None:
     group = group_of({"messages": [USER, BAD | weight, USER, GOOD | {"weight": 1}, USER, BAD | weight]})
     assert [turn.content for turn in group.prompt if isinstance(turn, Message)] == ["2 + 2?", "5", "2 + 2?"]
@@ -297,7 +308,7 @@ MESSAGE = "holds something that is not a message with role and content"
         ({"prompt": "p", "completions": ["x"], "rewards": [float("nan")]}, {}, "reward nan is not a finite number"),
         ({"prompt": "p", "completions": ["x"], "rewards": [float("-inf")]}, {}, "reward -inf is not a finite number"),
         ({"prompt": "p", "completions": ["x"], "rewards": [10**400]}, {}, "reward 1000000000"),
-        ({"prompt": "p", "completion": "x", "label": "yes"}, {}, "label must be true or false, not 'yes'"),
+        ({"prompt": "p", "completion": "x", "label": "neutral"}, {}, "label must be true or false, not 'neutral'"),
         ({"prompt": "p", "completion": "x", "label": 2}, {}, "label must be true or false, not 2"),
         ({"prompt": "p", "completion": "x", "label": []}, {}, "label must be true or false, not []"),
         ({"prompt": "p", "completion": [USER]}, {}, "completion must be a string or one assistant message"),
@@ -525,3 +536,52 @@ def test_kept_columns_of_a_table_are_what_their_text_stands_for() -> None:
         72, 1.5, True, False, ["x", 2], "007", "1e5", "1,000", "x", "NaN", '"quoted"', -3, None,
     ]  # fmt: skip
     assert group_of({"prompt": "p", "a": "72"}, keep=("a",)).columns == {"a": "72"}, "JSON says what is a text"
+
+
+@pytest.mark.parametrize("label", ["yes", "Good", "thumbs-up", "Thumbs up", "desirable", "👍"])
+@pytest.mark.parametrize("good", [True, False])
+def test_labels_are_read_as_people_write_them(label: str, good: bool) -> None:
+    bad = {"yes": "no", "Good": "BAD", "thumbs-up": "thumbs-down", "desirable": "undesirable", "👍": "👎"}
+    (answer,) = group_of(
+        {"prompt": "p", "completion": "x", "label": label if good else bad.get(label, "down")}
+    ).completions
+    assert answer.reward == float(good)
+
+
+def test_a_message_of_which_parts_are_trained_on_is_refused() -> None:
+    parts = {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}
+    with pytest.raises(DataError, match="which parts of it are trained on"):
+        group_of({"messages": [USER, GOOD | parts]})
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"chosen_reward": 0.1, "rejected_reward": 0.9},
+        {"reward_chosen": "0.1", "reward_rejected": "0.9"},
+        {"chosen_avg_rating": 1, "rejected_avg_rating": 4},
+    ],
+)
+def test_scores_that_contradict_a_pair_are_seen_by_all_their_usual_names(scores: Row) -> None:
+    with pytest.raises(DataError, match="its scores contradict its order"):
+        group_of({"prompt": "p", "chosen": "x", "rejected": "y"} | scores)
+
+
+@pytest.mark.parametrize("beside", [{"role": "prompter"}, {"role": "assistant", "parent_id": "1"}, {"parent_id": None}])
+def test_one_message_of_a_tree_is_no_text_to_learn(beside: Row) -> None:
+    with pytest.raises(DataError, match="is one message of a conversation"):
+        group_of({"text": "Hello?"} | beside)
+    assert group_of({"text": "Hello?"} | beside, columns={"text": "text"}).completions[0].text == "Hello?"
+    assert group_of({"text": "Hello?", "role": "engineer"}).completions[0].text == "Hello?"
+
+
+@pytest.mark.parametrize("reason", ["max_tokens", "length", "model_length", "content_filter", "abort"])
+def test_what_ends_an_answer_is_read_by_its_other_name_too(reason: str) -> None:
+    assert group_of({"prompt": "p", "completion": "x", "stop_reason": reason}).completions[0].truncated
+    assert group_of({"messages": [USER, GOOD | {"stop_reason": reason}]}).completions[0].truncated
+    assert not group_of({"prompt": "p", "completion": "x", "stop_reason": 151645}).completions[0].truncated
+
+
+def test_openais_old_functions_are_tools() -> None:
+    bare = {"name": "weather", "parameters": {"type": "object"}}
+    assert group_of({"messages": [USER, GOOD], "functions": [bare]}).tools == ({"type": "function", "function": bare},)

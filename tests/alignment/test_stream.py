@@ -158,7 +158,7 @@ def test_skipped_rows_are_counted_and_named(
     assert named[0]["why"].startswith("is not valid JSON")
     assert named[1]["why"] == "chosen and rejected are the same"
     assert named[2]["why"] == "dpo needs two completions with different rewards; this row's rewards are []"
-    assert named[3]["why"] == "has none of the known fields; its columns are 'x'"
+    assert named[3]["why"].startswith("has none of the known fields; its columns are 'x'. Say by data.columns")
     assert f"from 20 rows, 4 bad ones skipped (the first: {path}:1: is not valid JSON" in data.report
 
 
@@ -498,3 +498,17 @@ def test_a_row_that_every_scorer_abstains_from_is_bad(
     with pytest.raises(DataError, match=r"chat\.jsonl:1: no scorer has a reward for this row: .*\(answer\)"):
         load(reader("grpo", rewards=[number], mixture=sources))
     assert load(reader("grpo", rewards=[number, length], mixture=sources)).num_train == 3
+
+
+def test_columns_that_nothing_reads_are_named(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
+    rows = [row | {"margin": 2, "answer": 4, "empty": None, "prompt_id": "1"} for row in pair_rows(3)]
+    report = load(reader(path=str(write_rows(rows)), keep=["answer"])).report
+    assert "; columns that are not read: margin, prompt_id" in report
+    assert "columns" not in load(reader(path=str(write_rows(pair_rows(3))))).report
+
+
+def test_a_row_without_an_answer_tells_which_columns_are_not_read(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    with pytest.raises(DataError, match=r"these columns are not read: 'response'\. Say by data\.columns"):
+        load(reader(path=str(write_rows([{"prompt": "the quick", "response": "brown"}]))))
