@@ -219,14 +219,17 @@ class Renderer:
         whole = self.render((*before, turn), inputs=inputs, answer_next=False)
         opened = None if begun else _opened_thought(prompt)
         thought, content = _thought_and_content(answer)
-        if not whole.startswith(prompt):
-            head = prompt if opened is None else prompt[: prompt.rindex(opened[0])]
-            if opened is None or not whole.startswith(head):
-                raise _moved(prompt, whole)
+        if whole.startswith(prompt):
+            rest = whole[len(prompt) :]
+        elif opened is not None and whole.startswith(prompt[: prompt.rindex(opened[0])]):
             if not (thought or "").strip():
                 raise _no_thought(opened)
             return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
-        rest = whole[len(prompt) :]
+        else:
+            behind = None if begun or opened else self._behind_last_turn(before, turn, inputs, prompt, whole)
+            if behind is None:
+                raise _moved(prompt, whole)
+            rest = behind
         if _calls(answer):
             return self._with_calls(before, turn, inputs, prompt, rest)
         body, tail = self._body(before, turn, inputs, rest, content)
@@ -242,6 +245,21 @@ class Renderer:
             return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
         end = "" if answer.truncated and answer.content else self._end(tail)
         return Answer(prompt=prompt, body=body, content=printed or "", end=end)
+
+    def _behind_last_turn(
+        self, before: Turns, turn: Message, inputs: TemplateInputs, prompt: str, whole: str
+    ) -> str | None:
+        """What a template that writes earlier turns otherwise, once an answer follows, writes behind the last of them.
+
+        That turn's text and all that the prompt has behind it must stand alike before the answer, so that the answer
+        goes on from there as it does from the prompt. None if it does not.
+        """
+        last = before[-1].content.strip()
+        start = prompt.rfind(last) if last else -1
+        marked = _without(dataclasses.replace(turn, content=SENTINEL), CALLS)
+        head = self.render((*before, marked), inputs=inputs, answer_next=False).partition(SENTINEL)[0]
+        stop = head.rfind(prompt[start:]) if start >= 0 and whole.startswith(head) else -1
+        return whole[stop + len(prompt) - start :] if stop >= 0 else None
 
     def as_generated(self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NOTHING, prompt: str) -> Answer:
         """An answer that a model wrote, behind the prompt as it stands, whatever the template makes of it.

@@ -38,6 +38,7 @@ MOVED = (  # the system's text stands in front of the last question
     "{{ '[Q] ' }}{% if first and m == questions[-1] %}{{ first + '\n\n' }}{% endif %}{{ m['content'] + ' [/Q]' }}"
     "{%- else -%}{{ ' ' + m['content'] + eos_token }}{%- endif -%}{%- endfor -%}"
 )
+LAST = MOVED.replace("m == questions[-1]", "loop.last")  # and nowhere once an answer follows, as Mistral's v0.3
 CALLING = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
@@ -317,6 +318,21 @@ def test_a_turn_that_is_left_out_is_refused_where_its_text_stands_elsewhere_by_c
     with pytest.raises(DataError, match="leaves out what role 'developer' says"):
         tokenize(only)(row(*turns, assistant("I.")))
     tokenize()(row(*turns, assistant("I.")))
+
+
+def test_a_system_text_that_is_gone_once_an_answer_follows_stays_in_the_prompt() -> None:
+    tok = tokenize(LAST)
+    turns = (Message(role="system", content="Be brief."), user("2 + 3?"), assistant("5"), user("3?"), assistant("3?"))
+    first, second = tok.examples(row(*turns, prompt=2))
+    assert tok.tokenizer.decode(first.prompt_tokens) == "[Q] Be brief.\n\n2 + 3? [/Q]"
+    assert tok.tokenizer.decode(second.prompt_tokens) == f"[Q] 2 + 3? [/Q] 5{EOS}[Q] Be brief.\n\n3? [/Q]"
+    assert [shown(tok, example) for example in (first, second)] == [f"« 5{EOS}»", f"« 3?{EOS}»"]
+
+
+def test_a_prompt_that_ends_otherwise_once_an_answer_follows_is_refused() -> None:
+    other = LAST.replace("m['content'] + ' [/Q]'", "m['content'] + (' [/Q]' if loop.last else ' [Q]')")
+    with pytest.raises(DataError, match="the text of the prompt changes when an answer follows"):
+        tokenize(other)(row(user("2 + 3?"), assistant("5")))
 
 
 def test_a_long_turn_that_is_left_out_is_refused_where_another_says_the_same() -> None:
