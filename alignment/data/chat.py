@@ -205,6 +205,7 @@ class GroupTokenizer:
         others = (value for values in ([turn.fields for turn in turns if turn.fields], group.tools) for value in values)
         if not (
             any(self.control.holds(turn.content, role=turn.role) for turn in turns)
+            or any(self.control.holds(turn.role) for turn in turns if not turn.role.isidentifier())
             or any(self.control.holds(text) for value in others for text in _texts(value))
         ):
             return group
@@ -212,11 +213,11 @@ class GroupTokenizer:
         as_text = self.data.control_tokens == "text" or not isinstance(group.prompt, str)
         if self.data.control_tokens == "control" or not as_text:
             return group
-        shield = self.control.shield
+        shield, shield_role = self.control.shield, self.control.shield_role
 
         def shielded(turn: Message) -> Message:
             content, fields = shield(turn.content, role=turn.role), shield(turn.fields, role=turn.role)
-            return dataclasses.replace(turn, content=content, fields=fields)
+            return dataclasses.replace(turn, role=shield_role(turn.role), content=content, fields=fields)
 
         return dataclasses.replace(
             group,

@@ -96,14 +96,18 @@ class ControlTokens:
         return value
 
     def shield_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Chat messages as templates take them, with every text shielded; roles stay."""
+        """Chat messages as templates take them, with every text shielded, and a role that is no word."""
         return [
             {
-                name: value if name == "role" else self.shield(value, role=str(message.get("role")))
+                name: self.shield_role(value) if name == "role" else self.shield(value, role=str(message.get("role")))
                 for name, value in message.items()
             }
             for message in messages
         ]
+
+    def shield_role(self, role: Any) -> Any:
+        """A speaker with stand-ins for control tokens, which no name has. A word stays, whatever the tokenizer has."""
+        return role if isinstance(role, str) and role.isidentifier() else self.shield(role)
 
     def is_shielded(self, text: str) -> bool:
         """Whether stand-ins are in a text."""
