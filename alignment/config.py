@@ -95,7 +95,7 @@ class LoraConfig(Section):
 TEMPLATE_ARGUMENTS = (
     *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "strftime_now"),
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
 )
 """What `apply_chat_template` takes besides the variables of a template."""
 

@@ -81,7 +81,6 @@ class Engine:
         registry = Registry(Path(settings.registry))
         state = registry.state()  # not what the service began with: this replica may be a late one
         self._served = served_version(settings.config, registry, state.current)
-        self._reads_control_tokens_as_text = settings.config.control_tokens == "text"
         self._chat_template = chat_template_of(settings.config, self._served)
         config = _llm_config(settings, self._served)
         self._server = LLMServer.sync_init(config)
@@ -91,7 +90,8 @@ class Engine:
         client = self._server.engine._engine_client
         self._cleanup.callback(client.shutdown)
         await _warm_up(client)
-        self._control_tokens = read_shielded_prompts(client.renderer)
+        reads_text = settings.config.control_tokens == "text"
+        self._control_tokens = read_shielded_prompts(client.renderer) if reads_text else None
         loader: Loader
         if self._served.adapter:
             loader = Adapters(self._server.engine._oai_models, registry)
@@ -114,8 +114,9 @@ class Engine:
         """
         self._asked += 1
         try:
-            is_shielded = route == "chat" and self._reads_control_tokens_as_text
-            request = _parse(route, shield_chat(self._control_tokens, body) if is_shielded else body)
+            if route == "chat" and self._control_tokens is not None:
+                body = shield_chat(self._control_tokens, body)
+            request = _parse(route, body)
             if isinstance(request, Reply):
                 yield request
             elif route == "tokenize":
@@ -149,13 +150,14 @@ class Engine:
         """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
         tokenizer = self._server.engine._engine_client.renderer.get_tokenizer()
         if "messages" in body:
-            ids = chat_prompt_ids(
-                tokenizer,
-                body["messages"],
-                control_tokens=self._control_tokens,
-                add_generation_prompt=body.get("add_generation_prompt", True),
-                chat_template=self._chat_template,
-            )
+            template: dict[str, Any] = {
+                "add_generation_prompt": body.get("add_generation_prompt", True),
+                "chat_template": self._chat_template,
+            }
+            if self._control_tokens is None:  # as chats are then read
+                ids = tokenizer.apply_chat_template(body["messages"], return_dict=False, **template)
+            else:
+                ids = chat_prompt_ids(tokenizer, body["messages"], control_tokens=self._control_tokens, **template)
         else:
             ids = tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]
         limit = self._server.engine._engine_client.model_config.max_model_len

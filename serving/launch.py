@@ -86,13 +86,10 @@ class Endpoint:
         question = {"messages": [{"role": "user", "content": "Hello!"}]} if self.can_chat else {"prompt": "Once upon"}
         route = "chat/completions" if self.can_chat else "completions"
         body = json.dumps({"model": self.names[0], **question, "max_tokens": 50})
-        note = (
-            ""
-            if self.can_chat
-            else (
-                " The model has no chat template, so chats are refused; chat_template=chatml or a Jinja file sets one."
-            )
+        no_template = (
+            " The model has no chat template, so chats are refused; chat_template=chatml or a Jinja file sets one."
         )
+        note = "" if self.can_chat else no_template
         key = " -H 'Authorization: Bearer KEY'" if self.keys else ""
         how = (
             f" with a KEY from `raylign keys create`; its page is {self.url}/"

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from alignment.config import is_template_variable
 from serving.guard import as_response
 from serving.issuing import Kind, chunks, issued
 from serving.routes import VERSION_HEADER, Service, key_of, wanted_version
@@ -31,26 +32,6 @@ REFUSED_FIELDS = {
     "media_io_kwargs": "there are only texts",
 }
 """Fields that vLLM reads and clients have no business with, and why."""
-
-RENDERING = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "documents",
-    "max_length",
-    "messages",
-    "padding",
-    "processor_kwargs",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-}
-"""What `chat_template_kwargs` may not set: how a template is rendered, not what it reads."""
 
 END = "data: [DONE]"
 """What ends a stream."""
@@ -267,8 +248,9 @@ def num_prompts(prompt: str | list[Any]) -> int:
 
 
 def _check_template_values(body: ChatBody) -> None:
-    for name in (body.chat_template_kwargs or {}).keys() & RENDERING:
-        raise Refused(400, f"chat_template_kwargs cannot set {name}: it holds values that the model's template reads.")
+    for name in body.chat_template_kwargs or {}:
+        if not is_template_variable(name):
+            raise Refused(400, f"chat_template_kwargs cannot set {name}: it holds what the model's template reads.")
 
 
 def _check_tools(asked: dict[str, Any], parser: str | None) -> None:
