@@ -98,11 +98,33 @@ def create_key(store: Store, *, name: str, role: Role) -> str:
         ConfigError: the name is not one.
         Conflict: it is taken.
     """
-    if not re.fullmatch(NAME, name):
-        raise ConfigError("a key's name has 1 to 100 letters, digits, dots, dashes, underscores and @, a letter first")
+    _check_name(name)
     stored, key = _new(name, role)
     store.add_key(stored)
     return key
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(NAME, name):
+        raise ConfigError("a key's name has 1 to 100 letters, digits, dots, dashes, underscores and @, a letter first")
+
+
+def register_key(store: Store, key: str, *, name: str, role: Role) -> None:
+    """Makes a key valid that was made elsewhere, in the form of ours. Once more with the same key changes nothing.
+
+    Raises:
+        ConfigError: the name is not one, or the key has another form.
+        Conflict: there is another key of this name.
+    """
+    _check_name(name)
+    parts = KEY.fullmatch(b"Bearer " + key.encode())
+    if parts is None:
+        raise ConfigError("a key is rk_, 16 hexadecimal digits, _, and 43 letters, digits, dashes and underscores")
+    stored = _stored(parts[1].decode(), parts[2], name=name, role=role)
+    wanted = (stored.name, stored.id, stored.digest, stored.role)
+    valid = [other for other in store.keys() if other.revoked is None]  # noqa: SIM118  # not a dict
+    if wanted not in [(other.name, other.id, other.digest, other.role) for other in valid]:
+        store.add_key(stored)
 
 
 def rotate_key(store: Store, name: str) -> str:
@@ -117,11 +139,14 @@ def rotate_key(store: Store, name: str) -> str:
 
 
 def _new(name: str, role: Role) -> tuple[StoredKey, str]:
+    id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    return _stored(id, secret.encode(), name=name, role=role), f"rk_{id}_{secret}"
+
+
+def _stored(id: str, secret: bytes, *, name: str, role: Role) -> StoredKey:
     from serving.store.records import StoredKey
 
-    id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    stored = StoredKey(id=id, name=name, role=role, digest=_digest(secret.encode()), created=time.time())
-    return stored, f"rk_{id}_{secret}"
+    return StoredKey(id=id, name=name, role=role, digest=_digest(secret), created=time.time())
 
 
 def _digest(secret: bytes) -> str:
@@ -149,10 +174,21 @@ def _create(
     name: Annotated[str, typer.Option(help="Who it is for. Judgements bear this name.")],
     role: Annotated[Role, typer.Option(help="user: completions and rewards; labeller: feedback too; admin: all.")],
     database: Database = None,
+    key_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE", help="Make the key valid that this environment variable holds; print nothing."
+        ),
+    ] = None,
 ) -> None:
     """Make a key and print it, this once: only its hash is kept."""
     with _store(database) as store:
-        typer.echo(create_key(store, name=name, role=role))
+        if key_from is None:
+            typer.echo(create_key(store, name=name, role=role))
+        else:
+            from alignment.rewards.remote import key_from as value_of
+
+            register_key(store, value_of(key_from), name=name, role=role)
 
 
 @commands.command("list")

@@ -1,9 +1,9 @@
-"""The rules a KubeRay file of ours must keep, as plain functions over its parsed documents.
+"""The rules a file of ours for Kubernetes must keep, as plain functions over its parsed documents.
 
 First the schema (kuberay_schema.json, strict), then what no schema knows: that versions agree, that the files mean what
-our own code reads, that nothing runs as root or without limits, that the network lets in only what is needed. A check
-yields its complaints as sentences, none if all is well. test_cluster_files.py breaks good files to prove that every
-check bites.
+our own code reads, that nothing runs as root or without limits, that the network lets in only what is needed, and all
+that is (reach.py). A check yields its complaints as sentences, none if all is well. test_cluster_files.py breaks good
+files to prove that every check bites.
 """
 
 import ipaddress
@@ -15,12 +15,12 @@ import tomllib
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pydantic
 import ray
 import yaml
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
@@ -28,34 +28,134 @@ from alignment.config import check_config
 from alignment.errors import ConfigError
 from cluster.config import load_run
 from cluster.plan import plan
-from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS
+from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS, application
 from serving.config import ServeConfig
+from serving.registry import Registry
+from serving.served import Served
+from tests.cluster.reach import (
+    CLIENT,
+    OPERATOR,
+    PROMETHEUS,
+    ROOT,
+    Document,
+    Place,
+    Pod,
+    allowed,
+    needs_of,
+    pods_of,
+    reach_problems,
+    selects,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = f"raylign:{PROJECT['version']}-gpu"
+RAY = ("RayJob", "RayService")
+VISITORS = {"kuberay-operator": {8265, 8000}, "prometheus": {8080, 8000}}
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+ANY_PORT = 34567
+"""One of those that Ray picks."""
+KILL_MARGIN_S = 15
+"""Between the end of Ray's drain and SIGKILL: what is left is ended then."""
 CLAIM = yaml.safe_load((ROOT / "configs" / "cluster" / "storage.yaml").read_text())["metadata"]["name"]
 
-Document = dict[str, Any]  # one YAML document, as parsed
 
-
-def kuberay_problems(documents: list[Document]) -> list[str]:
-    """What is wrong with a KubeRay file."""
+def file_problems(documents: list[Document]) -> list[str]:
+    """What is wrong with a file for Kubernetes by itself."""
     by_schema = [problem for document in documents for problem in schema_problems(document)]
     if by_schema:
         return by_schema  # what follows takes for granted what the schema promises
-    resource = next(document for document in documents if document["kind"] in ("RayJob", "RayService"))
-    cluster, pods = cluster_of(resource), pods_of(resource)
+    pods = {pod.name: pod for document in documents for pod in pods_of(document)}
+    if empty := [name for name, pod in pods.items() if not pod.spec["containers"]]:
+        return [f"{name}: no containers" for name in empty]
     return [
-        *version_problems(cluster, pods),
-        *scaling_problems(cluster),
-        *access_problems(cluster),
-        *(problem for name, pod in pods.items() for problem in pod_problems(name, pod)),
-        *container_problems("autoscaler", cluster.get("autoscalerOptions", {})),
+        *(problem for pod in pods.values() for problem in pod_problems(pod)),
         *network_problems(documents, pods),
-        *(job_problems(resource["spec"]) if resource["kind"] == "RayJob" else service_problems(resource["spec"])),
+        *(problem for document in documents if document["kind"] in RAY for problem in ray_problems(document)),
     ]
+
+
+def ray_problems(resource: Document) -> Iterator[str]:
+    cluster = cluster_of(resource)
+    if cluster.get("rayVersion") != ray.__version__:
+        yield f"rayVersion {cluster.get('rayVersion')} is not the installed Ray {ray.__version__}"
+    yield from scaling_problems(cluster)
+    yield from access_problems(cluster)
+    yield from container_problems("autoscaler", cluster.get("autoscalerOptions", {}))
+    yield from (problem for pod in pods_of(resource) for problem in drain_problems(pod))
+    yield from job_problems(resource["spec"]) if resource["kind"] == "RayJob" else service_problems(resource["spec"])
+
+
+def place_problems(documents: list[Document]) -> list[str]:
+    """What is wrong with all files together: who cannot reach whom, and what they count on that is not there."""
+    place = Place.of(documents)
+    claims = {document["metadata"]["name"] for document in documents if document["kind"] == "PersistentVolumeClaim"}
+    return [
+        *(problem for document in documents for problem in reach_problems(place, needs_of(document))),
+        *visitor_problems(place),
+        *(problem for pod in place.pods.values() for problem in claim_problems(pod, claims)),
+        *budget_problems(place),
+    ]
+
+
+def visitor_problems(place: Place) -> Iterator[str]:
+    """Who comes from outside these files, and has to be let in."""
+    for pod in place.pods.values():
+        if pod.labels.get("ray.io/node-type") == "head" and not allowed(place, pod, "ingress", OPERATOR, 8265):
+            yield f"{pod.name}: the operator may not deploy"
+        if "ray.io/node-type" in pod.labels and not allowed(place, pod, "ingress", PROMETHEUS, 8080):
+            yield f"{pod.name}: Prometheus may not read its metrics"
+        if "serve" in ports_of(pod) and not allowed(place, pod, "ingress", CLIENT, ports_of(pod)["serve"]):
+            yield f"{pod.name}: clients may not ask it"
+        if not all(_may_meet(place, pod, other) for other in place.pods.values() if _are_of_one_ray(pod, other)):
+            yield f"{pod.name}: Ray's nodes may not reach each other"
+
+
+def _are_of_one_ray(pod: Pod, other: Pod) -> bool:
+    return "/" in pod.name and pod.name.partition("/")[0] == other.name.partition("/")[0]
+
+
+def _may_meet(place: Place, pod: Pod, other: Pod) -> bool:
+    return all(allowed(place, pod, way, other.labels, ANY_PORT) for way in ("egress", "ingress"))
+
+
+def is_worker(pod: Pod) -> bool:
+    return pod.labels.get("ray.io/node-type") == "worker"
+
+
+def ports_of(pod: Pod) -> dict[str, int]:
+    return {port["name"]: port["containerPort"] for port in pod.container.get("ports", [])}
+
+
+def claim_problems(pod: Pod, claims: set[str]) -> Iterator[str]:
+    for volume in pod.spec.get("volumes", []):
+        name = volume.get("persistentVolumeClaim", {}).get("claimName")
+        if name is not None and name not in claims:
+            yield f"{pod.name}: there is no claim {name}"
+
+
+def budget_problems(place: Place) -> Iterator[str]:
+    budgets = [document["spec"] for document in place.documents if document["kind"] == "PodDisruptionBudget"]
+    for budget in budgets:
+        if not any(selects(budget["selector"], pod.labels) for pod in place.pods.values()):
+            yield f"the PodDisruptionBudget for {budget['selector']} is for no pod"
+    for pod in place.pods.values():
+        matching = [budget for budget in budgets if selects(budget["selector"], pod.labels)]
+        if is_worker(pod) and not matching:
+            yield f"{pod.name}: all its nodes may be drained at once"
+        if len(matching) > 1:
+            yield f"{pod.name}: two PodDisruptionBudgets, with which Kubernetes evicts nothing"
+
+
+def drain_problems(pod: Pod) -> Iterator[str]:
+    """Ray ends what runs on a node within a time of its own, that Kubernetes has to leave it."""
+    if "ray.io/node-type" not in pod.labels:
+        return
+    grace, drain = pod.spec.get("terminationGracePeriodSeconds", 30), pod.value(DRAIN)
+    if drain is None:
+        yield f"{pod.name}: no {DRAIN}: Ray drains for 30 s, whatever else is configured"
+    elif float(drain) + KILL_MARGIN_S > grace:
+        yield f"{pod.name}: {DRAIN} {drain} leaves less than {KILL_MARGIN_S} s of terminationGracePeriodSeconds {grace}"
 
 
 def schema_problems(document: Document) -> Iterator[str]:
@@ -73,31 +173,12 @@ def cluster_of(resource: Document) -> Document:
     return cluster
 
 
-def pods_of(resource: Document) -> dict[str, Document]:
-    """Pod templates by name: head, every worker group, and the submitter of a RayJob."""
-    cluster = cluster_of(resource)
-    pods = {"head": cluster["headGroupSpec"]["template"]}
-    pods |= {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
-    if "submitterPodTemplate" in resource["spec"]:
-        pods["submitter"] = resource["spec"]["submitterPodTemplate"]
-    return pods
-
-
-def version_problems(cluster: Document, pods: dict[str, Document]) -> Iterator[str]:
-    if cluster.get("rayVersion") != ray.__version__:
-        yield f"rayVersion {cluster.get('rayVersion')} is not the installed Ray {ray.__version__}"
-    for name, pod in pods.items():
-        for container in pod["spec"]["containers"]:
-            if container.get("image") != IMAGE:
-                yield f"{name}: image {container.get('image')} is not {IMAGE}"
-
-
 def scaling_problems(cluster: Document) -> Iterator[str]:
     if not cluster.get("enableInTreeAutoscaling") or cluster.get("autoscalerOptions", {}).get("version") != "v2":
         yield "the v2 autoscaler is not on"
     for group in cluster["workerGroupSpecs"]:
         low, now, high = group["minReplicas"], group.get("replicas", group["minReplicas"]), group["maxReplicas"]
-        if not low <= now <= high:
+        if not 0 <= low <= now <= high:
             yield f"{group['groupName']}: minReplicas {low} <= replicas {now} <= maxReplicas {high} does not hold"
 
 
@@ -108,26 +189,45 @@ def access_problems(cluster: Document) -> Iterator[str]:
         yield "the head is exposed outside the cluster"
 
 
-def pod_problems(name: str, pod: Document) -> Iterator[str]:
-    spec = pod["spec"]
-    yield from pod_security_problems(name, spec)
-    for container in spec["containers"] + spec.get("initContainers", []):
-        yield from container_problems(f"{name}/{container['name']}", container)
-    if name != "submitter":  # it does one thing and ends
-        yield from volume_problems(name, spec)
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            if probe not in spec["containers"][0]:
-                yield f"{name}: no {probe}"
+def pod_problems(pod: Pod) -> Iterator[str]:
+    yield from pod_security_problems(pod.name, pod.spec)
+    for container in pod.spec["containers"] + pod.spec.get("initContainers", []):
+        yield from container_problems(f"{pod.name}/{container['name']}", container)
+        yield from image_problems(f"{pod.name}/{container['name']}", container.get("image", ""))
+    if pod.spec.get("restartPolicy") in ("Never", "OnFailure"):
+        return  # it does one thing and ends
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        if probe not in pod.container:
+            yield f"{pod.name}: no {probe}"
+        elif not pod.container[probe].keys() & {"httpGet", "exec", "tcpSocket", "grpc"}:
+            yield f"{pod.name}: its {probe} asks nothing"
+    if "ray.io/node-type" in pod.labels:
+        yield from volume_problems(pod.name, pod.spec)
+
+
+def image_problems(name: str, image: str) -> Iterator[str]:
+    if image.startswith("raylign"):
+        if image != IMAGE:
+            yield f"{name}: image {image} is not {IMAGE}"
+    elif not re.fullmatch(r"\w+:\d+\.\d+(\.\d+)?", image):
+        yield f"{name}: image {image} has no version"
 
 
 def pod_security_problems(name: str, spec: Document) -> Iterator[str]:
+    """The `restricted` Pod Security Standard, and no credentials for Kubernetes but the autoscaler's."""
     context = spec.get("securityContext", {})
     if not context.get("runAsNonRoot") or not context.get("runAsUser"):
         yield f"{name}: the pod may run as root"
     if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         yield f"{name}: no seccomp profile"
+    for key in ("hostNetwork", "hostPID", "hostIPC"):
+        if spec.get(key):
+            yield f"{name}: {key} reaches into the node"
+    for volume in spec.get("volumes", []):
+        if "hostPath" in volume:
+            yield f"{name}: hostPath reaches into the node"
     # The head's autoscaler talks to Kubernetes; nothing else has a reason to hold its credentials.
-    if name != "head" and spec.get("automountServiceAccountToken") is not False:
+    if not name.endswith("/head") and spec.get("automountServiceAccountToken") is not False:
         yield f"{name}: the service account token is mounted"
 
 
@@ -160,6 +260,8 @@ def container_problems(name: str, container: Document) -> Iterator[str]:
             yield f"{name}: requests more {resource} than its limit"
     if requests.get("nvidia.com/gpu") != limits.get("nvidia.com/gpu"):
         yield f"{name}: GPUs requested and limited differ, which Kubernetes refuses"
+    if context.get("privileged"):
+        yield f"{name}: is privileged"
     if context.get("allowPrivilegeEscalation") is not False:
         yield f"{name}: can gain privileges"
     if "ALL" not in context.get("capabilities", {}).get("drop", []):
@@ -181,32 +283,39 @@ def amount(quantity: str | float) -> Decimal:
     return Decimal(number) * Decimal(1024 if suffix.endswith("i") else 1000) ** thousands
 
 
-def network_problems(documents: list[Document], pods: dict[str, Document]) -> Iterator[str]:
+def network_problems(documents: list[Document], pods: dict[str, Pod]) -> Iterator[str]:
     policies = [document["spec"] for document in documents if document["kind"] == "NetworkPolicy"]
     for name, pod in pods.items():
-        labels = pod.get("metadata", {}).get("labels", {}).items()
-        if not any(labels >= policy["podSelector"].get("matchLabels", {}).items() for policy in policies):
+        if "administration" in pod.labels.values() and not policies:
+            continue  # promote.yaml's is in keys.yaml
+        selecting = [policy for policy in policies if selects(policy["podSelector"], pod.labels)]
+        directions = {way for policy in selecting for way in policy["policyTypes"]}
+        if not directions:
             yield f"{name}: no NetworkPolicy selects the pod"
+        elif directions != {"Ingress", "Egress"}:
+            yield f"{name}: the NetworkPolicy leaves a direction open"
     for policy in policies:
-        if set(policy.get("policyTypes", [])) != {"Ingress", "Egress"}:
-            yield "the NetworkPolicy leaves a direction open"
+        chosen = [pod for pod in pods.values() if selects(policy["podSelector"], pod.labels)]
         for rule in policy.get("ingress", []):
-            yield from ingress_problems(rule, own=policy["podSelector"])
+            yield from ingress_problems(rule, policy["podSelector"], chosen)
         for rule in policy.get("egress", []):
             yield from egress_problems(rule)
 
 
-def ingress_problems(rule: Document, own: Document) -> Iterator[str]:
+def ingress_problems(rule: Document, own: Document, pods: list[Pod]) -> Iterator[str]:
     ports = {port.get("port") for port in rule.get("ports", [])} or {"any"}
+    on_ray = any("ray.io/node-type" in pod.labels for pod in pods)
+    open_ports = {8000} if on_ray else {port for pod in pods for port in ports_of(pod).values()}
     if not rule.get("from"):
         yield f"everyone may reach port {ports}"
     for peer in rule.get("from", []):
         if peer == {"podSelector": own}:
             continue  # Ray's nodes among themselves
         labels = peer.get("podSelector", {}).get("matchLabels", {})
+        beside = {port for name, more in VISITORS.items() if name in labels.values() for port in more}
         if not labels:
             yield f"port {ports} is open to peers that no pod label names: {peer}"
-        elif not ports <= ({8265, 8000} if "kuberay-operator" in labels.values() else {8000}):
+        elif not ports <= open_ports | beside:
             yield f"port {ports} is more than {labels} needs"
 
 
@@ -281,14 +390,14 @@ def serve_problems(text: str, spec: Document) -> Iterator[str]:
     http = config.get("http_options", {})
     yield from unknown_keys(config, ServeDeploySchema)
     yield from unknown_keys(http, HTTPOptionsSchema)
-    for application in config["applications"]:
-        yield from unknown_keys(application, ServeApplicationSchema)
-        if application["import_path"] != "serving:build":
-            yield f"import_path {application['import_path']} is not serving:build"
-        for deployment in application.get("deployments", []):
+    for each in config["applications"]:
+        yield from unknown_keys(each, ServeApplicationSchema)
+        if each["import_path"] != "serving:build":
+            yield f"import_path {each['import_path']} is not serving:build"
+        for deployment in each.get("deployments", []):
             yield from deployment_problems(deployment)
         try:
-            endpoint = check_config(application.get("args", {}), kind=ServeConfig)
+            endpoint = check_config(each.get("args", {}), kind=ServeConfig)
         except ConfigError as error:
             yield f"args: {error}"
         else:
@@ -300,22 +409,46 @@ def endpoint_problems(endpoint: ServeConfig, http: Document, spec: Document) -> 
         yield "args.checkpoint is not on the shared volume"
     if endpoint.device != "cuda":
         yield "args.device is not cuda: the endpoint is built before a GPU node is up"
+        return
     if endpoint.target_ongoing_requests >= endpoint.max_num_seqs:
         yield "args.target_ongoing_requests is not below max_num_seqs: the engine never scales"
     bundle = {"CPU": REPLICA_CPUS, "GPU": float(endpoint.tensor_parallel_size)}
     room = room_for(bundle, spec["rayClusterConfig"])
     if endpoint.max_replicas > room:
         yield f"args.max_replicas {endpoint.max_replicas} where there is room for {room}"
+    gpus = room_for({"GPU": 1.0}, spec["rayClusterConfig"])
+    if (wanted := gpus_wanted(endpoint)) > gpus:
+        yield f"all deployments together may want {wanted:g} GPUs where there is room for {gpus}"
+    if re.search(r"/checkpoints/step-\d+$", endpoint.checkpoint) is None:
+        yield "args.checkpoint is not one step's folder: which one it means may change from start to start"
+    service = {"kind": "RayService", "metadata": {"name": "service"}, "spec": spec}
+    drains = [float(pod.value(DRAIN) or 30) for pod in pods_of(service) if is_worker(pod)]
     # An answer may take the first of these; each that follows waits for what the one before allows.
     waits = {
         "args.request_timeout_s": endpoint.request_timeout_s,
         "http_options.request_timeout_s": http.get("request_timeout_s") or 0,
         "args.drain_timeout_s": endpoint.drain_timeout_s,
+        DRAIN: min(drains),
         "rayClusterDeletionDelaySeconds": spec.get("rayClusterDeletionDelaySeconds", 60),
     }
     for (first, shorter), (then, longer) in itertools.pairwise(waits.items()):
         if shorter >= longer:
             yield f"{then} {longer} is not longer than {first} {shorter}: running answers are cut"
+
+
+def gpus_wanted(endpoint: ServeConfig) -> float:
+    """GPUs of all replicas that an endpoint's deployments may have at once."""
+    served = Served(name="assistant", source="/model", base_name=None, adapter=None, room=None)
+    bound, gpus = [application(endpoint, served, Registry(Path("/nowhere")))._bound_deployment], 0.0
+    while bound:
+        deployment = bound.pop()
+        bundles = deployment._replica_config.placement_group_bundles or [deployment.ray_actor_options or {}]
+        each = sum(bundle.get("GPU", bundle.get("num_gpus", 0)) for bundle in bundles)
+        scaling = deployment._deployment_config.autoscaling_config
+        gpus += each * (scaling.max_replicas if scaling else deployment.num_replicas)
+        parts = [*deployment.init_args, *deployment.init_kwargs.values()]
+        bound += [part._bound_deployment for part in parts if isinstance(part, Application)]
+    return float(gpus)
 
 
 def deployment_problems(deployment: Document) -> Iterator[str]:

@@ -8,6 +8,8 @@ nothing.
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,20 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.cluster.kuberay import IMAGE, PROJECT, ROOT, SCHEMA, Document, kuberay_problems, schema_problems
+from tests.cluster.kuberay import IMAGE, PROJECT, ROOT, SCHEMA, Document, file_problems, schema_problems
 
 CLUSTER_FILES = ROOT / "configs" / "cluster"
 RAY_UP_FILES = ["aws.yaml", "on_premise.yaml"]
-KUBERAY_FILES = ["rayjob.yaml", "rayservice.yaml"]
+KUBERNETES_FILES = [
+    "database.yaml",
+    "keys.yaml",
+    "promote.yaml",
+    "rayjob.yaml",
+    "rayservice.yaml",
+    "redis.yaml",
+    "reward_server.yaml",
+    "storage.yaml",
+]
 RAY_UP_SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 
 Where = tuple[str | int, ...]  # keys and list indices, from the list of documents down
@@ -52,9 +63,8 @@ def changed(documents: list[Document], path: Where, value: object) -> list[Docum
 
 
 def test_every_cluster_file_is_checked_here() -> None:
-    assert sorted(path.name for path in CLUSTER_FILES.glob("*.yaml")) == sorted(
-        [*RAY_UP_FILES, *KUBERAY_FILES, "storage.yaml"]
-    )
+    files = sorted(path.name for path in CLUSTER_FILES.glob("*.yaml"))
+    assert files == sorted([*RAY_UP_FILES, *KUBERNETES_FILES])
 
 
 # ---------------------------------------------------------------------------------------------------------- ray up
@@ -111,6 +121,9 @@ def ray_up_docker_problems(docker: Document) -> Iterator[str]:
 
 
 def ray_up_security_problems(prepared: Document) -> Iterator[str]:
+    for name, node_type in prepared["available_node_types"].items():
+        if prepared["provider"]["type"] == "aws" and not node_type["node_config"].get("SecurityGroupIds"):
+            yield f"{name}: no SecurityGroupIds: the group that Ray makes lets SSH in from everywhere"
     if "-e RAY_AUTH_MODE=token" not in prepared["docker"]["run_options"]:
         yield "docker.run_options does not turn token authentication on"
     if "/home/ray/.ray/auth_token" not in prepared["file_mounts"]:
@@ -120,8 +133,16 @@ def ray_up_security_problems(prepared: Document) -> Iterator[str]:
 
 
 def ray_up_command_problems(prepared: Document) -> Iterator[str]:
-    if not any("raylign" in command and "[gpu]" in command for command in prepared["setup_commands"]):
-        yield "setup_commands does not install raylign[gpu]"
+    for kind in ("head", "worker"):
+        # As `ray up` runs them. Ray has joined those for all nodes with each kind's own.
+        commands = [command for command in prepared[f"{kind}_setup_commands"] if "pip install" in command]
+        wheel = f"/home/ray/raylign/dist/raylign-{PROJECT['version']}-py3-none-any.whl"
+        if not any(command.endswith(f"--no-deps {wheel}") for command in commands):
+            yield f"{kind}: does not install {wheel}"
+        if not any(
+            "--no-deps" in command and re.search(r"-r \S*(locks/gpu|head)\.txt", command) for command in commands
+        ):
+            yield f"{kind}: does not install a lock"
     if not any("--autoscaling-config=~/ray_bootstrap_config.yaml" in c for c in prepared["head_start_ray_commands"]):
         yield "the head starts without an autoscaler"
     if not any("--address=$RAY_HEAD_IP:6379" in command for command in prepared["worker_start_ray_commands"]):
@@ -156,7 +177,15 @@ BROKEN_RAY_UP_FILES: dict[str, tuple[str, Where, object, str]] = {
     "an open dashboard": ("aws.yaml", ("head_start_ray_commands", 1), "ray start --head", "loopback"),
     "a head without autoscaler": ("aws.yaml", ("head_start_ray_commands",), [], "without an autoscaler"),
     "workers on their own": ("aws.yaml", ("worker_start_ray_commands",), ["ray start"], "do not join"),
-    "nothing installed": ("aws.yaml", ("setup_commands",), [], "raylign[gpu]"),
+    "nothing installed": ("aws.yaml", ("worker_setup_commands",), [], "worker: does not install"),
+    "a wheel by chance": ("on_premise.yaml", ("setup_commands", 2), "pip install dist/*.whl", "does not install /home"),
+    "no lock": ("aws.yaml", ("head_setup_commands", 1), "true", "head: does not install a lock"),
+    "SSH from everywhere": (
+        "aws.yaml",
+        (*TYPES, "head", "node_config", "SecurityGroupIds"),
+        DELETE,
+        "SSH in from every",
+    ),
     "no head machine": ("on_premise.yaml", ("provider", "head_ip"), DELETE, "head_ip"),
     "a key at the wrong level": ("on_premise.yaml", ("worker_ips",), [], "worker_ips"),
     "more workers than machines": ("on_premise.yaml", ("max_workers",), 5, "4 machines does not hold"),
@@ -176,12 +205,25 @@ def test_a_broken_ray_up_file_is_refused(
     assert complaint in " ".join([*problems, printed.out, printed.err])
 
 
+def test_what_the_head_runs_needs_no_vllm() -> None:
+    """It starts workers, engines and replicas elsewhere; aws.yaml's head has it not."""
+    code = """
+import sys; sys.modules["vllm"] = None
+from pathlib import Path
+import cluster.engines, cluster.failing, cluster.worker, serving.app, serving.launch, serving.served
+from cluster.config import load_run
+from cluster.launch import _engine_settings
+assert _engine_settings(load_run(Path("configs/align/grpo_8b.yaml"), []), gpu=True).device == "cuda"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 # --------------------------------------------------------------------------------------------------------- KubeRay
 
 
-@pytest.mark.parametrize("name", KUBERAY_FILES)
-def test_a_kuberay_file_passes_the_schema_and_our_rules(name: str) -> None:
-    assert kuberay_problems(load(name)) == []
+@pytest.mark.parametrize("name", KUBERNETES_FILES)
+def test_a_file_for_kubernetes_passes_the_schema_and_our_rules(name: str) -> None:
+    assert file_problems(load(name)) == []
 
 
 def test_the_schema_is_a_valid_schema_and_strict_everywhere() -> None:
@@ -234,7 +276,7 @@ BROKEN_JOBS: dict[str, tuple[Where, object, str]] = {
     "an authentication that does not exist": ((*CLUSTER, "authOptions", "mode"), "tokens", "'tokens'"),
     "a group key with a typo": ((*GROUP, "maxReplica"), 4, "maxReplica"),
     "a string for a number": ((*GROUP, "minReplicas"), "0", "'0' is not of type 'integer'"),
-    "fewer than no replicas": ((*GROUP, "minReplicas"), -1, "minimum"),
+    "fewer than no replicas": ((*GROUP, "minReplicas"), -1, "does not hold"),
     "no maxReplicas": ((*GROUP, "maxReplicas"), DELETE, "'maxReplicas' is a required property"),
     "a number for a string": ((*GROUP, "rayStartParams"), {"num-cpus": 8}, "8 is not of type 'string'"),
     "a pod key with a typo": ((*WORKER, "volums"), [], "volums"),
@@ -306,14 +348,14 @@ BROKEN_JOBS: dict[str, tuple[Where, object, str]] = {
     "ingress to every port": ((*INGRESS, 1, "ports"), DELETE, "more than"),
     "ingress to the GCS": ((*INGRESS, 1, "ports", 0, "port"), 6379, "more than"),
     "egress not restricted": ((1, "spec", "policyTypes"), ["Ingress"], "direction"),
-    "egress to the metadata service": ((*EGRESS, 2, "to", 0, "ipBlock", "except"), [], "metadata service"),
-    "egress to anywhere": ((*EGRESS, 2, "to"), DELETE, "connect to anything"),
+    "egress to the metadata service": ((*EGRESS, 5, "to", 0, "ipBlock", "except"), [], "metadata service"),
+    "egress to anywhere": ((*EGRESS, 5, "to"), DELETE, "connect to anything"),
 }
 
 
 @pytest.mark.parametrize(("path", "value", "complaint"), BROKEN_JOBS.values(), ids=BROKEN_JOBS.keys())
 def test_a_broken_rayjob_is_refused(path: Where, value: object, complaint: str) -> None:
-    assert complaint in "\n".join(kuberay_problems(changed(load("rayjob.yaml"), path, value)))
+    assert complaint in "\n".join(file_problems(changed(load("rayjob.yaml"), path, value)))
 
 
 BROKEN_ENTRYPOINTS = {
@@ -334,7 +376,7 @@ BROKEN_ENTRYPOINTS = {
 def test_a_broken_entrypoint_is_refused(added: str, complaint: str) -> None:
     documents = load("rayjob.yaml")
     documents[0]["spec"]["entrypoint"] += f" {added}"
-    assert complaint in "\n".join(kuberay_problems(documents))
+    assert complaint in "\n".join(file_problems(documents))
 
 
 SERVICE_CLUSTER = (*JOB, "rayClusterConfig")
@@ -342,7 +384,7 @@ CLIENTS = (1, "spec", "ingress", 1)
 
 BROKEN_SERVICES: dict[str, tuple[Where, object, str]] = {
     "a RayService key with a typo": ((*JOB, "serveConfig"), "", "serveConfig"),
-    "a strategy that does not exist": ((*JOB, "upgradeStrategy", "type"), "NewClusters", "NewClusters"),
+    "a strategy that does not exist": ((*JOB, "upgradeStrategy", "type"), "NewClusters", "interrupts"),
     "no strategy": ((*JOB, "upgradeStrategy"), DELETE, "interrupts"),
     "another Ray": ((*SERVICE_CLUSTER, "rayVersion"), "2.59.0", "rayVersion 2.59.0"),
     "min above max": ((*SERVICE_CLUSTER, "workerGroupSpecs", 0, "maxReplicas"), 0, "does not hold"),
@@ -364,7 +406,7 @@ BROKEN_SERVICES: dict[str, tuple[Where, object, str]] = {
 
 @pytest.mark.parametrize(("path", "value", "complaint"), BROKEN_SERVICES.values(), ids=BROKEN_SERVICES.keys())
 def test_a_broken_rayservice_is_refused(path: Where, value: object, complaint: str) -> None:
-    assert complaint in "\n".join(kuberay_problems(changed(load("rayservice.yaml"), path, value)))
+    assert complaint in "\n".join(file_problems(changed(load("rayservice.yaml"), path, value)))
 
 
 BROKEN_SERVE_CONFIGS = {
@@ -383,18 +425,18 @@ BROKEN_SERVE_CONFIGS = {
     "a deployment key with a typo": ("autoscaling_config:", "autoscaling:", "DeploymentSchema has no key autoscaling"),
     "an autoscaling key with a typo": ("{min_replicas:", "{min_replica:", "AutoscalingConfig has no key min_replica"),
     "a deployment that does not exist": ("name: ingress", "name: Ingress", "no deployment Ingress"),
-    "min above max": ("{min_replicas: 1", "{min_replicas: 5", "ingress: autoscaling_config"),
+    "min above max": ("{min_replicas: 2", "{min_replicas: 5", "ingress: autoscaling_config"),
     "a word for a number": ("max_replicas: 4,", "max_replicas: none,", "max_replicas"),
     "no import_path": ("import_path:", "importpath:", "import_path"),
     "another application": ("serving:build", "serving.app:build", "import_path"),
     "an argument with a typo": ("max_num_seqs:", "max_seqs:", "args: max_seqs: unknown key; did you mean"),
     "an argument that does not exist": ("device: cuda", "api_keys_file: keys", "args: api_keys_file: unknown key"),
-    "an argument out of range": ("min_replicas: 1\n", "min_replicas: 5\n", "args: the whole file: min_replicas (5)"),
+    "an argument out of range": ("min_replicas: 2  #", "min_replicas: 5  #", "args: the whole file: min_replicas (5)"),
     "no checkpoint": ("checkpoint: /", "# /", "args: checkpoint: is required"),
     "a checkpoint elsewhere": ("checkpoint: /checkpoints/", "checkpoint: hub/", "shared volume"),
     "a device that is not there yet": ("device: cuda", "device: auto", "not cuda"),
     "a target out of reach": ("target_ongoing_requests: 32", "target_ongoing_requests: 64", "never scales"),
-    "engines that find no GPU": ("max_replicas: 4\n", "max_replicas: 5\n", "room for 4"),
+    "engines that find no GPU": ("max_replicas: 4\n", "max_replicas: 7\n", "room for 6"),
     "engines too large for a pod": ("max_num_seqs:", "tensor_parallel_size: 2\n      max_num_seqs:", "room for 0"),
     "a proxy that is impatient": ("request_timeout_s: 630", "request_timeout_s: 60", "running answers are cut"),
     "no limit in the proxy": ("request_timeout_s: 630", "keep_alive_timeout_s: 90", "running answers are cut"),
@@ -408,4 +450,4 @@ def test_a_broken_serve_config_is_refused(old: str, new: str, complaint: str) ->
     text = documents[0]["spec"]["serveConfigV2"]
     assert text.count(old) == 1
     documents[0]["spec"]["serveConfigV2"] = text.replace(old, new)
-    assert complaint in "\n".join(kuberay_problems(documents))
+    assert complaint in "\n".join(file_problems(documents))

@@ -47,9 +47,9 @@ def soon(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def raylign(*arguments: str, database: str) -> subprocess.CompletedProcess[str]:
+def raylign(*arguments: str, database: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "alignment.cli", "keys", *arguments]
-    environment = {**os.environ, "RAYLIGN_DATABASE": database}
+    environment = {**os.environ, "RAYLIGN_DATABASE": database, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -142,6 +142,25 @@ def test_keys_are_managed_by_command(tmp_path: Path) -> None:
     assert rotated.split("_", 2)[2] not in told
     keys.close()
     store.close()
+
+
+def test_a_key_that_was_made_elsewhere_becomes_valid_by_command_and_is_printed_nowhere(tmp_path: Path) -> None:
+    """Such as one that lies in a Secret of Kubernetes, whose job may run again."""
+    database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
+    key = f"rk_{'a1' * 8}_{'Secret-_' * 5}abc"
+    command = ("create", "--name", "operator", "--role", "admin", "--key-from", "FIRST_KEY")
+    for _ in range(2):
+        ended = raylign(*command, database=database, FIRST_KEY=key)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    store = Store(database)
+    keys = Keys(store)
+    assert keys.who(bearer(key)) == Key(name="operator", role="admin")
+    keys.close()
+    store.close()
+    for value in (key[:-1], "", f"{key}\n{key}"):
+        assert raylign(*command, database=database, FIRST_KEY=value).returncode != 0
+    other = raylign(*command, database=database, FIRST_KEY=key.replace("a1", "b2"))
+    assert other.returncode != 0 and "operator" in other.stderr and key[20:] not in other.stderr
 
 
 def test_a_name_is_used_once_because_judgements_bear_it(store: Store) -> None:
