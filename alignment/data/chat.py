@@ -248,8 +248,9 @@ class GroupTokenizer:
         wholes = []
         for completion in group.completions:
             answer = self._answer(group, completion, prompt, begun)
-            ids = self.control.encode(answer.text).ids
-            wholes.append((ids, [True] * len(ids)))
+            encoding = self.control.encode(answer.text)
+            _, answer_stop = answer.span
+            wholes.append((encoding.ids, [start < answer_stop for start, _ in encoding.spans]))
         return self._layout(prompt, group, wholes)
 
     def _answer(self, group: Group, completion: Completion, prompt: str, begun: bool) -> Answer:

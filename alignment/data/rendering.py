@@ -49,7 +49,7 @@ NOTHING = TemplateInputs()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer behind its prompt: `prompt + body + end` is what a model reads and writes."""
+    """One answer behind its prompt: `body + end` is what a model writes after it."""
 
     prompt: str
     """The rendered turns before it, ending exactly where generation would begin."""
@@ -58,11 +58,19 @@ class Answer:
     content: str
     """The end of `body` that is the answer's own text."""
     end: str
-    """What ends the turn: up to and with its end token, and the white space behind; empty if the answer was cut."""
+    """What ends the turn, up to and with its end token; empty if the answer was cut."""
+    space: str = ""
+    """The white space that the template writes behind the end token, and no model does."""
 
     @property
     def text(self) -> str:
-        return self.prompt + self.body + self.end
+        """All that the template writes."""
+        return self.prompt + self.body + self.end + self.space
+
+    @property
+    def span(self) -> Span:
+        """Characters of `text` that a model writes."""
+        return len(self.prompt), len(self.text) - len(self.space)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,8 +251,8 @@ class Renderer:
             if not (thought or "").strip():
                 raise _no_thought(opened)
             return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
-        end = "" if answer.truncated and answer.content else self._end(tail)
-        return Answer(prompt=prompt, body=body, content=printed or "", end=end)
+        end, space = ("", "") if answer.truncated and answer.content else self._end(tail)
+        return Answer(prompt=prompt, body=body, content=printed or "", end=end, space=space)
 
     def _behind_last_turn(
         self, before: Turns, turn: Message, inputs: TemplateInputs, prompt: str, whole: str
@@ -269,8 +277,9 @@ class Renderer:
         """
         self.render((*turns, answer), inputs=inputs, answer_next=False)
         tail = self._tail(turns, answer, inputs)
-        end = "" if tail is None or (answer.truncated and answer.content) else self._end(tail)
-        return Answer(prompt=prompt, body=answer.content, content=answer.content, end=end)
+        is_cut = tail is None or (answer.truncated and answer.content)
+        end, space = ("", "") if is_cut else self._end(tail or "")
+        return Answer(prompt=prompt, body=answer.content, content=answer.content, end=end, space=space)
 
     def conversation(
         self, turns: Turns, answers: Sequence[int], *, inputs: TemplateInputs = NOTHING, begun: bool
@@ -304,7 +313,7 @@ class Renderer:
                 return None
             spans.append((len(prompt), stop))
         first = text[: spans[0][0]] if spans else last_prompt
-        return Conversation(text=text, prompt=first, spans=(*spans, (len(last_prompt), len(text))))
+        return Conversation(text=text, prompt=first, spans=(*spans, last.span))
 
     def _stop(
         self, text: str, prompt: str, turns: Turns, last: Answer, inputs: TemplateInputs, begun: bool
@@ -315,8 +324,8 @@ class Renderer:
         turn, start = turns[-1], len(prompt)
         if last.end and not turn.truncated and not _calls(turn) and _thought_and_content(turn)[0] is None and not begun:
             for form in _forms(turn.content):  # the common case, without rendering it
-                if text.startswith(form + last.end.rstrip(), start) and not _opened_thought(prompt):
-                    return _behind(text, start + len(form), last.end)
+                if text.startswith(form + last.end, start) and not _opened_thought(prompt):
+                    return start + len(form + last.end)
         answer = self.answer(turns[:-1], turn, inputs=inputs, prompt=prompt, begun=begun)
         wrapper = answer.body[: len(answer.body) - len(answer.content)]
         if text.startswith(answer.body, start):
@@ -328,9 +337,9 @@ class Renderer:
         if turn.truncated:
             return stop
         end = answer.end or next((end for end in self.end_texts if text.startswith(end, stop)), "")
-        if not text.startswith(end.rstrip(), stop) or not self.control.find(end):
+        if not text.startswith(end, stop) or not self.control.find(end):
             return None
-        return _behind(text, stop, end)
+        return stop + len(end)
 
     def _body(self, before: Turns, turn: Message, inputs: TemplateInputs, rest: str, content: str) -> tuple[str, str]:
         """`rest` without what the template writes behind an answer, and that."""
@@ -353,13 +362,10 @@ class Renderer:
         _, found, tail = self.render((*before, marked), inputs=inputs, answer_next=False).rpartition(SENTINEL)
         return tail if found else None
 
-    def _end(self, tail: str) -> str:
-        """The tail up to and with the first end token and the white space behind it; all of it if there is none."""
-        stops = [tail.index(end) + len(end) for end in self.end_texts if end in tail]
-        if not stops:
-            return tail
-        stop = min(stops)
-        return tail[: len(tail) - len(tail[stop:].lstrip())]
+    def _end(self, tail: str) -> tuple[str, str]:
+        """The tail up to and with the first end token, and the white space behind it; all of it if there is none."""
+        stop = min((tail.index(end) + len(end) for end in self.end_texts if end in tail), default=len(tail))
+        return tail[:stop], tail[stop : len(tail) - len(tail[stop:].lstrip())]
 
     def _with_calls(self, before: Turns, turn: Message, inputs: TemplateInputs, prompt: str, rest: str) -> Answer:
         content = turn.content.strip()
@@ -375,7 +381,8 @@ class Renderer:
             return Answer(prompt=prompt, body=rest, content=rest, end="")
         body_stop = max(start for end in self.end_texts if (start := rest.find(end, stop, min(end_stops))) >= 0)
         body, tail = rest[:body_stop], rest[body_stop:]
-        return Answer(prompt=prompt, body=body, content=body, end="" if turn.truncated else self._end(tail))
+        end, space = ("", "") if turn.truncated else self._end(tail)
+        return Answer(prompt=prompt, body=body, content=body, end=end, space=space)
 
     def _generated(
         self,
@@ -398,8 +405,8 @@ class Renderer:
         else:
             body = f"{thought.strip()}\n{marks[1]}\n\n{content}"
         tail = self._tail(before, turn, inputs)
-        end = "" if turn.truncated or tail is None else self._end(tail)
-        return Answer(prompt=prompt, body=body, content=body, end=end)
+        end, space = ("", "") if turn.truncated or tail is None else self._end(tail)
+        return Answer(prompt=prompt, body=body, content=body, end=end, space=space)
 
     def _is_printed(self, prompt: str, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
         """Whether a turn's text is in the prompt. A short one may stand there by chance, as a part of another."""
@@ -496,14 +503,6 @@ class Renderer:
 def _forms(content: str) -> tuple[str, ...]:
     """A text as templates print it: as it stands, or trimmed."""
     return content, content.lstrip(), content.rstrip(), content.strip()
-
-
-def _behind(text: str, stop: int, end: str) -> int:
-    """Where an end stops that begins at `stop`, with as much of its white space as the text has."""
-    core = end.rstrip()
-    stop += len(core)
-    space = end[len(core) :]
-    return stop + len(space) if text.startswith(space, stop) else stop
 
 
 def _opened_thought(prompt: str) -> tuple[str, str] | None:

@@ -102,7 +102,7 @@ def test_an_empty_thought_before_the_last_answer_alone_moves_no_border() -> None
     tok = tokenize(THINKING)
     group = tok(row(user("France?"), assistant("Paris."), user("And Italy?"), assistant("Rome.")))
     following = TURN.format("user", "And Italy?") + "<|im_start|>assistant\n"
-    assert shown(tok, group) == f"«Paris.{EOS}\n»{following}«<think>\n\n</think>\n\nRome.{EOS}\n»"
+    assert shown(tok, group) == f"«Paris.{EOS}»\n{following}«<think>\n\n</think>\n\nRome.{EOS}»\n"
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_answers_are_found_wherever_else_their_text_stands(question: str, answer
     group = tok(row(user(question), assistant(answer), user(answer), assistant(answer), prompt=1))
     form = answer.strip() if trimmed else answer
     asked = TURN.format("user", form) + "<|im_start|>assistant\n"
-    learned = f"{form}{EOS}\n"
+    learned = f"{form}{EOS}"
     ids = group.completions[0]
     text = tok.tokenizer.decode(ids.tokens)
-    assert text == f"{learned}{asked}<think>\n\n</think>\n\n{learned}"
+    assert text == f"{learned}\n{asked}<think>\n\n</think>\n\n{learned}\n"
     parts = [t for t, yes in zip(ids.tokens, ids.learned, strict=True) if yes]
     assert tok.tokenizer.decode(parts) == f"{learned}<think>\n\n</think>\n\n{learned}"
 
@@ -170,7 +170,7 @@ def test_what_follows_the_end_token_of_an_answer_is_not_learned() -> None:
     ends = frozenset(tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "<|end|>"]))
     tok = GroupTokenizer(tokenizer, DataConfig(path="none"), ends)
     group = tok(row(user("France?"), assistant("Paris."), user("Italy?"), assistant("Rome.")))
-    assert shown(tok, group) == "«Paris.<|end|>\n»<|user|>\nItaly?<|end|>\n<|assistant|>\n«Rome.<|end|>\n»"
+    assert shown(tok, group) == "«Paris.<|end|>»\n<|user|>\nItaly?<|end|>\n<|assistant|>\n«Rome.<|end|>»\n"
 
 
 def test_an_opened_thought_needs_an_answer_with_one() -> None:
@@ -196,7 +196,7 @@ def test_a_thought_that_the_prompt_opens_is_learned_as_a_model_goes_on(answer: M
     tok = tokenize(OPENED)
     group = tok(row(user("France?"), answer))
     assert prompt_of(tok, group).endswith("<|im_start|>assistant\n<think>\n")
-    assert shown(tok, group) == f"«Easy.\n</think>\n\nParis.{EOS}\n»"
+    assert shown(tok, group) == f"«Easy.\n</think>\n\nParis.{EOS}»\n"
 
 
 def test_a_thought_that_was_cut_off_needs_no_end() -> None:
@@ -281,7 +281,7 @@ def test_calls_and_tools_reach_the_template() -> None:
     assert '"name": "weather"' in prompt_of(tok, group)
     header = TURN.format("tool", "sunny") + "<|im_start|>assistant\n"
     call = '{weather{"city": "Bonn"}}'
-    assert shown(tok, group) == f"«Let me look.{call}{EOS}\n»{header}«It is sunny.{EOS}\n»"
+    assert shown(tok, group) == f"«Let me look.{call}{EOS}»\n{header}«It is sunny.{EOS}»\n"
     assert tok.summary() == "fields that the chat template does not read: tool_call_id"
     as_context = tok(row(*turns, prompt=3, tools=(TOOL,)))
     assert call in prompt_of(tok, as_context)
@@ -305,7 +305,7 @@ def test_arguments_are_handed_over_as_the_template_takes_them() -> None:
     joined = CALLING.replace("c['function']['arguments'] | tojson", "c['function']['arguments']")
     tok = tokenize(joined)
     group = tok(row(user("W?"), assistant("", tool_calls=[CALL])))
-    assert shown(tok, group) == f'«{{weather{{"city": "Bonn"}}}}{EOS}\n»'
+    assert shown(tok, group) == f'«{{weather{{"city": "Bonn"}}}}{EOS}»\n'
     broken = {"function": {"name": "weather", "arguments": "{city"}}
     with pytest.raises(DataError, match=r"arguments of a tool call are a text that is not JSON: '\{city'"):
         tokenize(CALLING)(row(user("W?"), assistant("", tool_calls=[broken])))
@@ -373,7 +373,7 @@ def test_an_answer_of_no_weight_is_context_in_a_conversation() -> None:
     turns = (user("2 + 2?"), assistant("4"), user("Sure?"), assistant("5", trained=False), user("Hm?"), assistant("4!"))
     group = tok(row(*turns))
     context = TURN.format("user", "Sure?") + TURN.format("assistant", "5") + TURN.format("user", "Hm?")
-    assert shown(tok, group) == f"«4{EOS}\n»{context}<|im_start|>assistant\n«4!{EOS}\n»"
+    assert shown(tok, group) == f"«4{EOS}»\n{context}<|im_start|>assistant\n«4!{EOS}»\n"
 
 
 def test_a_cut_answer_gets_no_end_token() -> None:
@@ -395,9 +395,9 @@ def test_a_models_own_text_is_scored_as_it_stands_whatever_the_template_makes_of
     answers = tuple(Completion(text=text) for text in ("Paris.", "Hm</think>Paris.</think>", ""))
     group = tok(Group(id="x", prompt=(user("France?"),), completions=answers))
     assert [shown(tok, group, number) for number in range(3)] == [
-        f"«Paris.{EOS}\n»",
-        f"«Hm</think>Paris.</think>{EOS}\n»",
-        f"«{EOS}\n»",
+        f"«Paris.{EOS}»\n",
+        f"«Hm</think>Paris.</think>{EOS}»\n",
+        f"«{EOS}»\n",
     ]
 
 
@@ -547,8 +547,8 @@ def test_consecutive_turns_of_the_assistant_are_turns_of_their_own() -> None:
     )
     header = "<|im_start|>assistant\n"
     assert shown(tok, group) == (
-        f'«Let me look.{EOS}\n»{header}«{{weather{{"city": "Bonn"}}}}{EOS}\n»'
-        f"{TURN.format('tool', 'sunny')}{header}«Sunny.{EOS}\n»"
+        f'«Let me look.{EOS}»\n{header}«{{weather{{"city": "Bonn"}}}}{EOS}»\n'
+        f"{TURN.format('tool', 'sunny')}{header}«Sunny.{EOS}»\n"
     )
 
 

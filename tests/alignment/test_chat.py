@@ -101,7 +101,8 @@ def test_messages_share_the_prompt_that_generation_would_start_from(tiny: Any) -
     group = tokenize(tiny, chat("Paris!", "the lazy dog"))
     assert tiny.decode(group.prompt_tokens) == f"<|im_start|>user\n{ASK}{EOS}\n<|im_start|>assistant\n"
     assert [tiny.decode(c.tokens) for c in group.completions] == [f"Paris!{EOS}\n", f"the lazy dog{EOS}\n"]
-    assert all(all(c.learned) and not c.truncated for c in group.completions)
+    assert [learned_text(tiny, group, number) for number in (0, 1)] == [f"Paris!{EOS}", f"the lazy dog{EOS}"]
+    assert not any(c.truncated for c in group.completions)
 
 
 def test_a_prompt_alone_gets_no_end_token(tiny: Any) -> None:
@@ -216,7 +217,7 @@ def test_a_prompt_that_fills_the_window_is_refused_with_figures(tiny: Any) -> No
 
 def test_of_a_conversation_only_the_assistants_turns_are_learned(tiny: Any) -> None:
     group = tokenize(tiny, conversation(ASK, "Paris!", "and 12 + 30?", "42, what else", "the dog?", "lazy"))
-    assert learned_text(tiny, group) == f"Paris!{EOS}\n42, what else{EOS}\nlazy{EOS}\n"
+    assert learned_text(tiny, group) == f"Paris!{EOS}42, what else{EOS}lazy{EOS}"
     assert whole(group) == ids_of(
         tiny,
         "".join(
@@ -240,9 +241,7 @@ def test_white_space_and_bytes_at_the_border_of_a_turn_are_attributed_exactly(tr
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     group = tokenize(tokenizer, conversation(ASK, "Paris!", "sure?", answer, "and?", "dog"))
-    # The line break behind an end token is part of a turn or of nothing, as the tokenizer has it.
-    text = learned_text(tokenizer, group).replace(f"{EOS}\n", EOS)
-    assert text == f"Paris!{EOS}{answer}{EOS}dog{EOS}"
+    assert learned_text(tokenizer, group) == f"Paris!{EOS}{answer}{EOS}dog{EOS}"
 
 
 def test_a_merge_across_the_border_of_a_turn_is_learned_in_every_turn() -> None:

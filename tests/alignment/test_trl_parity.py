@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sized
 from pathlib import Path
@@ -45,10 +46,15 @@ def test_every_step_on_plain_text_equals_trl(loss_type: str, tiny_model: Path, w
         assert max(bends) > 100 * TOLERANCE, "no pair ever kept its margin, so the hinge was never seen to bend"
 
 
-def test_every_step_on_messages_equals_trl(tiny_model: Path, write_rows: Callable[..., Path]) -> None:
+def test_every_step_on_messages_equals_trl(tiny_model: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    """With a template that writes nothing behind an end token: TRL learns that too, which no model ever writes."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("<|im_end|>\n", "<|im_end|>"))
+    assert template.count("<|im_end|>\n") == 1
     rows = [as_messages(row) for row in pair_rows(STEPS * PAIRS_PER_STEP)]
-    ours = our_steps(write_rows(rows), tiny_model, "sigmoid")
-    assert_same_steps(ours, trl_steps(rows, tiny_model, "sigmoid"))
+    ours = our_steps(write_rows(rows), model, "sigmoid")
+    assert_same_steps(ours, trl_steps(rows, model, "sigmoid"))
 
 
 def as_messages(row: Row) -> Row:

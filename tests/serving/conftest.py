@@ -111,8 +111,8 @@ def holding(endpoint: Running, *texts: str) -> list[Path]:
 
 def random_adapter(seed: int, base: Any = None) -> PeftModel:
     """The bundled model with an adapter that, unlike a fresh one, is not zero: it has to change the answers."""
-    torch.manual_seed(seed)
     model = base or AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
+    torch.manual_seed(seed)  # now: unpacking the bundled model on first use draws numbers too
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
 
 
