@@ -29,7 +29,9 @@ class ClusterConfig(Section):
     """GPUs of each engine, which no worker and no other engine uses: `rollout.tensor_parallel`, or 0 for one on the CPU
     beside workers on CPUs. None is `rollout.tensor_parallel` where workers have GPUs, else 0."""
     max_failures: Count = 2
-    """Times that Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 never."""
+    """Times that Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 never. A node
+    that is taken away after a notice (Kubernetes drains it) does not count; one that is lost without, as a spot machine
+    of `ray up`, does."""
     autoscaling: bool = False
     """True if the cluster adds machines when asked: then more than it has now is waited for, instead of refused."""
     address: str | None = None

@@ -177,13 +177,15 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
     joined = start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     import ray
 
+    from alignment.shared_folder import marked
+
     try:
         wanted = plan(config)
         if not config.cluster.autoscaling:
             check_fits(wanted, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
         print(f"cluster: starting {wanted.sentence} …", flush=True)
-        with _engines_on_ray(config, wanted) as engines:
-            _fit(config, wanted, engines)
+        with marked(config.folder) as mark, _engines_on_ray(config, wanted) as engines:
+            _fit(config, wanted, engines, mark)
     finally:
         if joined:
             ray.shutdown()
@@ -248,7 +250,7 @@ def _start_ray_here() -> None:
             del os.environ[name]
 
 
-def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> None:
+def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None, mark: str) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -265,6 +267,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None) -> Non
             "module_folders": MODULE_FOLDERS,
             "bar": sys.stdout.isatty(),
             "engines": engines,
+            "mark": mark,
         },
         torch_config=TorchConfig(timeout_s=collective_timeout_s(config)),
         scaling_config=ScalingConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.config import RunConfig, search_for_modules
 from alignment.environment import compute_on
-from alignment.errors import AlignmentError
+from alignment.errors import AlignmentError, ConfigError
 from alignment.metrics import Reporter
 from alignment.update import Metrics
 
@@ -67,7 +68,11 @@ def run(settings: dict[str, Any]) -> None:
     Args:
         settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean;
             `module_folders`, where modules that the configuration names are looked for; `bar`, whether its output can
-            show a progress bar; `engines`, where the run's engines are, if it has any.
+            show a progress bar; `engines`, where the run's engines are, if it has any; `mark`, what lies in the run's
+            folder where the driver is.
+
+    Raises:
+        ConfigError: the run's folder is not the driver's.
     """
     import ray.train
     import ray.train.torch
@@ -87,6 +92,7 @@ def run(settings: dict[str, Any]) -> None:
     config = ClusterRunConfig.model_validate_json(settings["config"])
     if Path(settings["folder"]).is_dir():  # relative paths of the configuration mean the driver's folder
         os.chdir(settings["folder"])
+    _check_folder(config, settings["mark"])
     logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train repeats every reported metric
     logging.getLogger("ray.train.v2._internal.util").addFilter(_is_no_error_of_ours)
     torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -97,6 +103,21 @@ def run(settings: dict[str, Any]) -> None:
     inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
     with _attached(settings["engines"], config, world) as generator:
         train(config, world, RayReporter(inner), generator)
+
+
+def _check_folder(config: RunConfig, mark: str) -> None:
+    """Refuses to work where the run's folder is another one than the driver's.
+
+    A worker that begins anew on another machine would find no checkpoint there, and train from step 0.
+    """
+    from alignment.shared_folder import sees
+
+    folder = config.folder.resolve()
+    if not sees(folder, mark):
+        raise ConfigError(
+            f"output {config.output!r} must be shared by all machines, and {folder} on {socket.gethostname()} is "
+            "another folder than where the run was started; set it to one of a file system that every node mounts"
+        )
 
 
 def _is_no_error_of_ours(_: logging.LogRecord) -> bool:

@@ -94,6 +94,7 @@ def place_problems(documents: list[Document]) -> list[str]:
         *(problem for document in documents for problem in reach_problems(place, needs_of(document))),
         *visitor_problems(place),
         *(problem for pod in place.pods.values() for problem in claim_problems(pod, claims)),
+        *(problem for document in documents for problem in route_problems(place, document)),
         *budget_problems(place),
     ]
 
@@ -125,6 +126,16 @@ def is_worker(pod: Pod) -> bool:
 
 def ports_of(pod: Pod) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for port in pod.container.get("ports", [])}
+
+
+def route_problems(place: Place, document: Document) -> Iterator[str]:
+    """An Ingress leads to a Service that is there."""
+    if document["kind"] != "Ingress":
+        return
+    for path in (path for rule in document["spec"]["rules"] for path in rule["http"]["paths"]):
+        service = path["backend"]["service"]
+        if not place.targets(service["name"], service["port"]["number"]):
+            yield f"Ingress {document['metadata']['name']}: there is no Service {service['name']}"
 
 
 def claim_problems(pod: Pod, claims: set[str]) -> Iterator[str]:
@@ -304,8 +315,8 @@ def network_problems(documents: list[Document], pods: dict[str, Pod]) -> Iterato
 
 def ingress_problems(rule: Document, own: Document, pods: list[Pod]) -> Iterator[str]:
     ports = {port.get("port") for port in rule.get("ports", [])} or {"any"}
-    on_ray = any("ray.io/node-type" in pod.labels for pod in pods)
-    open_ports = {8000} if on_ray else {port for pod in pods for port in ports_of(pod).values()}
+    served = [port for pod in pods if "ray.io/node-type" not in pod.labels for port in ports_of(pod).values()]
+    open_ports = set(served) or {8000}  # of Ray's ports, only that of the endpoint
     if not rule.get("from"):
         yield f"everyone may reach port {ports}"
     for peer in rule.get("from", []):

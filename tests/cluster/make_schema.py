@@ -22,6 +22,7 @@ CUSTOM_RESOURCES = {"RayJob": "rayjobs", "RayService": "rayservices"}
 KINDS = {
     "CronJob": "io.k8s.api.batch.v1.CronJob",
     "Deployment": "io.k8s.api.apps.v1.Deployment",
+    "Ingress": "io.k8s.api.networking.v1.Ingress",
     "Job": "io.k8s.api.batch.v1.Job",
     "NetworkPolicy": "io.k8s.api.networking.v1.NetworkPolicy",
     "PersistentVolumeClaim": "io.k8s.api.core.v1.PersistentVolumeClaim",

@@ -29,6 +29,7 @@ CLUSTER_FILES = ROOT / "configs" / "cluster"
 RAY_UP_FILES = ["aws.yaml", "on_premise.yaml"]
 KUBERNETES_FILES = [
     "database.yaml",
+    "ingress.yaml",
     "keys.yaml",
     "promote.yaml",
     "rayjob.yaml",

@@ -139,6 +139,12 @@ BROKEN: dict[str, tuple[str, tuple[str | int, ...], object, str]] = {
     "a first key without its database": ("keys.yaml", (1, "spec", "egress", 0), DELETE, "the keys' database"),
     "a budget for no pod": ("rayservice.yaml", (BUDGET, "spec", "selector"), NOBODY, "is for no pod"),
     "nodes that go together": ("rayservice.yaml", (BUDGET, "spec", "selector"), NOBODY, "drained at once"),
+    "an Ingress to nowhere": (
+        "ingress.yaml",
+        (0, "spec", "rules", 0, "http", "paths", 0, "backend", "service", "name"),
+        "raylign-endpoint",
+        "there is no Service raylign-endpoint",
+    ),
     "a claim that is not there": ("storage.yaml", (0, "metadata", "name"), "other", "no claim raylign-checkpoints"),
 }
 
