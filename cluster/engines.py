@@ -20,7 +20,7 @@ from alignment.models.parallel import World
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EngineLost, Pool
 from alignment.rollout.vllm import Engine, EngineSettings
-from alignment.rollout.weights import Outbox, Update, local_places
+from alignment.rollout.weights import PREFIX, Outbox, Update, local_places, sweep
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -69,7 +69,7 @@ def running_engines(settings: EngineSettings, *, count: int, cpus: float, gpus: 
     """
     import ray
 
-    name = f"raylign-{secrets.token_hex(4)}"
+    name = f"{PREFIX}{secrets.token_hex(4)}"
     found = Engines(name=name, namespace=ray.get_runtime_context().namespace, count=count)
     how = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_concurrency": REQUESTS}
     actors = [
@@ -92,6 +92,8 @@ def attach(found: Engines, config: RunConfig, world: World) -> Pool:
     Raises:
         RolloutError: an engine does not start.
     """
+    if world.is_main:
+        sweep()
     seats = [RaySeat(actor) for actor in found.actors()] if world.is_main else []
     outbox = NearestOutbox(found.name, seats, config.folder.resolve())
     adapter = config.model.lora is not None
@@ -147,6 +149,7 @@ class EngineActor:
             if self._started:
                 await self.engine.reset()
             else:
+                sweep()
                 await self.engine.start()
                 self._started = True
         return self.life

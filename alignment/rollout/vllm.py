@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EngineLost, Pool
-from alignment.rollout.weights import FILES, WORKER, Outbox, Update, local_places
+from alignment.rollout.weights import FILES, PREFIX, WORKER, Outbox, Update, local_places, sweep
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 Device = Literal["cpu", "cuda"]
-LOCAL = "raylign-local-"
+LOCAL = f"{PREFIX}local-"
 """What the names of weights for engines of the same process begin with; the process id follows."""
 DEATH_POLL_S = 0.5
 """Seconds between two looks whether vLLM's process has died while a call to it goes on."""
@@ -267,7 +266,7 @@ def local_generator(settings: EngineSettings) -> Pool:
     Raises:
         RolloutError: the engine does not start.
     """
-    _sweep()
+    sweep()
     outbox = Outbox(f"{LOCAL}{os.getpid()}", local_places())
     pool = Pool(
         [LocalSeat(settings)], outbox, adapter=settings.model.lora is not None, timeout_s=settings.rollout.timeout_s
@@ -278,15 +277,6 @@ def local_generator(settings: EngineSettings) -> Pool:
         pool.close()
         raise
     return pool
-
-
-def _sweep() -> None:
-    """Deletes what runs in processes that were killed have left behind."""
-    for place in local_places():
-        for folder in place.glob(f"{LOCAL}*-weights-*"):
-            owner = folder.name.removeprefix(LOCAL).partition("-")[0]
-            if not Path("/proc", owner).exists():
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def seed_of(prompt: Prompt, k: int) -> int:

@@ -8,6 +8,8 @@ transports need CUDA; this one needs memory that both processes see, so it also 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,6 +36,10 @@ WORKER = "alignment.rollout.worker.EngineWorker"
 SHARD_BYTES = 64 << 20
 """Bytes of weights that are copied before they are written: the extra memory of a sync."""
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "raylign-"
+"""What the name of every outbox on a machine begins with."""
+SETTLED_S = 60.0
+"""Age of a folder that its writer has locked, if that lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,7 @@ class Outbox:
         self.name = name
         self.places = places
         self.count = 0
+        self._locks: list[int] = []
 
     def put(self, weights: Weights, *, adapter: bool) -> Update:
         """Writes weights, in place of those before.
@@ -84,6 +91,8 @@ class Outbox:
 
     def clear(self) -> None:
         """Deletes what this run has written, also in an earlier process that was killed."""
+        while self._locks:
+            os.close(self._locks.pop())
         for place in self.places:
             for folder in place.glob(f"{self.name}-weights-*"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -111,8 +120,36 @@ class Outbox:
 
     def _folder(self, place: Path, *, version: int) -> Path:
         folder = place / f"{self.name}-weights-{version}-{self.count}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            self._locks += _lock(folder, fcntl.LOCK_SH)
         return folder
+
+
+def _lock(folder: Path, kind: int) -> list[int]:
+    """The descriptor of a folder that is locked now, until it is closed or this process ends; none if it cannot be."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError:  # another has it, or it is on a network file system that has no such locks
+        os.close(descriptor)
+        return []
+    return [descriptor]
+
+
+def sweep(places: tuple[Path, ...] | None = None, *, settled_s: float = SETTLED_S) -> None:
+    """Deletes from this machine's memory what runs have left there whose processes were killed.
+
+    Args:
+        places: where to look; None is where outboxes of one machine write.
+        settled_s: age (s) up to which a folder is left alone.
+    """
+    for folder in (folder for place in places or local_places() for folder in place.glob(f"{PREFIX}*-weights-*")):
+        with contextlib.suppress(OSError):  # another one deletes it just now
+            if time.time() - folder.stat().st_mtime >= settled_s:
+                for descriptor in _lock(folder, fcntl.LOCK_EX):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(descriptor)
 
 
 class GatherOnce:

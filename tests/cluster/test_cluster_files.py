@@ -341,6 +341,8 @@ BROKEN_JOBS: dict[str, tuple[Where, object, str]] = {
     "another directory": ((*HEAD, "spec", "containers", 0, "workingDir"), "/", "workingDir"),
     "no retry": ((*JOB, "backoffLimit"), 0, "backoffLimit"),
     "a cluster that stays": ((*JOB, "shutdownAfterJobFinishes"), DELETE, "outlives"),
+    "a drain that Ray does not know": ((*CONTAINER, "env", 1), DELETE, "gpu: no RAY_GRACEFUL"),
+    "a drain that ends in SIGKILL": ((*WORKER, "terminationGracePeriodSeconds"), 30, "leaves less than 15 s"),
     "no NetworkPolicy": ((1,), DELETE, "gpu: no NetworkPolicy"),
     "a pod outside the policy": ((*HEAD, "metadata", "labels"), {}, "head: no NetworkPolicy"),
     "ingress from everyone": ((*INGRESS, 1, "from"), DELETE, "everyone"),
@@ -397,12 +399,44 @@ BROKEN_SERVICES: dict[str, tuple[Where, object, str]] = {
         DELETE,
         "head: /checkpoints",
     ),
+    "a drain shorter than answers": (
+        (*SERVICE_CLUSTER, "workerGroupSpecs", 0, "template", "spec", "containers", 0, "env", 0, "value"),
+        "600",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S 600.0 is not longer than args.drain_timeout_s",
+    ),
+    "no GPU for the scorer": (
+        (*SERVICE_CLUSTER, "workerGroupSpecs", 0, "maxReplicas"),
+        4,
+        "GPUs where there is room for 4",
+    ),
     "fewer GPUs than engines": ((*SERVICE_CLUSTER, "workerGroupSpecs", 0, "maxReplicas"), 3, "room for 3"),
     "no NetworkPolicy": ((1,), DELETE, "gpu: no NetworkPolicy"),
     "everyone at the endpoint": ((*CLIENTS, "from"), [], "everyone"),
     "clients at the Jobs API": ((*CLIENTS, "ports", 0, "port"), 8265, "more than"),
     "a policy for no pod": ((1, "spec", "podSelector", "matchLabels"), {"app": "x"}, "no NetworkPolicy"),
 }
+
+
+BROKEN_DATABASES: dict[str, tuple[Where, object, str]] = {
+    "a StatefulSet key with a typo": ((1, "spec", "replica"), 1, "replica"),
+    "a Service key with a typo": ((0, "spec", "port"), [], "port"),
+    "a pod that may be root": ((1, "spec", "template", "spec", "securityContext"), {}, "may run as root"),
+    "whatever is newest": ((1, "spec", "template", "spec", "containers", 0, "image"), "postgres:latest", "no version"),
+    "a password in the file": (
+        (1, "spec", "template", "spec", "containers", 0, "env", 2),
+        {"name": "POSTGRES_PASSWORD", "value": "x"},
+        "from a Secret",
+    ),
+    "no probe": ((1, "spec", "template", "spec", "containers", 0, "livenessProbe"), DELETE, "no livenessProbe"),
+    "everyone at the database": ((2, "spec", "ingress", 0, "from"), [], "everyone may reach port {5432}"),
+    "more ports than there are": ((2, "spec", "ingress", 0, "ports", 0, "port"), 22, "more than"),
+    "no NetworkPolicy": ((2,), DELETE, "no NetworkPolicy"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "complaint"), BROKEN_DATABASES.values(), ids=BROKEN_DATABASES.keys())
+def test_a_broken_database_is_refused(path: Where, value: object, complaint: str) -> None:
+    assert complaint in "\n".join(file_problems(changed(load("database.yaml"), path, value)))
 
 
 @pytest.mark.parametrize(("path", "value", "complaint"), BROKEN_SERVICES.values(), ids=BROKEN_SERVICES.keys())
@@ -434,6 +468,7 @@ BROKEN_SERVE_CONFIGS = {
     "an argument that does not exist": ("device: cuda", "api_keys_file: keys", "args: api_keys_file: unknown key"),
     "an argument out of range": ("min_replicas: 2  #", "min_replicas: 5  #", "args: the whole file: min_replicas (5)"),
     "no checkpoint": ("checkpoint: /", "# /", "args: checkpoint: is required"),
+    "a checkpoint that changes": ("/checkpoints/step-00000955", "", "not one step's folder"),
     "a checkpoint elsewhere": ("checkpoint: /checkpoints/", "checkpoint: hub/", "shared volume"),
     "a device that is not there yet": ("device: cuda", "device: auto", "not cuda"),
     "a target out of reach": ("target_ongoing_requests: 32", "target_ongoing_requests: 64", "never scales"),
