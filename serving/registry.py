@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -43,7 +44,7 @@ from alignment.metrics import read_metrics
 from alignment.models.folders import BUNDLED, base_of, bundled_folder, is_adapter
 from serving.fits import Room, adapter_of, check_fits, check_servable, room_for, weight_files
 
-__all__ = ["Registry", "State", "Version", "check_fits"]
+__all__ = ["ChangeUnderWay", "PendingChange", "Registry", "State", "Version", "check_fits"]
 
 COPIED = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
 """Endings of the files that belong to a model; trainer state, pickles and programs do not."""
@@ -51,6 +52,8 @@ LINKED_BYTES = 64 * 2**20
 """Files from this size on are hard links if they can be; what people edit by hand is smaller, and copied."""
 REMEMBERED = 100
 """Versions that rollbacks can go back over."""
+SILENT_S = 30.0
+"""Seconds without a heartbeat after which a change that was under way counts for nothing."""
 
 Read = TypeVar("Read")
 
@@ -84,6 +87,35 @@ class Version:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PendingChange:
+    """A promotion, canary or rollback that is under way, and has not been committed."""
+
+    number: int
+    """The version that is to answer."""
+    share: float | None = None
+    """Of the requests, as a canary; None if it is to become the current one."""
+    is_rollback: bool = False
+    """Whether it is the version before that answers again."""
+    token: str = ""
+    """Which of the processes that change versions it belongs to."""
+    started_by: str = ""
+    """Name of the key that asked for it."""
+    began: float = 0.0
+    """When it was asked for (seconds since 1970, UTC)."""
+    heartbeat: float = 0.0
+    """When the process that carries it out was last heard of (seconds since 1970, UTC)."""
+
+    def __str__(self) -> str:
+        kind = "the rollback to" if self.is_rollback else "the promotion of" if self.share is None else "the trial of"
+        asker = f", which {self.started_by} asked for" if self.started_by else ""
+        return f"{kind} version {self.number}{asker}, is under way since {clock(self.began)}"
+
+
+class ChangeUnderWay(ServingError):
+    """Versions cannot be changed, because another change has not ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class State:
     """Which versions answer requests."""
 
@@ -98,7 +130,20 @@ class State:
     share: float = 0.0
     """Fraction of the requests that the canary answers, 0 to below 1; at 0 it answers those that ask for it."""
     serial: int = 0
-    """Changes so far."""
+    """Changes so far of what answers."""
+    pending: PendingChange | None = None
+    """What is under way; it counts for nothing any more once its process is silent."""
+
+    def change(self, now: float | None = None) -> PendingChange | None:
+        """What is under way, if its process was heard of lately.
+
+        Args:
+            now: seconds since 1970 (UTC); None is the present.
+        """
+        if self.pending is None:
+            return None
+        silent_s = (time.time() if now is None else now) - self.pending.heartbeat
+        return self.pending if silent_s < SILENT_S else None
 
 
 VERSIONS, STATES = TypeAdapter(Version), TypeAdapter(State)
@@ -195,7 +240,10 @@ class Registry:
     def promote(self, number: int) -> State:
         """Makes a version the one that answers, and ends any canary; promoting the current one does only that.
 
+        For a registry whose replicas need not be asked; of a running endpoint, `serving.promotion` changes versions.
+
         Raises:
+            ChangeUnderWay: another change has not ended.
             ServingError: there is none of that number.
         """
         return self._change(lambda now: _promoted(now, self.version(number).number))
@@ -204,15 +252,18 @@ class Registry:
         """Gives a version a share of the requests, or another share than it has.
 
         Raises:
+            ChangeUnderWay: another change has not ended.
             ServingError: there is none of that number, it is the current one, another canary is being tried, or the
                 share is not from 0 to below 1.
         """
-        if not 0 <= share < 1:
-            raise ServingError(f"the share of a canary is from 0 to below 1, not {share:g}; to give it all, promote it")
         return self._change(lambda now: _tried(now, self.version(number).number, share))
 
     def end_canary(self) -> State:
-        """Gives the canary's share back to the current version."""
+        """Gives the canary's share back to the current version.
+
+        Raises:
+            ChangeUnderWay: another change has not ended.
+        """
         return self._change(_settled)
 
     def rollback(self) -> State:
@@ -222,31 +273,106 @@ class Registry:
         never forth: after versions 1, 2 and 3 were promoted it returns to 2, then to 1, and then refuses.
 
         Raises:
+            ChangeUnderWay: another change has not ended.
             ServingError: there is nothing to go back to.
         """
         return self._change(self._rolled_back)
+
+    def begin_change(self, number: int, share: float | None = None, *, started_by: str = "") -> PendingChange:
+        """Announces that a version is to answer, which replicas now make ready; nothing answers differently yet.
+
+        One change at a time, over all processes: what is begun is to be renewed every few seconds, and ends by
+        `commit_change` or `abort_change`. What is not renewed for `SILENT_S` has ended.
+
+        Args:
+            share: of the requests, as a canary; None for all.
+            started_by: who asked for it.
+
+        Raises:
+            ChangeUnderWay: another change has not ended.
+            ServingError: as `promote` and `canary`.
+        """
+        return self._begin(lambda now: PendingChange(number=number, share=share), started_by)
+
+    def begin_rollback(self, *, started_by: str = "") -> PendingChange:
+        """The same for the version before, which is to answer again.
+
+        Raises:
+            ChangeUnderWay: another change has not ended.
+            ServingError: there is nothing to go back to.
+        """
+        return self._begin(lambda now: PendingChange(number=_before(now), is_rollback=True), started_by)
+
+    def renew_change(self, token: str) -> None:
+        """Says that whoever carries a change out is still there.
+
+        Raises:
+            ServingError: it has ended, as another process has found it silent and begun a change of its own.
+        """
+        self._move(lambda now: replace(now, pending=replace(_pending(now, token), heartbeat=time.time())))
+
+    def commit_change(self, token: str) -> State:
+        """Lets the version answer that every replica has made ready.
+
+        Raises:
+            ServingError: the change has ended, as another process has found it silent and begun one of its own; or
+                what answers is not what it was.
+        """
+        return self._move(lambda now: replace(self._carried_out(now, _pending(now, token)), pending=None))
+
+    def abort_change(self, token: str) -> State:
+        """Ends a change without any effect; nothing happens if it has ended already."""
+        return self._move(lambda now: replace(now, pending=None) if now.pending and now.pending.token == token else now)
 
     def restore(self, before: State) -> State:
         """Takes back the one change since a state, as when replicas could not follow it; if there were more, none."""
         return self._change(lambda now: replace(before, serial=now.serial) if now.serial == before.serial + 1 else now)
 
+    def _begin(self, choose: Callable[[State], PendingChange], started_by: str) -> PendingChange:
+        def begun(now: State) -> State:
+            _check_settled(now)
+            at = time.time()
+            change = replace(choose(now), token=secrets.token_hex(16), started_by=started_by, began=at, heartbeat=at)
+            self._carried_out(now, change)  # what cannot be is said at once
+            return replace(now, pending=change)
+
+        pending = self._move(begun).pending
+        assert pending is not None
+        return pending
+
+    def _carried_out(self, now: State, change: PendingChange) -> State:
+        self.version(change.number)
+        if change.is_rollback:
+            if change.number != now.previous:
+                raise ServingError(f"version {change.number} is not the one before any more")
+            return self._rolled_back(_settled(now))
+        return _promoted(now, change.number) if change.share is None else _tried(now, change.number, change.share)
+
     def _rolled_back(self, now: State) -> State:
         if now.canary is not None:
             return _settled(now)
-        if now.previous is None:
-            raise ServingError(f"nothing answered before version {now.current}, so there is nothing to go back to")
-        before = now.older[0] if now.older else None
-        return replace(now, current=self.version(now.previous).number, previous=before, older=now.older[1:])
+        older = now.older[0] if now.older else None
+        return replace(now, current=self.version(_before(now)).number, previous=older, older=now.older[1:])
 
     def _change(self, change: Callable[[State], State]) -> State:
-        """Replaces the state, one process at a time. What changes nothing is not counted."""
+        """Changes what answers, in one step."""
+
+        def changed(now: State) -> State:
+            _check_settled(now)
+            return replace(change(now), pending=None)
+
+        return self._move(changed)
+
+    def _move(self, change: Callable[[State], State]) -> State:
+        """Replaces the state, one process at a time. What changes nothing that answers is not counted."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".state.lock"):
                 now = self.state()
                 then = change(now)
-                if then != now:
+                if replace(then, pending=now.pending) != now:
                     then = replace(then, serial=now.serial + 1)
+                if then != now:
                     _write(self._state, STATES.dump_json(then, indent=1))
                 return then
         except OSError as error:
@@ -318,7 +444,34 @@ def _promoted(now: State, number: int) -> State:
     return replace(_settled(now), current=number, previous=now.current or None, older=older[:REMEMBERED])
 
 
+def _before(now: State) -> int:
+    if now.previous is None:
+        raise ServingError(f"nothing answered before version {now.current}, so there is nothing to go back to")
+    return now.previous
+
+
+def _check_settled(now: State) -> None:
+    change = now.change()
+    if change is not None:
+        raise ChangeUnderWay(f"{change}; versions are changed one after the other, so try again when it has ended")
+
+
+def _pending(now: State, token: str) -> PendingChange:
+    if now.pending is None or now.pending.token != token:
+        raise ServingError(
+            f"the change has been given up, since its process was silent for {SILENT_S:g} s and longer; try again"
+        )
+    return now.pending
+
+
+def clock(at: float) -> str:
+    """A time (seconds since 1970, UTC) as people write it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at)) + " UTC"
+
+
 def _tried(now: State, number: int, share: float) -> State:
+    if not 0 <= share < 1:
+        raise ServingError(f"the share of a canary is from 0 to below 1, not {share:g}; to give it all, promote it")
     if number == now.current:
         raise ServingError(f"version {number} answers already, so it cannot be tried beside itself")
     if now.canary not in (None, number):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import pytest
 from alignment.errors import CheckpointError, ServingError
 from serving import registry as module
 from serving.fits import Room
-from serving.registry import Registry, State
+from serving.registry import ChangeUnderWay, Registry, State
 from tests.serving.tiny import adapter, of_run, whole
 
 CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
@@ -325,6 +326,87 @@ def test_a_change_that_replicas_cannot_follow_is_taken_back(three: Registry) -> 
     three.promote(2)
     three.promote(3)
     assert three.restore(before).current == 3, "somebody else has gone on since"
+
+
+def test_a_change_that_is_under_way_changes_nothing_that_answers_until_it_is_committed(three: Registry) -> None:
+    begun = three.begin_change(2, started_by="Anna")
+    state = three.state()
+    assert (state.current, state.serial, state.change()) == (1, 1, begun)
+    assert three.commit_change(begun.token) == State(current=2, previous=1, serial=2)
+    trial = three.begin_change(3, 0.25)
+    assert three.commit_change(trial.token) == State(current=2, previous=1, canary=3, share=0.25, serial=3)
+    three.end_canary()
+    back = three.begin_rollback()
+    assert (back.number, back.is_rollback) == (1, True)
+    assert three.commit_change(back.token) == State(current=1, serial=5)
+    with pytest.raises(ServingError, match="nothing answered before version 1"):
+        three.begin_rollback()
+
+
+def test_a_change_that_is_aborted_leaves_no_trace(three: Registry) -> None:
+    begun = three.begin_change(2)
+    assert three.abort_change(begun.token) == State(current=1, serial=1) == three.state()
+    assert three.abort_change(begun.token) == three.state()
+    with pytest.raises(ServingError, match="given up"):
+        three.commit_change(begun.token)
+
+
+def test_while_a_change_is_under_way_every_other_one_is_refused_and_told_why(three: Registry) -> None:
+    begun = three.begin_change(2, started_by="Anna")
+    others: list[Callable[[], object]] = [
+        lambda: three.begin_change(3),
+        lambda: three.begin_change(3, 0.1),
+        lambda: three.promote(3),
+        lambda: three.canary(3, 0.1),
+        three.end_canary,
+        three.rollback,
+    ]
+    for other in others:
+        with pytest.raises(ChangeUnderWay, match="promotion of version 2, which Anna asked for, is under way since"):
+            other()
+    assert three.commit_change(begun.token).current == 2
+
+
+def test_a_change_whose_process_died_is_over_after_a_while_and_cannot_be_committed(
+    three: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = three.begin_change(2)
+    assert three.state().change(dead.heartbeat + module.SILENT_S - 1) == dead
+    assert three.state().change(dead.heartbeat + module.SILENT_S) is None
+    now = dead.heartbeat + module.SILENT_S
+    monkeypatch.setattr("time.time", lambda: now)
+    second = three.begin_change(3)
+    for late in (three.renew_change, three.commit_change):
+        with pytest.raises(ServingError, match="was silent"):
+            late(dead.token)
+    three.abort_change(dead.token)
+    now += module.SILENT_S - 1
+    three.renew_change(second.token)
+    now += module.SILENT_S - 1
+    assert three.state().change(now) is not None, "it is renewed"
+    assert three.commit_change(second.token).current == 3
+
+
+def test_what_cannot_be_is_refused_before_replicas_are_asked(three: Registry) -> None:
+    for number, share, why in ((9, None, "no version 9"), (1, 0.1, "answers already"), (2, 1.5, "below 1")):
+        with pytest.raises(ServingError, match=why):
+            three.begin_change(number, share)
+    assert three.state() == State(current=1, serial=1)
+
+
+def test_of_many_processes_that_begin_a_change_one_does(three: Registry, tmp_path: Path) -> None:
+    def begin(number: int) -> None:
+        with contextlib.suppress(ChangeUnderWay):
+            (tmp_path / f"{number}.token").write_text(three.begin_change(2 + number % 2).token)
+
+    children = [FORK.Process(target=begin, args=(number,)) for number in range(6)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    (token,) = [file.read_text() for file in tmp_path.glob("*.token")]
+    assert three.commit_change(token).serial == 2
 
 
 def test_damaged_files_of_the_registry_are_named(three: Registry) -> None:
