@@ -20,10 +20,6 @@ READY_TIMEOUT_S = 2.0
 READY_FOR_S = 1.0
 """How long an answer to whether it is ready is taken for true."""
 SWAP_TIMEOUT_S = 600.0
-ATTEMPTS = 5
-"""Replicas that are asked before an answer is given up."""
-FIRST_PAUSE_S = 0.1
-"""Before the second one; each further pause is twice as long."""
 RETRY_S = 1.0
 """What a client is told to wait that found no room."""
 
@@ -49,24 +45,20 @@ class Backend:
             wanted: number of the model version to answer; None leaves it to the registry.
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        told = False
-        for attempt in range(ATTEMPTS):
-            try:
-                async for part in self._once(route, body, wanted, deadline):
-                    told = True
-                    yield part
-                return
-            except TimeoutError:
-                yield refusal(504, f"The answer was not complete after {self._timeout_s:g} seconds.")
-                return
-            except BackPressureError:
-                yield refusal(503, "Too many requests are waiting. Try again later.", retry_after_s=RETRY_S)
-                return
-            except (RayError, RayServeException):
-                if told or attempt == ATTEMPTS - 1:
-                    yield refusal(503, "The model is not available. Try again later.", retry_after_s=RETRY_S)
-                    return
-                await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)  # a replica died before it answered; others live
+        try:
+            async for part in self._once(route, body, wanted, deadline):
+                yield part
+        except TimeoutError:
+            yield refusal(504, f"The answer was not complete after {self._timeout_s:g} seconds.")
+        except BackPressureError:
+            yield refusal(503, "Too many requests are waiting. Try again later.", retry_after_s=RETRY_S)
+        except RayServeException:
+            yield refusal(503, "The model is not available. Try again later.", retry_after_s=RETRY_S)
+        except RayError:
+            # Given to no other replica: this request may be what that one died of. What a replica had not begun when it
+            # died, Ray Serve's router has sent to another one already.
+            message = "The replica that worked on this request is gone. Others may answer: try again."
+            yield refusal(503, message, retry_after_s=RETRY_S)
 
     async def _once(
         self, route: Route, body: dict[str, Any], wanted: int | None, deadline: float

@@ -31,6 +31,19 @@ class LimitsConfig(Section):
     """Most alternatives per token whose log-probabilities are told."""
     max_stop: PositiveCount = 16
     """Most texts at which an answer stops."""
+    max_bad_words: Count = 256
+    """Most texts that an answer must not hold."""
+    max_logit_bias: Count = 1024
+    """Most tokens whose logits a request shifts, and most tokens at which it has the answer stop."""
+    max_form_chars: PositiveCount = 65536
+    """Most characters of a form that an answer is asked for in: a JSON schema, a regular expression, a grammar, or all
+    tools of a request together."""
+    max_form_nesting: PositiveCount = 64
+    """Most levels of nesting in a form, of which brackets in its patterns are some."""
+    max_form_parts: PositiveCount = 5000
+    """Most members of lists and objects in a form, and alternatives in its patterns, together."""
+    max_form_repeat: PositiveCount = 128
+    """Largest count in a pattern of a form, as 128 in `a{1,128}`; vLLM's compiler (xgrammar 0.2.8) fails from 129."""
     max_completions: PositiveCount = 256
     """Most completions in one request for rewards."""
     requests_per_minute: Count = 0

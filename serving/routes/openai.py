@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.config import is_template_variable
+from serving.grammar import check_structured_output
 from serving.guard import as_response
 from serving.issuing import Kind, chunks, issued
 from serving.routes import VERSION_HEADER, Service, key_of, wanted_version
@@ -171,8 +172,7 @@ def routes(service: Service) -> APIRouter:
             raise Refused(400, f"The field {name} is not taken: {REFUSED_FIELDS[name]}.")
         _check_limit("n", body.n, config.limits.max_n)
         _check_limit("max_tokens", body.max_tokens, config.limits.max_tokens)
-        if isinstance(body.stop, list):
-            _check_limit("the number of stop texts", len(body.stop), config.limits.max_stop)
+        check_structured_output(asked, config.limits)
         return asked
 
     async def answered(route: Route, request: Request, asked: dict[str, Any]) -> Response:

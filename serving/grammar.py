@@ -1,0 +1,141 @@
+"""Forms that answers are asked for in (JSON schemas, regular expressions, grammars, tools), before engines see them.
+
+What compiles them is native code that recurses and multiplies: some that fit into a request kill its process, or keep
+it busy for minutes. So their size is bounded where requests come in (`check_structured_output`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from serving.config import LimitsConfig
+from serving.schema import Refused
+
+FORM_FIELDS = ("response_format", "structured_outputs", "tools")
+"""Fields of a request from which grammars are made."""
+MAX_WORD = 1000
+"""Characters of a text that ends an answer, or that must not be in it."""
+BRACKET = re.compile(r"[()\[\]{}]")
+REPEAT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+MAX_DIGITS = 9
+PROSE = frozenset({"description", "title", "$comment"})
+"""Members of a schema whose texts are for people: only their characters count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormSize:
+    """How much there is to compile in a form."""
+
+    chars: int
+    """Characters of all texts in it, names included."""
+    nesting: int
+    """Levels of lists and objects, together with those of brackets in a text."""
+    parts: int
+    """Members of lists and objects, and alternatives (`|`) in texts."""
+    repeat: int
+    """Largest number in braces of a text, as 129 in `a{1,129}`."""
+
+
+def check_structured_output(body: dict[str, Any], limits: LimitsConfig) -> None:
+    """Refuses a request from which the engine would have to compile more than the limits allow.
+
+    Raises:
+        Refused: 400 with the figure and the limit.
+    """
+    for field in FORM_FIELDS:
+        if (form := body.get(field)) is not None:
+            _check_size(field, form_size(form, limits), limits)
+    _check_words("stop", body.get("stop"), limits.max_stop)
+    _check_words("bad_words", body.get("bad_words"), limits.max_bad_words)
+    _check_count("the number of tokens in logit_bias", body.get("logit_bias"), limits.max_logit_bias)
+    _check_count("the number of stop_token_ids", body.get("stop_token_ids"), limits.max_logit_bias)
+
+
+def form_size(form: Any, limits: LimitsConfig) -> FormSize:
+    """Measures a form, which may be of any JSON type and hold anything.
+
+    It stops where there are more characters or parts than allowed, so that it never takes longer than a few
+    milliseconds.
+    """
+    chars = nesting = parts = repeat = 0
+    for member in _members(form):
+        value = member.value
+        if isinstance(value, list | dict):
+            parts += len(value)
+            nesting = max(nesting, member.level + 1)
+        elif isinstance(value, str):
+            chars += len(value)
+            if member.name not in PROSE and chars <= limits.max_form_chars:
+                nesting = max(nesting, member.level + _bracket_depth(value))
+                parts += value.count("|")
+                repeat = max(repeat, _largest_repeat(value))
+        if chars > limits.max_form_chars or parts > limits.max_form_parts:
+            break
+    return FormSize(chars=chars, nesting=nesting, parts=parts, repeat=repeat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """A value in a form, or the name of one."""
+
+    level: int
+    """Lists and objects around it."""
+    name: str
+    """Under which an object has it; empty for members of lists, and for names."""
+    value: Any
+
+
+def _members(form: Any) -> Iterator[_Member]:
+    """A form with everything in it."""
+    waiting = [_Member(level=0, name="", value=form)]
+    while waiting:
+        member = waiting.pop()
+        yield member
+        level, value = member.level + 1, member.value
+        if isinstance(value, dict):
+            waiting += [_Member(level=level, name="", value=name) for name in value]
+            waiting += [_Member(level=level, name=name, value=inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [_Member(level=level, name="", value=inner) for inner in value]
+
+
+def _bracket_depth(text: str) -> int:
+    """Most brackets that are open at a place of a text, whatever their kinds and whether or not they are escaped."""
+    depth = deepest = 0
+    for bracket in BRACKET.findall(text):
+        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _largest_repeat(text: str) -> int:
+    """Largest number of a repeat `{m}`, `{m,}` or `{m,n}` in a text; 0 without any."""
+    counts = (count for braces in REPEAT.findall(text) for count in braces if count)
+    return max((int(count[:MAX_DIGITS]) for count in counts), default=0)
+
+
+def _check_size(field: str, size: FormSize, limits: LimitsConfig) -> None:
+    for measure, value, limit in (
+        ("characters", size.chars, limits.max_form_chars),
+        ("levels of nesting (of brackets in its texts too)", size.nesting, limits.max_form_nesting),
+        ("members and alternatives", size.parts, limits.max_form_parts),
+        ("times a part repeated in braces", size.repeat, limits.max_form_repeat),
+    ):
+        if value > limit:
+            raise Refused(400, f"{field} has {value} {measure} or more, and at most {limit} are compiled here.")
+
+
+def _check_words(field: str, words: Any, limit: int) -> None:
+    if isinstance(words, list):
+        _check_count(f"the number of texts in {field}", words, limit)
+    longest = max((len(word) for word in ([words] if isinstance(words, str) else words or ())), default=0)
+    if longest > MAX_WORD:
+        raise Refused(400, f"A text in {field} has {longest} characters, and at most {MAX_WORD} are taken.")
+
+
+def _check_count(name: str, members: Any, limit: int) -> None:
+    if members is not None and len(members) > limit:
+        raise Refused(400, f"{name} is {len(members)}, and at most {limit} here.")
