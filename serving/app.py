@@ -10,8 +10,9 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from alignment.config import check_config
+from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
-from serving.engine import Engine, EngineSettings
+from serving.engine import CandidateEngine, Engine, EngineSettings
 from serving.ingress import Ingress
 from serving.registry import Registry
 from serving.routing import ByConversation
@@ -29,6 +30,10 @@ AT_ONCE = 10_000
 """Requests in progress in a replica that only passes on."""
 LOOK_BACK_S = 10.0
 """Over which autoscaling takes the mean of what there is to do."""
+METRICS_S = 2.0
+"""Between two reports of it; Ray Serve wants several of them in the time above."""
+CANDIDATE_IDLE_S = 5.0
+"""Seconds after the end of a canary of whole weights in which its replica ends."""
 SCORING_IDLE_S = 600.0
 """Seconds without a request after which a scorer that nobody wants to keep ends."""
 
@@ -52,7 +57,11 @@ def application(config: ServeConfig, served: Served, registry: Registry) -> Appl
     engine = serve.deployment(Engine, name=ENGINE_NAME, **_engine_options(config, device)).bind(settings)
     scoring = serve.deployment(Scoring, name=SCORING_NAME, **_scoring_options(config, device))
     ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS_NAME, **_ingress_options(config))
-    return ingress.bind(engine, scoring.bind(config, device, folder), config, served, folder)
+    candidate = None
+    if served.base_name is None:
+        options = _candidate_options(config, device)
+        candidate = serve.deployment(CandidateEngine, name=CANDIDATE_NAME, **options).bind(settings)
+    return ingress.bind(engine, candidate, scoring.bind(config, device, folder), config, served, folder)
 
 
 def choose_device(config: ServeConfig) -> Device:
@@ -101,6 +110,7 @@ def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,
             "look_back_period_s": LOOK_BACK_S,
+            "metrics_interval_s": METRICS_S,
         },
         "request_router_config": RequestRouterConfig(request_router_class=ByConversation),
         "max_ongoing_requests": config.max_num_seqs,
@@ -110,6 +120,21 @@ def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
         "health_check_period_s": 2.0,  # an engine that died is replaced
         # Each attempt loads the whole model, and what failed twice (memory, a bad file) fails a third time.
         "max_constructor_retry_count": 2,
+    }
+
+
+def _candidate_options(config: ServeConfig, device: Device) -> dict[str, Any]:
+    """As of the engine; there is no replica until one is asked to stay."""
+    return _engine_options(config, device) | {
+        "autoscaling_config": {
+            "min_replicas": 0,
+            "max_replicas": 1,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": CANDIDATE_IDLE_S,
+            "look_back_period_s": CANDIDATE_IDLE_S,
+            "metrics_interval_s": METRICS_S,
+        },
     }
 
 

@@ -3,37 +3,107 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from alignment.errors import ServingError
+from alignment.errors import AlignmentError, ServingError
+from serving.candidate import CandidateReplica
 from serving.config import ServeConfig
 from serving.engine import Status
-from serving.schema import Refused, Reply, Route, refusal
+from serving.registry import Registry, State
+from serving.routing import beginning, canary_answers
+from serving.schema import Elsewhere, Refused, Reply, Route, refusal
 from serving.scoring import Job, Rated
 
+logger = logging.getLogger("ray.serve")
+
+STATE_S = 1.0
+"""Seconds between looks at the registry: for so long an ingress may not know of a canary that another one began."""
 READY_TIMEOUT_S = 2.0
 READY_FOR_S = 1.0
 """How long an answer to whether it is ready is taken for true."""
 SWAP_TIMEOUT_S = 600.0
+"""For weights to be read into a replica."""
+STATUS_TIMEOUT_S = 30.0
+"""For replicas to say what they hold, in a promotion, which would leave out one that is only slow."""
+PAUSE_S = 0.1
+"""Before a request is sent again that only a replica could take which is about to be restarted."""
 RETRY_S = 1.0
 """What a client is told to wait that found no room."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """Where a request goes."""
+
+    version: int | None
+    """That has to answer; None for what a replica holds."""
+    is_choice: bool
+    """Whether the ingress chose the version, so that another may answer in its place."""
+    on_candidate: bool = False
+    may_use_candidate: bool = True
+    avoid: tuple[str, ...] = ()
+    """Replicas that sent it elsewhere; of several, the last one is asked again if there is no other."""
 
 
 class Backend:
     """The replicas behind the ingress."""
 
-    def __init__(self, engine: DeploymentHandle, scoring: DeploymentHandle, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        engine: DeploymentHandle,
+        scoring: DeploymentHandle,
+        config: ServeConfig,
+        registry: Registry,
+        *,
+        model: str,
+        candidate: DeploymentHandle | None,
+    ) -> None:
+        """
+        Args:
+            model: name under which versions answer; others are of models without any.
+            candidate: the deployment that holds a canary of whole weights; None if versions are adapters.
+        """
         self._engine = engine
         self._streaming = engine.options(stream=True)
         self._scoring = scoring
         self._timeout_s = config.request_timeout_s
+        self._registry = registry
+        self._model = model
+        self._candidate = None if candidate is None else CandidateReplica(candidate, start_s=config.candidate_start_s)
+        self._state = State()
         self._asking = asyncio.Lock()
         self._ready, self._ready_until = False, 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether versions are whole weights, of which a replica holds one at a time."""
+        return self._candidate is not None
+
+    async def begin(self) -> None:
+        """Begins to follow the registry; called once, in the event loop that requests are answered in."""
+        await self._look()
+        self._following = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(STATE_S)
+            try:
+                await self._look()
+            except AlignmentError:  # it goes on with what it knows
+                logger.exception("An ingress could not read the registry")
+
+    async def _look(self) -> None:
+        self._state = await asyncio.to_thread(self._registry.state)
+        if self._candidate is not None:
+            self._candidate.follow(self._state)
 
     async def ask(self, route: Route, body: dict[str, Any], wanted: int | None = None) -> AsyncGenerator[Reply | str]:
         """What the engine says, up to a failure or the deadline, which become the last part.
@@ -63,7 +133,26 @@ class Backend:
     async def _once(
         self, route: Route, body: dict[str, Any], wanted: int | None, deadline: float
     ) -> AsyncGenerator[Reply | str]:
-        parts = self._streaming.answer.remote(route, body, wanted)
+        target: _Target | None = self._target(route, body, wanted)
+        while target is not None:
+            now, target = target, None
+            async with aclosing(self._sent(now, route, body, deadline)) as parts:
+                async for part in parts:
+                    if isinstance(part, Elsewhere):
+                        target = self._other(now, part)
+                        break
+                    yield part
+            if target == now:  # nobody is left but what is about to be restarted
+                async with asyncio.timeout_at(deadline):
+                    await asyncio.sleep(PAUSE_S)
+
+    async def _sent(
+        self, target: _Target, route: Route, body: dict[str, Any], deadline: float
+    ) -> AsyncGenerator[Reply | str | Elsewhere]:
+        handle = self._streaming
+        if target.on_candidate and self._candidate is not None:
+            handle = self._candidate.streaming
+        parts = handle.answer.remote(route, body, target.version, avoid=target.avoid)
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
@@ -73,6 +162,34 @@ class Backend:
                 yield part
         finally:
             parts.cancel()  # a client that went away frees its place in the engine
+
+    def _target(self, route: Route, body: dict[str, Any], wanted: int | None) -> _Target:
+        """The version that answers a request: what the client wants, or what its conversation stays with."""
+        version = self._canary_of(route, body) if wanted is None else wanted
+        on_candidate = self._candidate is not None and self._candidate.holds(version)
+        if wanted is None and self.is_whole and not on_candidate:
+            version = None
+        return _Target(version=version, is_choice=wanted is None, on_candidate=on_candidate)
+
+    def _canary_of(self, route: Route, body: dict[str, Any]) -> int | None:
+        canary, share = self._state.canary, self._state.share
+        if canary is None or not share or route == "tokenize" or body.get("model") != self._model:
+            return None
+        begun = beginning((route, body))
+        return canary if begun is not None and canary_answers(begun, canary, share) else None
+
+    def _other(self, target: _Target, told: Elsewhere) -> _Target:
+        """Where a request goes that a replica did not take."""
+        if target.on_candidate:
+            version = None if target.is_choice else target.version
+            return replace(target, version=version, on_candidate=False, may_use_candidate=False)
+        takes_over = self._candidate is not None and self._candidate.holds(told.moves_to)
+        if takes_over and target.version is None and target.may_use_candidate:
+            return replace(target, version=told.moves_to, on_candidate=True)  # it holds what is about to answer
+        if told.moves_to is None and target.is_choice and target.version is not None:
+            return replace(target, version=None)  # the canary has ended, or has not come so far
+        others = tuple(replica for replica in target.avoid if replica != told.replica)
+        return replace(target, avoid=(told.replica, *others) if told.is_broken else (*others, told.replica))
 
     async def rate(self, job: Job) -> Rated:
         """What the scorer says.
@@ -97,10 +214,12 @@ class Backend:
 
         Sent past the queue to every replica, so that a busy service stays a ready one.
         """
-        response = self._engine.broadcast("status")
+        return await self._statuses(READY_TIMEOUT_S)
+
+    async def _statuses(self, timeout_s: float) -> list[Status]:
         try:
-            answers = await response.results_async(timeout_s=READY_TIMEOUT_S, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError):
+            answers = await self._answers("status", timeout_s=timeout_s)
+        except ServingError:
             return []
         return [answer for answer in answers if isinstance(answer, Status)]
 
@@ -113,13 +232,45 @@ class Backend:
                 self._ready_until = asyncio.get_running_loop().time() + READY_FOR_S
         return self._ready
 
-    async def prepare(self, number: int) -> None:
-        """Has every replica make a version ready, as far as requests do not notice.
+    async def prepare(self, number: int, *, canary: bool = False) -> None:
+        """Makes a version ready, as far as requests do not notice.
+
+        An adapter is loaded by every replica. Of whole weights every replica verifies the files; a canary of them gets
+        a replica of its own, for which the registry has to have the canary or the change that makes it.
 
         Raises:
-            ServingError: a replica could not.
+            ServingError: a replica could not, or there is no room for another one.
         """
-        await self._everywhere("prepare", number)
+        if canary and self._candidate is not None:
+            await self._look()
+            await self._candidate.wait_for(number)
+        else:
+            await self._everywhere("prepare", number)
+
+    async def roll(self, number: int) -> None:
+        """Has the replicas change to a version of whole weights, one after the other, while the others answer.
+
+        Raises:
+            ServingError: a replica could not, which the text names; those before it have changed.
+        """
+        while True:
+            statuses = await self._statuses(STATUS_TIMEOUT_S)
+            if not statuses:
+                raise ServingError(f"no replica answers, so none can change to version {number}")
+            behind = [status for status in statuses if status.version != number]
+            if not behind:
+                return
+            await self._move(behind[0].replica, number)
+
+    async def _move(self, replica: str, number: int) -> None:
+        timeout_s = self._timeout_s + SWAP_TIMEOUT_S
+        answers = await self._answers("move", number, replica, timeout_s=timeout_s)
+        moved = [answer for answer in answers if isinstance(answer, Status) and answer.replica == replica]
+        if not moved:
+            raise ServingError(f"replica {replica} was lost while it changed to version {number}")
+        if moved[0].error is not None or moved[0].version != number:
+            raise ServingError(f"replica {replica} did not change to version {number}: {moved[0].error}")
+        logger.info("Replica %s has changed to version %d", replica, number)
 
     async def adopt(self) -> None:
         """Has every replica move to what the registry says.
@@ -127,15 +278,25 @@ class Backend:
         Raises:
             ServingError: a replica could not.
         """
+        await self._look()
         await self._everywhere("adopt")
 
     async def _everywhere(self, method: str, *arguments: Any) -> None:
-        response = self._engine.broadcast(method, *arguments)
-        try:
-            answers = await response.results_async(timeout_s=SWAP_TIMEOUT_S, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise ServingError("no replica answered") from error
         # A replica that died meanwhile starts again with what the registry says.
+        answers = await self._answers(method, *arguments, timeout_s=SWAP_TIMEOUT_S)
         problems = {answer.error for answer in answers if isinstance(answer, Status) and answer.error}
         if problems:
             raise ServingError("; ".join(sorted(problems)))
+
+    async def _answers(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        """What every replica answers to a call, past its queue: a Status or an exception.
+
+        Raises:
+            ServingError: none is there, or one did not answer in time.
+        """
+        try:
+            response = self._engine.broadcast(method, *arguments)
+            answers: list[Any] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise ServingError("no replica answered") from error
+        return answers

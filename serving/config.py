@@ -151,6 +151,12 @@ class ServeConfig(Section):
     """Seconds until a request that is not answered in full is given up."""
     drain_timeout_s: NonNegative = 660.0
     """Seconds that answers in progress still get when a replica stops; more than `request_timeout_s` cuts none off."""
+    promotion_wait_s: Positive = 30.0
+    """Seconds that a request waits while the only replica ends its answers to change whole weights. What is then still
+    in progress is not cut off: the promotion is given up. With more replicas, nobody waits: the others answer."""
+    candidate_start_s: Positive = 600.0
+    """Seconds in which a further replica must have started for a canary or a gate of whole weights, for which there
+    must be room beside the others: memory on CPU, else `tensor_parallel_size` GPUs."""
     limits: LimitsConfig = LimitsConfig()
     rewards: RewardsConfig = RewardsConfig()
     feedback: FeedbackConfig = FeedbackConfig()

@@ -21,16 +21,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray import serve
+
 from alignment.config import NumberFormat
 from alignment.data.control_tokens import chat_prompt_ids
-from alignment.errors import ServingError
+from alignment.errors import AlignmentError, ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
 from serving.prompts import read_shielded_prompts, shield_chat
-from serving.registry import Registry
-from serving.schema import Reply, Route, event, refusal
+from serving.registry import Registry, State
+from serving.schema import Elsewhere, Reply, Route, event, refusal
 from serving.served import Served, adapter_name, served_version
-from serving.versions import HalfLoaded, Loader, Versions
+from serving.versions import (
+    TURN,
+    Failure,
+    HalfLoaded,
+    Loader,
+    MoveLimits,
+    NotHere,
+    Versions,
+    candidate_version,
+    fleet_version,
+)
 
 if TYPE_CHECKING:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -45,6 +57,12 @@ FORMS = {"response_format", "structured_outputs"}
 """Fields of requests that ask for an answer in a certain form."""
 MAX_MESSAGE = 1000
 """Characters of an error message, which may quote what was sent."""
+STAY_S = 10.0
+"""Seconds that a candidate is kept by one call, which a process that died does not repeat."""
+STATUS_S = 0.5
+"""Seconds between what it then says of itself."""
+MORE_DRAIN_S = 30.0
+"""Seconds that answers in progress get to end beyond `request_timeout_s`, by which they have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +79,55 @@ class EngineSettings:
 class Status:
     """What a replica says of itself."""
 
+    replica: str
+    """Its name in Ray Serve."""
     version: int
+    """Number of the version that answers; 0 while a candidate starts."""
     loaded: tuple[int, ...]
     asked: int
     """Requests that it has been given since it started."""
     error: str | None = None
     """Why it could not move to what the registry says; None if it has."""
+    failed: int | None = None
+    """Number of the version that `error` is about."""
 
 
 class Engine:
     """The Ray Serve deployment that holds the weights."""
 
     async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._begin(settings)
+        state = self._registry.state()  # not what the service began with: this replica may be a late one
+        await self._start(settings, state, state.current)
+        self._following = asyncio.create_task(self._versions.follow())
+
+    def _begin(self, settings: EngineSettings) -> None:
         self._cleanup = ExitStack()
         self._asked = 0
+        self._replica: str = serve.get_replica_context().replica_id.unique_id
+        self._registry = Registry(Path(settings.registry))
+
+    async def _start(self, settings: EngineSettings, state: State, number: int, *, is_candidate: bool = False) -> None:
+        """Loads a version; returns when it can answer.
+
+        Raises:
+            AlignmentError: there is no such version, or a file of it is not what it was.
+        """
         _set_environment(settings)
         from ray.serve.llm.deployment import LLMServer
 
-        registry = Registry(Path(settings.registry))
-        state = registry.state()  # not what the service began with: this replica may be a late one
-        self._served = served_version(settings.config, registry, state.current)
+        registry = self._registry
+        self._served = served_version(settings.config, registry, number)
         self._chat_template = chat_template_of(settings.config, self._served)
         config = _llm_config(settings, self._served)
         self._server = LLMServer.sync_init(config)
         # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
         self._server.engine = _engine_class(settings)(config)
-        await self._server.engine.start()
+        verification = asyncio.ensure_future(asyncio.to_thread(registry.verify, number))
+        try:
+            await self._server.engine.start()
+        finally:
+            await verification  # what is wrong with the files says more than what an engine makes of them
         client = self._server.engine._engine_client
         self._cleanup.callback(client.shutdown)
         await _warm_up(client)
@@ -95,28 +136,41 @@ class Engine:
         loader: Loader
         if self._served.adapter:
             loader = Adapters(self._server.engine._oai_models, registry)
-            await loader.load(state.current)
+            await loader.load(number)
         else:
             loader = WholeWeights(client, registry)
             await loader.begin()
-        self._versions = Versions(registry, loader)
-        self._versions.begin(state)
-        await self._versions.adopt()  # it may have changed meanwhile
-        self._following = asyncio.create_task(self._versions.follow())
+        self._versions = Versions(
+            registry,
+            loader,
+            limits=MoveLimits(
+                drain_s=settings.config.request_timeout_s + MORE_DRAIN_S, wait_s=settings.config.promotion_wait_s
+            ),
+            target=candidate_version if is_candidate else fleet_version,
+            turn=None if is_candidate else registry.folder / TURN,
+        )
+        self._versions.begin(state, number)
+        try:
+            await self._versions.adopt()  # it may have changed meanwhile
+        except AlignmentError:  # as when it changes later: it answers with what it has
+            logger.exception("A replica could not follow the registry")
 
-    async def answer(self, route: Route, body: dict[str, Any], wanted: int | None) -> AsyncIterator[str | Reply]:
+    async def answer(
+        self, route: Route, body: dict[str, Any], wanted: int | None, avoid: tuple[str, ...] = ()
+    ) -> AsyncIterator[str | Reply | Elsewhere]:
         """Answers one request: with server-sent events if it asks for a stream, else with one `Reply`.
 
-        What comes first is always a `Reply`; that of a stream has no body yet.
+        What comes first is always a `Reply`, that of a stream without a body yet; or `Elsewhere` and nothing more.
 
         Args:
-            wanted: number of the model version to answer; None leaves it to the registry.
+            wanted: number of the model version to answer; None takes what this replica holds.
+            avoid: names of the replicas that sent it elsewhere. One of those takes it if it comes back.
         """
         self._asked += 1
         try:
             if route == "chat" and self._control_tokens is not None:
                 body = shield_chat(self._control_tokens, body)
-            request = _parse(route, body)
+            request = self._request(route, body)
             if isinstance(request, Reply):
                 yield request
             elif route == "tokenize":
@@ -126,7 +180,7 @@ class Engine:
                     yield part
             else:
                 asked_at = time.perf_counter()
-                async with self._versions.hold(wanted) as number:
+                async with self._versions.hold(wanted, may_leave=self._replica not in avoid) as number:
                     names = _Names(
                         asked=body["model"],
                         inside=self._served.inside(number),
@@ -135,8 +189,10 @@ class Engine:
                     )
                     async for part in self._parts(route, request, names):
                         yield part
+        except NotHere as error:
+            yield Elsewhere(replica=self._replica, moves_to=error.moves_to, is_broken=error.is_broken)
         except ServingError as error:
-            yield refusal(503 if isinstance(error, HalfLoaded) else 409, str(error))
+            yield refusal(409, str(error))
         except Exception:  # the client must get an answer, and must not get the exception's text
             logger.exception("A request failed in the engine")
             if self._server.engine._engine_client.errored:
@@ -145,6 +201,9 @@ class Engine:
             if FORMS & body.keys():  # the grammar is compiled after the request has been taken
                 failure = refusal(400, "The engine could not answer in the form that was asked for.")
             yield event(failure) if body.get("stream") else failure
+
+    def _request(self, route: Route, body: dict[str, Any]) -> Any:
+        return _parse(route, body)
 
     def _tokens(self, body: dict[str, Any]) -> Reply:
         """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
@@ -176,7 +235,7 @@ class Engine:
 
     async def status(self) -> Status:
         """Which versions this replica holds; also says that it can answer."""
-        await self._server.check_health()
+        await self.check_health()
         return self._status()
 
     async def adopt(self) -> Status:
@@ -187,17 +246,23 @@ class Engine:
         """Makes a version ready, as far as requests do not notice."""
         return await self._moved(self._versions.prepare(number))
 
+    async def move(self, number: int, replica: str) -> Status:
+        """Changes to a version of whole weights, if this is the replica that is meant; Ray Serve can only tell all."""
+        return await self._moved(self._versions.move(number)) if replica == self._replica else self._status()
+
     async def _moved(self, moving: Awaitable[object]) -> Status:
         error = None
         try:
             await moving
-        except ServingError as problem:
+        except AlignmentError as problem:
             error = str(problem)
         return self._status(error)
 
     def _status(self, error: str | None = None) -> Status:
         versions = self._versions
-        return Status(version=versions.current, loaded=versions.loaded, asked=self._asked, error=error)
+        return Status(
+            replica=self._replica, version=versions.current, loaded=versions.loaded, asked=self._asked, error=error
+        )
 
     async def check_health(self) -> None:
         """Asked by Ray Serve every 10 s; a replica whose engine died is replaced.
@@ -213,6 +278,67 @@ class Engine:
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops: an engine that is killed leaves its shared memory behind."""
         self._cleanup.close()
+
+
+class CandidateEngine(Engine):
+    """The deployment of one replica that holds the canary of whole weights, beside those that hold the current version.
+
+    It loads the weights after its constructor: what goes wrong there is then told like any other failure, where Ray
+    Serve would give the deployment up for good.
+    """
+
+    async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._begin(settings)
+        self._settings = settings
+        self._is_up = False
+        self._failure: Failure | None = None
+        self._following = asyncio.create_task(self._live())
+
+    async def _live(self) -> None:
+        while (number := candidate_version(state := self._registry.state())) is None:
+            await asyncio.sleep(STATUS_S)
+        try:
+            await self._start(self._settings, state, number, is_candidate=True)
+        except Exception as error:  # of any kind: vLLM raises what its model code raises
+            logger.exception("The candidate did not start")
+            self._failure = Failure(number=number, reason=str(error)[:MAX_MESSAGE])
+            return
+        self._is_up = True
+        await self._versions.follow()
+
+    async def stay(self) -> AsyncIterator[Status]:
+        """Keeps this replica for a while, and says what it holds."""
+        for _ in range(int(STAY_S / STATUS_S)):
+            yield self._status()
+            await asyncio.sleep(STATUS_S)
+
+    async def answer(
+        self, route: Route, body: dict[str, Any], wanted: int | None, avoid: tuple[str, ...] = ()
+    ) -> AsyncIterator[str | Reply | Elsewhere]:
+        """As the others; before it has loaded anything it sends all away."""
+        if not self._is_up:
+            yield Elsewhere(replica=self._replica, moves_to=None)
+            return
+        async for part in super().answer(route, body, wanted, avoid):
+            yield part
+
+    def _status(self, error: str | None = None) -> Status:
+        failure = self._versions.failure if self._is_up else self._failure
+        return Status(
+            replica=self._replica,
+            version=self._versions.current if self._is_up else 0,
+            loaded=self._versions.loaded if self._is_up else (),
+            asked=self._asked,
+            error=failure.reason if failure else None,
+            failed=failure.number if failure else None,
+        )
+
+    async def check_health(self) -> None:
+        """As the others; one that did not start is replaced when another version shall be tried."""
+        if self._is_up:
+            await super().check_health()
+        elif self._failure is not None and candidate_version(self._registry.state()) != self._failure.number:
+            raise HalfLoaded(f"the candidate did not start: {self._failure.reason}")
 
 
 class Adapters:
@@ -263,7 +389,6 @@ class WholeWeights:
         """As the port says. Nothing may be in progress."""
         from alignment.rollout.vllm import wait_while_alive
 
-        self._registry.verify(number)
         files = sorted(str(file) for file in self._registry.folder_of(number).glob("*.safetensors"))
         try:
             await wait_while_alive(self._client, self._replace(files, number))

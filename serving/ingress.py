@@ -38,7 +38,13 @@ class Ingress:
     """The Ray Serve deployment that listens."""
 
     def __init__(
-        self, engine: DeploymentHandle, scoring: DeploymentHandle, config: ServeConfig, served: Served, registry: str
+        self,
+        engine: DeploymentHandle,
+        candidate: DeploymentHandle | None,
+        scoring: DeploymentHandle,
+        config: ServeConfig,
+        served: Served,
+        registry: str,
     ) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         self._config = config
@@ -46,17 +52,19 @@ class Ingress:
             config.feedback.database or default_database(), retention_days=config.feedback.retention_days
         )
         self._keys = None if config.no_keys else Keys(self._store)
+        versions_of_model = Registry(Path(registry))
         self._service = Service(
             config=config,
             served=served,
-            backend=Backend(engine, scoring, config),
+            backend=Backend(engine, scoring, config, versions_of_model, model=served.name, candidate=candidate),
             store=self._store,
-            registry=Registry(Path(registry)),
+            registry=versions_of_model,
             meters=Meters(),
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once."""
+        await self._service.backend.begin()
         app = application(self._service)
         public = {route.path for route in app.routes if isinstance(route, APIRoute) and route.tags == [PUBLIC]}
         keys = self._keys

@@ -191,7 +191,8 @@ def _num_cpus(config: ServeConfig) -> int:
     from serving.app import INGRESS_CPUS, REPLICA_CPUS, SCORING_CPUS
 
     scoring = SCORING_CPUS * config.rewards.max_replicas
-    return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + scoring + REPLICA_CPUS * config.max_replicas))
+    replicas = config.max_replicas + 1  # the further one holds a canary of whole weights
+    return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + scoring + REPLICA_CPUS * replicas))
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Which replica answers: the turns of one conversation go where its beginning is still in the prefix cache.
+"""Which replica and which version answer: the turns of one conversation go where its beginning is still in the prefix
+cache, and stay with one version of a canary.
 
 A conversation's home is found by rendezvous hashing (Thaler and Ravishankar, 1998) of its beginning over the replicas.
 So every ingress finds the same one without asking anybody, and a replica that comes or goes moves only its own share.
@@ -34,6 +35,7 @@ class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
         if pending_request is not None:
             # If none has room they are asked again after a pause. Ray's default is at once, for ever.
             pending_request.routing_context.should_backoff = True
+            candidate_replicas = _without(candidate_replicas, pending_request.kwargs.get("avoid", ()))
         if len(candidate_replicas) < 2:
             return [candidate_replicas]
         any_two = random.sample(candidate_replicas, 2)
@@ -48,6 +50,27 @@ class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
         lengths = {other.replica_id: self.replica_queue_len_cache.get(other.replica_id) for other in others}
         own, least = lengths[one.replica_id], min((known for known in lengths.values() if known is not None), default=0)
         return own is not None and own - least > AHEAD * one.max_ongoing_requests
+
+
+def _without(replicas: list[RunningReplica], avoided: Sequence[str]) -> list[RunningReplica]:
+    """The replicas that did not send a request elsewhere; if each did, the one that did so last."""
+    others = [one for one in replicas if one.replica_id.unique_id not in avoided]
+    return others or sorted(replicas, key=lambda one: avoided.index(one.replica_id.unique_id))[-1:]
+
+
+def canary_answers(begun: str, canary: int, share: float) -> bool:
+    """Whether a conversation is among those that a canary answers.
+
+    Every ingress finds the same without asking anybody, a conversation keeps its version, and a larger share adds
+    conversations to those of a smaller one. Another canary gets others.
+
+    Args:
+        begun: the conversation's beginning.
+        canary: number of the version.
+        share: fraction of the conversations, 0 to 1.
+    """
+    digest = blake2b(f"canary {canary} {begun}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def home(begun: str, names: Sequence[str]) -> int:

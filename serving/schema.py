@@ -33,6 +33,18 @@ class Reply:
     """Seconds that the replica took to find the version that answers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """A replica's answer to a request that it does not take, and of which nothing has begun: another one shall."""
+
+    replica: str
+    """Which one says so."""
+    moves_to: int | None
+    """Number of the version that it changes to; None if it does not hold the version that was asked for."""
+    is_broken: bool = False
+    """Whether it takes nothing any more, and is about to be restarted."""
+
+
 class Refused(Exception):
     """A request that is not carried out; `reply` tells the client why."""
 

@@ -151,14 +151,11 @@ def routes(service: Service) -> APIRouter:
         limit = None if body.max_tokens is None else min(body.max_tokens, config.limits.max_tokens)
         return {**asked, "model": service.served.name, "max_tokens": limit, "temperature": temperature}
 
-    def versions(body: ComparisonBody) -> tuple[int, int]:
-        """Those asked for; else the current one and the canary; else the current one twice."""
-        if body.versions is not None:
-            return body.versions[0], body.versions[1]
-        state = service.registry.state()
-        return state.current, state.current if state.canary is None else state.canary
+    def versions(body: ComparisonBody) -> tuple[int | None, int | None]:
+        """Those asked for; else twice the one that the conversation stays with."""
+        return (None, None) if body.versions is None else (body.versions[0], body.versions[1])
 
-    async def answer(asked: dict[str, Any], version: int) -> Said:
+    async def answer(asked: dict[str, Any], version: int | None) -> Said:
         seeded = {**asked, "seed": random.getrandbits(62)}
         reply = await whole(service.backend.ask("chat" if "messages" in asked else "completions", seeded, version))
         if reply.status != 200:

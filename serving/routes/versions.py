@@ -69,13 +69,23 @@ def routes(service: Service) -> APIRouter:
     async def moved(body: PromoteBody) -> State:
         before = registry.state()
         await asyncio.to_thread(checked, body.version)
-        if body.canary is not None and service.served.base_name is None:
-            raise Refused(409, "Whole weights leave no room for a second version; promote it, or align by an adapter.")
+        if body.canary is not None and backend.is_whole:
+            return await tried(body.version, body.canary, before)
         await backend.prepare(body.version)
         if body.canary is None:
             await asyncio.to_thread(registry.promote, body.version)
         else:
             await asyncio.to_thread(registry.canary, body.version, body.canary)
+        return await adopted(before)
+
+    async def tried(number: int, share: float, before: State) -> State:
+        """Whole weights: a replica of its own, which the registry has to ask for, holds the canary."""
+        await asyncio.to_thread(registry.canary, number, share)
+        try:
+            await backend.prepare(number, canary=True)
+        except AlignmentError:
+            await asyncio.to_thread(registry.restore, before)
+            raise
         return await adopted(before)
 
     def checked(number: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.routing import BEGINNING, beginning, home
+from serving.routing import BEGINNING, beginning, canary_answers, home
 
 NAMES = [f"replica-{number}" for number in range(5)]
 BEGUN = [f"conversation {number}" for number in range(2000)]
@@ -52,3 +52,24 @@ def test_when_a_replica_goes_only_its_conversations_move() -> None:
     for begun in BEGUN:
         before, after = NAMES[home(begun, NAMES)], left[home(begun, left)]
         assert before in (after, NAMES[2])
+
+
+def test_a_canary_gets_its_share_of_the_conversations() -> None:
+    for share in (0.05, 0.3, 0.9):
+        count = sum(canary_answers(begun, 2, share) for begun in BEGUN)
+        deviation = (len(BEGUN) * share * (1 - share)) ** 0.5
+        assert abs(count - len(BEGUN) * share) < 4 * deviation
+    assert not any(canary_answers(begun, 2, 0.0) for begun in BEGUN)
+
+
+def test_a_larger_share_keeps_the_conversations_of_a_smaller_one_and_another_canary_gets_others() -> None:
+    few, many = ({begun for begun in BEGUN if canary_answers(begun, 2, share)} for share in (0.1, 0.4))
+    assert few < many
+    others = {begun for begun in BEGUN if canary_answers(begun, 3, 0.1)}
+    assert len(few & others) < len(few) / 2
+
+
+def test_every_turn_of_a_conversation_has_one_version() -> None:
+    for place in range(50):
+        turns = [beginning(chat("Be kind.", f"Hello {place}", *rest)) for rest in ((), ("Hi!", "More"), ("Yes?", "No"))]
+        assert len({canary_answers(str(begun), 2, 0.5) for begun in turns}) == 1

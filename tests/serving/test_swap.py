@@ -18,9 +18,12 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import create_engine
+from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
 from alignment.models.folders import bundled
+from serving.routing import canary_answers
 from tests.serving.conftest import ALIGNED, Running, random_adapter
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -113,14 +116,42 @@ def test_an_adapter_is_swapped_under_load_and_back(endpoint: Running, adapted: A
     assert "current" in raylign(endpoint, "versions").stdout
 
 
-def test_a_canary_answers_its_share_and_whoever_asks_for_it(endpoint: Running, other: tuple[Path, str]) -> None:
+def version_of(endpoint: Running, *contents: str) -> str:
+    """Which version answers a conversation."""
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    answer = endpoint.ask("POST", "/v1/chat/completions", {"model": ALIGNED, "messages": turns, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-model-version"]
+
+
+def compared_versions(endpoint: Running, question: str) -> str:
+    """The versions of the two answers of a comparison, as the database has them."""
+    turns = [{"role": "user", "content": question}]
+    body = {"messages": turns, "max_tokens": 8, "temperature": 2.0}
+    compared = endpoint.ask("POST", "/v1/comparisons", body)
+    assert compared.status_code == 200, compared.text
+    query = "select distinct version from answers join groups on group_number = number where id = :id"
+    with create_engine(endpoint.database).connect() as connection:
+        versions = connection.execute(sql(query), {"id": compared.json()["id"]}).scalars()
+        return ", ".join(map(str, versions))
+
+
+def test_a_canary_answers_its_share_of_the_conversations_and_whoever_asks_for_it(
+    endpoint: Running, other: tuple[Path, str]
+) -> None:
     assert raylign(endpoint, "promote", str(other[0]), "--canary", "0.5").returncode == 0
+    questions = [f"What is {number} + 2?" for number in range(12)]
+    expected = ["2" if canary_answers(question, 2, 0.5) else "1" for question in questions]
+    assert {"1", "2"} == set(expected)
     with ThreadPoolExecutor(8) as pool:
-        drawn = set(pool.map(lambda _: one_answer(endpoint, ALIGNED)[0], range(24)))
-    assert drawn == {"1", "2"}, "all 24 alike in one of eight million times"
+        assert list(pool.map(lambda question: version_of(endpoint, question), questions)) == expected
+        later = pool.map(lambda question: version_of(endpoint, question, "I guess so.", "Sure?"), questions)
+        assert list(later) == expected, "later turns stay with the version of the first"
+    assert {compared_versions(endpoint, questions[expected.index(version)]) for version in ("1", "2")} == {"1", "2"}
     assert one_answer(endpoint, ALIGNED, x_model_version="2") == ("2", other[1])
     assert raylign(endpoint, "rollback").returncode == 0
-    assert {one_answer(endpoint, ALIGNED)[0] for _ in range(8)} == {"1"}
+    assert {version_of(endpoint, question) for question in questions} == {"1"}
 
 
 def test_a_candidate_is_examined_on_the_endpoint_itself_and_nothing_is_switched(

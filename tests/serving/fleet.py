@@ -1,0 +1,173 @@
+"""Replicas that hold no model, in a real Ray Serve: versions are the service's own business, answers are made up.
+
+Only what touches vLLM is replaced: loading takes a moment and can be made to fail, and an answer is its version's
+number, written as slowly as it is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from alignment.errors import ServingError
+from serving.backend import Backend
+from serving.candidate import CANDIDATE_NAME
+from serving.config import ServeConfig
+from serving.engine import CandidateEngine, Engine, EngineSettings
+from serving.registry import Registry, State
+from serving.routing import ByConversation
+from serving.schema import Reply, Route
+from serving.served import served_version
+from serving.versions import TURN, HalfLoaded, MoveLimits, Versions, candidate_version, fleet_version
+
+MODEL = "assistant"
+LOAD_S = 0.3
+WAIT_S = 1.0
+
+
+class Health:
+    """In place of Ray Serve LLM's server."""
+
+    async def check_health(self) -> None:
+        return None
+
+
+class Shelf:
+    """A loader that notes what it loads, and fails when a file of the registry says so."""
+
+    beside = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def load(self, number: int) -> None:
+        await asyncio.sleep(LOAD_S)
+        with (self._folder / f"loads-{number}").open("a") as file:
+            file.write("x")
+        order = self._folder / f"fails-{number}.json"
+        if order.is_file():
+            kth, half = json.loads(order.read_text())
+            if (self._folder / f"loads-{number}").stat().st_size == kth:
+                raise (HalfLoaded if half else ServingError)(f"version {number} is not to be loaded here")
+
+    async def unload(self, number: int) -> None:
+        return None
+
+
+class WithoutModel:
+    """What replaces the parts of an engine that touch vLLM."""
+
+    async def _start(self, settings: EngineSettings, state: State, number: int, *, is_candidate: bool = False) -> None:
+        registry = Registry(Path(settings.registry))
+        if is_candidate and (registry.folder / "no-candidate").exists():
+            raise RuntimeError("there is no memory for it")
+        await asyncio.to_thread(registry.verify, number)
+        self._served = served_version(settings.config, registry, number)
+        self._server = Health()
+        self._control_tokens = None
+        self._versions = Versions(
+            registry,
+            Shelf(registry.folder),
+            limits=MoveLimits(drain_s=60.0, wait_s=WAIT_S),
+            target=candidate_version if is_candidate else fleet_version,
+            turn=None if is_candidate else registry.folder / TURN,
+        )
+        self._versions.begin(state, number)
+
+    def _request(self, route: Route, body: dict[str, Any]) -> Any:
+        return body
+
+    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+        yield Reply(status=200, body="", events="begun", version=names.label)
+        for _ in range(int(request["seconds"] / 0.05)):
+            await asyncio.sleep(0.05)
+            yield str(self._versions.current)  # type: ignore[attr-defined]
+
+
+class LightEngine(WithoutModel, Engine):
+    """One replica of the fleet."""
+
+
+class LightCandidate(WithoutModel, CandidateEngine):
+    """The candidate's."""
+
+
+class Front:
+    """In place of the ingress, which a test's own process plays."""
+
+    def __init__(self, engine: DeploymentHandle, candidate: DeploymentHandle) -> None:
+        pass
+
+
+def light_config(replicas: int) -> ServeConfig:
+    return ServeConfig(
+        checkpoint="model", name=MODEL, min_replicas=replicas, max_replicas=replicas, candidate_start_s=60
+    )
+
+
+@contextmanager
+def fleet(registry: Registry, *, replicas: int) -> Iterator[ServeConfig]:
+    """An application of that many replicas, until the block ends."""
+    config = light_config(replicas)
+    settings = EngineSettings(config=config, registry=str(registry.folder), device="cpu")
+    common: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0},
+        "request_router_config": RequestRouterConfig(request_router_class=ByConversation),
+        "max_ongoing_requests": 64,
+        "health_check_period_s": 0.5,
+        "graceful_shutdown_timeout_s": 1.0,
+    }
+    none = {
+        "min_replicas": 0,
+        "max_replicas": 1,
+        "upscale_delay_s": 0.0,
+        "downscale_delay_s": 1.0,
+        "look_back_period_s": 1.0,
+    }
+    engine = serve.deployment(LightEngine, name="engine", num_replicas=replicas, **common).bind(settings)
+    candidate = serve.deployment(LightCandidate, name=CANDIDATE_NAME, autoscaling_config=none, **common).bind(settings)
+    front = serve.deployment(Front, name="front", ray_actor_options={"num_cpus": 0})
+    serve.run(front.bind(engine, candidate), name="light", route_prefix=None)
+    try:
+        yield config
+    finally:
+        serve.delete("light")
+
+
+def backend_of(registry: Registry, config: ServeConfig) -> Backend:
+    """One ingress's side of the running fleet; `begin` it in an event loop."""
+    engine = serve.get_deployment_handle("engine", "light")
+    candidate = serve.get_deployment_handle(CANDIDATE_NAME, "light")
+    return Backend(engine, engine, config, registry, model=MODEL, candidate=candidate)
+
+
+async def ask(
+    backend: Backend, text: str, seconds: float = 0.0, wanted: int | None = None
+) -> tuple[str, set[str], float]:
+    """The version that an answer was labelled with, those that wrote it, and the seconds that it took."""
+    started = time.monotonic()
+    body = {"model": MODEL, "prompt": text, "stream": True, "seconds": seconds}
+    parts = [part async for part in backend.ask("completions", body, wanted)]
+    first = parts[0]
+    assert isinstance(first, Reply) and first.status == 200, parts
+    assert all(isinstance(part, str) for part in parts[1:]), parts
+    return str(first.version), set(map(str, parts[1:])), time.monotonic() - started
+
+
+def start_light_ray() -> None:
+    """A Ray for replicas that hold no model."""
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20,
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    serve.start(proxy_location="Disabled")
