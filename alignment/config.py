@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -34,6 +33,7 @@ from pydantic_core import ErrorDetails
 
 from alignment.errors import ConfigError
 from alignment.keys_elsewhere import place_of
+from alignment.passwords import holds_password, without_passwords
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -212,7 +212,7 @@ class SourceConfig(Section):
     @field_validator("path")
     @classmethod
     def _holds_no_password(cls, path: str | None) -> str | None:
-        if path is not None and "://" in path and urlsplit(path).password is not None:
+        if path is not None and holds_password(path):
             raise ValueError("must hold no password, for it is kept with the run; PGPASSWORD or ~/.pgpass may")
         return path
 
@@ -931,7 +931,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: dict[str, Any]
         # Two problems of one value are those of a union's alternatives: what it should be, or what else.
         both = where in lines and message != lines[where]
         lines[where] = f"{lines[where].rpartition(' (given: ')[0] or lines[where]}; or {message}" if both else message
-    return [f"{where}: {message}" for where, message in lines.items()]
+    return [without_passwords(f"{where}: {message}") for where, message in lines.items()]
 
 
 def _message(problem: ErrorDetails, kind: type[BaseModel], path: list[str]) -> str:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignment.config import Count, NonNegative, NumberFormat, Positive, PositiveCount, Section, load_config
+from alignment.passwords import holds_password
 
 Device = Literal["cpu", "cuda"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -82,6 +83,13 @@ class FeedbackConfig(Section):
     `raylign/feedback.sqlite` in $XDG_DATA_HOME, or in ~/.local/share."""
     retention_days: Positive | None = None
     """Days after which a prompt is deleted, with its answers and judgements; None keeps it."""
+
+    @field_validator("database")
+    @classmethod
+    def _holds_no_password(cls, database: str | None) -> str | None:
+        if database is not None and holds_password(database):
+            raise ValueError("must hold no password, which Ray's dashboard would show; PGPASSWORD or ~/.pgpass may")
+        return database
 
 
 class ServeConfig(Section):

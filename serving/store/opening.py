@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InternalError, OperationalError, SQLAlchemyError, TimeoutError
 
 from alignment.errors import ServingError
+from alignment.passwords import without_passwords
 from serving.store.records import StoreAway, StoreError, StoreFull
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -46,7 +47,7 @@ def open_database(url: str) -> Engine:
         _migrate(engine)
     except SQLAlchemyError as error:
         engine.dispose()
-        raise named(error, f"The database {parsed.render_as_string()} cannot be opened") from error
+        raise named(error, f"The database {_shown(parsed)} cannot be opened") from error
     except BaseException:
         engine.dispose()
         raise
@@ -85,10 +86,15 @@ def _parsed(url: str) -> URL:
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "postgresql+psycopg") or not parsed.database:
         raise ServingError(
-            f"{parsed.render_as_string()} is no database that can be used; "
+            f"{_shown(parsed)} is no database that can be used; "
             "give sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
         )
     return parsed
+
+
+def _shown(url: URL) -> str:
+    """A URL for people. SQLAlchemy hides the password before the host, and not one in the query."""
+    return without_passwords(url.render_as_string())
 
 
 def _sqlite(url: URL) -> Engine:
@@ -161,6 +167,4 @@ def _migrate(engine: Engine) -> None:
         try:
             command.upgrade(config, "head")
         except CommandError as error:
-            raise ServingError(
-                f"The database {engine.url.render_as_string()} is of a newer raylign: {error}"
-            ) from error
+            raise ServingError(f"The database {_shown(engine.url)} is of a newer raylign: {error}") from error

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from alignment.config import SourceConfig, check_config
+from alignment.config import RunConfig, SourceConfig, check_config
 from alignment.data import sources
 from alignment.data.files import Row
 from alignment.data.sources import read_rows
@@ -240,7 +240,18 @@ def test_a_database_that_is_not_one_is_an_error_in_words(tmp_path: Path, postgre
         assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["postgresql+psycopg://u:hunter2@h/d", "https://u:hunter2@h/v1/feedback/export"])
-def test_a_password_is_not_kept_with_a_run(path: str) -> None:
-    with pytest.raises(ConfigError, match="path: must hold no password"):
+@pytest.mark.parametrize(
+    "path",
+    [
+        "postgresql+psycopg://u:hunter2@h/d",
+        "https://u:hunter2@h/v1/feedback/export",
+        "postgresql://h/d?user=u&password=hunter2",
+    ],
+)
+def test_a_password_is_neither_kept_with_a_run_nor_told(path: str) -> None:
+    with pytest.raises(ConfigError, match="path: must hold no password") as raised:
         check_config({"path": path}, kind=SourceConfig)
+    assert "hunter2" not in str(raised.value) and "***" in str(raised.value)
+    with pytest.raises(ConfigError, match="steps") as raised:  # nor where another key got it
+        check_config({"steps": path}, kind=RunConfig)
+    assert "hunter2" not in str(raised.value)

@@ -59,6 +59,14 @@ def test_wrong_arguments_of_build_are_explained() -> None:
     assert "port: " in str(caught.value)
 
 
+@pytest.mark.parametrize("database", ["postgresql+psycopg://u:hunter2@h/d", "postgresql://h/d?password=hunter2"])
+def test_a_database_with_its_password_is_refused_without_telling_it(database: str) -> None:
+    """It would stand in the deployment's arguments, which Ray's dashboard and Serve's status show."""
+    with pytest.raises(ConfigError, match=r"feedback.database: must hold no password") as raised:
+        load_serve_config(BUNDLED, [f"feedback.database={database}"], None)
+    assert "hunter2" not in str(raised.value)
+
+
 @pytest.mark.parametrize("wrong", ["port=70000", "dtype=fp8", "max_replicas=0", "min_replicas=3", "name='a:b'"])
 def test_a_wrong_value_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong.partition("=")[0]):

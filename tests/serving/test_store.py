@@ -487,7 +487,15 @@ def test_a_database_of_a_newer_raylign_is_refused(database: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "feedback.sqlite", "sqlite://", "mysql://u:hunter2@h/d", "postgresql+psycopg://u:hunter2@h", "://hunter2"],
+    [
+        "",
+        "feedback.sqlite",
+        "sqlite://",
+        "mysql://u:hunter2@h/d",
+        "mysql://h/d?password=hunter2",
+        "postgresql+psycopg://u:hunter2@h",
+        "://hunter2",
+    ],
 )
 def test_a_url_of_no_usable_database_is_refused_and_its_password_not_quoted(url: str) -> None:
     with pytest.raises(ServingError, match="sqlite:///FILE or postgresql") as caught:
@@ -497,8 +505,8 @@ def test_a_url_of_no_usable_database_is_refused_and_its_password_not_quoted(url:
 
 def test_a_database_that_does_not_answer_is_away(tmp_path: Path) -> None:
     with pytest.raises(StoreAway) as caught:
-        Store("postgresql://u:hunter2@127.0.0.1:1/d")
-    assert "127.0.0.1:1/d cannot be opened" in str(caught.value)
+        Store("postgresql://u:hunter2@127.0.0.1:1/d?sslpassword=hunter2")
+    assert "127.0.0.1:1/d?sslpassword=*** cannot be opened" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     (tmp_path / "no.sqlite").write_bytes(b"not a database" * 1000)
     with pytest.raises(StoreAway, match="not a database"):
