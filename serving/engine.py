@@ -14,6 +14,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack
@@ -55,6 +56,8 @@ ADAPTERS_AT_ONCE = 3
 """The current version, the canary, and one that answers its last requests."""
 FORMS = {"response_format", "structured_outputs"}
 """Fields of requests that ask for an answer in a certain form."""
+VLLMS_FINGERPRINT = re.compile(r',"system_fingerprint":(?:null|"[^"\\]*")')
+"""vLLM's own, in the last events of a stream; in a text of the answer, the quotation marks would be escaped."""
 MAX_MESSAGE = 1000
 """Characters of an error message, which may quote what was sent."""
 STAY_S = 10.0
@@ -576,6 +579,7 @@ class _Names:
         The key cannot be mistaken: in a text of the answer, its quotation marks would be escaped.
         """
         inside = f'"model":{json.dumps(self.inside)}'
+        text = VLLMS_FINGERPRINT.sub("", text) if "system_fingerprint" in text else text
         return text.replace(inside, f'"model":{json.dumps(self.asked)},"system_fingerprint":"{self.label}"', 1)
 
 

@@ -11,8 +11,25 @@ from alignment.rewards.remote import ChatMessage
 from serving.store.records import Issued, IssuedAnswer
 
 Kind = Literal["chat", "completion", "comparison"]
-BESIDE_MESSAGES = ("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-"""Fields of a chat that change what its template makes of the messages."""
+SAMPLING = {
+    *("model", "messages", "prompt", "request_id"),
+    *("max_tokens", "max_completion_tokens", "min_tokens", "n", "seed", "stop", "stop_token_ids"),
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+}
+"""Fields that change which answer is drawn, and nothing of what the model reads or may write."""
+DEFAULTS = {
+    "add_generation_prompt": True,
+    "add_special_tokens": None,
+    "best_of": 1,
+    "parallel_tool_calls": True,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "tool_choice": "none",
+}
+"""What other fields are if nobody sets them; null, false and what is empty is that for all."""
+ROLES = ("system", "user", "assistant")
 BASE = 0
 """The version number of a base model, which has none."""
 
@@ -29,6 +46,7 @@ def issued(
 
     Args:
         said: the whole answer, or the chunks of a stream, as JSON objects.
+        recorded: whether texts may be kept; they are, if a training row can hold the request.
     """
     texts: dict[int, list[str]] = {}
     ends: dict[int, str | None] = {}
@@ -36,12 +54,12 @@ def issued(
         for choice in part.get("choices", ()):
             place = choice["index"]
             texts.setdefault(place, []).append(_text(choice))
-            ends[place] = choice.get("finish_reason") or ends.get(place)
-    prompt = prompt_of(asked)
+            ends[place] = _finish_reason(choice) or ends.get(place)
+    reason = why_unrecorded(asked) if recorded else "feedback.record is off"
     return Issued(
         id=said[0]["id"],
         kind=kind,
-        prompt="" if prompt is None else prompt,
+        prompt="" if reason else prompt_of(asked),
         answers=tuple(
             IssuedAnswer(
                 id=f"{said[0]['id']}-{place}",
@@ -54,27 +72,38 @@ def issued(
         ),
         asked_by=asked_by,
         created=time.time(),
-        recorded=recorded and prompt is not None,
+        recorded=reason is None,
+        reason=reason,
     )
 
 
-def prompt_of(asked: dict[str, Any]) -> str | tuple[ChatMessage, ...] | None:
-    """The prompt of a request, if a training row can hold what the model saw; else None.
-
-    A row cannot hold prompts that were given as tokens, several prompts, messages with more than texts, and chats whose
-    template was given something besides the messages.
-    """
+def why_unrecorded(asked: dict[str, Any]) -> str | None:
+    """Why no training row can hold what a request made the model read and allowed it to write; None if one can."""
+    others = sorted(name for name, value in asked.items() if name not in SAMPLING and not _is_default(name, value))
+    if others:
+        return f"the request set {', '.join(others)}"[:200]
     if "messages" not in asked:
         prompt = asked["prompt"]
-        if isinstance(prompt, list) and len(prompt) == 1:
-            prompt = prompt[0]
-        return prompt if isinstance(prompt, str) else None
-    if any(asked.get(name) not in (None, [], {}) for name in BESIDE_MESSAGES):
-        return None
-    turns = [(turn["role"], _plain(turn.get("content"))) for turn in asked["messages"]]
-    if any(content is None or role not in ("system", "user", "assistant") for role, content in turns):
-        return None
-    return tuple(ChatMessage(role=role, content=content) for role, content in turns)
+        is_text = isinstance(prompt, str) or (len(prompt) == 1 and isinstance(prompt[0], str))
+        return None if is_text else "the request held several prompts, or token ids"
+    for turn in asked["messages"]:
+        if turn["role"] not in ROLES:
+            return f"the chat holds a message of the role {turn['role']}"
+        if _plain(turn.get("content")) is None or any(turn.get(name) for name in turn.keys() - {"role", "content"}):
+            return "a message of the chat holds more than a text"
+    return None
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return value in (None, False, [], {}, "") or value == DEFAULTS.get(name)
+
+
+def prompt_of(asked: dict[str, Any]) -> str | tuple[ChatMessage, ...]:
+    """The prompt of a request that a training row can hold (`why_unrecorded`)."""
+    if "messages" not in asked:
+        prompt = asked["prompt"]
+        return str(prompt if isinstance(prompt, str) else prompt[0])
+    return tuple(ChatMessage(role=turn["role"], content=_plain(turn["content"]) or "") for turn in asked["messages"])
 
 
 def chunks(events: Iterable[str]) -> list[dict[str, Any]]:
@@ -82,6 +111,13 @@ def chunks(events: Iterable[str]) -> list[dict[str, Any]]:
     lines = (line for text in events for line in text.split("\n") if line.startswith("data: {"))
     found = [json.loads(line.removeprefix("data: ")) for line in lines]
     return [chunk for chunk in found if "id" in chunk]
+
+
+def _finish_reason(choice: dict[str, Any]) -> str | None:
+    """As OpenAI calls it, but `length` for an answer that a text or token of the request's ended: the model would have
+    gone on, so that no end token may be learned there."""
+    ended_by_request = choice.get("finish_reason") == "stop" and choice.get("stop_reason") is not None
+    return "length" if ended_by_request else choice.get("finish_reason")
 
 
 def _text(choice: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serving.issuing import number_of, prompt_of
+from serving.issuing import number_of, prompt_of, why_unrecorded
 from serving.routes import Service, key_of
-from serving.routes.openai import ChatTurn, Tokens, whole
+from serving.routes.openai import ChatTurn, Tokens, fresh_id, whole
 from serving.schema import Refused
 from serving.store.records import (
     BadVerdict,
@@ -123,12 +123,10 @@ def routes(service: Service) -> APIRouter:
             )
             for place, one in enumerate(said)
         ]
-        prompt = prompt_of(asked)
-        assert prompt is not None
         issued = Issued(
             id=id,
             kind="comparison",
-            prompt=prompt,
+            prompt=prompt_of(asked),
             answers=tuple(answers),
             asked_by=key_of(request).name,
             created=time.time(),
@@ -144,8 +142,8 @@ def routes(service: Service) -> APIRouter:
             raise Refused(404, f"Versions of {service.served.name} are compared here.")
         sent = request.scope["state"]["json"]
         asked = {name: sent[name] for name in ("messages", "prompt") if name in sent}
-        if prompt_of(asked) is None:
-            raise Refused(400, "Messages are texts of the roles system, user and assistant.")
+        if reason := why_unrecorded(asked):
+            raise Refused(400, f"Nobody could learn from this comparison: {reason}.")
         temperature = TEMPERATURE if body.temperature is None else body.temperature
         # Null leaves it to the engine; without the field, a text's completion would have OpenAI's 16 tokens.
         limit = None if body.max_tokens is None else min(body.max_tokens, config.limits.max_tokens)
@@ -156,7 +154,7 @@ def routes(service: Service) -> APIRouter:
         return (None, None) if body.versions is None else (body.versions[0], body.versions[1])
 
     async def answer(asked: dict[str, Any], version: int | None) -> Said:
-        seeded = {**asked, "seed": random.getrandbits(62)}
+        seeded = {**asked, "seed": random.getrandbits(62), **fresh_id()}
         reply = await whole(service.backend.ask("chat" if "messages" in asked else "completions", seeded, version))
         if reply.status != 200:
             raise Refused.by(reply)

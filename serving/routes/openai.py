@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Annotated, Any
 
@@ -35,7 +37,9 @@ REFUSED_FIELDS = {
 """Fields that vLLM reads and clients have no business with, and why."""
 
 END = "data: [DONE]"
-"""What ends a stream."""
+"""The line that ends a stream."""
+
+logger = logging.getLogger("ray.serve")
 
 Parts = AsyncGenerator[Reply | str]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -173,7 +177,7 @@ def routes(service: Service) -> APIRouter:
         _check_limit("n", body.n, config.limits.max_n)
         _check_limit("max_tokens", body.max_tokens, config.limits.max_tokens)
         check_structured_output(asked, config.limits)
-        return asked
+        return asked | fresh_id()
 
     async def answered(route: Route, request: Request, asked: dict[str, Any]) -> Response:
         started = time.perf_counter()
@@ -199,10 +203,10 @@ def routes(service: Service) -> APIRouter:
             if not kept:
                 service.meters.first_token(route, begun, time.perf_counter() - started)
             kept.append(text)
-            if END in kept[-1]:
+            if END in text.split("\n"):  # as a line of its own: in an answer's text, line breaks are escaped
                 # Before the client sees the end, so that its judgement cannot come too early.
                 remember(route, request, asked, lambda: chunks(kept), begun.version)
-            yield kept[-1]
+            yield text
         service.meters.answered(route, begun, time.perf_counter() - started)
 
     def remember(
@@ -212,15 +216,23 @@ def routes(service: Service) -> APIRouter:
         said: Callable[[], list[dict[str, Any]]],
         version: str | None,
     ) -> None:
-        """Has the store keep what was answered; nobody waits for it."""
+        """Has the store keep what was answered; nobody waits for it, and no answer is lost because it fails."""
         begun = time.perf_counter()
-        if parts := said():
-            kind: Kind = "chat" if route == "chat" else "completion"
-            asked_by, recorded = key_of(request).name, config.feedback.record
-            service.store.record(issued(kind, asked, parts, version=version, asked_by=asked_by, recorded=recorded))
+        kind: Kind = "chat" if route == "chat" else "completion"
+        asked_by, recorded = key_of(request).name, config.feedback.record
+        try:
+            if parts := said():
+                service.store.record(issued(kind, asked, parts, version=version, asked_by=asked_by, recorded=recorded))
+        except Exception as error:  # not its text, which may quote the answer
+            logger.error("An answer was given and could not be kept: %s", type(error).__name__)
         service.meters.took("record", time.perf_counter() - begun)
 
     return router
+
+
+def fresh_id() -> dict[str, str]:
+    """The field from which vLLM makes an answer's id. Without it, Ray takes the client's header X-Request-ID."""
+    return {"request_id": uuid.uuid4().hex}
 
 
 async def texts(begun: Reply, parts: Parts) -> AsyncIterator[str]:

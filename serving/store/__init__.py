@@ -167,6 +167,7 @@ def _record(issued: Issued, connection: Connection) -> None:
         "asked_by": issued.asked_by,
         "created": issued.created,
         "prompt": json.dumps(_as_json(issued.prompt)) if issued.recorded else None,
+        "reason": issued.reason,
     }
     number = connection.execute(RECORD[connection.dialect.name], values).scalar()
     if number is None:

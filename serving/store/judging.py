@@ -35,6 +35,7 @@ ISSUED = (
         groups.c.number,
         groups.c.id,
         groups.c.prompt,
+        groups.c.reason,
         answers.c.position,
         answers.c.text,
         answers.c.version,
@@ -86,6 +87,7 @@ def judge(connection: Connection, judgement: Judgement, now: float) -> Receipt:
         target=target.id if stored.position is None else f"{target.id}-{stored.position}",
         created=stored.created,
         replaces=None if stored.replaces is None else judgement_id(stored.replaces),
+        note=None if target.prompt is not None else f"Nothing is learned from this: {target.why}.",
     )
 
 
@@ -126,9 +128,16 @@ class _Target:
     """Of the group."""
     prompt: Any
     """As JSON has it; None if texts are not kept."""
+    reason: str | None
+    """Why they are not."""
     answers: tuple[_Answer, ...]
     position: int | None
     """Of the answer; None for the whole group."""
+
+    @property
+    def why(self) -> str:
+        """Why the texts are not kept, in words."""
+        return f"the texts of {self.id} were not kept, since {self.reason or 'feedback.record was off'}"
 
     @property
     def ids(self) -> list[str]:
@@ -161,7 +170,12 @@ def _target(rows: list[Row], position: int | None) -> _Target:
     )
     first = rows[0]
     return _Target(
-        number=first.number, id=first.id, prompt=_loaded(first.prompt), answers=tuple(of_group), position=position
+        number=first.number,
+        id=first.id,
+        prompt=_loaded(first.prompt),
+        reason=first.reason,
+        answers=tuple(of_group),
+        position=position,
     )
 
 
@@ -237,7 +251,7 @@ def _read_ranking(target: _Target, verdict: Ranking) -> _Reading:
 def _read_correction(target: _Target, verdict: Correction) -> _Reading:
     answer = _one(target)
     if target.prompt is None:
-        raise BadVerdict("a correction cannot be kept, since the service does not record texts (feedback.record)")
+        raise BadVerdict(f"a correction cannot be kept: {target.why}")
     if not verdict.text.strip():
         raise BadVerdict("the corrected text is empty")
     better = _Graded(text=verdict.text, reward=1.0, version=None)

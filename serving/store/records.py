@@ -82,6 +82,8 @@ class Issued:
     """UTC, Unix seconds."""
     recorded: bool
     """False keeps prompt and texts out of the database: ids and versions alone are stored."""
+    reason: str | None = None
+    """Why texts are not kept, in words for people; None if they are."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[!-~]{1,200}", self.id):
@@ -172,6 +174,8 @@ class Receipt:
     """UTC, Unix seconds, by the clock of the service."""
     replaces: str | None
     """Id of the same labeller's earlier verdict that it supersedes."""
+    note: str | None = None
+    """Why nothing can be learned from it, where the texts of its target are not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ groups = sa.Table(
     sa.Column("asked_by", sa.Text, nullable=False),
     sa.Column("created", sa.Double, nullable=False, index=True),
     sa.Column("prompt", sa.Text),  # JSON: a string or a list of messages; null if texts are not recorded
+    sa.Column("reason", sa.Text),  # why texts are not recorded; null if they are, and in rows from before 0002
     sqlite_autoincrement=True,
 )
 
