@@ -10,6 +10,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from alignment.config import check_config
+from alignment.errors import ConfigError
 from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings
@@ -46,6 +47,11 @@ def build(args: dict[str, Any]) -> Application:
         AlignmentError: the checkpoint cannot be served (see `serving.served.publish`).
     """
     config = check_config(args, kind=ServeConfig)
+    if config.no_keys:
+        raise ConfigError(
+            "no_keys: is for `raylign serve` on 127.0.0.1; what listens here is Ray Serve's own http_options, which "
+            "this configuration does not choose, so requests need keys: `raylign keys create`"
+        )
     return application(config, *publish(config))
 
 

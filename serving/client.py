@@ -140,7 +140,8 @@ class Service:
         import httpx
 
         try:
-            return self._client.request(method, self.url + path, json=body, headers=headers)
+            as_json = {"content-type": "application/json"}  # wanted of what changes something, also without a body
+            return self._client.request(method, self.url + path, json=body, headers=headers | as_json)
         except httpx.TimeoutException as error:
             raise ServingError(f"{self.url}{path} did not answer within {self._client.timeout.read:g} s") from error
         except (httpx.RequestError, httpx.InvalidURL) as error:

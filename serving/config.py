@@ -105,6 +105,8 @@ class ServeConfig(Section):
     between them, as must PostgreSQL in place of the database file."""
     no_keys: bool = False
     """Serve everyone who can reach `host`, which must then be this machine's own 127.0.0.1."""
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+$", max_length=300)], ...] = ()
+    """Pages elsewhere whose scripts may ask here, as `https://example.org`. They need keys like all others."""
     public_metrics: bool = False
     """Whether `/metrics` needs no key."""
     host: str = "127.0.0.1"

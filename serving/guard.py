@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -30,6 +31,11 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 
+READS = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing."""
+HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+"""This machine's own names, with any port: people forward ports."""
+
 Who = Callable[[list[bytes]], Key | None]
 """From the Authorization headers of a request to the key behind them; None if there is none."""
 
@@ -44,18 +50,25 @@ class Guard:
         who: Who,
         is_public: Callable[[str], bool],
         limits: LimitsConfig,
+        local_only: bool = False,
+        cors_origins: Sequence[str] = (),
         took: Callable[[str, float], None] = lambda part, seconds: None,
     ) -> None:
         """
         Args:
             who: finds the key of a request.
             is_public: whether a path needs no key.
+            local_only: whether to take requests for this machine's own names alone, and from its own page: where no
+                keys are needed, any page that a browser shows could ask otherwise.
+            cors_origins: pages elsewhere that may ask all the same, as `https://example.org`.
             took: is told the seconds that a part of the work took, as `Meters.took`.
         """
         self._app = app
         self._who = who
         self._is_public = is_public
         self._limits = limits
+        self._local_only = local_only
+        self._cors_origins = frozenset(cors_origins)
         self._took = took
         self._max_body_bytes = int(limits.max_body_mib * 2**20)
         self._rates: dict[str, Rate] = {}
@@ -91,10 +104,12 @@ class Guard:
         """The key of a request; None for what needs none.
 
         Raises:
-            Refused: 401 without a valid key, 429 when it asks too often.
+            Refused: 401 without a valid key, 403 from elsewhere where no keys are needed, 429 when it asks too often.
         """
         if self._is_public(scope["path"]):
             return None
+        if self._local_only:
+            check_local(scope["headers"], self._cors_origins)
         key = self._who([value for name, value in scope["headers"] if name == b"authorization"])
         if key is None:
             raise Refused(401, "A valid key is needed: Authorization: Bearer KEY.")
@@ -112,12 +127,15 @@ class Guard:
             Refused: it is too large, too slow, compressed, or not JSON by its own account.
         """
         headers = dict(scope["headers"])
-        if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+        is_empty = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+        is_json = headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json"
+        # Also without a body: a page elsewhere may send a form without being asked for leave, and no JSON.
+        if not is_json and not (is_empty and scope["method"] in READS):
+            raise Refused(415, "Send the header Content-Type: application/json; a body has to be JSON.")
+        if is_empty:
             return b""
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise Refused(415, "Compressed bodies are not read; send plain JSON.")
-        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-            raise Refused(415, "The body has to be JSON: send the header Content-Type: application/json.")
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
                 return await self._read(receive, headers)
@@ -139,6 +157,25 @@ class Guard:
         if len(body) > self._max_body_bytes:
             raise Refused(413, f"The request body is larger than {self._max_body_bytes} bytes.")
         return bytes(body)
+
+
+def check_local(headers: Sequence[tuple[bytes, bytes]], cors_origins: Collection[str] = ()) -> None:
+    """Refuses what a browser sends for a page that is not this endpoint's own, whatever name leads there.
+
+    Raises:
+        Refused: 403, by another name than this machine's, or from a page elsewhere.
+    """
+    sent: dict[bytes, list[str]] = {}
+    for name, value in headers:
+        sent.setdefault(name.lower(), []).append(value.decode("latin-1"))
+    hosts, origins = sent.get(b"host", []), sent.get(b"origin", [])
+    if len(hosts) != 1 or HOST.fullmatch(hosts[0]) is None:
+        raise Refused(403, "Without keys, this endpoint answers by the names 127.0.0.1, localhost and [::1] alone.")
+    if origins and set(origins) <= set(cors_origins):
+        return
+    own = {f"http://{hosts[0]}", f"https://{hosts[0]}"}
+    if not set(origins) <= own or not set(sent.get(b"sec-fetch-site", [])) <= {"same-origin", "none"}:
+        raise Refused(403, "Without keys, pages of other origins may not ask here; cors_origins names those that may.")
 
 
 class Rate:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from serving.backend import Backend
@@ -24,7 +26,7 @@ from serving.keys import Key, Keys
 from serving.meters import Meters
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.registry import Registry
-from serving.routes import PUBLIC, Service, authorise, feedback, openai, rewards, versions
+from serving.routes import PUBLIC, VERSION_HEADER, Service, authorise, feedback, openai, rewards, versions
 from serving.schema import Refused, refusal
 from serving.served import Served
 from serving.store import Store
@@ -68,19 +70,35 @@ class Ingress:
         app = application(self._service)
         public = {route.path for route in app.routes if isinstance(route, APIRoute) and route.tags == [PUBLIC]}
         keys = self._keys
-        return Guard(
+        guard = Guard(
             app,
             who=(lambda _: ANYBODY) if keys is None else keys.who,
             is_public=lambda path: path in public,
             limits=self._config.limits,
+            local_only=self._config.no_keys,
+            cors_origins=self._config.cors_origins,
             took=self._service.meters.took,
         )
+        return with_cors(guard, self._config.cors_origins)
 
     def __del__(self) -> None:
         """Called by Ray Serve when this stops: what waits is still written."""
         if self._keys is not None:
             self._keys.close()
         self._store.close()
+
+
+def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Tells browsers which pages elsewhere may ask; without any, they let none."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type", "idempotency-key", VERSION_HEADER],
+        expose_headers=["retry-after", VERSION_HEADER],
+    )
 
 
 def application(service: Service) -> FastAPI:

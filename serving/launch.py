@@ -211,6 +211,7 @@ def _application(config: ServeConfig, served: Served, registry: Registry) -> Ite
         proxy_location="HeadOnly" if _is_local() else "EveryNode",
         http_options={"host": config.host, "port": config.port},
     )
+    _check_address(config)
     target = application(config, served, registry)
     typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
@@ -219,6 +220,22 @@ def _application(config: ServeConfig, served: Served, registry: Registry) -> Ite
     finally:
         typer.echo("Stopping when answers in progress have ended; Ctrl-C cuts them off …")
         _delete(config)
+
+
+def _check_address(config: ServeConfig) -> None:
+    """A Ray Serve that ran already goes on listening where it did.
+
+    Raises:
+        ServingError: that is another address than the configured one.
+    """
+    from ray.serve.context import _get_global_client
+
+    options = _get_global_client().http_config
+    if (options.host, options.port) != (config.host, config.port):
+        raise ServingError(
+            f"Ray Serve runs on this cluster already and listens on {options.host}:{options.port}, not on "
+            f"{config.host}:{config.port}; give host={options.host} port={options.port}, or end it by `serve shutdown`"
+        )
 
 
 def _delete(config: ServeConfig) -> None:

@@ -54,7 +54,7 @@ class Running:
     def ask(self, method: str, path: str, body: Any = None, *, role: str = "admin", **headers: str) -> httpx.Response:
         """One request, with the key of a role."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        sent = {"authorization": f"Bearer {self.keys[role]}", **named}
+        sent = {"authorization": f"Bearer {self.keys[role]}", "content-type": "application/json", **named}
         return httpx.request(method, self.url + path, json=body, headers=sent, timeout=300)
 
 

@@ -13,6 +13,7 @@ from starlette.types import Message
 
 from serving.config import LimitsConfig
 from serving.guard import Guard, Rate
+from serving.ingress import with_cors
 from serving.keys import Key
 
 ANNA = Key(name="anna", role="user")
@@ -24,7 +25,8 @@ def who(headers: list[bytes]) -> Key | None:
     return ANNA if headers == [b"Bearer good"] else None
 
 
-def guarded(*, broken: bool = False, **limits: Any) -> Guard:
+def guarded(*, broken: bool = False, origins: tuple[str, ...] | None = None, **limits: Any) -> Guard:
+    """`origins`: pages elsewhere that may ask an endpoint without keys; None for one with keys."""
     app = FastAPI()
 
     @app.get("/healthz")
@@ -40,7 +42,12 @@ def guarded(*, broken: bool = False, **limits: Any) -> Guard:
         raise RuntimeError(SECRET)
 
     return Guard(
-        app if not broken else fails, who=who, is_public=lambda path: path == "/healthz", limits=LimitsConfig(**limits)
+        app if not broken else fails,
+        who=who if origins is None else lambda _: ANNA,
+        is_public=lambda path: path == "/healthz",
+        limits=LimitsConfig(**limits),
+        local_only=origins is not None,
+        cors_origins=origins or (),
     )
 
 
@@ -174,7 +181,9 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
             raise AssertionError("nobody listens any more")
 
         headers = [(b"authorization", b"Bearer good"), (b"x-request-disconnect-disabled", b"?1")]
-        await asyncio.wait_for(guard({"type": "http", "path": "/slow", "headers": headers}, receive, send), 30)
+        await asyncio.wait_for(
+            guard({"type": "http", "method": "GET", "path": "/slow", "headers": headers}, receive, send), 30
+        )
         assert ended.is_set()
 
     asyncio.run(scene())
@@ -201,3 +210,60 @@ def test_a_body_that_does_not_end_is_given_up() -> None:
         assert said[0]["status"] == 408
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "LOCALHOST:9000", "[::1]:8000"])
+def test_without_keys_this_machines_own_names_are_answered(host: str) -> None:
+    answer = ask(guarded(origins=()), "POST", "/echo", json={"a": 1}, headers={"host": host})
+    assert answer.status_code == 200
+    page = {"host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"}
+    assert ask(guarded(origins=()), "POST", "/echo", json={"a": 1}, headers=page).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},  # a name that leads here for a moment
+        {"host": "127.0.0.1.evil.example:8000"},
+        {"host": "localhost:8000@evil.example"},
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:3000"},  # another program of this machine
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+    ],
+)
+def test_without_keys_no_page_elsewhere_is_answered(headers: dict[str, str]) -> None:
+    sent = {"host": "127.0.0.1:8000", **headers}
+    assert_refused(ask(guarded(origins=()), "POST", "/echo", json={"a": 1}, headers=sent), 403)
+    assert ask(guarded(origins=()), "GET", "/healthz", headers=sent).status_code == 200
+
+
+def test_without_keys_a_page_that_is_named_may_ask() -> None:
+    headers = {"host": "localhost:8000", "origin": "https://lab.example", "sec-fetch-site": "cross-site"}
+    guard = guarded(origins=("https://lab.example",))
+    assert ask(guard, "POST", "/echo", json={"a": 1}, headers=headers).status_code == 200
+    assert_refused(ask(guard, "POST", "/echo", json={}, headers={**headers, "origin": "https://other.example"}), 403)
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE", "PUT", "PATCH"])
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain", "multipart/form-data"])
+def test_what_changes_something_wants_json_even_without_a_body(method: str, kind: str | None) -> None:
+    headers = GOOD | ({} if kind is None else {"content-type": kind})
+    assert_refused(ask(guarded(), method, "/echo", headers=headers), 415)
+    answer = ask(guarded(), method, "/echo", headers=GOOD | {"content-type": "application/json; charset=utf-8"})
+    assert answer.status_code != 415
+
+
+def test_browsers_are_told_which_pages_may_ask() -> None:
+    asked = {"origin": "https://lab.example", "access-control-request-method": "POST"}
+    wanted = asked | {"access-control-request-headers": "authorization, content-type"}
+    app: Any = with_cors(guarded(), ("https://lab.example",))
+    answer = ask(app, "OPTIONS", "/echo", headers=wanted)
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://lab.example"
+    other = ask(app, "OPTIONS", "/echo", headers=wanted | {"origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
+    answer = ask(app, "POST", "/echo", json={"a": 1}, headers=GOOD | {"origin": "https://lab.example"})
+    assert answer.headers["access-control-allow-origin"] == "https://lab.example"
+    assert ask(app, "POST", "/echo", json={}, headers={"origin": "https://lab.example"}).status_code == 401
+    assert with_cors(app, ()) is app

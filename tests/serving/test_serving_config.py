@@ -13,6 +13,7 @@ import pytest
 
 from alignment.errors import CheckpointError, ConfigError, ServingError
 from alignment.models.folders import BUNDLED
+from serving.app import build
 from serving.config import ServeConfig, load_serve_config
 from serving.launch import Endpoint, _gist, refuse_busy_port
 from serving.schema import Refused, sound_json
@@ -198,3 +199,8 @@ def test_a_model_without_a_chat_template_says_so_and_shows_what_works(
     text = str(Endpoint(url="http://x", names=["base"], version=1, keys=False, can_chat=served.can_chat))
     assert ("/v1/chat/completions" in text) == can_chat
     assert ("no chat template" in text) == (not can_chat)
+
+
+def test_an_endpoint_whose_address_is_another_programs_choice_needs_keys() -> None:
+    with pytest.raises(ConfigError, match=r"no_keys: is for `raylign serve` on 127\.0\.0\.1"):
+        build({"checkpoint": BUNDLED, "no_keys": True})
