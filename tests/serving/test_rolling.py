@@ -136,6 +136,59 @@ def test_when_the_second_replica_cannot_change_the_first_goes_back_and_the_servi
     played(two, scene)
 
 
+def test_a_replica_that_dies_in_the_middle_comes_back_with_what_answers_and_follows_in_the_end(two: Registry) -> None:
+    async def scene(backend: Backend) -> None:
+        current = two.state().current
+
+        async def one_is_back() -> bool:
+            return await held(backend) == [current, 5]
+
+        async def all_have_changed() -> bool:
+            return await held(backend) == [5, 5]
+
+        with under_way(two, 5) as token:
+            await backend.roll(5)
+            with suppress(ServingError):
+                await backend._answers("die", (await backend.statuses())[0].replica, timeout_s=10)
+            await until(one_is_back)
+            assert (await ask(backend, "x", wanted=current))[0] == str(current)
+            two.commit_change(token)
+        await backend.adopt()
+        await until(all_have_changed)
+        with under_way(two, current) as token:
+            await backend.roll(current)
+            two.commit_change(token)
+
+    played(two, scene)
+
+
+@pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
+def test_a_replica_that_dies_while_it_changes_is_named_and_those_before_it_go_back(two: Registry) -> None:
+    async def scene(backend: Backend) -> None:
+        current = two.state().current
+        with under_way(two, 5):
+            first, second = await backend.statuses()
+            await backend._move(first.replica, 5)
+            long = asyncio.ensure_future(ask(backend, "long", 5.0, wanted=current))
+            await asyncio.sleep(0.3)
+            rolling = asyncio.ensure_future(backend.roll(5))
+            await asyncio.sleep(0.5)
+            with suppress(ServingError):
+                await backend._answers("die", second.replica, timeout_s=1)
+            with pytest.raises(ServingError, match=f"replica {second.replica} was lost while it changed to version 5"):
+                await rolling
+            with pytest.raises(AssertionError):
+                await long
+        await backend.roll(current)
+
+        async def all_back() -> bool:
+            return await held(backend) == [current, current]
+
+        await until(all_back)
+
+    played(two, scene)
+
+
 def test_a_version_that_only_one_replica_holds_is_found_there(two: Registry) -> None:
     async def scene(backend: Backend) -> None:
         current = two.state().current
@@ -188,6 +241,7 @@ def test_a_canary_gets_a_replica_of_its_own_while_it_lasts_and_whole_conversatio
     played(two, scene)
 
 
+@pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
 def test_a_candidate_that_cannot_start_is_told_with_its_reason_and_the_next_one_can(two: Registry) -> None:
     async def scene(backend: Backend) -> None:
         order = two.folder / "no-candidate"
@@ -207,6 +261,7 @@ def test_a_candidate_that_cannot_start_is_told_with_its_reason_and_the_next_one_
     played(two, scene)
 
 
+@pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
 def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(light_ray: None, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
 
