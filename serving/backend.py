@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from alignment.errors import AlignmentError, ServingError
@@ -75,6 +75,7 @@ class Backend:
         self._streaming = engine.options(stream=True)
         self._scoring = scoring
         self._timeout_s = config.request_timeout_s
+        self._may_sleep = config.min_replicas == 0
         self._registry = registry
         self._model = model
         self._candidate = None if candidate is None else CandidateReplica(candidate, start_s=config.candidate_start_s)
@@ -254,8 +255,9 @@ class Backend:
             ServingError: a replica could not, which the text names; those before it have changed.
         """
         while True:
-            statuses = await self._statuses(STATUS_TIMEOUT_S)
-            if not statuses:
+            answers = await self._answers("status", timeout_s=STATUS_TIMEOUT_S)
+            statuses = [answer for answer in answers if isinstance(answer, Status)]
+            if answers and not statuses:
                 raise ServingError(f"no replica answers, so none can change to version {number}")
             behind = [status for status in statuses if status.version != number]
             if not behind:
@@ -289,7 +291,8 @@ class Backend:
             raise ServingError("; ".join(sorted(problems)))
 
     async def _answers(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-        """What every replica answers to a call, past its queue: a Status or an exception.
+        """What every replica answers to a call, past its queue: a Status or an exception; nothing from a service that
+        may have no replica while nobody asks it, and has none.
 
         Raises:
             ServingError: none is there, or one did not answer in time.
@@ -297,6 +300,10 @@ class Backend:
         try:
             response = self._engine.broadcast(method, *arguments)
             answers: list[Any] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except DeploymentUnavailableError as error:
+            if self._may_sleep:
+                return []
+            raise ServingError("no replica answered") from error
         except (RayError, RayServeException, TimeoutError) as error:
             raise ServingError("no replica answered") from error
         return answers

@@ -117,7 +117,7 @@ class Front:
 
 def light_config(replicas: int) -> ServeConfig:
     return ServeConfig(
-        checkpoint="model", name=MODEL, min_replicas=replicas, max_replicas=replicas, candidate_start_s=60
+        checkpoint="model", name=MODEL, min_replicas=replicas, max_replicas=max(replicas, 1), candidate_start_s=60
     )
 
 
@@ -140,7 +140,8 @@ def fleet(registry: Registry, *, replicas: int) -> Iterator[ServeConfig]:
         "downscale_delay_s": 1.0,
         "look_back_period_s": 1.0,
     }
-    engine = serve.deployment(LightEngine, name="engine", num_replicas=replicas, **common).bind(settings)
+    count: dict[str, Any] = {"num_replicas": replicas} if replicas else {"autoscaling_config": none}
+    engine = serve.deployment(LightEngine, name="engine", **count, **common).bind(settings)
     candidate = serve.deployment(LightCandidate, name=CANDIDATE_NAME, autoscaling_config=none, **common).bind(settings)
     front = serve.deployment(Front, name="front", ray_actor_options={"num_cpus": 0})
     serve.run(front.bind(engine, candidate), name="light", route_prefix=None)

@@ -162,7 +162,6 @@ def test_a_replica_that_dies_in_the_middle_comes_back_with_what_answers_and_foll
     played(two, scene)
 
 
-@pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
 def test_a_replica_that_dies_while_it_changes_is_named_and_those_before_it_go_back(two: Registry) -> None:
     async def scene(backend: Backend) -> None:
         current = two.state().current
@@ -297,3 +296,21 @@ def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(ligh
         serve.delete("light")
     with fleet(registry, replicas=1):
         played(registry, scene, replicas=1)
+
+
+@pytest.mark.slow  # as above
+def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(light_ray: None, tmp_path: Path) -> None:
+    registry = versions(tmp_path, 2)
+
+    async def scene(backend: Backend) -> None:
+        with under_way(registry, 2) as token:
+            await backend.prepare(2)
+            await backend.roll(2)
+            registry.commit_change(token)
+        await backend.adopt()
+        assert (await ask(backend, "good morning"))[0] == "2"
+
+    with suppress(KeyError):
+        serve.delete("light")
+    with fleet(registry, replicas=0):
+        played(registry, scene, replicas=0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import descendants, engine_processes
-from tests.serving.conftest import SMALL, SMALL_TOKENS, Running
+from tests.serving.conftest import SMALL, SMALL_TOKENS, Running, holding
 from tests.serving.test_swap import TOKENS, TURNS, load, one_answer, raylign
 
 
@@ -92,6 +94,36 @@ def test_a_restarted_replica_has_the_current_version(small_endpoint: Running, se
         time.sleep(1)
     assert one_answer(small_endpoint, SMALL) == (version, text)
     assert answered_logprobs(small_endpoint) == pytest.approx(second.logprobs, abs=1e-3)
+
+
+@pytest.mark.slow  # Ray Serve takes its time to try again
+def test_a_replica_does_not_answer_with_files_that_have_changed(small_endpoint: Running) -> None:
+    version, text = one_answer(small_endpoint, SMALL)
+    (file,) = small_endpoint.folder.glob(f"**/versions/{int(version):05d}/tokenizer_config.json")
+    content = file.read_bytes()
+    file.write_bytes(content + b"\n")  # which harms nothing but the hash
+    try:
+        (engine,) = engine_processes(of=small_endpoint.process.pid)
+        engine.kill()
+        deadline = time.monotonic() + 240
+        while not holding(small_endpoint, "is damaged: tokenizer_config.json"):
+            body = {"model": SMALL, "messages": TURNS, "max_tokens": TOKENS, "temperature": 0}
+            with suppress(httpx.TimeoutException):
+                asked = httpx.post(
+                    f"{small_endpoint.url}/v1/chat/completions",
+                    json=body,
+                    headers={"authorization": f"Bearer {small_endpoint.keys['user']}"},
+                    timeout=5,
+                )
+                assert asked.status_code == 503, asked.text
+            assert time.monotonic() < deadline
+    finally:
+        file.write_bytes(content)
+    body = {"model": SMALL, "messages": TURNS, "max_tokens": TOKENS, "temperature": 0}
+    while (answer := small_endpoint.ask("POST", "/v1/chat/completions", body)).status_code != 200:
+        assert time.monotonic() < deadline + 240, answer.text
+        time.sleep(1)
+    assert one_answer(small_endpoint, SMALL) == (version, text)
 
 
 def test_it_stops_on_a_signal_and_leaves_no_process(small_endpoint: Running) -> None:
