@@ -115,7 +115,13 @@ class Scoring:
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
     async def rate(self, jobs: list[Job]) -> list[Rated | Reply]:
         """Rates completions; what waits is rated together, and a job that cannot be rated is refused alone."""
-        return await asyncio.to_thread(lambda: [self._one(job) for job in jobs])
+        return await asyncio.to_thread(self._all, jobs)
+
+    def _all(self, jobs: list[Job]) -> list[Rated | Reply]:
+        """Version by version, however they came: whole weights are loaded once per version, not once per job."""
+        order = sorted(range(len(jobs)), key=lambda index: jobs[index].version or 0)
+        rated = {index: self._one(jobs[index]) for index in order}
+        return [rated[index] for index in range(len(jobs))]
 
     def _one(self, job: Job) -> Rated | Reply:
         try:

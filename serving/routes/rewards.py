@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alignment.rewards.remote import ChatMessage
-from serving.routes import VERSION_HEADER, Service, wanted_version
+from serving.keys import Key
+from serving.registry import Registry
+from serving.routes import VERSION_HEADER, Service, key_of, wanted_version
 from serving.schema import Refused
 from serving.scoring import Asked, Job, Rated, Ratios
 
@@ -20,13 +23,19 @@ BETA = 0.1
 Text = Annotated[str, Field(min_length=1)]
 
 
+class RewardTurn(ChatMessage):
+    """One message of a prompt."""
+
+    role: Literal["system", "user", "assistant"]
+
+
 class RewardItem(BaseModel):
     """One prompt and its completions."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: Text | None = None
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=1000)] | None = None
+    messages: Annotated[tuple[RewardTurn, ...], Field(min_length=1, max_length=1000)] | None = None
     completions: Annotated[tuple[Text, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -57,6 +66,7 @@ def routes(service: Service) -> APIRouter:
     """The router of this module."""
     router = APIRouter()
     config = service.config
+    is_whole = service.served.base_name is None
 
     @router.post("/v1/rewards", tags=["user"])
     async def rewards(request: Request, body: RewardsBody) -> Response:
@@ -71,6 +81,8 @@ def routes(service: Service) -> APIRouter:
             raise Refused(400, "items is empty.")
         items = tuple(Asked(prompt=item.asked, completions=item.completions) for item in body.items)
         version = wanted_version(request) if body.version is None else body.version
+        if version is not None:
+            await asyncio.to_thread(check_choice, version, key_of(request), service.registry, is_whole)
         rated = await service.backend.rate(Job(items=items, version=version))
         return JSONResponse(told(rated, body), headers={VERSION_HEADER: str(rated.version)})
 
@@ -102,6 +114,27 @@ def routes(service: Service) -> APIRouter:
         return float(algorithm.get("beta") or BETA)
 
     return router
+
+
+def check_choice(version: int, key: Key, registry: Registry, is_whole: bool) -> None:
+    """Whether a key may have a version rate. One scorer holds whole weights once: who changes what it holds makes all
+    others wait while it loads, so that only admins may.
+
+    Raises:
+        Refused: 403 the key's role is not enough, 409 there is no such version, or it does not answer and the key is
+            no admin's.
+    """
+    if not key.may("labeller"):
+        raise Refused(403, "Choosing a version needs a key with the role labeller.")
+    if key.may("admin"):
+        if version not in {known.number for known in registry.versions()}:
+            raise Refused(409, f"There is no version {version}.")
+        return
+    state = registry.state()
+    if version not in (state.current, state.canary, state.previous):
+        raise Refused(409, f"Version {version} does not answer here.")
+    if is_whole and version != state.current:
+        raise Refused(403, f"Rewards of version {version} need a key with the role admin: the scorer has to load it.")
 
 
 def winner(rewards: Sequence[float]) -> int | None:

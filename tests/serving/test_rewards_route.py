@@ -17,8 +17,8 @@ TURNS = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWERS = ["Paris.", "It is Berlin, I think.", "I do not know."]
 
 
-def rated(endpoint: Running, *items: dict[str, Any], status: int = 200, **more: Any) -> Any:
-    answer = endpoint.ask("POST", "/v1/rewards", {"items": list(items), **more}, role="user")
+def rated(endpoint: Running, *items: dict[str, Any], status: int = 200, role: str = "user", **more: Any) -> Any:
+    answer = endpoint.ask("POST", "/v1/rewards", {"items": list(items), **more}, role=role)
     assert answer.status_code == status, answer.text
     return answer.json()
 
@@ -89,12 +89,17 @@ def test_order_and_batch_do_not_change_a_reward(endpoint: Running) -> None:
         [{"prompt": "x", "completions": []}],
         [{"prompt": "x", "completions": ["y"] * 257}],
         [{"prompt": "x", "completions": ["word " * 600]}],
+        [{"messages": [{"role": "god", "content": "x"}], "completions": ["y"]}],
     ],
-    ids=["nothing", "no-prompt", "two-prompts", "no-answers", "too-many", "too-long"],
+    ids=["nothing", "no-prompt", "two-prompts", "no-answers", "too-many", "too-long", "no-role"],
 )
 def test_what_cannot_be_rated_is_a_clean_400(endpoint: Running, items: list[Any]) -> None:
     assert rated(endpoint, *items, status=400)["error"]["code"] == 400
 
 
-def test_an_unknown_version_is_refused(endpoint: Running) -> None:
-    rated(endpoint, {"prompt": "x", "completions": ["y"]}, version=99, status=409)
+def test_only_those_choose_a_version_who_may(endpoint: Running) -> None:
+    item = {"prompt": "x", "completions": ["y"]}
+    rated(endpoint, item, version=1, status=403)
+    assert rated(endpoint, item, version=1, role="labeller")["version"] == 1
+    for role in ("labeller", "admin"):
+        rated(endpoint, item, version=99, role=role, status=409)
