@@ -34,6 +34,7 @@ ROLES: tuple[Role, ...] = ("user", "labeller", "admin")
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}"
 KEY = re.compile(rb"Bearer rk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 REFRESH_S = 1.0
+UNITS_S = {"h": 3600.0, "d": 86_400.0}
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,9 @@ class Keys:
         stored = self._known.get(found[1].decode())
         # An unknown id takes as long as a wrong secret.
         matches = hmac.compare_digest(_digest(found[2]), stored.digest if stored else "0" * 64)
-        return Key(name=stored.name, role=stored.role) if stored and matches else None
+        if stored is None or not matches or not stored.is_valid(time.time()):
+            return None
+        return Key(name=stored.name, role=stored.role)
 
     def close(self) -> None:
         """Ends the refreshing; the store stays open."""
@@ -91,15 +94,18 @@ class Keys:
                 fails = True
 
 
-def create_key(store: Store, *, name: str, role: Role) -> str:
+def create_key(store: Store, *, name: str, role: Role, lasts_s: float | None = None) -> str:
     """Makes a key that is valid at once, and returns it: it is kept nowhere.
+
+    Args:
+        lasts_s: seconds after which it is refused; None is never.
 
     Raises:
         ConfigError: the name is not one.
         Conflict: it is taken.
     """
     _check_name(name)
-    stored, key = _new(name, role)
+    stored, key = _new(name, role, lasts_s)
     store.add_key(stored)
     return key
 
@@ -109,7 +115,7 @@ def _check_name(name: str) -> None:
         raise ConfigError("a key's name has 1 to 100 letters, digits, dots, dashes, underscores and @, a letter first")
 
 
-def register_key(store: Store, key: str, *, name: str, role: Role) -> None:
+def register_key(store: Store, key: str, *, name: str, role: Role, lasts_s: float | None = None) -> None:
     """Makes a key valid that was made elsewhere, in the form of ours. Once more with the same key changes nothing.
 
     Raises:
@@ -120,33 +126,60 @@ def register_key(store: Store, key: str, *, name: str, role: Role) -> None:
     parts = KEY.fullmatch(b"Bearer " + key.encode())
     if parts is None:
         raise ConfigError("a key is rk_, 16 hexadecimal digits, _, and 43 letters, digits, dashes and underscores")
-    stored = _stored(parts[1].decode(), parts[2], name=name, role=role)
+    stored = _stored(parts[1].decode(), parts[2], name=name, role=role, lasts_s=lasts_s)
     wanted = (stored.name, stored.id, stored.digest, stored.role)
     valid = [other for other in store.keys() if other.revoked is None]  # noqa: SIM118  # not a dict
     if wanted not in [(other.name, other.id, other.digest, other.role) for other in valid]:
         store.add_key(stored)
 
 
-def rotate_key(store: Store, name: str) -> str:
-    """Makes another key in place of a valid one of this name, and returns it; the old one is refused from then on.
+def rotate_key(store: Store, name: str, *, lasts: Lasting | None = None) -> str:
+    """Makes another key in place of one of this name, and returns it; the old one is refused from then on.
+
+    Args:
+        lasts: how long from now it is valid, also if the old one has expired; None leaves its expiry as it is.
 
     Raises:
         UnknownId: there is no valid key of this name.
     """
-    stored, key = _new(name, "user")  # the role stays what it is
-    store.renew_key(stored)
+    stored, key = _new(name, "user", lasts.seconds if lasts else None)  # the role stays what it is
+    store.renew_key(stored, keeps_expiry=lasts is None)
     return key
 
 
-def _new(name: str, role: Role) -> tuple[StoredKey, str]:
+@dataclass(frozen=True, kw_only=True)
+class Lasting:
+    """How long a key is valid."""
+
+    seconds: float | None
+    """None is for ever."""
+
+    @classmethod
+    def of(cls, text: str) -> Lasting:
+        """Reads `30d`, `12h` or `never`.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        parts = re.fullmatch(r"([1-9][0-9]{0,4})([dh])", text)
+        if parts:
+            return cls(seconds=int(parts[1]) * UNITS_S[parts[2]])
+        if text == "never":
+            return cls(seconds=None)
+        raise ConfigError(f"--expires is a number of days or hours, as 30d or 12h, or never, and not {text!r}")
+
+
+def _new(name: str, role: Role, lasts_s: float | None = None) -> tuple[StoredKey, str]:
     id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    return _stored(id, secret.encode(), name=name, role=role), f"rk_{id}_{secret}"
+    return _stored(id, secret.encode(), name=name, role=role, lasts_s=lasts_s), f"rk_{id}_{secret}"
 
 
-def _stored(id: str, secret: bytes, *, name: str, role: Role) -> StoredKey:
+def _stored(id: str, secret: bytes, *, name: str, role: Role, lasts_s: float | None = None) -> StoredKey:
     from serving.store.records import StoredKey
 
-    return StoredKey(id=id, name=name, role=role, digest=_digest(secret), created=time.time())
+    now = time.time()
+    expires = None if lasts_s is None else now + lasts_s
+    return StoredKey(id=id, name=name, role=role, digest=_digest(secret), created=now, expires=expires)
 
 
 def _digest(secret: bytes) -> str:
@@ -169,11 +202,18 @@ Database = Annotated[
 ]
 
 
+Expires = Annotated[
+    str | None,
+    typer.Option(help="How long it is valid from now on: days or hours, as 30d or 12h, or never."),
+]
+
+
 @commands.command("create")
 def _create(
     name: Annotated[str, typer.Option(help="Who it is for. Judgements bear this name.")],
     role: Annotated[Role, typer.Option(help="user: completions and rewards; labeller: feedback too; admin: all.")],
     database: Database = None,
+    expires: Expires = None,
     key_from: Annotated[
         str | None,
         typer.Option(
@@ -181,14 +221,18 @@ def _create(
         ),
     ] = None,
 ) -> None:
-    """Make a key and print it, this once: only its hash is kept."""
+    """Make a key and print it, this once: only its hash is kept.
+
+    A name is used once, also after its key was revoked: judgements bear it.
+    """
+    lasts_s = Lasting.of(expires or "never").seconds
     with _store(database) as store:
         if key_from is None:
-            typer.echo(create_key(store, name=name, role=role))
+            typer.echo(create_key(store, name=name, role=role, lasts_s=lasts_s))
         else:
             from alignment.rewards.remote import key_from as value_of
 
-            register_key(store, value_of(key_from), name=name, role=role)
+            register_key(store, value_of(key_from), name=name, role=role, lasts_s=lasts_s)
 
 
 @commands.command("list")
@@ -198,28 +242,53 @@ def _list(database: Database = None) -> None:
         keys = store.keys()
     typer.echo(f"{'name':24} {'role':9} {'created':17} {'id':17} state")
     for key in keys:
-        state = "valid" if key.revoked is None else f"revoked {_day(key.revoked)}"
+        state = _state(key)
         typer.echo(f"{key.name:24} {key.role:9} {_day(key.created):17} {key.id:17} {state}")
+
+
+def _state(key: StoredKey) -> str:
+    if key.revoked is not None:
+        return f"revoked {_day(key.revoked)}"
+    if key.expires is None:
+        return "valid"
+    return f"{'valid until' if key.is_valid(time.time()) else 'expired'} {_day(key.expires)}"
 
 
 @commands.command("revoke")
 def _revoke(name: Annotated[str, typer.Argument(help="Whose key.")], database: Database = None) -> None:
     """Refuse a key from now on.
 
-    A running endpoint learns it within two seconds.
+    A running endpoint learns it within two seconds, and then ends answers in progress too.
     """
     with _store(database) as store:
         store.revoke_key(name)
 
 
-@commands.command("rotate")
-def _rotate(name: Annotated[str, typer.Argument(help="Whose key.")], database: Database = None) -> None:
-    """Replace a key and print the new one.
+@commands.command("set-role")
+def _set_role(
+    name: Annotated[str, typer.Argument(help="Whose key.")],
+    role: Annotated[Role, typer.Argument(help="user, labeller or admin.")],
+    database: Database = None,
+) -> None:
+    """Give a key another role.
 
-    A running endpoint refuses the old one within two seconds.
+    A running endpoint learns it within two seconds.
     """
     with _store(database) as store:
-        typer.echo(rotate_key(store, name))
+        store.set_role(name, role)
+
+
+@commands.command("rotate")
+def _rotate(
+    name: Annotated[str, typer.Argument(help="Whose key.")], database: Database = None, expires: Expires = None
+) -> None:
+    """Replace a key and print the new one.
+
+    A running endpoint refuses the old one within two seconds. Without --expires, the new one expires as the old one.
+    """
+    lasts = None if expires is None else Lasting.of(expires)
+    with _store(database) as store:
+        typer.echo(rotate_key(store, name, lasts=lasts))
 
 
 @contextmanager

@@ -8,12 +8,16 @@ A file of SQLite on one machine, or PostgreSQL; several processes may share eith
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -24,9 +28,19 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.store.judging import judge, judgement_id
 from serving.store.opening import named, open_database
-from serving.store.records import Conflict, Issued, Judgement, Receipt, Statistics, StoredKey, Turn, UnknownId
+from serving.store.records import (
+    AuditEntry,
+    Conflict,
+    Issued,
+    Judgement,
+    Receipt,
+    Statistics,
+    StoredKey,
+    Turn,
+    UnknownId,
+)
 from serving.store.statistics import statistics_of
-from serving.store.tables import answers, groups, idempotency, judgements, keys
+from serving.store.tables import answers, audit, groups, idempotency, judgements, keys
 from serving.store.writer import Writer
 
 DAY_S = 86_400.0
@@ -39,6 +53,10 @@ RECORD = {
     for name, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
 }
 RECORD_ANSWERS = sa.insert(answers)
+AUDIT = {
+    name: insert(audit).on_conflict_do_nothing()
+    for name, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
+}
 
 
 class Store:
@@ -131,20 +149,69 @@ class Store:
 
     def add_key(self, key: StoredKey) -> None:
         """Raises Conflict if there is a key of this name, even a revoked one: judgements bear its name."""
-        self._writer.submit(partial(_add_key, key)).result()
+        detail = {"role": key.role, "expires": key.expires}
+        self._change_keys(partial(_add_key, key), "create key", key.name, detail)
 
-    def renew_key(self, key: StoredKey) -> None:
-        """Puts a new id and digest in place of those of the valid key of this name.
+    def renew_key(self, key: StoredKey, *, keeps_expiry: bool = True) -> None:
+        """Puts a new id and digest in place of those of the key of this name.
+
+        Args:
+            key: what it becomes; its role stays what it is.
+            keeps_expiry: whether its expiry stays too. With a new one, a key that has expired is valid again.
 
         Raises:
-            UnknownId: there is none.
+            UnknownId: there is none that is valid.
         """
-        new = {"id": key.id, "digest": key.digest, "created": key.created}
-        self._writer.submit(partial(_change_key, key.name, new)).result()
+        new: dict[str, Any] = {"id": key.id, "digest": key.digest, "created": key.created}
+        if not keeps_expiry:
+            new["expires"] = key.expires
+        detail = {} if keeps_expiry else {"expires": key.expires}
+        self._change_keys(partial(_change_key, key.name, new), "rotate key", key.name, detail)
+
+    def set_role(self, name: str, role: str) -> None:
+        """Raises UnknownId if there is no valid key of this name."""
+        self._change_keys(partial(_change_key, name, {"role": role}), "set role", name, {"role": role})
 
     def revoke_key(self, name: str) -> None:
         """Raises UnknownId if there is no valid key of this name."""
-        self._writer.submit(partial(_change_key, name, {"revoked": time.time()})).result()
+        self._change_keys(partial(_change_key, name, {"revoked": time.time()}), "revoke key", name, {})
+
+    def _change_keys(
+        self, change: Callable[[Connection], None], action: str, name: str, detail: dict[str, Any]
+    ) -> None:
+        """Changes the keys and writes down who did, both or neither."""
+        entry = AuditEntry(action=action, who=operator(), detail={"name": name, **detail})
+
+        def both(connection: Connection) -> None:
+            change(connection)
+            _audit(entry, connection)
+
+        self._writer.submit(both).result()
+
+    def audit(self, entry: AuditEntry) -> Future[None]:
+        """Writes down who did what; the same entry again changes nothing."""
+        return self._writer.submit(partial(_audit, entry))
+
+    def audit_trail(self, *, limit: int, before: str | None = None) -> list[AuditEntry]:
+        """The newest entries, the newest first.
+
+        Args:
+            limit: entries at most.
+            before: id of an entry; only earlier ones are given.
+
+        Raises:
+            UnknownId: `before` is no id of an entry.
+            StoreAway: the database cannot be read.
+        """
+        c = audit.c
+        with self._reading() as connection:
+            query = sa.select(audit).order_by(c.number.desc()).limit(limit)
+            if before is not None:
+                number = connection.execute(sa.select(c.number).where(c.id == before)).scalar()
+                if number is None:
+                    raise UnknownId("before is not the id of an entry")
+                query = query.where(c.number < number)
+            return [_entry(row) for row in connection.execute(query)]
 
     def close(self) -> None:
         """Writes what waits, and closes the database."""
@@ -249,6 +316,26 @@ def _add_key(key: StoredKey, connection: Connection) -> None:
 
 
 def _change_key(name: str, new: dict[str, Any], connection: Connection) -> None:
-    valid = (keys.c.name == name, keys.c.revoked.is_(None))
-    if not connection.execute(sa.update(keys).where(*valid).values(new)).rowcount:
+    is_named = (keys.c.name == name, keys.c.revoked.is_(None))
+    lasts = sa.true() if "expires" in new else keys.c.expires.is_(None) | (keys.c.expires > time.time())
+    if not connection.execute(sa.update(keys).where(*is_named, lasts).values(new)).rowcount:
         raise UnknownId(f"There is no valid key called {name}")
+
+
+def operator() -> str:
+    """Who runs this process: the operating system's user, and the machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def _audit(entry: AuditEntry, connection: Connection) -> None:
+    values = {**asdict(entry), "detail": json.dumps(entry.detail)}
+    connection.execute(AUDIT[connection.dialect.name], values)
+
+
+def _entry(row: sa.Row[Any]) -> AuditEntry:
+    values = {name: value for name, value in row._mapping.items() if name != "number"}
+    return AuditEntry(**{**values, "detail": json.loads(values["detail"])})

@@ -6,8 +6,10 @@ group (issued) ─► answers ─► judgements ─► training rows, which `ali
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from alignment.errors import ServingError
 
@@ -225,3 +227,26 @@ class StoredKey:
     """UTC, Unix seconds."""
     revoked: float | None = None
     """The same; None while it is valid."""
+    expires: float | None = None
+    """The same; None is never."""
+
+    def is_valid(self, now: float) -> bool:
+        """Whether it lets in at a time (UTC, Unix seconds)."""
+        return self.revoked is None and (self.expires is None or now < self.expires)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditEntry:
+    """Who did what to the service."""
+
+    id: str = field(default_factory=lambda: f"aud-{uuid.uuid4().hex}")
+    created: float = field(default_factory=time.time)
+    """UTC, Unix seconds."""
+    action: str
+    """As `promote` or `create key`."""
+    who: str
+    """The name of a key; of a command, the operating system's user@host."""
+    address: str | None = None
+    """IP address that the request came from; None of a command."""
+    detail: dict[str, Any] = field(default_factory=dict)
+    """What it was done to, and what came of it; holds no text of a prompt or an answer, and no key."""

@@ -72,4 +72,18 @@ keys = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("revoked", sa.Double),
+    sa.Column("expires", sa.Double),  # null: never
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("number", NUMBER, primary_key=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),  # the same entry again is none
+    sa.Column("created", sa.Double, nullable=False, index=True),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),  # a key's name, or user@host of a command
+    sa.Column("address", sa.Text),  # that a request came from; null of a command
+    sa.Column("detail", sa.Text, nullable=False),  # JSON
+    sqlite_autoincrement=True,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import ConfigError
-from serving.keys import ROLES, Key, Keys, create_key, rotate_key
+from serving.keys import ROLES, Key, Keys, Lasting, create_key, rotate_key
 from serving.store import Store
 from serving.store.records import Conflict, StoreAway, UnknownId
 from tests.databases import connection_to, new_database
@@ -209,3 +211,46 @@ def test_the_command_explains_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and "labeller" in done.stderr
     done = raylign(database=database)
     assert done.returncode == 2 and "Missing command" in done.stderr
+
+
+def test_a_key_ends_by_itself(store: Store) -> None:
+    short = create_key(store, name="anna", role="user", lasts_s=0.5)
+    long = create_key(store, name="ben", role="user", lasts_s=3600)
+    keys = Keys(store)
+    assert keys.who(bearer(short)) == Key(name="anna", role="user")
+    soon(lambda: keys.who(bearer(short)) is None)
+    assert keys.who(bearer(long)) == Key(name="ben", role="user")
+    with pytest.raises(UnknownId):
+        rotate_key(store, "anna")
+    again = rotate_key(store, "anna", lasts=Lasting.of("never"))
+    soon(lambda: keys.who(bearer(again)) == Key(name="anna", role="user"))
+    keys.close()
+
+
+def test_a_role_is_changed_and_the_key_stays(keys: Keys, store: Store) -> None:
+    key = create_key(store, name="anna", role="user")
+    store.set_role("anna", "labeller")
+    soon(lambda: keys.who(bearer(key)) == Key(name="anna", role="labeller"))
+    store.revoke_key("anna")
+    with pytest.raises(UnknownId):
+        store.set_role("anna", "admin")
+
+
+def test_expiry_and_role_are_set_by_command_and_all_of_it_is_written_down(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
+    key = raylign("create", "--name", "anna", "--role", "user", "--expires", "30d", database=database).stdout.strip()
+    assert "valid until" in raylign("list", database=database).stdout
+    assert raylign("set-role", "anna", "admin", database=database).returncode == 0
+    raylign("rotate", "anna", "--expires", "never", database=database)
+    raylign("revoke", "anna", database=database)
+    wrong = raylign("create", "--name", "ben", "--role", "user", "--expires", "soon", database=database)
+    assert wrong.returncode == 1 and "30d" in wrong.stderr
+    store = Store(database)
+    trail = store.audit_trail(limit=10)
+    assert [entry.action for entry in trail] == ["revoke key", "rotate key", "set role", "create key"]
+    assert {entry.who for entry in trail} == {f"{getpass.getuser()}@{socket.gethostname()}"}
+    assert {entry.detail["name"] for entry in trail} == {"anna"}
+    assert trail[1].detail["expires"] is None and trail[2].detail["role"] == "admin"
+    assert [entry.id for entry in store.audit_trail(limit=2, before=trail[1].id)] == [one.id for one in trail[2:]]
+    store.close()
+    assert key.split("_")[2].encode() not in (tmp_path / "keys.sqlite").read_bytes()
