@@ -150,8 +150,11 @@ def routes(service: Service) -> APIRouter:
         return {**asked, "model": service.served.name, "max_tokens": limit, "temperature": temperature}
 
     def versions(body: ComparisonBody) -> tuple[int | None, int | None]:
-        """Those asked for; else twice the one that the conversation stays with."""
-        return (None, None) if body.versions is None else (body.versions[0], body.versions[1])
+        """Those asked for; else the current one and the canary; else twice what answers, also during a promotion."""
+        if body.versions is not None:
+            return body.versions[0], body.versions[1]
+        state = service.registry.state()
+        return (None, None) if state.canary is None else (state.current, state.canary)
 
     async def answer(asked: dict[str, Any], version: int | None) -> Said:
         seeded = {**asked, "seed": random.getrandbits(62), **fresh_id()}

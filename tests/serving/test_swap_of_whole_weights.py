@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ import httpx
 import psutil
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from serving.routing import canary_answers
 from tests.processes import descendants, engine_processes
 from tests.serving.conftest import SMALL, SMALL_TOKENS, Running, holding
-from tests.serving.test_swap import TOKENS, TURNS, load, one_answer, raylign
+from tests.serving.test_swap import TOKENS, TURNS, load, one_answer, raylign, version_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,38 @@ def test_whole_weights_are_swapped_under_load(small_endpoint: Running, first: Wh
     assert not seen.failed
     assert before != after and number == "1" != version
     assert seen.answers == {number: {before}, version: {after}}
+    assert answered_logprobs(small_endpoint) == pytest.approx(second.logprobs, abs=1e-3)
+
+
+@pytest.mark.slow  # another engine starts
+def test_a_gate_and_a_canary_have_a_replica_of_their_own(
+    small_endpoint: Running, second: Whole, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    begun = raylign(small_endpoint, "promote", "1")
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    rows = write_rows([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}] * 2)
+    settings = {
+        "data": {"path": str(rows), "prompt_as": "user_message"},
+        "max_tokens": SMALL_TOKENS,
+        "margins": {"accuracy": 1.0, "max_length_ratio": None},
+    }
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(yaml.safe_dump(settings))
+    before = one_answer(small_endpoint, SMALL)
+    with load(small_endpoint, SMALL, clients=2) as seen:
+        examined = raylign(small_endpoint, "promote", str(second.folder), "--gate", str(gate), "--canary", "0.5")
+        assert examined.returncode == 0, examined.stdout + examined.stderr
+    assert "accuracy" in examined.stdout and not seen.failed
+    state = small_endpoint.ask("GET", "/v1/admin/versions").json()["state"]
+    number, share = state["canary"], state["share"]
+    assert (state["current"], share) == (1, 0.5)
+    for question in (f"What is {number} + 2?" for number in range(10)):
+        expected = str(number) if canary_answers(question, number, share) else "1"
+        assert {version_of(small_endpoint, question, model=SMALL) for _ in range(2)} == {expected}
+    assert one_answer(small_endpoint, SMALL, x_model_version="1") == before
+    assert one_answer(small_endpoint, SMALL, x_model_version=str(number))[0] == str(number)
+    assert raylign(small_endpoint, "promote", str(number)).returncode == 0
+    assert one_answer(small_endpoint, SMALL)[0] == str(number)
     assert answered_logprobs(small_endpoint) == pytest.approx(second.logprobs, abs=1e-3)
 
 
