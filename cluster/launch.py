@@ -18,6 +18,7 @@ from alignment.config import MODULE_FOLDERS, ZeroConfig, json_schema
 from alignment.environment import NO_BARS, compute_on, inherited
 from alignment.errors import ClusterError, ConfigError
 from alignment.failure import clear_failure, failure_of
+from alignment.ray_access import check_token, protect_token_file, require_token
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
 
@@ -206,12 +207,12 @@ def _engines_on_ray(config: ClusterRunConfig, wanted: Plan) -> Iterator[Engines 
 
 
 def start_ray(address: str | None) -> bool:
-    """Joins the Ray cluster at an address, or starts Ray on this machine, reachable from this machine only.
+    """Joins the Ray cluster at an address, or starts Ray on this machine; only who has its token may use it.
 
     Returns false if this process was in a cluster already, which is then left as it is.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address, or it answers everybody.
     """
     # Read when Ray is imported or starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -224,14 +225,26 @@ def start_ray(address: str | None) -> bool:
 
     if ray.is_initialized():
         return False
+    require_token()
     if address:
-        try:
-            ray.init(address=address)
-        except ConnectionError as error:
-            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+        _join_ray(address)
     else:
         _start_ray_here()
     return True
+
+
+def _join_ray(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        check_token(ray.get_runtime_context().gcs_address)
+    except ClusterError:
+        ray.shutdown()
+        raise
 
 
 def _start_ray_here() -> None:
@@ -245,6 +258,7 @@ def _start_ray_here() -> None:
     os.environ.update(started_with)
     try:
         ray.init(address="local", logging_level="warning", _node_ip_address="127.0.0.1")
+        protect_token_file()
     finally:
         for name in started_with:
             del os.environ[name]

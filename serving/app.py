@@ -11,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 
 from alignment.config import check_config
 from alignment.errors import ConfigError
+from alignment.ray_access import check_token
 from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings
@@ -44,6 +45,7 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises:
         ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
+        ClusterError: the Ray cluster answers those who have not its token.
         AlignmentError: the checkpoint cannot be served (see `serving.served.publish`).
     """
     config = check_config(args, kind=ServeConfig)
@@ -52,6 +54,8 @@ def build(args: dict[str, Any]) -> Application:
             "no_keys: is for `raylign serve` on 127.0.0.1; what listens here is Ray Serve's own http_options, which "
             "this configuration does not choose, so requests need keys: `raylign keys create`"
         )
+    if ray.is_initialized():  # in a cluster that others have started, as KubeRay
+        check_token(ray.get_runtime_context().gcs_address)
     return application(config, *publish(config))
 
 

@@ -6,12 +6,14 @@ import logging
 import sys
 import threading
 
+from alignment.ray_access import require_token
 from serving.bench import engine_settings
 from serving.launch import OBJECT_STORE_BYTES
 
 
 def main(model: str, port: int) -> None:
     """Serves a model until it is ended."""
+    require_token()
     import ray
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app

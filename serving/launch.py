@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignment.errors import ServingError
+from alignment.errors import ClusterError, ServingError
+from alignment.ray_access import check_token, protect_token_file, require_token
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -158,12 +159,17 @@ def _ignore_signals() -> None:
 
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
-    """A Ray of our own on this machine, gone afterwards; or a connection to the cluster at RAY_ADDRESS."""
+    """A Ray of our own on this machine, gone afterwards; or a connection to the cluster at RAY_ADDRESS.
+
+    Raises:
+        ClusterError: no cluster answers there, or it answers those who have not its token.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(RAY_worker_niceness="0")  # Ray's default of 15 lets every other program go before the engine
     if _is_local():
         # Works on Linux too, whatever its name says: without it, Ray replaces 127.0.0.1 by the outside address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    require_token()
     import ray
 
     try:
@@ -175,15 +181,28 @@ def _ray(config: ServeConfig) -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",  # keeps Ray's own ports off the network
+                # Keeps Ray's own ports off the network; those of Serve's replicas are on all interfaces, and want the
+                # token.
+                _node_ip_address="127.0.0.1",
             )
+            protect_token_file()
         else:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            _join_ray()
         _raise_on_signals()  # ray.init installs a handler of its own
         yield
     finally:
         _ignore_signals()
         ray.shutdown()
+
+
+def _join_ray() -> None:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise ClusterError(f"no Ray cluster answers at {os.environ['RAY_ADDRESS']}: {error}") from error
+    check_token(ray.get_runtime_context().gcs_address)
 
 
 def _num_cpus(config: ServeConfig) -> int:

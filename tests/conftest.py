@@ -60,10 +60,11 @@ SHARED = {
         "test_endpoint",
         "test_feedback_routes",
         "test_page_for_real",
+        "test_ports",
         "test_rewards_route",
         "test_swap",
     ],
-    "ray_here": ["test_engines", "test_rollouts_on_ray", "test_train_on_ray", "test_zero_on_ray"],
+    "ray_here": ["test_engines", "test_ray_access", "test_rollouts_on_ray", "test_train_on_ray", "test_zero_on_ray"],
     "small_endpoint": ["test_circle", "test_contract", "test_swap_of_whole_weights"],
 }
 """Fixtures that take long to start, and the files whose tests share them: these run in one piece, in one process and
