@@ -20,6 +20,8 @@ class LimitsConfig(Section):
 
     max_body_mib: Positive = 4.0
     """Largest request body (MiB)."""
+    max_body_values: PositiveCount = 100_000
+    """Most values in a request body: numbers (tokens of a prompt, too), texts, lists and objects."""
     body_timeout_s: Positive = 30.0
     """Seconds that a client may take to send its request."""
     max_tokens: PositiveCount = 4096
@@ -45,10 +47,26 @@ class LimitsConfig(Section):
     """Most members of lists and objects in a form, and alternatives in its patterns, together."""
     max_form_repeat: PositiveCount = 128
     """Largest count in a pattern of a form, as 128 in `a{1,128}`; vLLM's compiler (xgrammar 0.2.8) fails from 129."""
+    form_timeout_s: Positive = 10.0
+    """CPU seconds that compiling a form may take, in a process beside the replica; an engine is given none that needs
+    more. Ordinary schemas take milliseconds, a `maxLength` of 1,000 several seconds."""
+    form_memory_mib: Positive = 1024.0
+    """Memory that compiling a form may take (MiB)."""
     max_completions: PositiveCount = 256
     """Most completions in one request for rewards."""
     requests_per_minute: Count = 0
-    """Requests of one key, at most that many at once; 0 is no limit. Each ingress counts by itself."""
+    """Requests of one key, at most that many at once; 0 is no limit. Each ingress counts by itself, as it does for the
+    limits below: with several, one key may have as many of each."""
+    answers_in_progress: Count = 32
+    """Answers of one key that are in progress or wait for a place: a request's prompts times its `n`, and at least one
+    per request; 0 is no limit. Less than `max_num_seqs` leaves room for others; further ones get status 429."""
+    tokens_in_progress: Count = 200_000
+    """Tokens of the requests of one key that are in progress or wait: one for every 4 bytes of a request, and what its
+    answers may have at most; 0 is no limit. A request of a key that has no other in progress is never too large."""
+    admin_answers_in_progress: Count = 0
+    """The same as `answers_in_progress` for each key with the role admin."""
+    admin_tokens_in_progress: Count = 0
+    """The same as `tokens_in_progress` for each key with the role admin."""
 
 
 class RewardsConfig(Section):

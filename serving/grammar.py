@@ -1,15 +1,17 @@
 """Forms that answers are asked for in (JSON schemas, regular expressions, grammars, tools), before engines see them.
 
 What compiles them is native code that recurses and multiplies: some that fit into a request kill its process, or keep
-it busy for minutes. So their size is bounded where requests come in (`check_structured_output`).
+it busy for minutes. So their size is bounded where requests come in (`check_structured_output`), and what an engine
+would compile (`forms_of`) is compiled on trial first (`serving.trial`).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from serving.config import LimitsConfig
 from serving.schema import Refused
@@ -23,6 +25,16 @@ REPEAT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 MAX_DIGITS = 9
 PROSE = frozenset({"description", "title", "$comment"})
 """Members of a schema whose texts are for people: only their characters count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What an engine would compile."""
+
+    kind: Literal["json", "regex", "ebnf", "lark", "structural_tag"]
+    text: str
+    is_needed: bool = True
+    """Whether an answer needs it, so that one that is no form at all has to be refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,62 @@ def check_structured_output(body: dict[str, Any], limits: LimitsConfig) -> None:
     _check_words("bad_words", body.get("bad_words"), limits.max_bad_words)
     _check_count("the number of tokens in logit_bias", body.get("logit_bias"), limits.max_logit_bias)
     _check_count("the number of stop_token_ids", body.get("stop_token_ids"), limits.max_logit_bias)
+
+
+def forms_of(body: dict[str, Any]) -> list[Form]:
+    """All that vLLM would compile for a request that keeps to the limits. Imports vLLM for choices and grammars."""
+    forms = [*_forms_of_format(body.get("response_format")), *_forms_of_tools(body)]
+    structured = body.get("structured_outputs")
+    if isinstance(structured, dict):
+        forms += [form for field in structured if (form := _form(field, structured[field])) is not None]
+    return forms
+
+
+def _forms_of_format(format: Any) -> list[Form]:
+    if not isinstance(format, dict):
+        return []
+    if format.get("type") == "structural_tag":
+        return [Form(kind="structural_tag", text=json.dumps(format))]
+    schema = format.get("json_schema")
+    if format.get("type") != "json_schema" or not isinstance(schema, dict) or schema.get("schema") is None:
+        return []
+    return [Form(kind="json", text=json.dumps(schema["schema"]))]
+
+
+def _forms_of_tools(body: dict[str, Any]) -> list[Form]:
+    """Schemas of the tools that an answer is held to: those that it has to call, and strict ones."""
+    tools, choice = body.get("tools"), body.get("tool_choice")
+    if not isinstance(tools, list) or choice == "none":
+        return []
+    functions = [
+        tool["function"] for tool in tools if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+    ]
+    is_forced = choice == "required" or isinstance(choice, dict)
+    schemas = [
+        function["parameters"]
+        for function in functions
+        if isinstance(function.get("parameters"), dict) and (is_forced or function.get("strict"))
+    ]
+    return [Form(kind="json", text=json.dumps(schema), is_needed=is_forced) for schema in schemas]
+
+
+def _form(field: str, value: Any) -> Form | None:
+    """One field of `structured_outputs`; None for those that nothing is compiled from."""
+    if field == "json" and isinstance(value, str | dict):
+        return Form(kind="json", text=value if isinstance(value, str) else json.dumps(value))
+    if field == "regex" and isinstance(value, str):
+        return Form(kind="regex", text=value)
+    if field == "structural_tag" and isinstance(value, str):
+        return Form(kind="structural_tag", text=value)
+    if field == "choice" and isinstance(value, list) and all(isinstance(choice, str) for choice in value):
+        from vllm.v1.structured_output.utils import choice_as_grammar
+
+        return Form(kind="ebnf", text=choice_as_grammar(value))
+    if field == "grammar" and isinstance(value, str):
+        from vllm.v1.structured_output.utils import grammar_is_likely_lark
+
+        return Form(kind="lark" if grammar_is_likely_lark(value) else "ebnf", text=value)
+    return None
 
 
 def form_size(form: Any, limits: LimitsConfig) -> FormSize:

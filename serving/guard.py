@@ -1,6 +1,6 @@
 """What every request has to pass before it reaches a route: a key, limits on its size and frequency, sound JSON.
 
-connection ─► key ─► rate ─► whole body ─► JSON that breaks nothing ─► route (its role) ─► answer, or the end of both
+connection ─► key ─► rate ─► whole body ─► JSON that breaks nothing ─► its key's share ─► route ─► answer, or the end
 
 Plain ASGI and in front of everything, so that a new route is closed until somebody opens it.
 """
@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import LimitsConfig
 from serving.keys import Key
-from serving.schema import Refused, Reply, refusal, sound_json
+from serving.schema import Refused, Reply, check_num_values, refusal, sound_json
+from serving.shares import KeyShare, RequestSize, request_size
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,6 +36,9 @@ READS = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing."""
 HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 """This machine's own names, with any port: people forward ports."""
+
+LARGE_BYTES = 65536
+"""Bodies above this size are read beside the event loop."""
 
 Who = Callable[[list[bytes]], Key | None]
 """From the Authorization headers of a request to the key behind them; None if there is none."""
@@ -72,6 +76,7 @@ class Guard:
         self._took = took
         self._max_body_bytes = int(limits.max_body_mib * 2**20)
         self._rates: dict[str, Rate] = {}
+        self._shares: dict[str, KeyShare] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -84,14 +89,13 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
         try:
             begun = time.perf_counter()
-            scope.setdefault("state", {})["key"] = self._admit(scope)
-            admitted = time.perf_counter()
-            body = await self._body(scope, receive)
-            if body:
-                scope["state"]["json"] = sound_json(body)
-            self._took("key", admitted - begun)
-            self._took("body", time.perf_counter() - admitted)
-            await _until_gone(self._app, scope, _Replay(body, receive), send)
+            scope.setdefault("state", {})["key"] = key = self._admit(scope)
+            self._took("key", time.perf_counter() - begun)
+            if key is None:
+                await self._carry_out(scope, receive, send, None)
+            else:
+                with self._share(key).hold() as grow:
+                    await self._carry_out(scope, receive, send, grow)
         except Refused as refused:
             await _say(refused.reply, scope, send)
         except Exception as error:  # the client must get an answer, and must not get the exception's text
@@ -99,6 +103,26 @@ class Guard:
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("A request failed with %s\n%s", type(error).__name__, where)
             await _say(refusal(500, "Internal error."), scope, send)
+
+    async def _carry_out(
+        self, scope: Scope, receive: Receive, send: _Sender, grow: Callable[[RequestSize], None] | None
+    ) -> None:
+        """Reads a request, and has a route answer it.
+
+        Args:
+            grow: is told the request's size; None counts it nowhere.
+
+        Raises:
+            Refused: it is not read, or too large beside what its key has in progress.
+        """
+        begun = time.perf_counter()
+        body = await self._body(scope, receive)
+        if body:
+            scope["state"]["json"] = await self._json(body)
+            if grow is not None:
+                grow(request_size(scope["state"]["json"], len(body), self._limits))
+        self._took("body", time.perf_counter() - begun)
+        await _until_gone(self._app, scope, _Replay(body, receive), send)
 
     def _admit(self, scope: Scope) -> Key | None:
         """The key of a request; None for what needs none.
@@ -119,6 +143,21 @@ class Guard:
             if wait_s:
                 raise Refused(429, "This key asks too often. Try again later.", retry_after_s=wait_s)
         return key
+
+    async def _json(self, body: bytes) -> dict[str, Any]:
+        """What a body holds. A large one is read beside the event loop, where others are answered meanwhile.
+
+        Raises:
+            Refused: it holds too much, or what would break something further on.
+        """
+        check_num_values(body, self._limits.max_body_values)
+        return sound_json(body) if len(body) <= LARGE_BYTES else await asyncio.to_thread(sound_json, body)
+
+    def _share(self, key: Key) -> KeyShare:
+        share = self._shares.get(key.name)
+        if share is None or share.role != key.role:
+            share = self._shares[key.name] = KeyShare(key.role, self._limits)
+        return share
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body; empty for requests that have none.
