@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from serving.audit import Audited, AuditTrail
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.guard import Guard, as_response
@@ -26,7 +27,7 @@ from serving.keys import Key, Keys
 from serving.meters import Meters
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.registry import Registry
-from serving.routes import PUBLIC, VERSION_HEADER, Service, authorise, feedback, openai, rewards, versions
+from serving.routes import PUBLIC, VERSION_HEADER, Service, audit, authorise, feedback, openai, rewards, versions
 from serving.schema import Refused, refusal
 from serving.served import Served
 from serving.store import Store
@@ -53,6 +54,7 @@ class Ingress:
         self._store = Store(
             config.feedback.database or default_database(), retention_days=config.feedback.retention_days
         )
+        self._trail = AuditTrail(self._store, Path(registry) / "audit")
         self._keys = None if config.no_keys else Keys(self._store)
         versions_of_model = Registry(Path(registry))
         self._service = Service(
@@ -71,7 +73,7 @@ class Ingress:
         public = {route.path for route in app.routes if isinstance(route, APIRoute) and route.tags == [PUBLIC]}
         keys = self._keys
         guard = Guard(
-            app,
+            Audited(app, self._trail),
             who=(lambda _: ANYBODY) if keys is None else keys.who,
             is_public=lambda path: path in public,
             limits=self._config.limits,
@@ -85,6 +87,7 @@ class Ingress:
         """Called by Ray Serve when this stops: what waits is still written."""
         if self._keys is not None:
             self._keys.close()
+        self._trail.close()
         self._store.close()
 
 
@@ -112,8 +115,16 @@ def application(service: Service) -> FastAPI:
         rewards.routes(service),
         feedback.routes(service),
         versions.routes(service),
+        audit.routes(service),
     ):
         app.include_router(router)
+
+    answer_errors(app)
+    return app
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Has what routes raise answered in OpenAI's form."""
 
     @app.exception_handler(Refused)
     async def on_refused(_: Request, error: Refused) -> Response:
@@ -132,8 +143,6 @@ def application(service: Service) -> FastAPI:
     @app.exception_handler(Exception)
     async def on_bug(_: Request, __: Exception) -> Response:
         return as_response(refusal(500, "Internal error."))  # `Guard` writes down where it was
-
-    return app
 
 
 def _own(service: Service) -> APIRouter:

@@ -226,7 +226,7 @@ def _create(
     A name is used once, also after its key was revoked: judgements bear it.
     """
     lasts_s = Lasting.of(expires or "never").seconds
-    with _store(database) as store:
+    with opened_store(database) as store:
         if key_from is None:
             typer.echo(create_key(store, name=name, role=role, lasts_s=lasts_s))
         else:
@@ -238,7 +238,7 @@ def _create(
 @commands.command("list")
 def _list(database: Database = None) -> None:
     """Print who has a key."""
-    with _store(database) as store:
+    with opened_store(database) as store:
         keys = store.keys()
     typer.echo(f"{'name':24} {'role':9} {'created':17} {'id':17} state")
     for key in keys:
@@ -260,7 +260,7 @@ def _revoke(name: Annotated[str, typer.Argument(help="Whose key.")], database: D
 
     A running endpoint learns it within two seconds, and then ends answers in progress too.
     """
-    with _store(database) as store:
+    with opened_store(database) as store:
         store.revoke_key(name)
 
 
@@ -274,7 +274,7 @@ def _set_role(
 
     A running endpoint learns it within two seconds.
     """
-    with _store(database) as store:
+    with opened_store(database) as store:
         store.set_role(name, role)
 
 
@@ -287,12 +287,17 @@ def _rotate(
     A running endpoint refuses the old one within two seconds. Without --expires, the new one expires as the old one.
     """
     lasts = None if expires is None else Lasting.of(expires)
-    with _store(database) as store:
+    with opened_store(database) as store:
         typer.echo(rotate_key(store, name, lasts=lasts))
 
 
 @contextmanager
-def _store(database: str | None) -> Iterator[Store]:
+def opened_store(database: str | None) -> Iterator[Store]:
+    """The database of a command, closed afterwards.
+
+    Args:
+        database: its URL; None is the default.
+    """
     from serving.store import Store
     from serving.store.opening import default_database
 

@@ -214,3 +214,9 @@ def test_a_second_endpoint_on_the_same_port_is_refused_at_once(endpoint: Running
     assert refused.returncode == 1
     assert f"Cannot listen on port {port}" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_who_changes_what_answers_is_written_down(endpoint: Running) -> None:
+    assert endpoint.ask("DELETE", "/v1/admin/canary", {}).status_code < 500
+    entry = endpoint.ask("GET", "/v1/admin/audit?limit=1").json()["data"][0]
+    assert (entry["action"], entry["who"], entry["address"]) == ("end canary", "the-admin", "127.0.0.1")

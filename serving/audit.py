@@ -1,0 +1,195 @@
+"""The audit trail: who changed, exported or deleted something, when and from where; `raylign audit` lists it.
+
+admin's request ─► route ─► file in the registry's folder (on the disk before the client has its answer) ─► database
+
+An entry that the database does not take now stays a file until it does, and whichever ingress lives stores it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from serving.keys import Database, opened_store
+
+if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from serving.store import Store
+    from serving.store.records import AuditEntry
+
+RETRY_S = 5.0
+"""Seconds between attempts to store what has become a file."""
+MAX_DETAIL = 2000
+"""Characters of a request's body that an entry holds."""
+ACTIONS = {
+    ("POST", "/v1/admin/versions"): "register",
+    ("POST", "/v1/admin/promote"): "promote",
+    ("DELETE", "/v1/admin/canary"): "end canary",
+    ("POST", "/v1/admin/rollback"): "rollback",
+    ("GET", "/v1/feedback/export"): "export",
+    ("DELETE", "/v1/records/{id}"): "delete record",
+}
+"""What is written down by which name; any other change that needs an admin is called by its method and path."""
+READS = ("GET", "HEAD", "OPTIONS")
+
+logger = logging.getLogger("ray.serve")
+
+
+class AuditTrail:
+    """Writes entries down so that neither the database's absence nor a killed process loses one."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        """`folder`: of the files; several ingresses may share it."""
+        self._store = store
+        self._folder = folder
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._retry, name="audit trail", daemon=True)
+        self._thread.start()
+
+    def record(self, entry: AuditEntry) -> None:
+        """Returns when the entry is on the disk; if it cannot be, the log has it."""
+        file = self._folder / f"{entry.id}.json"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _write(file, json.dumps(asdict(entry)))
+        except OSError as error:
+            logger.error("An entry of the audit trail cannot be written (%s): %s", error.strerror, _line(entry))
+        self._submit(entry, file)
+
+    def close(self) -> None:
+        """Ends the retries; the store stays open."""
+        self._done.set()
+        self._thread.join()
+
+    def _submit(self, entry: AuditEntry, file: Path) -> Future[None]:
+        def settled(future: Future[None]) -> None:
+            if future.exception() is None:
+                file.unlink(missing_ok=True)
+
+        future = self._store.audit(entry)
+        future.add_done_callback(settled)
+        return future
+
+    def _retry(self) -> None:
+        while not self._done.wait(RETRY_S):
+            for file in sorted(self._folder.glob("aud-*.json")):
+                try:
+                    self._submit(_read(file), file).exception(timeout=60)
+                except FileNotFoundError:  # stored meanwhile
+                    continue
+                except Exception:  # one bad file, or a slow database, must not end the retries
+                    logger.exception("An entry of the audit trail cannot be stored yet: %s", file)
+
+
+class Audited:
+    """Plain ASGI around the routes, behind `serving.guard`: writes down what admins do, by any route there will be.
+
+    What a key may not do is refused, and not written down: anybody could fill a disk.
+    """
+
+    def __init__(self, app: ASGIApp, trail: AuditTrail) -> None:
+        self._app = app
+        self._trail = trail
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                await self._record(scope, status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        finally:
+            if status is None:  # its client has gone, or it failed; what it began may go on
+                await self._record(scope, None)
+
+    async def _record(self, scope: Scope, status: int | None) -> None:
+        action, key = action_of(scope), scope["state"]["key"]
+        if action is not None and key.may("admin"):
+            from serving.store.records import AuditEntry
+
+            detail = {"status": status, **_what(scope)}
+            client = scope.get("client")
+            entry = AuditEntry(action=action, who=key.name, address=client[0] if client else None, detail=detail)
+            await asyncio.to_thread(self._trail.record, entry)
+
+
+def action_of(scope: Scope) -> str | None:
+    """What a request that was routed does, if it is something to write down."""
+    route = scope.get("route")
+    if route is None:
+        return None
+    method, path = scope["method"], route.path
+    named = ACTIONS.get((method, path))
+    if named == "promote" and _body(scope).get("canary") is not None:
+        return "canary"
+    is_change = next(iter(route.tags), "admin") == "admin" and method not in READS
+    return named or (f"{method} {path}" if is_change else None)
+
+
+def _body(scope: Scope) -> dict[str, Any]:
+    body: dict[str, Any] = scope["state"].get("json", {})
+    return body
+
+
+def _what(scope: Scope) -> dict[str, Any]:
+    """The parts of a request that say what it was done to."""
+    body, query = _body(scope), scope.get("query_string", b"").decode("latin-1")
+    found: dict[str, Any] = dict(scope.get("path_params", {}))
+    if query:
+        found["query"] = query[:MAX_DETAIL]
+    if body:
+        found["body"] = body if len(json.dumps(body)) <= MAX_DETAIL else "too long"
+    return found
+
+
+def _write(file: Path, text: str) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("w") as written:
+        written.write(text)
+        written.flush()
+        os.fsync(written.fileno())
+    unfinished.replace(file)
+
+
+def _read(file: Path) -> AuditEntry:
+    from serving.store.records import AuditEntry
+
+    return AuditEntry(**json.loads(file.read_text()))
+
+
+def _line(entry: AuditEntry) -> str:
+    when = datetime.fromtimestamp(entry.created, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return f"{when}  {entry.who:24} {entry.address or '-':15} {entry.action:14} {json.dumps(entry.detail)}"
+
+
+def audit(
+    database: Database = None,
+    limit: Annotated[int, typer.Option(min=1, help="Entries at most, the newest first.")] = 100,
+) -> None:
+    """Print who changed, exported or deleted something at an endpoint, and who made and revoked its keys.
+
+    Commands are written down as the operating system's user@host, requests by the name of their key and the address
+    that they came from, which behind a load balancer is its own.
+    """
+    with opened_store(database) as store:
+        for entry in store.audit_trail(limit=limit):
+            typer.echo(_line(entry))
