@@ -115,15 +115,19 @@ class Front:
         pass
 
 
-def light_config(replicas: int) -> ServeConfig:
+def light_config(replicas: int, *, candidate_start_s: float = 60.0) -> ServeConfig:
     return ServeConfig(
-        checkpoint="model", name=MODEL, min_replicas=replicas, max_replicas=max(replicas, 1), candidate_start_s=60
+        checkpoint="model",
+        name=MODEL,
+        min_replicas=replicas,
+        max_replicas=max(replicas, 1),
+        candidate_start_s=candidate_start_s,
     )
 
 
 @contextmanager
-def fleet(registry: Registry, *, replicas: int) -> Iterator[ServeConfig]:
-    """An application of that many replicas, until the block ends."""
+def fleet(registry: Registry, *, replicas: int, candidate_cpus: float = 0.0) -> Iterator[ServeConfig]:
+    """An application of that many replicas, until the block ends. The candidate asks Ray for that many CPUs."""
     config = light_config(replicas)
     settings = EngineSettings(config=config, registry=str(registry.folder), device="cpu")
     common: dict[str, Any] = {
@@ -142,7 +146,8 @@ def fleet(registry: Registry, *, replicas: int) -> Iterator[ServeConfig]:
     }
     count: dict[str, Any] = {"num_replicas": replicas} if replicas else {"autoscaling_config": none}
     engine = serve.deployment(LightEngine, name="engine", **count, **common).bind(settings)
-    candidate = serve.deployment(LightCandidate, name=CANDIDATE_NAME, autoscaling_config=none, **common).bind(settings)
+    asks = {**common, "ray_actor_options": {"num_cpus": candidate_cpus}}
+    candidate = serve.deployment(LightCandidate, name=CANDIDATE_NAME, autoscaling_config=none, **asks).bind(settings)
     front = serve.deployment(Front, name="front", ray_actor_options={"num_cpus": 0})
     serve.run(front.bind(engine, candidate), name="light", route_prefix=None)
     try:

@@ -46,11 +46,16 @@ def versions(folder: Path, count: int) -> Registry:
     return registry
 
 
-def played(registry: Registry, scene: Callable[[Backend], Coroutine[Any, Any, None]], replicas: int = 2) -> None:
+def played(
+    registry: Registry,
+    scene: Callable[[Backend], Coroutine[Any, Any, None]],
+    replicas: int = 2,
+    candidate_start_s: float = 60.0,
+) -> None:
     """Plays a scene as an ingress."""
 
     async def play() -> None:
-        backend = backend_of(registry, light_config(replicas))
+        backend = backend_of(registry, light_config(replicas, candidate_start_s=candidate_start_s))
         await backend.begin()
         await scene(backend)
 
@@ -314,3 +319,20 @@ def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(li
         serve.delete("light")
     with fleet(registry, replicas=0):
         played(registry, scene, replicas=0)
+
+
+@pytest.mark.slow  # Ray Serve says after half a minute that something finds no place
+def test_where_there_is_no_room_for_a_candidate_it_is_said_in_time_and_why(light_ray: None, tmp_path: Path) -> None:
+    registry = versions(tmp_path, 2)
+
+    async def scene(backend: Backend) -> None:
+        reason = r"no further replica has started within 40 s to hold version 2 .* \{\"CPU\": 100"
+        with under_way(registry, 2, share=0.5), pytest.raises(ServingError, match=reason):
+            await backend.prepare(2, canary=True)
+        await backend.adopt()
+        assert (await ask(backend, "anything"))[0] == "1"
+
+    with suppress(KeyError):
+        serve.delete("light")
+    with fleet(registry, replicas=1, candidate_cpus=100):
+        played(registry, scene, replicas=1, candidate_start_s=40)

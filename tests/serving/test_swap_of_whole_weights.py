@@ -113,6 +113,10 @@ def test_a_gate_and_a_canary_have_a_replica_of_their_own(
     assert raylign(small_endpoint, "promote", str(number)).returncode == 0
     assert one_answer(small_endpoint, SMALL)[0] == str(number)
     assert answered_logprobs(small_endpoint) == pytest.approx(second.logprobs, abs=1e-3)
+    deadline = time.monotonic() + 120
+    while len(engine_processes(of=small_endpoint.process.pid)) > 1:
+        assert time.monotonic() < deadline, "the trial has ended, and its engine has not"
+        time.sleep(0.5)
 
 
 def test_a_restarted_replica_has_the_current_version(small_endpoint: Running, second: Whole) -> None:
