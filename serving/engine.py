@@ -129,10 +129,10 @@ class Engine:
         verification = asyncio.ensure_future(asyncio.to_thread(registry.verify, number))
         try:
             await self._server.engine.start()
+            client = self._server.engine._engine_client
+            self._cleanup.callback(client.shutdown)
         finally:
             await verification  # what is wrong with the files says more than what an engine makes of them
-        client = self._server.engine._engine_client
-        self._cleanup.callback(client.shutdown)
         await _warm_up(client)
         reads_text = settings.config.control_tokens == "text"
         self._control_tokens = read_shielded_prompts(client.renderer) if reads_text else None
@@ -304,6 +304,7 @@ class CandidateEngine(Engine):
             await self._start(self._settings, state, number, is_candidate=True)
         except Exception as error:  # of any kind: vLLM raises what its model code raises
             logger.exception("The candidate did not start")
+            self._cleanup.close()
             self._failure = Failure(number=number, reason=str(error)[:MAX_MESSAGE])
             return
         self._is_up = True
