@@ -29,10 +29,12 @@ from alignment.data.control_tokens import chat_prompt_ids
 from alignment.errors import AlignmentError, ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
+from serving.grammar import forms_of
 from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
-from serving.schema import Elsewhere, Reply, Route, event, refusal
+from serving.schema import Elsewhere, Refused, Reply, Route, event, refusal
 from serving.served import Served, adapter_name, served_version
+from serving.trial import Trials
 from serving.versions import (
     TURN,
     Failure,
@@ -134,6 +136,8 @@ class Engine:
         finally:
             await verification  # what is wrong with the files says more than what an engine makes of them
         await _warm_up(client)
+        self._trials = Trials(lambda: _tokenizer_info(client), settings.config.limits)
+        self._cleanup.callback(self._trials.close)
         reads_text = settings.config.control_tokens == "text"
         self._control_tokens = read_shielded_prompts(client.renderer) if reads_text else None
         loader: Loader
@@ -170,7 +174,11 @@ class Engine:
             avoid: names of the replicas that sent it elsewhere. One of those takes it if it comes back.
         """
         self._asked += 1
+        if self._server.engine._engine_client.errored:
+            yield Elsewhere(replica=self._replica, moves_to=None, is_broken=True)
+            return
         try:
+            await self._trials.check([] if route == "tokenize" else forms_of(body))
             if route == "chat" and self._control_tokens is not None:
                 body = shield_chat(self._control_tokens, body)
             request = self._request(route, body)
@@ -194,12 +202,14 @@ class Engine:
                         yield part
         except NotHere as error:
             yield Elsewhere(replica=self._replica, moves_to=error.moves_to, is_broken=error.is_broken)
+        except Refused as refused:
+            yield refused.reply
         except ServingError as error:
             yield refusal(409, str(error))
         except Exception:  # the client must get an answer, and must not get the exception's text
             logger.exception("A request failed in the engine")
             if self._server.engine._engine_client.errored:
-                raise  # the ingress asks another replica
+                raise  # the ingress says so; no other replica is given what may have killed this engine
             failure = refusal(500, "The engine failed on this request.")
             if FORMS & body.keys():  # the grammar is compiled after the request has been taken
                 failure = refusal(400, "The engine could not answer in the form that was asked for.")
@@ -461,6 +471,8 @@ def _engine_class(settings: EngineSettings) -> type[VLLMEngine]:
 
 def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`."""
+    from vllm.config import StructuredOutputsConfig
+
     from alignment.rollout.weights import WORKER
 
     config, cpu = settings.config, settings.device == "cpu"
@@ -470,6 +482,8 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
         "enforce_eager": _is_eager(config, cpu=cpu),
         "tensor_parallel_size": config.tensor_parallel_size,
         "worker_extension_cls": WORKER,
+        # The one that forms are tried with. vLLM's "auto" would hand what this one refuses to others, untried.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
         # What an answer gets that asks for no limit; vLLM takes less where the prompt leaves less of the window.
         "override_generation_config": {"max_new_tokens": config.limits.max_tokens},
     }
@@ -510,6 +524,14 @@ async def _warm_up(client: AsyncLLM) -> None:
 
     async for _ in client.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1), request_id="warm-up"):
         pass
+
+
+def _tokenizer_info(client: AsyncLLM) -> str:
+    """What xgrammar has to know of the tokenizer, serialised."""
+    import xgrammar
+
+    tokenizer, vocabulary = client.renderer.get_tokenizer(), client.model_config.get_vocab_size()
+    return str(xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary).serialize_json())
 
 
 def _dtype(wanted: NumberFormat, device: Device) -> str:

@@ -45,6 +45,9 @@ def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "limits.max_n=4",
         "limits.max_body_mib=0.1",
         "limits.body_timeout_s=10",
+        "limits.form_timeout_s=0.5",
+        "limits.answers_in_progress=0",  # one key fills all places
+        "limits.tokens_in_progress=0",
         "kv_cache_gib=0.1",
     )
     with started(longer(tiny_model, folder / MODEL), folder, *settings) as running:
@@ -159,6 +162,42 @@ def test_an_impossible_form_of_answer_hurts_nobody_else(tiny: Running, format: d
         answer = chat(tiny, response_format=format)
         assert answer.status_code < 500, answer.text[:300]
         assert all(other.result().status_code == 200 for other in others)
+
+
+def schema(**schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+MANY_PROPERTIES: dict[str, Any] = {f"p{number}": {} for number in range(4500)}
+
+
+@pytest.mark.parametrize(
+    ("more", "within_s"),
+    [
+        (schema(type="string", pattern="(" * 30_000 + "a" + ")" * 30_000), 1),
+        ({"structured_outputs": {"regex": "(" * 30_000 + "a" + ")" * 30_000}}, 1),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": ["("] * 9000}}}]}, 1),
+        (schema(type="string", pattern="a{1,129}"), 1),
+        (schema(type="object", properties=MANY_PROPERTIES, additionalProperties=False), PATIENCE_S),
+        ({"structured_outputs": {"grammar": "root ::= nothing"}}, PATIENCE_S),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "nonsense"}}}, PATIENCE_S),
+    ],
+    ids=["brackets", "regex", "tools", "repeat", "slow", "grammar", "tag"],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_form_that_would_kill_or_stall_an_engine_is_refused_and_none_is_killed(
+    tiny: Running, more: dict[str, Any], within_s: float, stream: bool
+) -> None:
+    engines = {engine.pid for engine in engines_of(tiny)}
+    chat(tiny)
+    began = time.monotonic()
+    answer = chat(tiny, **more, stream=stream)
+    took_s = time.monotonic() - began
+    print(f"{answer.status_code} after {took_s:.2f} s: {answer.text[:200]}")
+    assert_refused(answer, 400)
+    assert took_s < within_s
+    assert chat(tiny).status_code == 200
+    assert {engine.pid for engine in engines_of(tiny)} == engines and len(engines) == 2
 
 
 def test_an_answer_can_be_asked_for_in_a_form(tiny: Running) -> None:
@@ -368,6 +407,20 @@ def test_a_killed_replica_fails_what_it_worked_on_and_nothing_else_and_comes_bac
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert {one["version"] for one in tiny.ask("GET", "/v1/admin/versions").json()["replicas"]} == {1}
+
+
+def test_a_replica_whose_engine_died_sends_what_it_has_not_begun_to_another(tiny: Running) -> None:
+    engines = engines_of(tiny)
+    assert len(engines) == 2
+    engines[0].kill()
+    answers = [chat(tiny, messages=[{"role": "user", "content": f"conversation {number}"}]) for number in range(30)]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(200) >= 29, statuses  # the first to come may be what tells the replica
+    assert set(statuses) <= {200, 500, 503}
+    deadline = time.monotonic() + 240
+    while len(engines_of(tiny)) < 2 or engines[0] in engines_of(tiny):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_an_endpoint_that_is_ended_ends_its_streams_first_and_takes_no_more(tiny: Running) -> None:
