@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import LimitsConfig
 from serving.keys import Key
-from serving.schema import Refused, Reply, check_num_values, refusal, sound_json
+from serving.schema import Refused, Reply, check_num_values, event, refusal, sound_json
 from serving.shares import KeyShare, RequestSize, request_size
 
 logger = logging.getLogger("ray.serve")
@@ -32,6 +32,9 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 
+KEY_CHECK_S = 2.0
+"""How often it is looked whether the key of an answer in progress is still valid."""
+_NOT_VALID_ANY_MORE = "This key is not valid any more."
 READS = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing."""
 HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
@@ -122,7 +125,7 @@ class Guard:
             if grow is not None:
                 grow(request_size(scope["state"]["json"], len(body), self._limits))
         self._took("body", time.perf_counter() - begun)
-        await _until_gone(self._app, scope, _Replay(body, receive), send)
+        await _until_gone(self._app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
 
     def _admit(self, scope: Scope) -> Key | None:
         """The key of a request; None for what needs none.
@@ -158,6 +161,12 @@ class Guard:
         if share is None or share.role != key.role:
             share = self._shares[key.name] = KeyShare(key.role, self._limits)
         return share
+
+    def _still_admits(self, scope: Scope) -> bool:
+        """Whether the key that a request came with is still valid."""
+        if scope["state"]["key"] is None:
+            return True
+        return self._who([value for name, value in scope["headers"] if name == b"authorization"]) is not None
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body; empty for requests that have none.
@@ -242,10 +251,24 @@ class _Sender:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.began = False
+        self._is_stream = False
+
+    async def break_off(self, reason: str) -> None:
+        """Ends an answer; who reads events is told why.
+
+        Raises:
+            Refused: 401 with the reason, if the answer has not begun.
+        """
+        if not self.began:
+            raise Refused(401, reason)
+        last = event(refusal(401, reason)).encode() if self._is_stream else b""
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.began = True
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._is_stream = kind.startswith(b"text/event-stream")
             given = {name for name, _ in message["headers"]}
             message["headers"] = [*message["headers"], *(one for one in HEADERS if one[0] not in given)]
         await self._send(message)
@@ -273,16 +296,29 @@ class _Replay:
         self.gone.set()
 
 
-async def _until_gone(app: ASGIApp, scope: Scope, replay: _Replay, send: Send) -> None:
-    """Runs a route until it has answered, or its client has gone away, whatever the client's headers say of that."""
+async def _until_gone(
+    app: ASGIApp, scope: Scope, replay: _Replay, send: _Sender, is_admitted: Callable[[], bool]
+) -> None:
+    """Runs a route until it has answered, or its client has gone away, whatever the client's headers say of that.
+
+    Raises:
+        Refused: 401 the client's key was revoked or expired meanwhile, and the answer had not begun. One that had is
+            broken off.
+    """
     answering = asyncio.ensure_future(app(scope, replay, send))
     watching = asyncio.ensure_future(replay.watch())
+    waiting = {answering, watching}
     try:
-        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait(waiting, timeout=KEY_CHECK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+            if not is_admitted():
+                break
+        was_admitted = answering.done() or watching.done()
         if not answering.done():
             answering.cancel()
             await asyncio.wait({answering})
-        if not answering.cancelled():
+        if not was_admitted:
+            await send.break_off(_NOT_VALID_ANY_MORE)
+        elif not answering.cancelled():
             answering.result()
     finally:
         answering.cancel()

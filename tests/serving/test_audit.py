@@ -84,6 +84,7 @@ def test_what_an_admin_changes_exports_and_deletes_is_written_down(database: str
     assert ask(guard, "GET", "/v1/feedback/export?limit=5").status_code == 200
     assert ask(guard, "GET", "/v1/feedback/statistics").status_code == 200
     assert ask(guard, "DELETE", "/v1/records/chatcmpl-1", json={}).status_code == 404
+    soon(lambda: not list((tmp_path / "audit").iterdir()))
     told = ask(guard, "GET", "/v1/admin/audit").json()["data"]
     assert [(entry["action"], entry["detail"]) for entry in reversed(told)] == [
         ("promote", {"status": 200, "body": {"version": 2, "canary": None}}),
@@ -97,7 +98,6 @@ def test_what_an_admin_changes_exports_and_deletes_is_written_down(database: str
     assert rest == [told[2]]
     assert ask(guard, "GET", "/v1/admin/audit", role="labeller").status_code == 403
     assert ask(guard, "GET", "/v1/admin/audit?before=nothing").status_code == 404
-    soon(lambda: not list((tmp_path / "audit").iterdir()))
     trail.close()
     store.close()
 

@@ -189,6 +189,45 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("streams", [False, True], ids=["not begun", "streamed"])
+def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.guard.KEY_CHECK_S", 0.05)
+    valid, ended, told = {"key": True}, asyncio.Event(), []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if streams:
+            kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 200, "headers": kind})
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        told.append(message)
+
+    async def scene() -> None:
+        guard = Guard(
+            slow, who=lambda _: ANNA if valid["key"] else None, is_public=lambda _: False, limits=LimitsConfig()
+        )
+        scope = {"type": "http", "method": "GET", "path": "/slow", "headers": [(b"authorization", b"Bearer good")]}
+        answering = asyncio.ensure_future(guard(scope, receive, send))
+        await asyncio.sleep(0.2)
+        assert not answering.done()
+        valid["key"] = False
+        await asyncio.wait_for(answering, 30)
+        assert ended.is_set()
+
+    asyncio.run(scene())
+    assert told[0]["status"] == (200 if streams else 401)
+    assert b"not valid any more" in told[-1]["body"] and not told[-1].get("more_body")
+
+
 def test_a_body_that_does_not_end_is_given_up() -> None:
     async def scene() -> None:
         guard = guarded(body_timeout_s=0.05)
