@@ -408,11 +408,11 @@ def _sha256(file: Path) -> str:
 def _digest(file: Path) -> str:
     """The same; a file that has stayed as it is, is read once by this process, which opens a model several times."""
     state = file.stat()
-    return _remembered_sha256(file, state.st_size, state.st_mtime_ns, state.st_ino)
+    return _remembered_sha256(file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 
 @functools.lru_cache(maxsize=1024)
-def _remembered_sha256(file: Path, size: int, changed_ns: int, inode: int) -> str:
+def _remembered_sha256(file: Path, size: int, written_ns: int, changed_ns: int, inode: int) -> str:
     return _sha256(file)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import secrets
 from typing import Any
 
 import ray
@@ -16,10 +18,15 @@ from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings
 from serving.ingress import Ingress
+from serving.lease import LeaseTaken, lease_of
+from serving.nodes import check_nodes
 from serving.registry import Registry
 from serving.routing import ByConversation
 from serving.scoring import MAX_BATCH, Scoring
-from serving.served import Served, publish
+from serving.served import Served, publish, registry_of
+from serving.store.opening import default_database
+
+logger = logging.getLogger("ray.serve")
 
 INGRESS_NAME = "ingress"
 ENGINE_NAME = "engine"
@@ -43,10 +50,14 @@ SCORING_IDLE_S = 600.0
 def build(args: dict[str, Any]) -> Application:
     """Builds the application from the fields of `ServeConfig`; the import path for `serve run` is `serving:build`.
 
+    Ray builds again whenever the configuration changes or the head starts again. Where another cluster's endpoint has
+    the registry, as while this one is to replace it, nothing changes there.
+
     Raises:
         ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
         ClusterError: the Ray cluster answers those who have not its token.
         AlignmentError: the checkpoint cannot be served (see `serving.served.publish`).
+        LeaseTaken: another endpoint has the registry, and `on_lease` is `refuse`.
     """
     config = check_config(args, kind=ServeConfig)
     if config.no_keys:
@@ -56,11 +67,35 @@ def build(args: dict[str, Any]) -> Application:
         )
     if ray.is_initialized():  # in a cluster that others have started, as KubeRay
         check_token(ray.get_runtime_context().gcs_address)
-    return application(config, *publish(config))
+    owner, registry = cluster_id() or secrets.token_hex(8), registry_of(config)
+    if ray.is_initialized():
+        check_nodes(registry, config.feedback.database or default_database())
+    lease = lease_of(registry)
+    if lease is not None and not lease.owner.startswith(f"{owner}/"):
+        if config.on_lease == "refuse":
+            raise LeaseTaken.by(lease, registry)
+        logger.warning("The registry belongs to %s. Until that has ended, this one changes no versions.", lease)
+        config = config.model_copy(update={"promote": False})
+    publication = publish(config, is_live=lease is not None)
+    if publication.note:
+        logger.warning("%s", publication.note)
+    return application(config, publication.served, registry, owner)
 
 
-def application(config: ServeConfig, served: Served, registry: Registry) -> Application:
-    """The same for a checkpoint that is published already, since proving a large one takes a while."""
+def cluster_id() -> str | None:
+    """What no other Ray cluster is called; None where none is connected."""
+    if not ray.is_initialized():
+        return None
+    return str(ray._private.worker.global_worker.gcs_client.cluster_id.hex())
+
+
+def application(config: ServeConfig, served: Served, registry: Registry, owner: str) -> Application:
+    """The same for a checkpoint that is published already, since proving a large one takes a while.
+
+    Args:
+        owner: of the registry's lease (see `serving.lease`); without a `/` a cluster's, and each application's of it is
+            another one.
+    """
     device = choose_device(config)
     folder = str(registry.folder)
     settings = EngineSettings(config=config, registry=folder, device=device)
@@ -71,7 +106,7 @@ def application(config: ServeConfig, served: Served, registry: Registry) -> Appl
     if served.base_name is None:
         options = _candidate_options(config, device)
         candidate = serve.deployment(CandidateEngine, name=CANDIDATE_NAME, **options).bind(settings)
-    return ingress.bind(engine, candidate, scoring.bind(config, device, folder), config, served, folder)
+    return ingress.bind(engine, candidate, scoring.bind(config, device, folder), config, served, folder, owner)
 
 
 def choose_device(config: ServeConfig) -> Device:

@@ -36,6 +36,12 @@ class Listing(BaseModel):
     state: State
 
 
+class Deletion(BaseModel):
+    """What an endpoint says of a version that it has deleted."""
+
+    freed_bytes: int
+
+
 class Service:
     """An endpoint at a URL. Safe to use from several threads.
 
@@ -77,6 +83,10 @@ class Service:
     def promote(self, number: int, *, canary: float | None = None) -> None:
         """Has a version answer a share of the requests, or all of them; returns when every replica has it."""
         self.post("/v1/admin/promote", {"version": number, "canary": canary}, dict)
+
+    def delete(self, number: int) -> int:
+        """Deletes a version's files; returns the bytes that were freed."""
+        return self._ask("DELETE", f"/v1/admin/versions/{number}", Deletion).freed_bytes
 
     def end_canary(self) -> None:
         """Gives the canary's requests back to the current version, which may have been all along."""

@@ -121,6 +121,13 @@ class ServeConfig(Section):
     folder: str = "runs/serving"
     """Folder of the model's versions and of what people said, `FOLDER/NAME`. On several machines it must be shared
     between them, as must PostgreSQL in place of the database file."""
+    promote: bool = False
+    """Have a start change to `checkpoint`. Otherwise it is only registered where a version answers already: a start,
+    also one by Ray after a failure, changes nothing that is served, and `raylign promote` does."""
+    on_lease: Literal["auto", "refuse", "wait"] = "auto"
+    """What a start does where another endpoint has the registry. `refuse` ends it. `wait` serves the same versions,
+    changes none, and takes over when the other one has ended, as when a cluster replaces another. `auto` waits in
+    `serving:build`, and refuses in `raylign serve`."""
     no_keys: bool = False
     """Serve everyone who can reach `host`, which must then be this machine's own 127.0.0.1."""
     cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+$", max_length=300)], ...] = ()
@@ -188,6 +195,12 @@ class ServeConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     rewards: RewardsConfig = RewardsConfig()
     feedback: FeedbackConfig = FeedbackConfig()
+
+    @property
+    def url(self) -> str:
+        """Where the endpoint is, asked from its own machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
 
     @model_validator(mode="after")
     def _open_to_this_machine_only(self) -> Self:

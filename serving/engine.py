@@ -489,6 +489,8 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
     }
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len
+    if served.revision is not None:
+        arguments |= {"revision": served.revision, "tokenizer_revision": served.revision}
     if config.tool_call_parser is not None:
         arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_call_parser}
     if config.reasoning_parser is not None:

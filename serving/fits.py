@@ -16,7 +16,7 @@ from typing import Any
 
 from alignment.errors import CheckpointError, ServingError
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles, rank_of
-from alignment.models.folders import base_of, is_adapter, model_source
+from alignment.models.folders import base_of, is_adapter, is_merged, model_source
 
 ADAPTER_FILE = "adapter_model.safetensors"
 WHOLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -275,7 +275,7 @@ def _adapted(folder: Path, tensors: dict[str, Stored]) -> dict[str, Adapted]:
 
 def _check_adapter_fits(candidate: Path, serving: Path, room: Room) -> None:
     bases = [model_source(base_of(folder)) for folder in (candidate, serving)]
-    if bases[0] != bases[1]:
+    if bases[0] != bases[1] and not (is_merged(bases[0]) and Path(bases[0]).name == Path(bases[1]).name):
         raise ServingError(
             f"{candidate} is an adapter on {bases[0]}, and this endpoint serves {bases[1]}. A run that starts from an "
             "adapter trains a new one on the two merged: start it from the base model instead (model.path), or start "

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -24,6 +25,7 @@ from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.guard import Guard, as_response
 from serving.keys import Key, Keys
+from serving.lease import Tenant
 from serving.meters import Meters
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.registry import Registry
@@ -48,6 +50,7 @@ class Ingress:
         config: ServeConfig,
         served: Served,
         registry: str,
+        owner: str,
     ) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         self._config = config
@@ -57,6 +60,10 @@ class Ingress:
         self._trail = AuditTrail(self._store, Path(registry) / "audit")
         self._keys = None if config.no_keys else Keys(self._store)
         versions_of_model = Registry(Path(registry))
+        if "/" not in owner:  # a cluster's, which may have several endpoints
+            owner = f"{owner}/{serve.get_replica_context().app_name}"
+        tenant = Tenant(versions_of_model, owner=owner, url=config.url)
+        tenant.acquire(wait=True)
         self._service = Service(
             config=config,
             served=served,
@@ -64,6 +71,7 @@ class Ingress:
             store=self._store,
             registry=versions_of_model,
             meters=Meters(),
+            tenant=tenant,
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -85,6 +93,7 @@ class Ingress:
 
     def __del__(self) -> None:
         """Called by Ray Serve when this stops: what waits is still written."""
+        self._service.tenant.close()
         if self._keys is not None:
             self._keys.close()
         self._trail.close()

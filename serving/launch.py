@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
@@ -50,9 +51,13 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with settings, as configs/serve/local.yaml; KEY=VALUE goes first.")
     ] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Change to CHECKPOINT where another version answers so far.")
+    ] = False,
 ) -> None:
     """Serve a checkpoint behind an OpenAI-compatible HTTP endpoint, until Ctrl-C.
 
+    What was served last under the same name goes on being served: CHECKPOINT then only becomes a version to promote.
     A LoRA checkpoint is served together with its base model: requests choose by the name they give as `model`.
     Ray is started on this machine; with RAY_ADDRESS set, the endpoint is deployed on that cluster instead.
     """
@@ -61,7 +66,8 @@ def serve(
     started = time.monotonic()
     _raise_on_signals()
     try:
-        with endpoint(load_serve_config(checkpoint, overrides or [], config)) as running:
+        settings = [*(overrides or []), *(["promote=true"] if promote else [])]
+        with endpoint(load_serve_config(checkpoint, settings, config)) as running:
             typer.echo(f"Ready after {time.monotonic() - started:.0f} s. {running}")
             threading.Event().wait()
     except KeyboardInterrupt:
@@ -108,24 +114,42 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
     """An endpoint that answers inside the `with` block, and is gone after it.
 
     Raises:
-        ServingError: the port is taken, or the engine did not start.
+        ServingError: the port is taken, another endpoint has the registry, or the engine did not start.
         CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served.publish`).
     """
-    from serving.served import publish
+    from serving.served import publish, registry_of
 
     if _is_local():
         refuse_busy_port(config.host, config.port)
-    served, registry = publish(config)
-    doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
-    typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
-    with _ray(config), _application(config, served, registry):
-        yield Endpoint(
-            url=_url(config),
-            names=served.names,
-            version=registry.state().current,
-            keys=not config.no_keys,
-            can_chat=served.can_chat,
-        )
+    owner = f"{secrets.token_hex(8)}/{APPLICATION}"
+    with _leased(config, registry_of(config), owner) as is_held:
+        publication = publish(config if is_held else config.model_copy(update={"promote": False}), is_live=not is_held)
+        served = publication.served
+        if publication.note:
+            typer.echo(publication.note)
+        doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
+        typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
+        with _ray(config), _application(config, served, publication.registry, owner):
+            yield Endpoint(
+                url=config.url,
+                names=served.names,
+                version=publication.registry.state().current,
+                keys=not config.no_keys,
+                can_chat=served.can_chat,
+            )
+
+
+@contextmanager
+def _leased(config: ServeConfig, registry: Registry, owner: str) -> Iterator[bool]:
+    """The registry belongs to this endpoint, or will when the other one has ended; whether it does already."""
+    from serving.lease import Tenant
+
+    tenant = Tenant(registry, owner=owner, url=config.url)
+    is_held = tenant.acquire(wait=config.on_lease == "wait", tell=typer.echo)
+    try:
+        yield is_held
+    finally:
+        tenant.close()
 
 
 def _is_local() -> bool:
@@ -215,7 +239,7 @@ def _num_cpus(config: ServeConfig) -> int:
 
 
 @contextmanager
-def _application(config: ServeConfig, served: Served, registry: Registry) -> Iterator[None]:
+def _application(config: ServeConfig, served: Served, registry: Registry, owner: str) -> Iterator[None]:
     """The deployed endpoint, answering; taken down afterwards.
 
     Raises:
@@ -224,6 +248,8 @@ def _application(config: ServeConfig, served: Served, registry: Registry) -> Ite
     from ray import serve
 
     from serving.app import application, choose_device
+    from serving.nodes import check_nodes
+    from serving.store.opening import default_database
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
@@ -231,7 +257,8 @@ def _application(config: ServeConfig, served: Served, registry: Registry) -> Ite
         http_options={"host": config.host, "port": config.port},
     )
     _check_address(config)
-    target = application(config, served, registry)
+    check_nodes(registry, config.feedback.database or default_database())
+    target = application(config, served, registry, owner)
     typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
         _deploy(target, config)
@@ -332,7 +359,7 @@ def _gist(text: str) -> str:
 def _wait_until_answering(config: ServeConfig) -> None:
     """The proxy learns its routes a moment after the application runs."""
     path = "/readyz" if config.min_replicas else "/healthz"  # with no replica nothing is loaded before a request
-    while not _answers(_url(config) + path):
+    while not _answers(config.url + path):
         time.sleep(0.1)
 
 
@@ -343,8 +370,3 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-def _url(config: ServeConfig) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return f"http://{host}:{config.port}"

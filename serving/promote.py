@@ -89,8 +89,26 @@ def rollback(url: Url = URL) -> None:
         typer.echo(f"Version {now.current} answers again, in place of version {before.current}.")
 
 
-def versions(url: Url = URL) -> None:
-    """Lists the versions that a running endpoint has."""
+def versions(
+    action: Annotated[
+        list[str] | None, typer.Argument(metavar="[delete NUMBER...]", help="To free the disk of what nobody needs.")
+    ] = None,
+    url: Url = URL,
+) -> None:
+    """Lists the versions that a running endpoint has, and the change that is under way; or deletes some of them.
+
+    What answers, is being tried, or is one rollback away is not deleted.
+    """
+    if not action:
+        list_versions(url)
+    elif action[0] == "delete" and action[1:] and all(number.isdecimal() for number in action[1:]):
+        delete_versions([int(number) for number in action[1:]], url)
+    else:
+        raise ServingError(f"{' '.join(action)} is nothing to do with versions; `raylign versions delete 3 4` is")
+
+
+def list_versions(url: str) -> None:
+    """Prints the versions that a running endpoint has, and the change that is under way."""
     from serving.client import Service
     from serving.gate import aligned
 
@@ -98,6 +116,19 @@ def versions(url: Url = URL) -> None:
         listing = service.listing()
     rows = [("version", "", "kind", "created", "source", "held out")]
     typer.echo(aligned([*rows, *(_row(version, listing.state) for version in listing.versions)]))
+    change = listing.state.change()
+    if change is not None:
+        typer.echo(f"{str(change)[0].upper()}{str(change)[1:]}.")
+
+
+def delete_versions(numbers: list[int], url: str) -> None:
+    """Deletes versions of a running endpoint, one after the other."""
+    from serving.client import Service
+
+    with Service(url, timeout_s=TIMEOUT_S) as service:
+        for number in numbers:
+            freed = service.delete(number)
+            typer.echo(f"Version {number} is deleted; {freed / 2**20:.3g} MiB are free again.")
 
 
 def _candidate(service: Service, checkpoint: str) -> Version:

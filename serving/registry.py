@@ -5,7 +5,10 @@ checkpoint ─► add ─► versions/00003/ ─► promote, or canary ─► st
 REGISTRY/versions/00001.json   what is known about a version
 REGISTRY/versions/00001/       the files that transformers, peft and vLLM open, manifest.json and COMMITTED; it appears
                                last and whole, and with it the version
-REGISTRY/state.json            which version answers, those before it, and the canary
+REGISTRY/versions/00001.deleted  of a version that was deleted: its number is given to no other one
+REGISTRY/bases/                base models of adapters that lie nowhere else than in the cache of one machine
+REGISTRY/state.json            which version answers, those before it, the canary, and what is under way
+REGISTRY/lease.json            which endpoint it belongs to (see `serving.lease`)
 
 The folder lies where every replica can read it. A process that is killed leaves it readable: files appear whole or not
 at all, what is unfinished is cleared away by the next `add`, and the system frees the locks.
@@ -13,12 +16,13 @@ at all, what is unfinished is cleared away by the next `add`, and the system fre
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,15 +45,18 @@ from alignment.checkpoint import (
 )
 from alignment.errors import CheckpointError, ServingError
 from alignment.metrics import read_metrics
-from alignment.models.folders import BUNDLED, base_of, bundled_folder, is_adapter
+from alignment.models.folders import BUNDLED, KEPT_BASES, base_of, bundled_folder, is_adapter, is_merged
+from serving.bases import base_stamp
 from serving.fits import Room, adapter_of, check_fits, check_servable, room_for, weight_files
 
 __all__ = ["ChangeUnderWay", "PendingChange", "Registry", "State", "Version", "check_fits"]
 
 COPIED = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
 """Endings of the files that belong to a model; trainer state, pickles and programs do not."""
-LINKED_BYTES = 64 * 2**20
-"""Files from this size on are hard links if they can be; what people edit by hand is smaller, and copied."""
+READ_ONLY = 0o444
+"""Mode of a version's files: who writes over one by mistake is refused (not root, who may write anywhere)."""
+COPIED_BYTES = 2**30
+"""That are copied in one call."""
 REMEMBERED = 100
 """Versions that rollbacks can go back over."""
 SILENT_S = 30.0
@@ -80,6 +87,11 @@ class Version:
     """Fingerprint of the data that it was trained on; None if the checkpoint does not say."""
     config: dict[str, Any] | None
     """Configuration of the run that made it; None if the checkpoint lies in no run."""
+    stamp: str | None = None
+    """Names, sizes, times and places of its files and of those that it was copied from, hashed: what tells at the next
+    start whether they are still the same, without reading them."""
+    base_stamp: str | None = None
+    """What tells the base model from another one in its place; None if nobody knows. See `serving.bases.base_stamp`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The run's last evaluation before the checkpoint, by the names in metrics.jsonl, with its `step`."""
     created: float
@@ -155,6 +167,7 @@ class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().resolve()
         self._versions = self.folder / "versions"
+        self._bases = self.folder / KEPT_BASES
         self._state = self.folder / "state.json"
 
     def add(self, checkpoint: Path, *, parent: int | None = None, fits: int | None = None) -> Version:
@@ -172,6 +185,9 @@ class Registry:
             ModelError: it is an adapter whose base model is not there.
             ServingError: it is of a kind that is not served, or does not fit.
         """
+        known = self._known(checkpoint)
+        if known is not None:
+            return known
         origin = _folder(checkpoint)
         check_servable(origin)
         if fits is not None:
@@ -179,7 +195,12 @@ class Registry:
         try:
             with self._adding() as unfinished:
                 content = _copy(origin, unfinished)
-                return self._same(content) or self._keep(unfinished, origin, content, parent)
+                same = self._same(content)
+                if same is not None:
+                    return self._noted(same, origin)
+                if is_adapter(origin):
+                    self._keep_base(base_of(origin))
+                return self._keep(unfinished, origin, content, parent)
         except OSError as error:
             raise CheckpointError(f"{origin} cannot be copied into {self.folder}: {error}") from error
 
@@ -195,7 +216,7 @@ class Registry:
             CheckpointError: its file is missing or damaged.
         """
         file = self.folder_of(number).with_suffix(".json")
-        version = _read(file, VERSIONS)
+        version = read_file(file, VERSIONS)
         if version is None:
             raise CheckpointError(f"{file} is missing")
         return version
@@ -221,13 +242,50 @@ class Registry:
         return room_for(adapter_of(folder, folder.name) for folder in folders) if folders else None
 
     def verify(self, number: int) -> None:
-        """Reads all of a version's files and compares their hashes.
+        """Reads all of a version's files and compares their hashes. What this process has read before is read again
+        only if its size, its times or its place on the disk are others.
 
         Raises:
             ServingError: there is none of that number.
             CheckpointError: a file is missing or has changed; the text names it.
         """
-        verify(self.folder_of(number))
+        verify(self.folder_of(number), only_model=True)
+
+    def delete(self, number: int) -> int:
+        """Deletes a version's files, and the base model that is kept for it alone; returns the bytes that were freed.
+
+        What is known about it stays, and its number is given to no other one.
+
+        Raises:
+            ServingError: there is none of that number, or it is needed: it answers, a rollback returns to it, it is
+                being tried, or is about to answer.
+            CheckpointError: its files cannot be deleted.
+        """
+        with self._adding():
+            gone = self._versions / f".{number:05d}.deleted"
+            self._move(lambda now: self._without(now, number, gone))
+            freed = _delete(gone)
+            for base in self._unused_bases():
+                freed += _delete(base)
+            return freed
+
+    def _without(self, now: State, number: int, gone: Path) -> State:
+        folder, change = self.folder_of(number), now.change()
+        uses = {
+            now.current: "it answers",
+            now.previous: "`raylign rollback` returns to it",
+            now.canary: "it is being tried",
+            change.number if change else None: "it is about to answer",
+        }
+        if number in uses:
+            raise ServingError(f"version {number} cannot be deleted: {uses[number]}")
+        folder.with_suffix(".deleted").touch()
+        folder.rename(gone)
+        return replace(now, older=tuple(other for other in now.older if other != number))
+
+    def _unused_bases(self) -> list[Path]:
+        used = {Path(base).name for version in self.versions() if (base := version.base) is not None}
+        return [base for base in self._bases.glob("*") if base.name not in used]
 
     def state(self) -> State:
         """Which version answers now. Reads one small file.
@@ -235,7 +293,7 @@ class Registry:
         Raises:
             CheckpointError: the file is damaged.
         """
-        return _read(self._state, STATES) or State()
+        return read_file(self._state, STATES) or State()
 
     def promote(self, number: int) -> State:
         """Makes a version the one that answers, and ends any canary; promoting the current one does only that.
@@ -324,10 +382,6 @@ class Registry:
         """Ends a change without any effect; nothing happens if it has ended already."""
         return self._move(lambda now: replace(now, pending=None) if now.pending and now.pending.token == token else now)
 
-    def restore(self, before: State) -> State:
-        """Takes back the one change since a state, as when replicas could not follow it; if there were more, none."""
-        return self._change(lambda now: replace(before, serial=now.serial) if now.serial == before.serial + 1 else now)
-
     def _begin(self, choose: Callable[[State], PendingChange], started_by: str) -> PendingChange:
         def begun(now: State) -> State:
             _check_settled(now)
@@ -373,7 +427,7 @@ class Registry:
                 if replace(then, pending=now.pending) != now:
                     then = replace(then, serial=now.serial + 1)
                 if then != now:
-                    _write(self._state, STATES.dump_json(then, indent=1))
+                    write_file(self._state, STATES.dump_json(then, indent=1))
                 return then
         except OSError as error:
             raise CheckpointError(f"{self._state} cannot be written: {error}") from error
@@ -386,11 +440,44 @@ class Registry:
         unfinished = self._versions / ".unfinished"
         with FileLock(self.folder / ".adding.lock"):
             shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            for deleted in self._versions.glob(".*.deleted"):
+                _delete(deleted)
             unfinished.mkdir()
             try:
                 yield unfinished
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _known(self, checkpoint: Path) -> Version | None:
+        """The version of a checkpoint that has not changed since, told without reading its files."""
+        with suppress(OSError, RuntimeError, ValueError):
+            origin = _newest(checkpoint.expanduser().resolve())
+            for version in reversed(self.versions()):
+                if version.source == str(origin) and version.stamp == _stamp(origin, self._place(version.number)):
+                    return version
+        return None
+
+    def _noted(self, version: Version, origin: Path) -> Version:
+        """A version of which the same files were found in another place, or with another time."""
+        folder = self._place(version.number)
+        if origin == folder:
+            return version
+        noted = replace(version, stamp=_stamp(origin, folder), source=str(origin))
+        write_file(folder.with_suffix(".json"), VERSIONS.dump_json(noted, indent=1))
+        return noted
+
+    def _keep_base(self, base: str) -> None:
+        """Copies a base model that another machine, or this one tomorrow, does not have."""
+        folder = Path(base)
+        if not is_merged(folder) or not folder.is_dir() or (self._bases / folder.name).is_dir():
+            return
+        self._bases.mkdir(exist_ok=True)
+        unfinished = self._versions / ".unfinished-base"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        _copy(folder, unfinished)
+        unfinished.rename(self._bases / folder.name)
+        to_disk(self._bases)
 
     def _same(self, content: str) -> Version | None:
         """The intact version with that content, if there is one."""
@@ -403,24 +490,29 @@ class Registry:
 
     def _keep(self, unfinished: Path, origin: Path, content: str, parent: int | None) -> Version:
         version = Version(
-            number=max(self._numbers(), default=0) + 1,
+            number=max([0, *self._numbers(), *self._deleted()]) + 1,
             name=name_of(str(origin)),
             kind="adapter" if is_adapter(origin) else "full",
             base=base_of(origin) if is_adapter(origin) else None,
             content=content,
             source=str(origin),
             parent=parent,
+            stamp=_stamp(origin, unfinished),
+            base_stamp=base_stamp(base_of(origin)) if is_adapter(origin) else None,
             created=time.time(),
             **_history(origin),
         )
         folder = self._place(version.number)
-        _write(folder.with_suffix(".json"), VERSIONS.dump_json(version, indent=1))
+        write_file(folder.with_suffix(".json"), VERSIONS.dump_json(version, indent=1))
         unfinished.rename(folder)
         to_disk(self._versions)
         return version
 
     def _place(self, number: int) -> Path:
         return self._versions / f"{number:05d}"
+
+    def _deleted(self) -> list[int]:
+        return [int(file.stem) for file in self._versions.glob("[0-9]*.deleted")]
 
     def _numbers(self) -> list[int]:
         folders = self._versions.glob("[0-9]*")
@@ -504,6 +596,8 @@ def _copy(origin: Path, target: Path) -> str:
         if _belongs(name, weight_files(origin)):
             _bring((origin / name).resolve(), target / name)
     content = commit(target)
+    for file in target.iterdir():
+        file.chmod(READ_ONLY)
     changed = [name for name, entry in _manifest(target).items() if known and known[name] != entry]
     if changed:
         raise CheckpointError(f"{origin} changed while it was copied ({', '.join(changed)}); add it again")
@@ -524,14 +618,44 @@ def _belongs(name: str, weights: list[str]) -> bool:
 
 
 def _bring(source: Path, target: Path) -> None:
-    known = source.stat()
-    if known.st_size >= LINKED_BYTES and known.st_mode & stat.S_IROTH:  # the endpoint may run as another user
+    """Copies a file: a link would be the same file, which changes when the other one is written over.
+
+    Where the file system can share the bytes of two files until one is written to (XFS, Btrfs), or copy them by itself
+    (NFS 4.2), it does.
+    """
+    with source.open("rb") as opened, target.open("xb") as copied:
         try:
-            os.link(source, target)
-            return
-        except OSError:  # another disk, or a file that is not ours to link
-            pass
-    shutil.copyfile(source, target)
+            while os.copy_file_range(opened.fileno(), copied.fileno(), COPIED_BYTES):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            opened.seek(0)
+            copied.seek(0)
+            shutil.copyfileobj(opened, copied, length=2**22)
+
+
+def _delete(folder: Path) -> int:
+    """Returns the bytes that it took on the disk; of a file that lies elsewhere too, none."""
+    freed = sum(
+        status.st_size for file in folder.rglob("*") if (status := file.lstat()).st_nlink == 1 and file.is_file()
+    )
+    shutil.rmtree(folder)
+    return freed
+
+
+def _newest(checkpoint: Path) -> Path:
+    """The folder that a path means if nothing is damaged: itself, or the newest checkpoint of a run."""
+    run = checkpoint.parent if checkpoint.name == checkpoints_of(checkpoint.parent).name else checkpoint
+    committed = [folder for folder in checkpoints_of(run).glob("step-*") if (folder / COMMITTED).is_file()]
+    return max(committed, default=checkpoint)
+
+
+def _stamp(*folders: Path) -> str:
+    """What changes when a file of the folders is written, replaced, added or deleted."""
+    files = ((file.name, file.stat()) for folder in folders for file in sorted(folder.iterdir()) if file.is_file())
+    known = [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in files]
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def _history(origin: Path) -> dict[str, Any]:
@@ -561,7 +685,7 @@ def _evaluation(run: Path, step: int) -> dict[str, float]:
     return {}
 
 
-def _read(file: Path, kind: TypeAdapter[Read]) -> Read | None:
+def read_file(file: Path, kind: TypeAdapter[Read]) -> Read | None:
     """What a file holds; None if there is no such file."""
     try:
         return kind.validate_json(file.read_bytes())
@@ -571,7 +695,7 @@ def _read(file: Path, kind: TypeAdapter[Read]) -> Read | None:
         raise CheckpointError(f"{file} is damaged: it does not hold what was written there") from error
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_file(file: Path, content: bytes) -> None:
     """Replaces a file whole, and waits until it is on the disk. Called under a lock."""
     unfinished = file.with_name(f".{file.name}.unfinished")
     with unfinished.open("wb") as opened:

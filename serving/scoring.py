@@ -22,6 +22,7 @@ from ray import serve
 
 from alignment.config import DataConfig, ModelConfig
 from alignment.errors import AlignmentError, DataError, RewardError, ServingError
+from alignment.models.folders import base_of
 from alignment.rewards.remote import ChatMessage
 from serving.config import Device, ServeConfig
 from serving.registry import Registry, Version
@@ -272,7 +273,8 @@ def _policies(config: ServeConfig, registry: Registry, device: torch.device) -> 
     """
     version = registry.version(registry.state().current)
     trained = (version.config or {}).get("model", {}).get("path")
-    path = config.rewards.reference or version.base or trained
+    base = base_of(registry.folder_of(version.number)) if version.kind == "adapter" else None
+    path = config.rewards.reference or base or trained
     if path is None:
         raise ServingError("Rewards of whole weights need their reference: set rewards.reference to its model.")
     model = ModelConfig(path=path, dtype=config.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.errors import ServingError
+from alignment.errors import AlignmentError, ServingError
 from alignment.models.folders import base_of, model_source
+from serving.bases import base_stamp
 from serving.config import ServeConfig
 from serving.fits import Adapter, Room, adapter_of, template_of
 from serving.registry import Registry, Version, name_of
@@ -20,6 +22,8 @@ class Served:
     """Model name under which versions answer."""
     source: str
     """Absolute path or hub id of the whole model that the engine loads."""
+    revision: str | None = None
+    """Of a `source` on a hub: the one that the adapter was registered with; None takes the newest."""
     base_name: str | None
     """Model name of `source`, if versions are adapters on it; None if they are whole models."""
     adapter: Adapter | None
@@ -48,25 +52,67 @@ def adapter_name(number: int) -> str:
     return f"@{number}"
 
 
-def publish(config: ServeConfig) -> tuple[Served, Registry]:
-    """Puts the configured checkpoint into the registry, and says what the endpoint serves.
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What a start has put into the registry, and what it serves."""
 
-    A checkpoint that the registry does not know becomes the current version. One that it knows leaves what is current
-    as it is: who starts the same service again goes on with what was promoted since.
+    served: Served
+    registry: Registry
+    note: str | None
+    """A line for people if it is not the configured checkpoint that answers; None if it is."""
+
+
+def registry_of(config: ServeConfig) -> Registry:
+    """Where the versions of an endpoint are kept."""
+    name = config.name or name_of(config.checkpoint)
+    return Registry(Path(config.folder) / name.replace("/", "--"))
+
+
+def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
+    """Registers the configured checkpoint, and says what the endpoint serves: what answered before.
+
+    The checkpoint becomes the current version only if there is none yet, or if `config.promote` says so and no other
+    endpoint has the registry. A checkpoint that cannot be registered ends no service that has a version to go on with.
+
+    Args:
+        is_live: whether replicas may be answering from this registry now: those of another endpoint, or of this one,
+            whose configuration has changed.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run has none.
         ModelError: there is no model where the checkpoint, or its base, says.
-        ServingError: it is of a kind that is not served, or an adapter would have the same name as its base.
+        ServingError: it is of a kind that is not served, does not fit what is served, or an adapter would have the same
+            name as its base.
     """
-    name = config.name or name_of(config.checkpoint)
-    registry = Registry(Path(config.folder) / name.replace("/", "--"))
-    known = {version.number for version in registry.versions()}
-    state = registry.state()
-    version = registry.add(_folder(config.checkpoint), parent=state.current or None)
-    if version.number not in known or not state.current:
-        state = registry.promote(version.number)
-    return served_version(config, registry, state.current), registry
+    registry = registry_of(config)
+    current = registry.state().current
+    must_fit = bool(current) and (is_live or not config.promote)
+    try:
+        version = registry.add(_folder(config.checkpoint), parent=current or None, fits=current if must_fit else None)
+    except AlignmentError as error:
+        if not current or config.promote:
+            raise
+        note = f"{config.checkpoint} was not registered: {error}. {_as_before(registry, current)}"
+        return Publication(served=served_version(config, registry, current), registry=registry, note=note)
+    if not current or config.promote:
+        current = registry.promote(version.number).current
+    return Publication(
+        served=served_version(config, registry, current),
+        registry=registry,
+        note=None if version.number == current else _not_current(config, registry, version, current),
+    )
+
+
+def _as_before(registry: Registry, current: int) -> str:
+    return f"Version {current} ({registry.version(current).name}) answers, as before."
+
+
+def _not_current(config: ServeConfig, registry: Registry, version: Version, current: int) -> str:
+    url = "" if config.port == 8000 else f" --url http://127.0.0.1:{config.port}"
+    return (
+        f"{config.checkpoint} is version {version.number}. {_as_before(registry, current)} "
+        f"`raylign promote {version.number}{url}` changes to version {version.number}; so does a start with --promote."
+    )
 
 
 def served_version(config: ServeConfig, registry: Registry, number: int) -> Served:
@@ -75,13 +121,24 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
     Raises:
         ServingError: there is no such version, or it would have the same name as its base.
     """
+    if not number:
+        raise ServingError(
+            f"the registry {registry.folder} as {socket.gethostname()} sees it has no version that answers: several "
+            "machines must share it, as by a network file system"
+        )
     version = registry.version(number)
     name = config.name or name_of(config.checkpoint)
     folder = registry.folder_of(number)
     can_chat = config.chat_template is not None or template_of(folder) is not None
     if version.kind == "full":
         return Served(name=name, source=str(folder), base_name=None, adapter=None, room=None, can_chat=can_chat)
-    base = _base(version, folder)
+    base = base_of(folder)
+    is_folder = Path(base).is_dir()
+    if is_folder and version.base_stamp is not None and base_stamp(base) != version.base_stamp:
+        raise ServingError(
+            f"the base model {base} is another one than when version {number} was registered, whose adapter changes "
+            "what it was trained on and nothing else. Put the former one back there, or train on this one"
+        )
     if name_of(base) == name:
         raise ServingError(
             f"The adapter {config.checkpoint} and its base model would both be called {name!r}, and requests choose "
@@ -90,15 +147,12 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
     return Served(
         name=name,
         source=model_source(base),
+        revision=None if is_folder else version.base_stamp,
         base_name=name_of(base),
         adapter=adapter_of(folder, name),
         room=registry.room(),
         can_chat=can_chat,
     )
-
-
-def _base(version: Version, folder: Path) -> str:
-    return version.base or base_of(folder)
 
 
 def _folder(checkpoint: str) -> Path:

@@ -24,6 +24,10 @@ Part = TypeVar("Part", bound=Section)
 BUNDLED = "smollm2-135m-instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "chat_template.jinja")
 """By any of these a folder with a tokenizer is known."""
+MERGED = "merged-3-"
+"""How the folders of models begin that were made from an adapter and its base; what follows is a hash of both."""
+KEPT_BASES = "bases"
+"""Folder of a registry with base models that lie nowhere else than in a cache."""
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -31,6 +35,11 @@ def cache_folder() -> Path:
     """Where models are kept that raylign makes: `$RAYLIGN_CACHE`, else `raylign` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "raylign"
     return Path(os.environ.get("RAYLIGN_CACHE", default)).expanduser()
+
+
+def is_merged(path: str | Path) -> bool:
+    """True for the path of a model that `model_source` made from an adapter: there is one of a name, wherever it is."""
+    return Path(path).name.startswith(MERGED)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -50,6 +59,9 @@ def base_of(adapter: str | Path) -> str:
         raise ModelError(f"{adapter}/adapter_config.json is damaged or names no base model: {error!r}") from error
     if not isinstance(name, str):
         raise ModelError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path is {name!r})")
+    kept = Path(adapter).resolve().parent.parent / KEPT_BASES / Path(name).name
+    if is_merged(name) and kept.is_dir():
+        return str(kept)  # a version of an endpoint, whose registry has its own copy
     if not Path(name).exists() and Path(name).name == bundled_folder().name:
         return str(bundled())  # trained on another machine, with its cache elsewhere
     return name
@@ -173,7 +185,7 @@ def _merged(adapter: Path) -> Path:
     for part in (adapter / name for name in files):
         if part.is_file():
             digest.update(part.read_bytes())
-    place = cache_folder() / "models" / f"merged-3-{digest.hexdigest()[:16]}"
+    place = cache_folder() / "models" / f"{MERGED}{digest.hexdigest()[:16]}"
     return _made_once(place, lambda folder: _merge(adapter, source, folder))
 
 

@@ -10,6 +10,7 @@ from fastapi import Request
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.keys import Key
+from serving.lease import Tenant
 from serving.meters import Meters
 from serving.registry import Registry
 from serving.schema import Refused
@@ -31,6 +32,8 @@ class Service:
     store: Store
     registry: Registry
     meters: Meters
+    tenant: Tenant
+    """What says whether the registry belongs to this endpoint."""
 
 
 def key_of(request: Request) -> Key:

@@ -7,14 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi import Path as FromPath
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.errors import AlignmentError
-from serving.fits import check_fits
-from serving.registry import State, Version
-from serving.routes import Service
+from serving.promotion import Promotions
+from serving.registry import Version
+from serving.routes import Service, key_of
 from serving.schema import Refused
 
 
@@ -40,8 +41,8 @@ class PromoteBody(BaseModel):
 def routes(service: Service) -> APIRouter:
     """The router of this module."""
     router = APIRouter(tags=["admin"])
-    registry, backend = service.registry, service.backend
-    changing = asyncio.Lock()
+    registry, backend, tenant = service.registry, service.backend, service.tenant
+    promotions = Promotions(registry, backend, may_change=tenant.check)
 
     @router.get("/v1/admin/versions")
     async def versions() -> Response:
@@ -60,72 +61,31 @@ def routes(service: Service) -> APIRouter:
         current = registry.state().current
         return registry.add(Path(checkpoint), parent=current, fits=current)
 
+    @router.delete("/v1/admin/versions/{number}")
+    async def delete(number: Annotated[int, FromPath(ge=1, le=10**9)]) -> Response:
+        """Deletes a version's files, which are of no use any more; says how many bytes were freed."""
+        freed = await _or_refused(asyncio.to_thread(deleted, number))
+        return JSONResponse({"version": number, "freed_bytes": freed})
+
+    def deleted(number: int) -> int:
+        tenant.check()
+        return registry.delete(number)
+
     @router.post("/v1/admin/promote")
-    async def promote(body: PromoteBody) -> Response:
+    async def promote(body: PromoteBody, request: Request) -> Response:
         """Brings a version to every replica and lets it answer: all requests, or a share of them."""
-        async with changing:
-            return JSONResponse(asdict(await _or_refused(moved(body))))
-
-    async def moved(body: PromoteBody) -> State:
-        before = registry.state()
-        await asyncio.to_thread(checked, body.version)
-        if body.canary is not None and backend.is_whole:
-            return await tried(body.version, body.canary, before)
-        await backend.prepare(body.version)
-        if body.canary is None:
-            await asyncio.to_thread(registry.promote, body.version)
-        else:
-            await asyncio.to_thread(registry.canary, body.version, body.canary)
-        return await adopted(before)
-
-    async def tried(number: int, share: float, before: State) -> State:
-        """Whole weights: a replica of its own, which the registry has to ask for, holds the canary."""
-        await asyncio.to_thread(registry.canary, number, share)
-        try:
-            await backend.prepare(number, canary=True)
-        except AlignmentError:
-            await asyncio.to_thread(registry.restore, before)
-            raise
-        return await adopted(before)
-
-    def checked(number: int) -> None:
-        registry.verify(number)
-        current = registry.folder_of(registry.state().current)
-        check_fits(registry.folder_of(number), current, room=registry.room())
-
-    async def adopted(before: State) -> State:
-        """Has the replicas follow the registry, which is set back if one cannot."""
-        try:
-            await backend.adopt()
-        except AlignmentError:
-            await asyncio.to_thread(registry.restore, before)
-            await backend.adopt()
-            raise
-        return registry.state()
+        asker = key_of(request).name
+        return JSONResponse(asdict(await _or_refused(promotions.promote(body.version, body.canary, asker=asker))))
 
     @router.delete("/v1/admin/canary")
     async def end_canary() -> Response:
         """Ends the trial; the current version answers everything again."""
-        async with changing:
-            return JSONResponse(asdict(await _or_refused(changed(registry.end_canary))))
+        return JSONResponse(asdict(await _or_refused(promotions.end_canary())))
 
     @router.post("/v1/admin/rollback")
-    async def rollback() -> Response:
+    async def rollback(request: Request) -> Response:
         """Goes back to the version before."""
-        async with changing:
-            return JSONResponse(asdict(await _or_refused(rolled_back())))
-
-    async def rolled_back() -> State:
-        state = registry.state()
-        if state.canary is None and state.previous is not None:
-            await asyncio.to_thread(checked, state.previous)
-            await backend.prepare(state.previous)
-        return await changed(registry.rollback)
-
-    async def changed(change: Any) -> State:
-        before = registry.state()
-        await asyncio.to_thread(change)
-        return await adopted(before)
+        return JSONResponse(asdict(await _or_refused(promotions.roll_back(asker=key_of(request).name))))
 
     return router
 

@@ -450,7 +450,7 @@ def endpoint_problems(endpoint: ServeConfig, http: Document, spec: Document) -> 
 def gpus_wanted(endpoint: ServeConfig) -> float:
     """GPUs of all replicas that an endpoint's deployments may have at once."""
     served = Served(name="assistant", source="/model", base_name=None, adapter=None, room=None)
-    bound, gpus = [application(endpoint, served, Registry(Path("/nowhere")))._bound_deployment], 0.0
+    bound, gpus = [application(endpoint, served, Registry(Path("/nowhere")), owner="")._bound_deployment], 0.0
     while bound:
         deployment = bound.pop()
         bundles = deployment._replica_config.placement_group_bundles or [deployment.ray_actor_options or {}]

@@ -146,6 +146,10 @@ def make_app(standin: Standin) -> FastAPI:
         current = registry.state().current
         return asdict(registry.add(Path(body["checkpoint"]), parent=current, fits=current))
 
+    @app.delete("/v1/admin/versions/{number}")
+    def delete(number: int) -> Any:
+        return {"version": number, "freed_bytes": registry.delete(number)}
+
     @app.post("/v1/admin/promote")
     def promote(body: dict[str, Any]) -> Any:
         registry.verify(body["version"])

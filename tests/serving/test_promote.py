@@ -16,7 +16,7 @@ import yaml
 
 from alignment.errors import ConfigError, ServingError
 from serving.client import Listing, Service
-from serving.promote import promote, rollback, versions
+from serving.promote import delete_versions, list_versions, promote, rollback, versions
 from serving.registry import Registry, State
 from tests.conftest import free_port
 from tests.serving.standin import Standin, broken, running
@@ -205,7 +205,7 @@ def test_the_list_shows_what_answers_and_what_is_known(
     promote(run, url=service.url)
     promote(str(adapter(tmp_path / "other", seed=8)), url=service.url, canary=0.25)
     capsys.readouterr()
-    versions(url=service.url)
+    list_versions(url=service.url)
     header, first, second, third = capsys.readouterr().out.splitlines()
     assert header.split() == ["version", "kind", "created", "source", "held", "out"]
     today = time.strftime("%Y-%m-%d")
@@ -221,26 +221,26 @@ def test_the_key_comes_from_the_environment(
     service.key = "rk_1_secret"
     monkeypatch.delenv("RAYLIGN_KEY", raising=False)
     with pytest.raises(ServingError, match=r"This needs a key\. .*401; RAYLIGN_KEY has to hold an admin's key"):
-        versions(url=service.url)
+        list_versions(url=service.url)
     monkeypatch.setenv("RAYLIGN_KEY", "rk_1_secret")
-    versions(url=service.url)
+    list_versions(url=service.url)
     monkeypatch.setenv("RAYLIGN_KEY", "not a\nkey")
     with pytest.raises(ConfigError, match="RAYLIGN_KEY must hold a key"):
-        versions(url=service.url)
+        list_versions(url=service.url)
 
 
 def test_an_endpoint_that_is_not_there_is_told_so() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ServingError, match=f"{url} cannot be reached"):
-        versions(url=url)
+        list_versions(url=url)
     for wrong in ("127.0.0.1:8000", "http://[", ""):
         with pytest.raises(ServingError, match="cannot be reached"):
-            versions(url=wrong)
+            list_versions(url=wrong)
 
 
 def test_something_else_at_the_url_is_told_so(service: Standin) -> None:
     with pytest.raises(ServingError, match=r"refuses GET /v1/admin/versions: Not Found \(HTTP status 404\)"):
-        versions(url=f"{service.url}/v1/models")
+        list_versions(url=f"{service.url}/v1/models")
     with (
         Service(service.url, timeout_s=10) as asked,
         pytest.raises(ServingError, match="in a form that is not raylign's: 2 problems, as at versions"),
@@ -276,3 +276,27 @@ def test_an_interrupted_examination_ends_the_trial(service: Standin, run: str, g
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE_S) != 0
     assert service.registry.state().canary is None
+
+
+def test_versions_are_deleted_by_number_and_needed_ones_are_not(
+    service: Standin, run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote(run, url=service.url)
+    with pytest.raises(ServingError, match=r"version 1 cannot be deleted: `raylign rollback` returns to it"):
+        delete_versions([1], url=service.url)
+    rollback(url=service.url)
+    done = raylign("versions", "delete", "2", "--url", service.url)
+    assert done.returncode == 0 and "Version 2 is deleted; 0.0" in done.stdout, done.stderr
+    listed = raylign("versions", "--url", service.url)
+    assert listed.returncode == 0 and "current" in listed.stdout and "better" not in listed.stdout, listed.stderr
+    with pytest.raises(ServingError, match="versions delete 3 4"):
+        versions(["delete"], url=service.url)
+
+
+def test_what_is_under_way_is_told(service: Standin, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    promote(run, url=service.url)
+    service.registry.begin_rollback(started_by="Anna")
+    list_versions(url=service.url)
+    assert "The rollback to version 1, which Anna asked for, is under way since 20" in capsys.readouterr().out
+    with pytest.raises(ServingError, match=r"rollback to version 1, which Anna asked for, is under way .* try again"):
+        promote("1", url=service.url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import multiprocessing
@@ -123,17 +124,22 @@ def test_a_version_holds_what_is_served_and_nothing_else(registry: Registry, tmp
     assert kept == {"config.json", "model.safetensors", "tokenizer.json", "manifest.json", "COMMITTED"}
 
 
-@pytest.mark.parametrize("linked_bytes", [0, 2**40], ids=["linked", "copied"])
-def test_a_version_outlives_its_run(
-    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked_bytes: int
-) -> None:
-    monkeypatch.setattr(module, "LINKED_BYTES", linked_bytes)
+def test_a_version_outlives_its_run(registry: Registry, tmp_path: Path) -> None:
     checkpoint = of_run(tmp_path / "run", 1)
     registry.add(checkpoint)
-    links = (registry.folder_of(1) / "adapter_model.safetensors").stat().st_nlink
-    assert links == (1 if linked_bytes else 2)
+    assert all(file.stat().st_nlink == 1 for file in registry.folder_of(1).iterdir())
     shutil.rmtree(tmp_path / "run")
     registry.verify(1)
+
+
+def test_writing_over_a_checkpoint_changes_no_version_and_a_version_is_not_written_over(
+    registry: Registry, tmp_path: Path
+) -> None:
+    served, other = whole(tmp_path / "served", seed=1), whole(tmp_path / "other", seed=2)
+    registry.add(served)
+    shutil.copyfile(other / "model.safetensors", served / "model.safetensors")  # as `cp` does: into the same file
+    registry.verify(1)
+    assert {file.stat().st_mode & 0o777 for file in registry.folder_of(1).iterdir()} == {0o444}
 
 
 def test_small_files_are_copies_so_that_editing_the_original_changes_no_version(
@@ -146,20 +152,24 @@ def test_small_files_are_copies_so_that_editing_the_original_changes_no_version(
     registry.verify(1)
 
 
-def test_a_file_that_others_may_not_read_is_copied(
-    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.ENOSYS])
+def test_what_the_system_cannot_copy_by_itself_is_copied_all_the_same(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    monkeypatch.setattr(module, "LINKED_BYTES", 0)
-    folder = adapter(tmp_path / "adapter")
-    (folder / "adapter_model.safetensors").chmod(0o600)
-    registry.add(folder)
-    assert (registry.folder_of(1) / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
-    assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o600
+    calls = []
+
+    def refused(*_: object) -> int:
+        calls.append(1)
+        raise OSError(error, "not here")
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    registry.add(adapter(tmp_path / "adapter"))
+    assert calls
+    registry.verify(1)
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system here")
-def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LINKED_BYTES", 0)
+def test_a_checkpoint_on_another_file_system_is_copied(tmp_path: Path) -> None:
     elsewhere = Path("/dev/shm") / f"raylign-test-{os.getpid()}"
     try:
         registry = Registry(elsewhere)
@@ -183,11 +193,98 @@ def test_a_folder_of_links_is_copied_by_what_they_lead_to(registry: Registry, tm
 def test_the_same_files_are_the_same_version(registry: Registry, tmp_path: Path) -> None:
     first = registry.add(of_run(tmp_path / "run", 1))
     copied = shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000001", tmp_path / "copy")
-    assert registry.add(copied) == first
-    assert registry.add(adapter(tmp_path / "bare")) == first, "neither trainer state nor README make it another"
-    assert registry.add(registry.folder_of(1)) == first
+    assert registry.add(copied).number == 1
+    assert registry.add(adapter(tmp_path / "bare")).number == 1, "neither trainer state nor README make it another"
+    assert registry.add(registry.folder_of(1)).number == 1
+    assert registry.version(1).content == first.content
     assert registry.add(adapter(tmp_path / "other", seed=5)).number == 2
     assert [version.number for version in registry.versions()] == [1, 2]
+
+
+def opened_while(do: Callable[[], object], name: str) -> int:
+    """How often files of a name are opened for reading while something is done."""
+    opened = 0
+    is_on = True
+
+    def hook(event: str, arguments: Any) -> None:
+        nonlocal opened
+        opened += bool(is_on and event == "open" and str(arguments[0]).endswith(name))
+
+    sys.addaudithook(hook)
+    do()
+    is_on = False
+    return opened
+
+
+def test_a_start_with_nothing_new_reads_no_weights(registry: Registry, tmp_path: Path) -> None:
+    of_run(tmp_path / "run", 1)
+    first = registry.add(tmp_path / "run")
+    assert opened_while(lambda: registry.add(tmp_path / "run"), "adapter_model.safetensors") == 0
+    assert opened_while(lambda: registry.add(Path(first.source)), "adapter_model.safetensors") == 0
+    of_run(tmp_path / "run", 2, seed=2)
+    assert registry.add(tmp_path / "run").number == 2
+    shutil.copyfile(tmp_path / "run/checkpoints/step-00000001/README.md", Path(first.source) / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="damaged"):
+        registry.add(Path(first.source))
+
+
+def test_a_process_reads_a_version_once_to_verify_it_until_a_file_changes(registry: Registry, tmp_path: Path) -> None:
+    registry.add(adapter(tmp_path / "adapter"))
+    name = "adapter_model.safetensors"
+    assert opened_while(lambda: registry.verify(1), name) == 1
+    assert opened_while(lambda: registry.verify(1), name) == 0
+    file = registry.folder_of(1) / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.chmod(0o644)
+    file.write_bytes(content)
+    os.utime(file, ns=times)
+    with pytest.raises(CheckpointError, match="has changed"):
+        registry.verify(1)
+
+
+def test_a_version_that_nobody_needs_is_deleted_and_its_number_never_comes_back(three: Registry) -> None:
+    for number in (2, 3):
+        three.promote(number)
+    assert three.state().older == (1,)
+    size = sum(file.stat().st_size for file in three.folder_of(1).iterdir())
+    assert three.delete(1) == size
+    assert three.state() == State(current=3, previous=2, serial=4)
+    assert [version.number for version in three.versions()] == [2, 3]
+    for number, why in ((3, "it answers"), (2, "rollback"), (1, "no version 1"), (9, "no version 9")):
+        with pytest.raises(ServingError, match=why):
+            three.delete(number)
+
+
+def test_the_newest_version_s_number_is_not_given_to_another(three: Registry, tmp_path: Path) -> None:
+    three.delete(3)
+    assert three.add(adapter(tmp_path / "again", seed=3)).number == 4
+
+
+def test_a_version_that_is_tried_or_about_to_answer_is_not_deleted(three: Registry) -> None:
+    three.canary(2, 0.1)
+    with pytest.raises(ServingError, match="being tried"):
+        three.delete(2)
+    three.end_canary()
+    three.begin_change(3)
+    with pytest.raises(ServingError, match="about to answer"):
+        three.delete(3)
+
+
+def test_whoever_is_killed_while_deleting_leaves_the_version_whole_or_gone(three: Registry, tmp_path: Path) -> None:
+    for count in itertools.count(1):
+        registry = Registry(tmp_path / "copy")
+        shutil.copytree(three.folder, registry.folder)
+        status = in_child(lambda: killed_before(count, lambda: registry.delete(2)))  # noqa: B023
+        for version in registry.versions():
+            registry.verify(version.number)
+        assert registry.add(adapter(tmp_path / f"new-{count}", seed=9)).number == 4
+        assert not list((registry.folder / "versions").glob(".*")), "what was left is cleared away"
+        if status == 0:
+            break
+        shutil.rmtree(registry.folder)
+    assert count > 5
 
 
 def test_a_damaged_version_is_replaced_by_one_at_a_new_path(registry: Registry, tmp_path: Path) -> None:
@@ -316,16 +413,6 @@ def test_a_canary_that_makes_no_sense_is_refused(three: Registry) -> None:
         with pytest.raises(ServingError, match="from 0 to below 1"):
             three.canary(2, share)
     assert three.state() == State(current=1, canary=2, share=0.1, serial=2)
-
-
-def test_a_change_that_replicas_cannot_follow_is_taken_back(three: Registry) -> None:
-    before = three.state()
-    three.promote(2)
-    assert three.restore(before) == State(current=1, serial=3)
-    before = three.state()
-    three.promote(2)
-    three.promote(3)
-    assert three.restore(before).current == 3, "somebody else has gone on since"
 
 
 def test_a_change_that_is_under_way_changes_nothing_that_answers_until_it_is_committed(three: Registry) -> None:

@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
 def published(checkpoint: Path, tmp_path: Path, **settings: Any) -> Served:
     """What an endpoint of a checkpoint serves."""
     config = ServeConfig(checkpoint=str(checkpoint), folder=str(tmp_path / "serving"), **settings)
-    return publish(config)[0]
+    return publish(config).served
 
 
 def test_importing_serving_imports_neither_ray_nor_vllm() -> None:
@@ -123,14 +123,51 @@ def test_adapters_that_vllm_cannot_serve_are_refused_at_once(tmp_path: Path, kin
         published(adapter(tmp_path / "a", **kind), tmp_path)
 
 
-def test_starting_the_same_service_again_goes_on_with_what_was_promoted(tmp_path: Path) -> None:
+def test_a_start_goes_on_with_what_was_promoted_and_registers_what_is_new(tmp_path: Path) -> None:
     first, second = adapter(tmp_path / "a", seed=1), adapter(tmp_path / "b", seed=2)
     config = ServeConfig(checkpoint=str(first), folder=str(tmp_path / "serving"), name="model")
-    _, registry = publish(config)
+    registry = publish(config).registry
     registry.promote(registry.add(second).number)
-    assert publish(config)[1].state().current == 2
-    third = config.model_copy(update={"checkpoint": str(adapter(tmp_path / "c", seed=3))})
-    assert publish(third)[1].state().current == 3
+    again = publish(config)
+    assert registry.state().current == 2
+    assert again.note is not None and again.note.startswith(f"{first} is version 1. Version 2 (b) answers, as before.")
+    third = config.model_copy(update={"checkpoint": str(adapter(tmp_path / "c", seed=3)), "port": 8123})
+    started = publish(third)
+    assert registry.state().current == 2
+    assert started.served.adapter is not None and started.served.adapter.folder.endswith("/00002")
+    assert "`raylign promote 3 --url http://127.0.0.1:8123` changes to version 3" in str(started.note)
+    assert publish(third.model_copy(update={"promote": True})).note is None
+    assert registry.state().current == 3
+
+
+def test_a_start_after_training_went_on_serves_what_it_served(tmp_path: Path) -> None:
+    run = tmp_path / "polite"
+    of_run(run, 100, seed=1)
+    config = ServeConfig(checkpoint=str(run), folder=str(tmp_path / "serving"))
+    registry = publish(config).registry
+    of_run(run, 200, seed=2)
+    assert publish(config, is_live=True).note is not None
+    assert (registry.state().current, registry.version(2).name) == (1, "polite-step-00000200")
+    registry.promote(2)
+    registry.rollback()
+    of_run(run, 300, seed=3)
+    publish(config)
+    assert registry.state().current == 1
+
+
+def test_a_checkpoint_that_cannot_be_registered_ends_no_service_that_has_a_version(tmp_path: Path) -> None:
+    config = ServeConfig(checkpoint=str(whole(tmp_path / "a")), folder=str(tmp_path / "serving"), name="prod")
+    publish(config)
+    other = config.model_copy(update={"checkpoint": str(whole(tmp_path / "other", hidden_size=32))})
+    started = publish(other)
+    assert started.registry.state().current == 1 and len(started.registry.versions()) == 1
+    assert "was not registered" in str(started.note) and "another model" in str(started.note)
+    gone = config.model_copy(update={"checkpoint": str(tmp_path / "gone")})
+    assert "was not registered" in str(publish(gone).note)
+    promoted = other.model_copy(update={"promote": True})
+    with pytest.raises(ServingError, match="another model"):
+        publish(promoted, is_live=True)
+    assert publish(promoted).registry.state().current == 2, "nothing that runs would have to change to it"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1"])
@@ -194,7 +231,7 @@ def test_a_model_without_a_chat_template_says_so_and_shows_what_works(
     model = whole(tmp_path / "base")
     if template is not None:
         (model / "chat_template.jinja").write_text(template)
-    served, _ = publish(ServeConfig(checkpoint=str(model), folder=str(tmp_path / "serving"), **settings))
+    served = published(model, tmp_path, **settings)
     assert served.can_chat == can_chat
     text = str(Endpoint(url="http://x", names=["base"], version=1, keys=False, can_chat=served.can_chat))
     assert ("/v1/chat/completions" in text) == can_chat

@@ -1,0 +1,85 @@
+"""Whether every machine of a Ray cluster sees what an endpoint keeps: its registry and its database.
+
+A replica on a machine that does not would find no version; an ingress there would know no key, and lose what is said.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from alignment.errors import ServingError
+from alignment.shared_folder import WAIT_S, marked, sees
+from serving.registry import Registry
+
+logger = logging.getLogger("ray.serve")
+
+ANSWER_S = 60.0
+"""For a process to start on a node that has not had one yet."""
+
+
+def check_nodes(registry: Registry, database: str) -> None:
+    """Checks, where the connected Ray cluster has several nodes, that all of them can serve from one registry.
+
+    A node that comes later is not looked at here; on one that does not see the registry no replica starts.
+
+    Args:
+        database: URL of the endpoint's database.
+
+    Raises:
+        ServingError: the database is a file, or a node does not see the registry's folder.
+    """
+    import ray
+
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) < 2:
+        return
+    check_database(database, num_nodes=len(nodes))
+    blind = _without_sight(registry, list(nodes))
+    if blind:
+        names = ", ".join(sorted(f"{nodes[node]} (node {node[:8]})" for node in blind))
+        raise ServingError(
+            f"{registry.folder} is not the same folder on {names} as here, so no replica there would find a version: "
+            "it must be shared between all nodes, as a network file system; folder=... names another"
+        )
+
+
+def check_database(database: str, *, num_nodes: int) -> None:
+    """Checks that every node can reach the database.
+
+    Raises:
+        ServingError: it is a file, and there are several nodes.
+    """
+    if num_nodes > 1 and database.startswith("sqlite"):
+        raise ServingError(
+            f"the Ray cluster has {num_nodes} nodes, and {database} is a file that belongs to one of them: keys and "
+            "judgements would be lost on the others. Set feedback.database=postgresql+psycopg://USER@HOST/NAME, its "
+            "password in PGPASSWORD or ~/.pgpass"
+        )
+
+
+def _without_sight(registry: Registry, nodes: list[str]) -> list[str]:
+    """The nodes that do not see what is written into the registry's folder here."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    registry.folder.mkdir(parents=True, exist_ok=True)
+    look: Any = ray.remote(num_cpus=0, max_retries=0)(sees)
+    blind = []
+    with marked(registry.folder) as mark:
+        looks = {
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                registry.folder, mark
+            ): node
+            for node in nodes
+        }
+        ready, late = ray.wait(list(looks), num_returns=len(looks), timeout=WAIT_S + ANSWER_S)
+        for answer in ready:
+            try:
+                if not ray.get(answer):
+                    blind.append(looks[answer])
+            except ray.exceptions.RayError:  # it was lost meanwhile; whoever comes in its place is asked by the replica
+                logger.warning("Node %s could not be asked whether it sees the registry", looks[answer])
+        for answer in late:
+            logger.warning("Node %s did not say whether it sees the registry", looks[answer])
+    return blind
