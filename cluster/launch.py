@@ -266,10 +266,11 @@ def _start_ray_here() -> None:
 
 def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None, mark: str) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from cluster.failing import EndForGood, final_error
+    from cluster.rendezvous import OwnAddressConfig
     from cluster.worker import run as worker
 
     clear_failure(config.folder)
@@ -283,7 +284,7 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None, mark: 
             "engines": engines,
             "mark": mark,
         },
-        torch_config=TorchConfig(timeout_s=collective_timeout_s(config)),
+        torch_config=OwnAddressConfig(timeout_s=collective_timeout_s(config)),
         scaling_config=ScalingConfig(
             num_workers=wanted.workers,
             use_gpu=config.cluster.gpus_per_worker > 0,
