@@ -178,7 +178,7 @@ class Engine:
             yield Elsewhere(replica=self._replica, moves_to=None, is_broken=True)
             return
         try:
-            await self._trials.check([] if route == "tokenize" else forms_of(body))
+            form_s = await self._trials.check([] if route == "tokenize" else forms_of(body))
             if route == "chat" and self._control_tokens is not None:
                 body = shield_chat(self._control_tokens, body)
             request = self._request(route, body)
@@ -187,7 +187,8 @@ class Engine:
             elif route == "tokenize":
                 yield await asyncio.to_thread(self._tokens, body)
             elif body["model"] == self._served.base_name:
-                async for part in self._parts(route, request, _Names(asked=body["model"], inside=body["model"])):
+                names = _Names(asked=body["model"], inside=body["model"], form_s=form_s)
+                async for part in self._parts(route, request, names):
                     yield part
             else:
                 asked_at = time.perf_counter()
@@ -197,6 +198,7 @@ class Engine:
                         inside=self._served.inside(number),
                         version=number,
                         version_s=time.perf_counter() - asked_at,
+                        form_s=form_s,
                     )
                     async for part in self._parts(route, request, names):
                         yield part
@@ -242,7 +244,14 @@ class Engine:
         async for part in await getattr(self._server, route)(request):
             told = _outgoing(part, names)
             if isinstance(told, str) and not began:
-                told = Reply(status=200, body="", events=told, version=names.label, version_s=names.version_s)
+                told = Reply(
+                    status=200,
+                    body="",
+                    events=told,
+                    version=names.label,
+                    version_s=names.version_s,
+                    form_s=names.form_s,
+                )
             began = True
             yield told
 
@@ -593,6 +602,8 @@ class _Names:
     """None for the base model of an adapter, which has no versions."""
     version_s: float = 0.0
     """Seconds that it took to find it."""
+    form_s: float = 0.0
+    """CPU seconds that it took to compile the form of its answer on trial."""
 
     @property
     def label(self) -> str:
@@ -619,7 +630,9 @@ def _outgoing(part: Any, names: _Names) -> str | Reply:
     if isinstance(part, ErrorResponse):
         return _refusal(part.error.code, part.error.message.replace(names.inside, names.asked))
     part.model, part.system_fingerprint = names.asked, names.label
-    return Reply(status=200, body=part.model_dump_json(), version=names.label, version_s=names.version_s)
+    return Reply(
+        status=200, body=part.model_dump_json(), version=names.label, version_s=names.version_s, form_s=names.form_s
+    )
 
 
 def _without_exceptions(text: str) -> str:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import LimitsConfig
+from serving.grammar import FORM_FIELDS
 from serving.keys import Key
 from serving.schema import Refused, Reply, check_num_values, event, refusal, sound_json
 from serving.shares import KeyShare, RequestSize, request_size
@@ -97,7 +98,8 @@ class Guard:
             if key is None:
                 await self._carry_out(scope, receive, send, None)
             else:
-                with self._share(key).hold() as grow:
+                share = scope["state"]["share"] = self._share(key)
+                with share.hold() as grow:
                     await self._carry_out(scope, receive, send, grow)
         except Refused as refused:
             await _say(refused.reply, scope, send)
@@ -124,6 +126,8 @@ class Guard:
             scope["state"]["json"] = await self._json(body)
             if grow is not None:
                 grow(request_size(scope["state"]["json"], len(body), self._limits))
+                if any(scope["state"]["json"].get(field) for field in FORM_FIELDS):
+                    scope["state"]["share"].check_forms(time.monotonic())
         self._took("body", time.perf_counter() - begun)
         await _until_gone(self._app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
 

@@ -33,6 +33,8 @@ class Reply:
     """When it makes sense to ask again; None if it does not."""
     version_s: float = 0.0
     """Seconds that the replica took to find the version that answers."""
+    form_s: float = 0.0
+    """CPU seconds that compiling the form of the answer on trial took; 0 for one that was known."""
 
 
 @dataclass(frozen=True, kw_only=True)

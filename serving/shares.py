@@ -40,6 +40,29 @@ def _count(value: Any, default: int) -> int:
     return value if isinstance(value, int) and value > 0 else default
 
 
+class FormSeconds:
+    """A bucket of CPU seconds that fills steadily, and from which more can be taken than there is, once."""
+
+    def __init__(self, per_minute: float) -> None:
+        """`per_minute`: seconds; 0 is no limit."""
+        self._size = self._level = per_minute
+        self._filled = 0.0
+
+    def spend(self, seconds: float, now: float) -> None:
+        """Takes seconds out, also if there are fewer."""
+        self._fill(now)
+        self._level -= seconds
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until there are some again; 0 if there are."""
+        self._fill(now)
+        return max(0.0, -self._level * 60 / self._size) if self._size else 0.0
+
+    def _fill(self, now: float) -> None:
+        self._level = min(self._size, self._level + (now - self._filled) * self._size / 60)
+        self._filled = now
+
+
 class KeyShare:
     """What one key has in progress at an ingress."""
 
@@ -49,6 +72,7 @@ class KeyShare:
         self._max_answers = limits.admin_answers_in_progress if is_admin else limits.answers_in_progress
         self._max_tokens = limits.admin_tokens_in_progress if is_admin else limits.tokens_in_progress
         self._num_answers = self._num_tokens = 0
+        self.form_seconds = FormSeconds(0.0 if is_admin else limits.form_seconds_per_minute)
 
     @contextmanager
     def hold(self) -> Iterator[Callable[[RequestSize], None]]:
@@ -71,6 +95,12 @@ class KeyShare:
             yield grow
         finally:
             self._remove(held)
+
+    def check_forms(self, now: float) -> None:
+        """Raises Refused (429) if the key has used up what it may spend on forms of answers."""
+        if wait_s := self.form_seconds.wait_s(now):
+            message = "This key has had too much time spent on compiling forms of answers. Try again later."
+            raise Refused(429, message, retry_after_s=wait_s)
 
     def _add(self, size: RequestSize) -> None:
         self._check("answers", self._num_answers, size.num_answers, self._max_answers)

@@ -18,12 +18,12 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from serving.config import LimitsConfig
 from serving.grammar import Form
-from serving.schema import Refused
+from serving.schema import Refused, refusal
 from serving.trial_process import LENGTH, frame
 
 logger = logging.getLogger("ray.serve")
@@ -52,6 +52,8 @@ class Verdict:
     outcome: Outcome
     message: str = ""
     """The compiler's."""
+    took_s: float = 0.0
+    """CPU seconds."""
 
 
 class _Trial:
@@ -80,26 +82,27 @@ class Trials:
         self._starting = asyncio.Lock()
         self._process: _Connection | None = None
 
-    async def check(self, forms: Sequence[Form]) -> None:
+    async def check(self, forms: Sequence[Form]) -> float:
         """Returns if an engine can compile the forms. A caller that is cancelled ends their compilation.
+
+        Returns:
+            CPU seconds that it took to find that out; 0 if it was known.
 
         Raises:
             Refused: 400 if they cannot be compiled within the limits; 503 if others are being compiled.
         """
         if not forms:
-            return
+            return 0.0
         digest = hashlib.sha256(json.dumps([asdict(form) for form in forms]).encode()).hexdigest()
-        if digest not in self._verdicts:
-            await self._try(digest, forms)
-        else:
-            self._verdicts.move_to_end(digest)
-        verdict = self._verdicts.get(digest, Verdict(outcome="busy"))
-        if verdict.outcome == "error" and not any(form.is_needed for form in forms):
-            return
-        if verdict.outcome != "ok":
-            raise self._refused(verdict)
+        known = self._verdicts.get(digest)
+        verdict = await self._try(digest, forms) if known is None else known
+        took_s = verdict.took_s if known is None else 0.0
+        is_tolerable = verdict.outcome == "error" and not any(form.is_needed for form in forms)
+        if verdict.outcome != "ok" and not is_tolerable:
+            raise self._refused(verdict, took_s)
+        return took_s
 
-    async def _try(self, digest: str, forms: Sequence[Form]) -> None:
+    async def _try(self, digest: str, forms: Sequence[Form]) -> Verdict:
         trial = self._trials.get(digest)
         if trial is None:
             trial = self._trials[digest] = _Trial(asyncio.create_task(self._verdict(forms)))
@@ -115,6 +118,7 @@ class Trials:
             self._verdicts[digest] = verdict
             if len(self._verdicts) > REMEMBERED:
                 self._verdicts.popitem(last=False)
+        return verdict
 
     async def _verdict(self, forms: Sequence[Form]) -> Verdict:
         async with self._quick:
@@ -126,7 +130,8 @@ class Trials:
         self._num_slow += 1
         try:
             async with self._slow:
-                return await self._compile(forms, self._limit_s)
+                slow = await self._compile(forms, self._limit_s)
+            return replace(slow, took_s=verdict.took_s + slow.took_s)
         finally:
             self._num_slow -= 1
 
@@ -136,7 +141,7 @@ class Trials:
                 self._process = await _Connection.open(await asyncio.to_thread(self._tokenizer))
         return await self._process.compile(forms, cpu_s, self._memory_bytes)
 
-    def _refused(self, verdict: Verdict) -> Refused:
+    def _refused(self, verdict: Verdict, took_s: float) -> Refused:
         if verdict.outcome == "busy":
             return Refused(503, "Too many large forms of answers are being compiled.", retry_after_s=self._limit_s)
         reasons = {
@@ -146,7 +151,8 @@ class Trials:
             "crash": "it is nested too deeply, or too large",
         }
         reason = reasons.get(verdict.outcome, ORIGIN.sub("", verdict.message).strip()[:500])
-        return Refused(400, f"The form of answer that was asked for cannot be compiled: {reason}")
+        reply = refusal(400, f"The form of answer that was asked for cannot be compiled: {reason}")
+        return Refused.by(replace(reply, form_s=took_s))
 
     def close(self) -> None:
         """Ends the process."""
@@ -197,7 +203,7 @@ class _Connection:
             async with asyncio.timeout(SLOWEST * cpu_s):
                 return await verdict
         except TimeoutError:
-            return Verdict(outcome="time")
+            return Verdict(outcome="time", took_s=cpu_s)
         finally:
             if self._waiting.pop(id, None) is not None:
                 self._send({"cancel": id})
@@ -217,7 +223,9 @@ class _Connection:
                 message = await _next_message(self._reader)
                 verdict = self._waiting.pop(message["id"], None)
                 if verdict is not None and not verdict.done():
-                    verdict.set_result(Verdict(outcome=message["outcome"], message=message["message"]))
+                    verdict.set_result(
+                        Verdict(outcome=message["outcome"], message=message["message"], took_s=message["took_s"])
+                    )
         except (asyncio.IncompleteReadError, OSError):
             logger.exception("The process that compiles forms of answers ended; the next form starts another one")
         self.is_closed = True

@@ -2,7 +2,8 @@
 
 It loads the compiler and the tokenizer once and has a single thread, so that a child is there within milliseconds: a
 fork. Messages both ways are JSON behind their length (4 bytes). First comes `{"tokenizer"}`, answered by `{"ready"}`;
-then `{"id", "forms", "cpu_s", "memory_bytes"}`, answered by `{"id", "outcome", "message"}`, and `{"cancel": id}`.
+then `{"id", "forms", "cpu_s", "memory_bytes"}`, answered by `{"id", "outcome", "message", "took_s"}`, and
+`{"cancel": id}`.
 """
 
 from __future__ import annotations
@@ -115,9 +116,9 @@ class TrialProcess:
         self._selector.unregister(child.result)
         os.close(child.result)
         del self._children[child.id]
-        _, status = os.waitpid(child.pid, 0)
+        _, status, usage = os.wait4(child.pid, 0)
         told = json.loads(result) if result else {"outcome": _death(status), "message": ""}
-        send(self._connection, {"id": child.id, **told})
+        send(self._connection, {"id": child.id, "took_s": usage.ru_utime + usage.ru_stime, **told})
 
 
 def compile_form(compiler: Any, kind: str, text: str) -> Any:

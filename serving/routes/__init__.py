@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from serving.meters import Meters
 from serving.registry import Registry
 from serving.schema import Refused
 from serving.served import Served
+from serving.shares import KeyShare
 from serving.store import Store
 
 PUBLIC = "public"
@@ -41,6 +43,13 @@ def key_of(request: Request) -> Key:
     key = request.scope["state"]["key"]
     assert isinstance(key, Key), "only public routes go without"
     return key
+
+
+def spend_form_seconds(request: Request, seconds: float) -> None:
+    """Takes the CPU seconds that the form of an answer cost from what its key may spend on forms."""
+    share = request.scope["state"].get("share")
+    if seconds and isinstance(share, KeyShare):
+        share.form_seconds.spend(seconds, time.monotonic())
 
 
 def authorise(request: Request) -> None:

@@ -17,7 +17,7 @@ from alignment.config import is_template_variable
 from serving.grammar import check_structured_output
 from serving.guard import as_response
 from serving.issuing import Kind, chunks, issued
-from serving.routes import VERSION_HEADER, Service, key_of, wanted_version
+from serving.routes import VERSION_HEADER, Service, key_of, spend_form_seconds, wanted_version
 from serving.schema import Refused, Reply, Route, event
 
 REFUSED_FIELDS = {
@@ -185,6 +185,7 @@ def routes(service: Service) -> APIRouter:
         first = await anext(parts)
         assert isinstance(first, Reply), "as Backend.ask says"
         service.meters.took("version", first.version_s)
+        spend_form_seconds(request, first.form_s)
         if first.body:
             await parts.aclose()
             service.meters.answered(route, first, time.perf_counter() - started)
