@@ -197,13 +197,14 @@ def _check_size(field: str, size: FormSize, limits: LimitsConfig) -> None:
 
 
 def _check_words(field: str, words: Any, limit: int) -> None:
-    if isinstance(words, list):
-        _check_count(f"the number of texts in {field}", words, limit)
-    longest = max((len(word) for word in ([words] if isinstance(words, str) else words or ())), default=0)
+    _check_count(f"the number of texts in {field}", words, limit)
+    texts = [word for word in (words if isinstance(words, list) else [words]) if isinstance(word, str)]
+    longest = max((len(text) for text in texts), default=0)
     if longest > MAX_WORD:
         raise Refused(400, f"A text in {field} has {longest} characters, and at most {MAX_WORD} are taken.")
 
 
 def _check_count(name: str, members: Any, limit: int) -> None:
-    if members is not None and len(members) > limit:
+    """Of what is neither a list nor an object, the engine says what is wrong."""
+    if isinstance(members, list | dict) and len(members) > limit:
         raise Refused(400, f"{name} is {len(members)}, and at most {limit} here.")

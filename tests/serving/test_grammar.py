@@ -104,6 +104,8 @@ def test_what_would_kill_or_stall_a_compiler_is_refused_with_figure_and_limit(
 def test_a_form_of_any_type_is_measured(form: Any) -> None:
     for field in ("response_format", "structured_outputs", "tools"):
         check_structured_output({field: form}, LIMITS)
+    for field in ("stop", "bad_words", "logit_bias", "stop_token_ids"):
+        check_structured_output({field: form}, LIMITS)
 
 
 def test_the_size_of_a_form_by_hand() -> None:
