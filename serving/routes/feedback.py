@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from serving.issuing import number_of, prompt_of, why_unrecorded
 from serving.routes import Service, key_of
 from serving.routes.openai import ChatTurn, Tokens, fresh_id, whole
-from serving.schema import Refused
+from serving.schema import Refused, Route
 from serving.store.records import (
     BadVerdict,
     Choice,
@@ -111,7 +111,11 @@ def routes(service: Service) -> APIRouter:
         if not config.feedback.record:
             raise Refused(409, "This service keeps no texts (feedback.record is off), so nobody could learn from it.")
         asked = question(request, body)
-        said = await to_compare(lambda: asyncio.gather(*(answer(asked, version) for version in versions(body))))
+        said = await to_compare(
+            lambda: asyncio.gather(
+                *(answer(asked, version, is_named=body.versions is not None) for version in versions(body))
+            )
+        )
         id = f"cmp-{uuid.uuid4().hex}"
         answers = [
             IssuedAnswer(
@@ -156,9 +160,12 @@ def routes(service: Service) -> APIRouter:
         state = service.registry.state()
         return (None, None) if state.canary is None else (state.current, state.canary)
 
-    async def answer(asked: dict[str, Any], version: int | None) -> Said:
+    async def answer(asked: dict[str, Any], version: int | None, *, is_named: bool) -> Said:
         seeded = {**asked, "seed": random.getrandbits(62), **fresh_id()}
-        reply = await whole(service.backend.ask("chat" if "messages" in asked else "completions", seeded, version))
+        route: Route = "chat" if "messages" in asked else "completions"
+        reply = await whole(service.backend.ask(route, seeded, version))
+        if reply.status == 409 and not is_named:  # a promotion or the end of a trial came between
+            reply = await whole(service.backend.ask(route, seeded))
         if reply.status != 200:
             raise Refused.by(reply)
         return Said.of(reply.body, number_of(reply.version))

@@ -23,6 +23,7 @@ from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
 from alignment.models.folders import bundled
+from serving.registry import Registry
 from serving.routing import canary_answers
 from tests.serving.conftest import ALIGNED, Running, random_adapter
 
@@ -152,6 +153,16 @@ def test_a_canary_answers_its_share_of_the_conversations_and_whoever_asks_for_it
     assert one_answer(endpoint, ALIGNED, x_model_version="2") == ("2", other[1])
     assert raylign(endpoint, "rollback").returncode == 0
     assert {version_of(endpoint, question) for question in questions} == {"1"}
+
+
+def test_a_comparison_in_the_middle_of_a_change_is_answered(endpoint: Running, tmp_path: Path) -> None:
+    random_adapter(2).save_pretrained(tmp_path / "third")
+    added = endpoint.ask("POST", "/v1/admin/versions", {"checkpoint": str(tmp_path / "third")}).json()
+    Registry(endpoint.folder / ALIGNED).canary(added["number"], 0.5)  # which no replica has heard of
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 2.0}
+    compared = endpoint.ask("POST", "/v1/comparisons", body)
+    assert compared.status_code == 200, compared.text
+    assert raylign(endpoint, "rollback").returncode == 0
 
 
 def test_a_candidate_is_examined_on_the_endpoint_itself_and_nothing_is_switched(
