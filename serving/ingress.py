@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import ray
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -27,11 +28,12 @@ from serving.guard import Guard, as_response
 from serving.keys import Key, Keys
 from serving.lease import Tenant
 from serving.meters import Meters
+from serving.nodes import check_database
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.registry import Registry
 from serving.routes import PUBLIC, VERSION_HEADER, Service, audit, authorise, feedback, openai, rewards, versions
 from serving.schema import Refused, refusal
-from serving.served import Served
+from serving.served import Served, check_here
 from serving.store import Store
 from serving.store.opening import default_database
 
@@ -53,6 +55,10 @@ class Ingress:
         owner: str,
     ) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        check_here(Registry(Path(registry)))
+        check_database(
+            config.feedback.database or default_database(), num_nodes=sum(node["Alive"] for node in ray.nodes())
+        )
         self._config = config
         self._store = Store(
             config.feedback.database or default_database(), retention_days=config.feedback.retention_days
