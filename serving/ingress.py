@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from serving.audit import Audited, AuditTrail
+from serving.audit import Audited, AuditTrail, folder_of
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.guard import Guard, as_response
@@ -63,9 +63,9 @@ class Ingress:
         self._store = Store(
             config.feedback.database or default_database(), retention_days=config.feedback.retention_days
         )
-        self._trail = AuditTrail(self._store, Path(registry) / "audit")
-        self._keys = None if config.no_keys else Keys(self._store)
         versions_of_model = Registry(Path(registry))
+        self._trail = AuditTrail(self._store, folder_of(versions_of_model))
+        self._keys = None if config.no_keys else Keys(self._store)
         if "/" not in owner:  # a cluster's, which may have several endpoints
             owner = f"{owner}/{serve.get_replica_context().app_name}"
         tenant = Tenant(versions_of_model, owner=owner, url=config.url)
