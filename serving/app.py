@@ -37,8 +37,8 @@ REPLICA_CPUS = 1.0
 SCORING_CPUS = 0.1
 AT_ONCE = 10_000
 """Requests in progress in a replica that only passes on."""
-LOOK_BACK_S = 15.0
-"""Over which autoscaling takes the mean of what there is to do; longer than Ray counts it, which is every 10 s."""
+LOOK_BACK_S = 10.0
+"""Over which autoscaling takes the mean of what there is to do."""
 METRICS_S = 2.0
 """Between two reports of it; Ray Serve wants several of them in the time above."""
 CANDIDATE_IDLE_S = 5.0
@@ -69,7 +69,7 @@ def build(args: dict[str, Any]) -> Application:
         check_token(ray.get_runtime_context().gcs_address)
     owner, registry = cluster_id() or secrets.token_hex(8), registry_of(config)
     if ray.is_initialized():
-        check_nodes(registry, config.feedback.database or default_database())
+        check_nodes(registry, config.feedback.database or default_database(registry.folder))
     lease = lease_of(registry)
     if lease is not None and not lease.owner.startswith(f"{owner}/"):
         if config.on_lease == "refuse":

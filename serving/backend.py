@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -82,6 +83,8 @@ class Backend:
         self._state = State()
         self._asking = asyncio.Lock()
         self._ready, self._ready_until = False, 0.0
+        self._has_answered = False
+        self._max_model_len: int | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -225,13 +228,29 @@ class Backend:
         return [answer for answer in answers if isinstance(answer, Status)]
 
     async def is_ready(self) -> bool:
-        """Whether a replica answers; asked at most once a second, since anybody may ask this."""
+        """Whether a replica answers, and has answered a request; asked at most once a second, since anybody may ask."""
         async with self._asking:
             now = asyncio.get_running_loop().time()
             if now >= self._ready_until:
-                self._ready = bool(await self.statuses())
+                self._ready = bool(await self.statuses()) and await self._answers_requests()
                 self._ready_until = asyncio.get_running_loop().time() + READY_FOR_S
         return self._ready
+
+    async def _answers_requests(self) -> bool:
+        """Whether a token has been drawn on the way that requests take."""
+        if not self._has_answered:
+            body = {"model": self._model, "prompt": "Hello", "max_tokens": 1, "request_id": uuid.uuid4().hex}
+            async with aclosing(self.ask("completions", body)) as parts:
+                reply = await anext(parts)
+            self._has_answered = isinstance(reply, Reply) and reply.status == 200
+        return self._has_answered
+
+    async def max_model_len(self) -> int | None:
+        """Most tokens of prompt and answer together; None while no replica has said so."""
+        if self._max_model_len is None:
+            lengths = [status.max_model_len for status in await self.statuses()]
+            self._max_model_len = max(lengths, default=0) or None
+        return self._max_model_len
 
     async def prepare(self, number: int, *, canary: bool = False) -> None:
         """Makes a version ready, as far as requests do not notice.

@@ -101,7 +101,7 @@ class FeedbackConfig(Section):
     database: str | None = None
     """Where judgements and keys are kept: `sqlite:///FILE` on a disk of this machine, or, for several machines,
     `postgresql+psycopg://USER@HOST/NAME` (a password belongs into PGPASSWORD or ~/.pgpass). None is the file
-    `raylign/feedback.sqlite` in $XDG_DATA_HOME, or in ~/.local/share."""
+    `feedback.sqlite` in the endpoint's folder, `FOLDER/NAME`."""
     retention_days: Positive | None = None
     """Days after which a prompt is deleted, with its answers and judgements; None keeps it."""
 
@@ -160,12 +160,14 @@ class ServeConfig(Section):
     """What the tokenizer's control tokens (`<|im_end|>`) are where they stand in a chat's messages. `text`: ordinary
     characters, as in training, so that no message ends its own turn or opens another's. `control`: what they are in a
     template."""
-    tool_call_parser: str | None = None
-    """vLLM's name for the form in which the model writes calls of tools, as `hermes` or `llama3_json`. None refuses
-    requests that leave it to the model whether to call one."""
-    reasoning_parser: str | None = None
+    tool_call_parser: str | None = "auto"
+    """vLLM's name for the form in which the model writes calls of tools, as `hermes` or `llama3_json`. `auto` tells it
+    from the chat template, if that teaches a known one. None, as does an unknown form, refuses requests that leave it
+    to the model whether to call one."""
+    reasoning_parser: str | None = "auto"
     """vLLM's name for the form in which the model writes its thoughts, as `qwen3` or `deepseek_r1`, which then are
-    answered apart. None leaves them in the answer."""
+    answered apart. `auto` chooses one if the template's own prompt opens a thought, so that every answer begins in one.
+    None leaves thoughts in the answer."""
     enforce_eager: bool | None = None
     """Skip compilation and CUDA graphs: a faster start, slower answers. None skips them on CPU only, where they cost
     about 50 s and gain 10 to 20 %."""

@@ -30,9 +30,10 @@ from alignment.errors import AlignmentError, ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
 from serving.grammar import forms_of
+from serving.parsers import OPENED, reasoning_parser_of
 from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
-from serving.schema import Elsewhere, Refused, Reply, Route, event, refusal
+from serving.schema import Elsewhere, Refused, Reply, Route, event, invalid, refusal
 from serving.served import Served, adapter_name, served_version
 from serving.trial import Trials
 from serving.versions import (
@@ -56,10 +57,14 @@ logger = logging.getLogger("ray.serve")
 
 ADAPTERS_AT_ONCE = 3
 """The current version, the canary, and one that answers its last requests."""
+VLLMS_LOGPROBS = 20
+"""Alternatives per token that vLLM takes anyway."""
 FORMS = {"response_format", "structured_outputs"}
 """Fields of requests that ask for an answer in a certain form."""
 VLLMS_FINGERPRINT = re.compile(r',"system_fingerprint":(?:null|"[^"\\]*")')
 """vLLM's own, in the last events of a stream; in a text of the answer, the quotation marks would be escaped."""
+TOO_LONG = re.compile("maximum context length|max_model_len|longer than the maximum model length")
+"""In what vLLM says of a prompt that does not fit."""
 MAX_MESSAGE = 1000
 """Characters of an error message, which may quote what was sent."""
 STAY_S = 10.0
@@ -91,6 +96,8 @@ class Status:
     loaded: tuple[int, ...]
     asked: int
     """Requests that it has been given since it started."""
+    max_model_len: int = 0
+    """Most tokens of prompt and answer together; 0 while a candidate starts."""
     error: str | None = None
     """Why it could not move to what the registry says; None if it has."""
     failed: int | None = None
@@ -222,6 +229,13 @@ class Engine:
 
     def _tokens(self, body: dict[str, Any]) -> Reply:
         """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
+        try:
+            return self._tokenized(body)
+        except Exception as error:  # a template may raise anything about messages that it does not expect
+            logger.info("A text could not be tokenized: %s", type(error).__name__)
+            return refusal(400, "The chat template, or the tokenizer, does not take this.", param="messages")
+
+    def _tokenized(self, body: dict[str, Any]) -> Reply:
         tokenizer = self._server.engine._engine_client.renderer.get_tokenizer()
         if "messages" in body:
             template: dict[str, Any] = {
@@ -283,7 +297,12 @@ class Engine:
     def _status(self, error: str | None = None) -> Status:
         versions = self._versions
         return Status(
-            replica=self._replica, version=versions.current, loaded=versions.loaded, asked=self._asked, error=error
+            replica=self._replica,
+            version=versions.current,
+            loaded=versions.loaded,
+            asked=self._asked,
+            max_model_len=self._server.engine._engine_client.model_config.max_model_len,
+            error=error,
         )
 
     async def check_health(self) -> None:
@@ -493,6 +512,7 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
         "worker_extension_cls": WORKER,
         # The one that forms are tried with. vLLM's "auto" would hand what this one refuses to others, untried.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
+        "max_logprobs": max(VLLMS_LOGPROBS, config.limits.max_logprobs),
         # What an answer gets that asks for no limit; vLLM takes less where the prompt leaves less of the window.
         "override_generation_config": {"max_new_tokens": config.limits.max_tokens},
     }
@@ -500,10 +520,10 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
         arguments["max_model_len"] = config.max_model_len
     if served.revision is not None:
         arguments |= {"revision": served.revision, "tokenizer_revision": served.revision}
-    if config.tool_call_parser is not None:
-        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_call_parser}
-    if config.reasoning_parser is not None:
-        arguments["reasoning_parser"] = config.reasoning_parser
+    if served.tool_call_parser is not None:
+        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": served.tool_call_parser}
+    if (reasoning_parser := _reasoning_parser(config, served)) is not None:
+        arguments["reasoning_parser"] = reasoning_parser
     if (template := chat_template_of(config, served)) is not None:
         arguments["chat_template"] = template
     if cpu:
@@ -527,6 +547,21 @@ def chat_template_of(config: ServeConfig, served: Served) -> str | None:
     if served.adapter is not None and served.adapter.chat_template:
         return Path(served.adapter.chat_template).read_text(encoding="utf-8")
     return None
+
+
+def _reasoning_parser(config: ServeConfig, served: Served) -> str | None:
+    """The configured parser of thoughts, or the one for a template whose prompt opens one."""
+    if config.reasoning_parser != "auto" or not served.can_chat:
+        return None if config.reasoning_parser == "auto" else config.reasoning_parser
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(served.source)
+    template = chat_template_of(config, served) or tokenizer.chat_template
+    if not isinstance(template, str) or OPENED not in template:
+        return None
+    chat = [{"role": "user", "content": "Hello"}]
+    prompt = tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=True, tokenize=False)
+    return reasoning_parser_of(template, str(prompt))
 
 
 async def _warm_up(client: AsyncLLM) -> None:
@@ -584,8 +619,7 @@ def _parse(route: Route, body: dict[str, Any]) -> Any:
     try:
         return kinds[route].model_validate(body) if route in kinds else body
     except ValidationError as error:
-        problems = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()[:5]]
-        return refusal(400, ("The request is not valid. " + "; ".join(problems))[:MAX_MESSAGE])
+        return invalid(error.errors())
     except VLLMClientError as error:
         return refusal(400, f"The request is not valid. {error}"[:MAX_MESSAGE])
 
@@ -645,6 +679,7 @@ def _without_exceptions(text: str) -> str:
 
 def _refusal(status: int, message: str) -> Reply:
     if status < 500:
-        return refusal(status, message[:MAX_MESSAGE])
+        is_too_long = status == 400 and TOO_LONG.search(message) is not None
+        return refusal(status, message[:MAX_MESSAGE], code="context_length_exceeded" if is_too_long else None)
     logger.error("The engine answered with an error: %s", message)
     return refusal(500, "The engine failed on this request.")

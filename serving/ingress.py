@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -21,22 +20,28 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from serving.audit import Audited, AuditTrail, folder_of
+from serving.audit import Audited, AuditTrail
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.guard import Guard, as_response
+from serving.ids import Ids
 from serving.keys import Key, Keys
 from serving.lease import Tenant
 from serving.meters import Meters
-from serving.nodes import check_database
 from serving.page import HEADERS, INDEX, PageFile, page_files
+from serving.recording import Recorder
 from serving.registry import Registry
 from serving.routes import PUBLIC, VERSION_HEADER, Service, audit, authorise, feedback, openai, rewards, versions
-from serving.schema import Refused, refusal
-from serving.served import Served, check_here
+from serving.schema import Refused, invalid, refusal
+from serving.served import Served
 from serving.store import Store
 from serving.store.opening import default_database
 
+NOT_HERE = {
+    "/v1/responses": "The Responses API is not served; chats are answered at /v1/chat/completions.",
+    "/v1/embeddings": "Embeddings are not served; this endpoint answers chats and completions, and rates answers.",
+}
+"""What is said at OpenAI's other routes."""
 ANYBODY = Key(name="anybody", role="admin")
 """Who asks where no keys are needed."""
 
@@ -55,17 +60,15 @@ class Ingress:
         owner: str,
     ) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        check_here(Registry(Path(registry)))
-        check_database(
-            config.feedback.database or default_database(), num_nodes=sum(node["Alive"] for node in ray.nodes())
-        )
         self._config = config
         self._store = Store(
-            config.feedback.database or default_database(), retention_days=config.feedback.retention_days
+            config.feedback.database or default_database(Path(registry)), retention_days=config.feedback.retention_days
         )
-        versions_of_model = Registry(Path(registry))
-        self._trail = AuditTrail(self._store, folder_of(versions_of_model))
+        self._trail = AuditTrail(self._store, Path(registry) / "audit")
         self._keys = None if config.no_keys else Keys(self._store)
+        versions_of_model = Registry(Path(registry))
+        meters = Meters()
+        self._recorder = Recorder(self._store, versions_of_model.folder / "unstored", on_loss=meters.record_lost)
         if "/" not in owner:  # a cluster's, which may have several endpoints
             owner = f"{owner}/{serve.get_replica_context().app_name}"
         tenant = Tenant(versions_of_model, owner=owner, url=config.url)
@@ -76,7 +79,9 @@ class Ingress:
             backend=Backend(engine, scoring, config, versions_of_model, model=served.name, candidate=candidate),
             store=self._store,
             registry=versions_of_model,
-            meters=Meters(),
+            meters=meters,
+            ids=Ids(versions_of_model.folder),
+            recorder=self._recorder,
             tenant=tenant,
         )
 
@@ -103,6 +108,7 @@ class Ingress:
         if self._keys is not None:
             self._keys.close()
         self._trail.close()
+        self._recorder.close()
         self._store.close()
 
 
@@ -147,13 +153,16 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
-        # Not the values, which may be anything and of any length.
-        problems = [f"{'.'.join(str(part) for part in one['loc'][1:])}: {one['msg']}" for one in error.errors()[:5]]
-        return as_response(refusal(400, ("The request is not valid. " + "; ".join(problems))[:1000]))
+        return as_response(invalid(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> Response:
-        return as_response(refusal(error.status_code, str(error.detail)))
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        detail = str(error.detail)
+        if error.status_code == 404:
+            detail = (
+                NOT_HERE.get(request.url.path) or f"There is no route {request.method} {request.url.path[:100]} here."
+            )
+        return as_response(refusal(error.status_code, detail))
 
     @app.exception_handler(Exception)
     async def on_bug(_: Request, __: Exception) -> Response:
@@ -180,7 +189,10 @@ def _own(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         state = await asyncio.to_thread(service.registry.state)
-        return Response(service.meters.text(state.current), media_type="text/plain; version=0.0.4")
+        return Response(
+            service.meters.text(state.current, records_waiting=service.recorder.num_waiting),
+            media_type="text/plain; version=0.0.4",
+        )
 
     return router
 

@@ -129,5 +129,5 @@ def _text(choice: dict[str, Any]) -> str:
 def _plain(content: Any) -> str | None:
     """A message's content as one text: OpenAI's clients may send it in parts."""
     if isinstance(content, list):
-        return "".join(part["text"] for part in content)
+        return "\n".join(part["text"] for part in content)  # as `serving.fields` joins them
     return content if isinstance(content, str) else None

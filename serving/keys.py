@@ -197,7 +197,8 @@ Database = Annotated[
     str | None,
     typer.Option(
         envvar="RAYLIGN_DATABASE",
-        help="URL of the endpoint's database (its feedback.database); the default is the same as there.",
+        help="The endpoint's folder, as runs/serving/NAME, or the URL of its database (feedback.database); the "
+        "default is the one endpoint below runs/serving.",
     ),
 ]
 
@@ -296,12 +297,12 @@ def opened_store(database: str | None) -> Iterator[Store]:
     """The database of a command, closed afterwards.
 
     Args:
-        database: its URL; None is the default.
+        database: its URL or the endpoint's folder; None is the one endpoint there is.
     """
     from serving.store import Store
-    from serving.store.opening import default_database
+    from serving.store.opening import found_database
 
-    store = Store(database or default_database())
+    store = Store(found_database(database))
     try:
         yield store
     finally:

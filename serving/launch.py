@@ -127,6 +127,8 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
         served = publication.served
         if publication.note:
             typer.echo(publication.note)
+        if note := _other_database(config, publication.registry):
+            typer.echo(note)
         doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
         typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
         with _ray(config), _application(config, served, publication.registry, owner):
@@ -150,6 +152,19 @@ def _leased(config: ServeConfig, registry: Registry, owner: str) -> Iterator[boo
         yield is_held
     finally:
         tenant.close()
+
+
+def _other_database(config: ServeConfig, registry: Registry) -> str | None:
+    """That keys and feedback of before lie elsewhere, where this endpoint begins new ones; None if they do not."""
+    from serving.store.opening import FILE, old_file
+
+    old = old_file()
+    if old is None or config.feedback.database is not None or (registry.folder / FILE).exists():
+        return None
+    return (
+        f"Keys and feedback are kept in {registry.folder / FILE} from now on. Those of before are in {old}; "
+        f"feedback.database=sqlite:///{old} goes on with them."
+    )
 
 
 def _is_local() -> bool:
@@ -257,40 +272,15 @@ def _application(config: ServeConfig, served: Served, registry: Registry, owner:
         http_options={"host": config.host, "port": config.port},
     )
     _check_address(config)
-    name = application_name(served)
-    _refuse_second(name)
-    check_nodes(registry, config.feedback.database or default_database())
+    check_nodes(registry, config.feedback.database or default_database(registry.folder))
     target = application(config, served, registry, owner)
     typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
-        _deploy(target, config, name)
+        _deploy(target, config)
         yield
     finally:
         typer.echo("Stopping when answers in progress have ended; Ctrl-C cuts them off …")
-        _delete(config, name)
-
-
-def application_name(served: Served) -> str:
-    """What Ray Serve calls an endpoint: no two of a cluster alike, so that none is taken for another and replaced."""
-    return f"{APPLICATION}-{served.name.replace('/', '--')}"
-
-
-def _refuse_second(name: str) -> None:
-    """One application of a cluster answers at `/`; another one would replace it, if only by its name.
-
-    Raises:
-        ServingError: there is one.
-    """
-    from ray.serve.context import _get_global_client
-
-    for other, details in _get_global_client().get_serve_details()["applications"].items():
-        if details["route_prefix"] == "/" or other == name:
-            code = f'from ray import serve; serve.delete("{other}")'
-            raise ServingError(
-                f"The application {other!r} answers on this cluster's Ray Serve already. End it by Ctrl-C where it was "
-                f"started, or, if that process has died, by `python -c '{code}'`; or give this endpoint a cluster of "
-                "its own"
-            )
+        _delete(config)
 
 
 def _check_address(config: ServeConfig) -> None:
@@ -309,7 +299,7 @@ def _check_address(config: ServeConfig) -> None:
         )
 
 
-def _delete(config: ServeConfig, name: str) -> None:
+def _delete(config: ServeConfig) -> None:
     """Takes the application down; another signal ends the waiting for what it still answers."""
     from ray import serve
 
@@ -317,32 +307,32 @@ def _delete(config: ServeConfig, name: str) -> None:
     with suppress(KeyboardInterrupt):
         while True:
             try:
-                serve.delete(name)
+                serve.delete(APPLICATION)
                 return
             except TimeoutError:  # Ray waits for a minute, however long an answer may take
                 if time.monotonic() > deadline:
                     return
 
 
-def _deploy(target: Application, config: ServeConfig, name: str) -> None:
+def _deploy(target: Application, config: ServeConfig) -> None:
     from ray import serve
 
-    with _progress(name):
+    with _progress():
         try:
-            serve.run(target, name=name, route_prefix="/")
+            serve.run(target, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise ServingError(
-                f"The endpoint did not start. {_serve_says(name)}\nThe whole story is in {SERVE_LOGS}"
+                f"The endpoint did not start. {_serve_says()}\nThe whole story is in {SERVE_LOGS}"
             ) from error
         if _is_local():
             _wait_until_answering(config)
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[None]:
+def _progress() -> Iterator[None]:
     """Shows that time passes, and what Serve is waiting for, such as a CPU that no machine has."""
     done = threading.Event()
-    watcher = threading.Thread(target=_show_progress, args=(done, name), daemon=True)
+    watcher = threading.Thread(target=_show_progress, args=(done,), daemon=True)
     watcher.start()
     try:
         yield
@@ -351,12 +341,12 @@ def _progress(name: str) -> Iterator[None]:
         watcher.join()
 
 
-def _show_progress(done: threading.Event, name: str) -> None:
+def _show_progress(done: threading.Event) -> None:
     shown = ""
     for second in itertools.count(1):
         if done.wait(1.0):
             return
-        text = _serve_says(name)
+        text = _serve_says()
         if text and text != shown:
             typer.echo(text)
         elif second % 15 == 0:
@@ -364,11 +354,11 @@ def _show_progress(done: threading.Event, name: str) -> None:
         shown = text
 
 
-def _serve_says(name: str) -> str:
+def _serve_says() -> str:
     """What is wrong with each deployment, or slow; empty if nothing is."""
     from ray import serve
 
-    application = serve.status().applications.get(name)
+    application = serve.status().applications.get(APPLICATION)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
     return "\n".join(_gist(message) for message in messages if message.strip())
 

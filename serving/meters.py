@@ -26,6 +26,12 @@ class Meters:
             "raylign_first_token_seconds", "Until a stream's first text", by, buckets=SECONDS, registry=self._registry
         )
         self._judgements = Counter("raylign_judgements", "What people said", ("kind",), registry=self._registry)
+        self._lost = Counter(
+            "raylign_records_lost", "Answers that could not be stored", ("reason",), registry=self._registry
+        )
+        self._waiting = Gauge(
+            "raylign_records_waiting", "Answers that wait in files for the database", registry=self._registry
+        )
         self._parts = Summary(
             "raylign_part_seconds", "What the endpoint adds to an answer", ("part",), registry=self._registry
         )
@@ -49,11 +55,17 @@ class Meters:
         """Counts a judgement."""
         self._judgements.labels(kind).inc()
 
-    def text(self, version: int) -> bytes:
+    def record_lost(self, reason: str) -> None:
+        """Counts an answer that was given and could not be stored."""
+        self._lost.labels(reason).inc()
+
+    def text(self, version: int, *, records_waiting: int) -> bytes:
         """Everything, in Prometheus' format.
 
         Args:
             version: number of the current version.
+            records_waiting: answers that wait for the database.
         """
         self._version.set(version)
+        self._waiting.set(records_waiting)
         return generate_latest(self._registry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -14,6 +15,18 @@ NONCHARACTER = re.compile("[\ufdd0-\ufdd2]")
 """Of Unicode, and no text's: `alignment.data.control_tokens` fences with them what stands for something else."""
 TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 """A text in JSON."""
+CODES = {
+    401: "invalid_api_key",
+    403: "insufficient_permissions",
+    404: "not_found",
+    413: "request_too_large",
+    429: "rate_limit_exceeded",
+    503: "service_unavailable",
+    504: "timeout",
+}
+"""What programs may tell an error by, where nothing says it more exactly."""
+PROBLEMS = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+"""The same for pydantic's kinds of problems."""
 MAX_DEPTH = 64  # levels of lists and objects; requests use about six
 
 
@@ -52,9 +65,17 @@ class Elsewhere:
 class Refused(Exception):
     """A request that is not carried out; `reply` tells the client why."""
 
-    def __init__(self, status: int, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.reply = refusal(status, message, retry_after_s=retry_after_s)
+        self.reply = refusal(status, message, code=code, param=param, retry_after_s=retry_after_s)
 
     @classmethod
     def by(cls, reply: Reply) -> Refused:
@@ -64,10 +85,36 @@ class Refused(Exception):
         return refused
 
 
-def refusal(status: int, message: str, *, retry_after_s: float | None = None) -> Reply:
-    """An error in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
-    error = {"message": message, "type": _error_type(status), "param": None, "code": status}
+def refusal(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    retry_after_s: float | None = None,
+) -> Reply:
+    """An error in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
+
+    Args:
+        code: what programs may tell it by, as `context_length_exceeded`; None takes the status's own, if it has one.
+        param: the field of the request that it is about.
+    """
+    known = code or CODES.get(status)
+    error = {"message": message, "type": _error_type(status), "param": param, "code": known}
     return Reply(status=status, body=json.dumps({"error": error}), retry_after_s=retry_after_s)
+
+
+def invalid(problems: Sequence[Any]) -> Reply:
+    """What pydantic found wrong with a request, without the values, which may be anything and of any length.
+
+    Args:
+        problems: `ValidationError.errors()`; those of a body begin with the place `body`.
+    """
+    places = [".".join(str(part) for part in problem["loc"] if part != "body") for problem in problems]
+    message = "; ".join(f"{place}: {problem['msg']}" for place, problem in zip(places[:5], problems, strict=False))
+    field = next((str(part) for part in problems[0]["loc"] if part != "body"), None)
+    code = PROBLEMS.get(problems[0]["type"], "invalid_type" if "type" in problems[0]["type"] else "invalid_value")
+    return refusal(400, f"The request is not valid. {message}"[:1000], code=code, param=field and field[:100])
 
 
 def event(reply: Reply) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.errors import AlignmentError, ServingError
 from alignment.models.folders import base_of, model_source
-from serving.audit import folder_of, leave
 from serving.bases import base_stamp
 from serving.config import ServeConfig
 from serving.fits import Adapter, Room, adapter_of, template_of
+from serving.parsers import tool_call_parser_of
 from serving.registry import Registry, Version, name_of
-from serving.store.records import AuditEntry, operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,8 @@ class Served:
     """What the engine has to be able to hold; None for whole models."""
     can_chat: bool = True
     """Whether there is a template for chats; without one only `/v1/completions` answers."""
+    tool_call_parser: str | None = None
+    """vLLM's name for the form in which the model writes calls of tools; None if it is not known."""
 
     @property
     def names(self) -> list[str]:
@@ -87,31 +88,22 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
             name as its base.
     """
     registry = registry_of(config)
-    before = current = registry.state().current
+    current = registry.state().current
     must_fit = bool(current) and (is_live or not config.promote)
     try:
         version = registry.add(_folder(config.checkpoint), parent=current or None, fits=current if must_fit else None)
     except AlignmentError as error:
         if not current or config.promote:
             raise
-        _write_down_start(config, registry, version=None, before=before)
         note = f"{config.checkpoint} was not registered: {error}. {_as_before(registry, current)}"
         return Publication(served=served_version(config, registry, current), registry=registry, note=note)
     if not current or config.promote:
         current = registry.promote(version.number).current
-    _write_down_start(config, registry, version=version.number, before=before)
     return Publication(
         served=served_version(config, registry, current),
         registry=registry,
         note=None if version.number == current else _not_current(config, registry, version, current),
     )
-
-
-def _write_down_start(config: ServeConfig, registry: Registry, *, version: int | None, before: int) -> None:
-    """Into the audit trail: what a start registered, and what answered before and after it."""
-    current = registry.state().current
-    detail = {"checkpoint": config.checkpoint, "version": version, "before": before, "current": current}
-    leave(folder_of(registry), AuditEntry(action="start", who=operator(), detail=detail))
 
 
 def _as_before(registry: Registry, current: int) -> str:
@@ -126,32 +118,32 @@ def _not_current(config: ServeConfig, registry: Registry, version: Version, curr
     )
 
 
-def check_here(registry: Registry) -> None:
-    """Checks on a machine where a part of the endpoint starts that it sees what is served.
-
-    Raises:
-        ServingError: it does not.
-    """
-    if not registry.state().current:
-        raise ServingError(
-            f"the registry {registry.folder} as {socket.gethostname()} sees it has no version that answers: several "
-            "machines must share it, as by a network file system"
-        )
-
-
 def served_version(config: ServeConfig, registry: Registry, number: int) -> Served:
     """What an engine loads for a version.
 
     Raises:
         ServingError: there is no such version, or it would have the same name as its base.
     """
-    check_here(registry)
+    if not number:
+        raise ServingError(
+            f"the registry {registry.folder} as {socket.gethostname()} sees it has no version that answers: several "
+            "machines must share it, as by a network file system"
+        )
     version = registry.version(number)
     name = config.name or name_of(config.checkpoint)
     folder = registry.folder_of(number)
-    can_chat = config.chat_template is not None or template_of(folder) is not None
+    template = _template(config, folder)
+    whole = Served(
+        name=name,
+        source=str(folder),
+        base_name=None,
+        adapter=None,
+        room=None,
+        can_chat=template is not None,
+        tool_call_parser=_tool_call_parser(config, template),
+    )
     if version.kind == "full":
-        return Served(name=name, source=str(folder), base_name=None, adapter=None, room=None, can_chat=can_chat)
+        return whole
     base = base_of(folder)
     is_folder = Path(base).is_dir()
     if is_folder and version.base_stamp is not None and base_stamp(base) != version.base_stamp:
@@ -164,15 +156,27 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
             f"The adapter {config.checkpoint} and its base model would both be called {name!r}, and requests choose "
             "between them by name; give the adapter another with name=..."
         )
-    return Served(
-        name=name,
+    return replace(
+        whole,
         source=model_source(base),
         revision=None if is_folder else version.base_stamp,
         base_name=name_of(base),
         adapter=adapter_of(folder, name),
         room=registry.room(),
-        can_chat=can_chat,
     )
+
+
+def _template(config: ServeConfig, folder: Path) -> str | None:
+    """Text of the template for chats."""
+    if config.chat_template is None:
+        return template_of(folder)
+    from alignment.data.chat import chat_template
+
+    return chat_template(config.chat_template)
+
+
+def _tool_call_parser(config: ServeConfig, template: str | None) -> str | None:
+    return tool_call_parser_of(template) if config.tool_call_parser == "auto" else config.tool_call_parser
 
 
 def _folder(checkpoint: str) -> Path:

@@ -10,9 +10,11 @@ from fastapi import Request
 
 from serving.backend import Backend
 from serving.config import ServeConfig
+from serving.ids import Ids
 from serving.keys import Key
 from serving.lease import Tenant
 from serving.meters import Meters
+from serving.recording import Recorder
 from serving.registry import Registry
 from serving.schema import Refused
 from serving.served import Served
@@ -36,6 +38,8 @@ class Service:
     meters: Meters
     tenant: Tenant
     """What says whether the registry belongs to this endpoint."""
+    ids: Ids
+    recorder: Recorder
 
 
 def key_of(request: Request) -> Key:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serving.fields import turns
 from serving.issuing import number_of, prompt_of, why_unrecorded
 from serving.routes import Service, key_of
-from serving.routes.openai import ChatTurn, Tokens, fresh_id, whole
+from serving.routes.openai import ChatTurn, Tokens, whole
 from serving.schema import Refused, Route
 from serving.store.records import (
     BadVerdict,
@@ -116,7 +116,7 @@ def routes(service: Service) -> APIRouter:
                 *(answer(asked, version, is_named=body.versions is not None) for version in versions(body))
             )
         )
-        id = f"cmp-{uuid.uuid4().hex}"
+        id = f"cmp-{service.ids.fresh()}"
         answers = [
             IssuedAnswer(
                 id=f"{id}-{place}",
@@ -145,7 +145,7 @@ def routes(service: Service) -> APIRouter:
         if body.model not in (None, service.served.name):
             raise Refused(404, f"Versions of {service.served.name} are compared here.")
         sent = request.scope["state"]["json"]
-        asked = {name: sent[name] for name in ("messages", "prompt") if name in sent}
+        asked = {"prompt": body.prompt} if body.messages is None else {"messages": turns(sent["messages"])}
         if reason := why_unrecorded(asked):
             raise Refused(400, f"Nobody could learn from this comparison: {reason}.")
         temperature = TEMPERATURE if body.temperature is None else body.temperature
@@ -161,7 +161,7 @@ def routes(service: Service) -> APIRouter:
         return (None, None) if state.canary is None else (state.current, state.canary)
 
     async def answer(asked: dict[str, Any], version: int | None, *, is_named: bool) -> Said:
-        seeded = {**asked, "seed": random.getrandbits(62), **fresh_id()}
+        seeded = {**asked, "seed": random.getrandbits(62), "request_id": service.ids.fresh()}
         route: Route = "chat" if "messages" in asked else "completions"
         reply = await whole(service.backend.ask(route, seeded, version))
         if reply.status == 409 and not is_named:  # a promotion or the end of a trial came between
@@ -184,7 +184,7 @@ def routes(service: Service) -> APIRouter:
             comment=body.comment,
             key=idempotency_key,
         )
-        receipt = await kept(store.judge(judgement))
+        receipt = await kept(store.judge(judgement), may_come=lambda: may_come(body.id))
         service.meters.judged(body.kind)
         told = asdict(receipt) | {"object": "feedback", "created": int(receipt.created)}
         return JSONResponse(told)
@@ -206,7 +206,18 @@ def routes(service: Service) -> APIRouter:
     @router.delete("/v1/records/{id}", tags=["admin"])
     async def delete(id: Annotated[str, Field(max_length=200)]) -> Response:
         """Deletes what was kept of an answer, a comparison or a judgement, and what hangs on it."""
-        return JSONResponse({"deleted": await kept(store.delete(id))})
+        waited = await asyncio.to_thread(service.recorder.forget, id)
+        try:
+            return JSONResponse({"deleted": await kept(store.delete(id)) + waited})
+        except Refused:
+            if not waited:
+                raise
+            return JSONResponse({"deleted": 1})
+
+    def may_come(id: str) -> bool:
+        """Whether an answer that the store does not know was issued, and is still on its way there."""
+        age_s = service.ids.age_s(id)
+        return age_s is not None and service.recorder.may_come(age_s)
 
     return router
 
@@ -240,14 +251,22 @@ async def to_compare(draw: Callable[[], Awaitable[list[Said]]]) -> list[Said]:
     return said
 
 
-async def kept(future: Future[Kept]) -> Kept:
+async def kept(future: Future[Kept], *, may_come: Callable[[], bool] = lambda: False) -> Kept:
     """What the store answers when all is on the disk.
+
+    Args:
+        may_come: whether what the store does not know may be known soon.
 
     Raises:
         Refused: it keeps nothing of this, and why.
     """
     try:
         return await asyncio.wrap_future(future)
+    except UnknownId as error:
+        if await asyncio.to_thread(may_come):
+            message = "The answer is not stored yet. Send this again."
+            raise Refused(503, message, code="not_stored_yet", retry_after_s=RETRY_S) from error
+        raise _refused(error) from error
     except StoreError as error:
         raise _refused(error) from error
 

@@ -5,36 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.config import is_template_variable
+from serving.fields import taken, turns
 from serving.grammar import check_structured_output
 from serving.guard import as_response
 from serving.issuing import Kind, chunks, issued
 from serving.routes import VERSION_HEADER, Service, key_of, spend_form_seconds, wanted_version
 from serving.schema import Refused, Reply, Route, event
-
-REFUSED_FIELDS = {
-    "chat_template": "templates come with the model",
-    "request_id": "the service issues the ids",
-    "prompt_embeds": "prompts are texts or tokens",
-    "prompt_logprobs": "POST /v1/rewards rates what is given",
-    "use_beam_search": "answers are sampled",
-    "best_of": "ask for n answers",
-    "priority": "all requests wait in turn",
-    "cache_salt": "the cache is the service's own",
-    "kv_transfer_params": "the cache is the service's own",
-    "vllm_xargs": "only documented fields are passed on",
-    "mm_processor_kwargs": "there are only texts",
-    "media_io_kwargs": "there are only texts",
-}
-"""Fields that vLLM reads and clients have no business with, and why."""
 
 END = "data: [DONE]"
 """The line that ends a stream."""
@@ -50,15 +34,15 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Asking(BaseModel):
-    """What both kinds of completions take; other fields of OpenAI's and vLLM's are passed on."""
+    """What both kinds of completions take; `serving.fields` says which other fields there are."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str = Field(max_length=200)
-    max_tokens: Tokens | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -76,8 +60,19 @@ class TextPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    type: Annotated[str, Field(pattern="^text$")]
+    type: Literal["text"]
     text: str
+    cache_control: Any = None
+    """Anthropic's way to say what is worth keeping in a cache; everything is."""
+
+
+class RefusalPart(BaseModel):
+    """What an assistant would not say, in OpenAI's form."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class ChatTurn(BaseModel):
@@ -85,14 +80,15 @@ class ChatTurn(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    role: Annotated[str, Field(pattern="^(system|developer|user|assistant|tool)$")]
-    content: str | list[TextPart] | None = None
+    role: Annotated[str, Field(pattern="^(system|developer|user|assistant|tool|function)$")]
+    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
 
 
 class ChatBody(Asking):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=1000)]
+    max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     chat_template_kwargs: Annotated[dict[TemplateKey, TemplateValue], Field(max_length=16)] | None = None
     logprobs: bool | None = None
@@ -129,12 +125,13 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models", tags=["user"])
     async def models() -> Response:
         """Every model that can be asked for."""
-        return JSONResponse({"object": "list", "data": list(cards.values())})
+        window = await service.backend.max_model_len()
+        return JSONResponse({"object": "list", "data": [{**each, "max_model_len": window} for each in cards.values()]})
 
     @router.get("/v1/models/{name:path}", tags=["user"])
     async def model(name: str) -> Response:
         """One of them."""
-        return JSONResponse(card(name))
+        return JSONResponse({**card(name), "max_model_len": await service.backend.max_model_len()})
 
     @router.post("/v1/chat/completions", tags=["user"])
     async def chat(request: Request, body: ChatBody) -> Response:
@@ -142,7 +139,7 @@ def routes(service: Service) -> APIRouter:
         _check_limit("top_logprobs", body.top_logprobs, config.limits.max_logprobs)
         asked = checked(request, body)
         _check_template_values(body)
-        _check_tools(asked, config.tool_call_parser)
+        _check_tools(asked, service.served.tool_call_parser)
         _check_limit("max_completion_tokens", body.max_completion_tokens, config.limits.max_tokens)
         return await answered("chat", request, asked)
 
@@ -150,6 +147,9 @@ def routes(service: Service) -> APIRouter:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """OpenAI's completions."""
         _check_limit("logprobs", body.logprobs, config.limits.max_logprobs)
+        if body.max_tokens == 0 and not body.echo:
+            message = "max_tokens is 0, so that there would be no answer; with echo, the prompt itself is one."
+            raise Refused(400, message, code="integer_below_min_value", param="max_tokens")
         if (prompts := num_prompts(body.prompt)) > 1:
             _check_limit("the number of answers to all prompts", prompts * (body.n or 1), config.limits.max_prompts)
         return await answered("completions", request, checked(request, body))
@@ -160,24 +160,26 @@ def routes(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "Give either prompt or messages.")
         card(body.model)
-        parts = service.backend.ask("tokenize", request.scope["state"]["json"], wanted_version(request))
+        asked = dict(request.scope["state"]["json"])
+        if body.messages is not None:
+            asked["messages"] = turns(asked["messages"])
+        parts = service.backend.ask("tokenize", asked, wanted_version(request))
         return as_response(await whole(parts))
 
     def card(name: str) -> dict[str, Any]:
         if name not in cards:
-            raise Refused(404, f"There is no model {name[:100]!r} here; there are {', '.join(cards)}.")
+            message = f"There is no model {name[:100]!r} here; there are {', '.join(cards)}."
+            raise Refused(404, message, code="model_not_found", param="model")
         return cards[name]
 
     def checked(request: Request, body: Asking) -> dict[str, Any]:
         """What was sent, if it keeps to the limits."""
         card(body.model)
-        asked: dict[str, Any] = dict(request.scope["state"]["json"])
-        for name in asked.keys() & REFUSED_FIELDS.keys():
-            raise Refused(400, f"The field {name} is not taken: {REFUSED_FIELDS[name]}.")
+        asked = taken("chat" if isinstance(body, ChatBody) else "completions", request.scope["state"]["json"])
         _check_limit("n", body.n, config.limits.max_n)
         _check_limit("max_tokens", body.max_tokens, config.limits.max_tokens)
         check_structured_output(asked, config.limits)
-        return asked | fresh_id()
+        return asked | {"request_id": service.ids.fresh()}  # without it, Ray takes the client's header X-Request-ID
 
     async def answered(route: Route, request: Request, asked: dict[str, Any]) -> Response:
         started = time.perf_counter()
@@ -223,17 +225,15 @@ def routes(service: Service) -> APIRouter:
         asked_by, recorded = key_of(request).name, config.feedback.record
         try:
             if parts := said():
-                service.store.record(issued(kind, asked, parts, version=version, asked_by=asked_by, recorded=recorded))
+                service.recorder.record(
+                    issued(kind, asked, parts, version=version, asked_by=asked_by, recorded=recorded)
+                )
         except Exception as error:  # not its text, which may quote the answer
             logger.error("An answer was given and could not be kept: %s", type(error).__name__)
+            service.meters.record_lost("not read")
         service.meters.took("record", time.perf_counter() - begun)
 
     return router
-
-
-def fresh_id() -> dict[str, str]:
-    """The field from which vLLM makes an answer's id. Without it, Ray takes the client's header X-Request-ID."""
-    return {"request_id": uuid.uuid4().hex}
 
 
 async def texts(begun: Reply, parts: Parts) -> AsyncIterator[str]:
@@ -271,14 +271,17 @@ def _check_tools(asked: dict[str, Any], parser: str | None) -> None:
     if asked.get("tools") and asked.get("tool_choice", "auto") in (None, "auto") and parser is None:
         raise Refused(
             400,
-            "This endpoint does not read calls of tools out of answers (it was started without tool_call_parser); "
+            "The form in which this model writes calls of tools is not known (tool_call_parser names it at the start); "
             "leave tools out, or set tool_choice to none, required or one of them.",
+            code="unsupported_parameter",
+            param="tools",
         )
 
 
 def _check_limit(name: str, value: int | None, limit: int) -> None:
     if value is not None and value > limit:
-        raise Refused(400, f"{name} is {value}, and at most {limit} here.")
+        message = f"{name} is {value}, and at most {limit} here."
+        raise Refused(400, message, code="integer_above_max_value", param=name if " " not in name else None)
 
 
 def _cards(service: Service) -> dict[str, dict[str, Any]]:

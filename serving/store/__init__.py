@@ -8,8 +8,11 @@ A file of SQLite on one machine, or PostgreSQL; several processes may share eith
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -35,7 +38,6 @@ from serving.store.records import (
     StoredKey,
     Turn,
     UnknownId,
-    operator,
 )
 from serving.store.statistics import statistics_of
 from serving.store.tables import answers, audit, groups, idempotency, judgements, keys
@@ -89,7 +91,7 @@ class Store:
         Returns:
             How many of all these are gone. The future raises UnknownId if there is nothing of this id.
         """
-        return self._writer.submit(partial(_delete, id))
+        return self._writer.submit(partial(_delete, id), erases=True)
 
     def export(self, *, since: str | None = None, limit: int | None = None) -> Iterator[str]:
         """Training rows in the order in which they were stored, as JSON lines with their line breaks.
@@ -318,6 +320,15 @@ def _change_key(name: str, new: dict[str, Any], connection: Connection) -> None:
     lasts = sa.true() if "expires" in new else keys.c.expires.is_(None) | (keys.c.expires > time.time())
     if not connection.execute(sa.update(keys).where(*is_named, lasts).values(new)).rowcount:
         raise UnknownId(f"There is no valid key called {name}")
+
+
+def operator() -> str:
+    """Who runs this process: the operating system's user, and the machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def _audit(entry: AuditEntry, connection: Connection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InternalError, OperationalError, SQLAlchemyError, TimeoutError
 
-from alignment.errors import ServingError
+from alignment.errors import ConfigError, ServingError
 from alignment.passwords import without_passwords
 from serving.store.records import StoreAway, StoreError, StoreFull
 
@@ -23,14 +24,42 @@ PATIENCE: dict[str, Any] = {"connect_timeout": 5, "keepalives_idle": 30, "tcp_us
 """Of connections to PostgreSQL, s and ms: a server that vanishes is noticed."""
 WRITERS_LOCK = 0x7261796C69676E
 """PostgreSQL's advisory lock that whoever writes holds."""
+FILE = "feedback.sqlite"
+ENDPOINTS = "runs/serving"
+"""Where endpoints have their folders if none is configured."""
 WRITES = {"raylign_writes": True}
 """Execution option of connections that write."""
 
 
-def default_database() -> str:
-    """URL of the database if none is configured: a file of this user's."""
+def default_database(folder: Path) -> str:
+    """URL of an endpoint's database if none is configured: a file in its folder, beside its versions."""
+    return f"sqlite:///{folder / FILE}"
+
+
+def found_database(given: str | None) -> str:
+    """URL of the database that a command is about.
+
+    Args:
+        given: a URL, or an endpoint's folder, which may be new; None is the one endpoint below `runs/serving`.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    if given is not None:
+        return given if ":" in given else default_database(Path(given).expanduser().absolute())
+    endpoints = [folder for folder in sorted(Path(ENDPOINTS).glob("*")) if (folder / "versions").is_dir()]
+    if len(endpoints) == 1:
+        return default_database(endpoints[0].absolute())
+    have = f"there are {', '.join(map(str, endpoints))}" if endpoints else f"there is none below {ENDPOINTS}"
+    before = f". What was kept before stands in {old}: --database sqlite:///{old}" if (old := old_file()) else ""
+    raise ConfigError(f"--database has to name the endpoint's folder, as {ENDPOINTS}/NAME, or a URL: {have}{before}")
+
+
+def old_file() -> Path | None:
+    """The one file for all endpoints of a user, where keys and feedback were kept before; None if there is none."""
     folder = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return f"sqlite:///{Path(folder).expanduser() / 'raylign' / 'feedback.sqlite'}"
+    file = Path(folder).expanduser() / "raylign" / FILE
+    return file if file.is_file() else None
 
 
 def open_database(url: str) -> Engine:
@@ -58,6 +87,17 @@ def lock(connection: Connection) -> None:
     """Lets one writer at a time into the transaction, so that numbers become visible in their order."""
     if connection.dialect.name == "postgresql":  # SQLite has done it in `_begin`
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITERS_LOCK)))
+
+
+def empty_log(engine: Engine) -> None:
+    """Moves what SQLite's write-ahead log holds into the database and cuts the log: `secure_delete` overwrites texts in
+    the database alone. Somebody who reads just then keeps the log until the next time, which is within the hour.
+
+    Of PostgreSQL, deleted rows go with its own vacuum, and its log with its checkpoints.
+    """
+    if engine.dialect.name == "sqlite":
+        with suppress(SQLAlchemyError), engine.connect() as connection:
+            connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
 
 
 def named(error: SQLAlchemyError, what: str = "The feedback database cannot be used now") -> StoreError:

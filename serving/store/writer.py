@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 
-from serving.store.opening import WRITES, is_fault_of_database, lock, named
+from serving.store.opening import WRITES, empty_log, is_fault_of_database, lock, named
 from serving.store.records import StoreAway, StoreError
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 class _Item:
     work: Callable[[Connection], Any]
     size: int
+    erases: bool = False
+    """Whether texts are deleted, which must not be left over in a log."""
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -56,14 +58,15 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="feedback writer", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[Connection], T], *, size: int = 0) -> Future[T]:
+    def submit(self, work: Callable[[Connection], T], *, size: int = 0, erases: bool = False) -> Future[T]:
         """Queues work; its future is resolved when it is on the disk, and cannot be cancelled.
 
         Args:
             work: may be done again, after a rollback. It raises a StoreError before it has written anything, or never.
             size: characters of its texts.
+            erases: it deletes texts, which then must be nowhere in the database's files.
         """
-        item = _Item(work=work, size=size + ITEM_SIZE)
+        item = _Item(work=work, size=size + ITEM_SIZE, erases=erases)
         item.future.set_running_or_notify_cancel()
         with self._lock:
             if self._closed:
@@ -105,6 +108,8 @@ class Writer:
 
     def _write(self, batch: list[_Item]) -> None:
         outcomes = self._commit(batch)
+        if any(item.erases for item in batch):
+            empty_log(self._engine)
         with self._lock:
             self._waiting -= sum(item.size for item in batch)
         for item, outcome in zip(batch, outcomes, strict=True):
@@ -128,7 +133,7 @@ class Writer:
         return [outcome for item in batch for outcome in self._commit([item])]
 
     def _do_chore(self) -> bool:
-        item = _Item(work=self._chore, size=0)
+        item = _Item(work=self._chore, size=0, erases=True)
         self._write([item])
         if error := item.future.exception():
             logger.warning("%s", error)

@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from peft import PeftModel
 from transformers import AutoTokenizer
 
 from alignment.config import SourceConfig
@@ -137,3 +139,64 @@ def test_control_tokens_in_a_message_are_text(endpoint: Running) -> None:
 def test_a_noncharacter_that_could_stand_for_a_control_token_is_refused(endpoint: Running) -> None:
     for content in ("\ufdd00\ufdd1", "\ufdd0999\ufdd1", HOSTILE + "\ufdd2"):
         assert_openai_error(chat(endpoint, messages=[{"role": "user", "content": content}], max_tokens=1), 400)
+
+
+def error_of(answer: httpx.Response, status: int) -> tuple[Any, Any]:
+    """What a program branches on: code and param."""
+    assert_openai_error(answer, status)
+    error = answer.json()["error"]
+    return error["code"], error["param"]
+
+
+def test_errors_can_be_told_by_their_codes(endpoint: Running) -> None:
+    assert error_of(chat(endpoint, model="gpt-9"), 404) == ("model_not_found", "model")
+    assert error_of(chat(endpoint, messages=[{"role": "user", "content": "fox " * 600}]), 400)[0] == (
+        "context_length_exceeded"
+    )
+    assert error_of(chat(endpoint, temprature=1), 400) == ("unknown_parameter", "temprature")
+    assert error_of(chat(endpoint, temperature="hot"), 400) == ("invalid_type", "temperature")
+    assert error_of(chat(endpoint, max_tokens=601), 400) == ("integer_above_max_value", "max_tokens")
+    assert error_of(endpoint.ask("POST", "/v1/responses", {"model": ALIGNED, "input": "Hi"}), 404)[0] == "not_found"
+    wrong = endpoint.ask("POST", "/v1/chat/completions", {}, authorization="Bearer rk_wrong")
+    assert error_of(wrong, 401)[0] == "invalid_api_key"
+
+
+def test_what_clients_send_by_habit_is_answered(endpoint: Running) -> None:
+    habits = {"top_p": 0, "best_of": 1, "logit_bias": {}, "tools": [], "store": False, "service_tier": "auto"}
+    turns: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "A colour?", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": "Red.", "refusal": None, "tool_calls": [], "annotations": []},
+        {"role": "user", "content": "Another?"},
+    ]
+    assert chat(endpoint, messages=turns, max_tokens=2, **habits).status_code == 200
+    del habits["tools"]
+    assert complete(endpoint, "The sky is", max_tokens=2, suffix=None, **habits).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}],
+        [{"role": "assistant", "content": None}],
+        [{"role": "user", "content": "Hi"}, {"role": "tool", "tool_call_id": "a", "content": "sunny"}],
+    ],
+)
+def test_tokens_of_every_chat_are_told_or_refused(endpoint: Running, messages: Any) -> None:
+    answer = endpoint.ask("POST", "/tokenize", {"model": BUNDLED, "messages": messages})
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 200:
+        assert answer.json()["count"] > 0
+
+
+def test_the_likelihood_of_a_text_is_what_transformers_computes(endpoint: Running, adapted: PeftModel) -> None:
+    """As evaluation harnesses ask: no answer, and the prompt's own log-probabilities."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled())
+    ids = tokenizer("The capital of France is Paris.")["input_ids"]
+    for prompt in (ids, [ids]):
+        (choice,) = complete(endpoint, prompt, max_tokens=0, echo=True, logprobs=1).json()["choices"]
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        with adapted.disable_adapter(), torch.no_grad():
+            logprobs = adapted(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
+        assert choice["logprobs"]["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=2e-3)

@@ -79,7 +79,8 @@ def test_idle_threads_sleep_in_every_process_of_the_endpoint(endpoint: Running) 
 
 def test_both_models_are_listed_and_the_adapter_names_its_base(endpoint: Running) -> None:
     assert [model.id for model in endpoint.client.models.list()] == [ALIGNED, BUNDLED]
-    assert endpoint.client.models.retrieve(ALIGNED).model_dump()["parent"] == BUNDLED
+    card = endpoint.client.models.retrieve(ALIGNED).model_dump()
+    assert card["parent"] == BUNDLED and card["max_model_len"] == 512
 
 
 @pytest.mark.parametrize("model", [BUNDLED, ALIGNED])

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import ConfigError
+from serving.config import ServeConfig
 from serving.keys import ROLES, Key, Keys, Lasting, create_key, rotate_key
+from serving.launch import _other_database
+from serving.registry import Registry
 from serving.store import Store
+from serving.store.opening import found_database
 from serving.store.records import Conflict, StoreAway, UnknownId
 from tests.databases import connection_to, new_database
 
@@ -254,3 +258,32 @@ def test_expiry_and_role_are_set_by_command_and_all_of_it_is_written_down(tmp_pa
     assert [entry.id for entry in store.audit_trail(limit=2, before=trail[1].id)] == [one.id for one in trail[2:]]
     store.close()
     assert key.split("_")[2].encode() not in (tmp_path / "keys.sqlite").read_bytes()
+
+
+def test_keys_are_those_of_the_one_endpoint_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    with pytest.raises(ConfigError, match=r"as runs/serving/NAME, or a URL: there is none below runs/serving$"):
+        found_database(None)
+    (tmp_path / "runs/serving/one/versions").mkdir(parents=True)
+    (tmp_path / "runs/serving/notes").mkdir()
+    assert found_database(None) == f"sqlite:///{tmp_path}/runs/serving/one/feedback.sqlite"
+    (tmp_path / "runs/serving/two/versions").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="there are runs/serving/one, runs/serving/two"):
+        found_database(None)
+    assert found_database("runs/serving/new") == f"sqlite:///{tmp_path}/runs/serving/new/feedback.sqlite"
+    assert found_database("postgresql://h/n") == "postgresql://h/n"
+
+
+def test_keys_of_before_are_not_forgotten_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    registry, config = Registry(tmp_path / "serving"), ServeConfig(checkpoint="x")
+    assert _other_database(config, registry) is None
+    old = tmp_path / "raylign" / "feedback.sqlite"
+    Store(f"sqlite:///{old}").close()
+    assert f"feedback.database=sqlite:///{old}" in str(_other_database(config, registry))
+    with pytest.raises(ConfigError, match=f"--database sqlite:///{old}"):
+        found_database(None)
+    Store(f"sqlite:///{registry.folder}/feedback.sqlite").close()
+    assert _other_database(config, registry) is None

@@ -159,7 +159,7 @@ def test_without_the_one_right_key_nothing_is_rated(server: Running, headers: An
     reply = server.post(items("paris"), headers=headers)
     assert reply.status_code == 401
     assert reply.headers["WWW-Authenticate"] == "Bearer"
-    assert reply.json()["error"]["code"] == 401
+    assert reply.json()["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_only_the_health_check_is_public(server: Running, path: str, method: str
 
 
 def test_with_the_key_unknown_paths_and_methods_are_refused_in_one_form(server: Running) -> None:
-    assert httpx.get(f"{server.url}/nothing", headers=HEADERS).json()["error"]["code"] == 404
-    assert httpx.get(f"{server.url}/score", headers=HEADERS).json()["error"]["code"] == 405
+    assert httpx.get(f"{server.url}/nothing", headers=HEADERS).json()["error"]["code"] == "not_found"
+    assert httpx.get(f"{server.url}/score", headers=HEADERS).json()["error"]["type"] == "invalid_request_error"
     for path in ("/docs", "/openapi.json"):
         assert httpx.get(server.url + path, headers=HEADERS).status_code == 404
 
@@ -203,7 +203,7 @@ def test_with_the_key_unknown_paths_and_methods_are_refused_in_one_form(server: 
 def test_a_bad_body_is_a_small_400(server: Running, body: Any) -> None:
     reply = server.post(body)
     assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
     assert len(reply.content) < 2000
 
 

@@ -94,7 +94,7 @@ def test_order_and_batch_do_not_change_a_reward(endpoint: Running) -> None:
     ids=["nothing", "no-prompt", "two-prompts", "no-answers", "too-many", "too-long", "no-role"],
 )
 def test_what_cannot_be_rated_is_a_clean_400(endpoint: Running, items: list[Any]) -> None:
-    assert rated(endpoint, *items, status=400)["error"]["code"] == 400
+    assert rated(endpoint, *items, status=400)["error"]["type"] == "invalid_request_error"
 
 
 def test_only_those_choose_a_version_who_may(endpoint: Running) -> None:

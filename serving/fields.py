@@ -1,0 +1,142 @@
+"""Which fields of OpenAI's and vLLM's requests are taken, and what their many spellings become before the engine.
+
+What a client sends ─► `taken`: no nulls, no defaults, nothing that says nothing here ─► the engine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serving.schema import Refused
+
+SAMPLING = {
+    *("model", "n", "seed", "stop", "stream", "stream_options", "user"),
+    *("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs"),
+    *("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words"),
+    *("allowed_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("truncate_prompt_tokens", "add_special_tokens", "return_token_ids", "return_tokens_as_token_ids"),
+    *("response_format", "structured_outputs"),
+}
+"""Fields of both kinds of requests that reach vLLM."""
+TAKEN = {
+    "chat": SAMPLING
+    | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+    | {"reasoning_effort", "include_reasoning", "chat_template_kwargs", "add_generation_prompt", "documents"}
+    | {"continue_final_message"},
+    "completions": SAMPLING | {"prompt", "echo"},
+}
+IGNORED = {
+    *("metadata", "store", "service_tier", "safety_identifier", "verbosity"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+"""Fields of OpenAI's that say nothing about the answer of an endpoint that is one's own."""
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "modalities": (["text"],),
+    "prompt_logprobs": (0, False),
+    "use_beam_search": (False,),
+    "priority": (0,),
+    "suffix": ("",),
+    "length_penalty": (1, 1.0),
+    "tools": ([],),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "stop": ([], ""),
+    "function_call": ("none", "auto"),
+    "top_k": (-1,),
+}
+"""Values with which a field asks for what would be done without it; null does for every field."""
+REFUSED = {
+    "chat_template": "templates come with the model",
+    "request_id": "the service issues the ids",
+    "prompt_embeds": "prompts are texts or tokens",
+    "prompt_logprobs": "echo with logprobs says them, and POST /v1/rewards rates what is given",
+    "use_beam_search": "answers are sampled",
+    "best_of": "ask for n answers",
+    "suffix": "answers follow their prompt",
+    "priority": "all requests wait in turn",
+    "cache_salt": "the cache is the service's own",
+    "kv_transfer_params": "the cache is the service's own",
+    "vllm_xargs": "only documented fields are passed on",
+    "mm_processor_kwargs": "there are only texts",
+    "media_io_kwargs": "there are only texts",
+    "modalities": "there are only texts",
+    "audio": "there are only texts",
+    "functions": "OpenAI calls them tools now",
+    "function_call": "OpenAI calls it tool_choice now",
+    "prediction": "answers are not begun elsewhere",
+    "web_search_options": "nothing is searched",
+}
+"""Fields that clients know and that cannot be followed here, and why; all others are not known."""
+TURN = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"}
+"""Fields of a message that a template may read."""
+TURN_IGNORED = {"refusal", "annotations", "audio", "function_call"}
+"""Fields of a message that the API's own answers have, empty, and that clients send back."""
+SMALLEST_TOP_P = 1e-6
+"""Of OpenAI's 0, which vLLM does not take: the likeliest token alone."""
+
+
+def taken(kind: str, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """A request as the engine is to have it.
+
+    Raises:
+        Refused: 400, a field is not known, or cannot be followed; `param` names it.
+    """
+    fields = {}
+    for name, value in sent.items():
+        if value is None or name in IGNORED or any(_is_same(value, default) for default in DEFAULTS.get(name, ())):
+            continue
+        if name not in TAKEN[kind]:
+            raise _refused(name)
+        fields[name] = value
+    if fields.get("top_p") == 0:
+        fields["top_p"] = SMALLEST_TOP_P
+    if kind == "chat":
+        fields["messages"] = turns(sent["messages"])
+    return fields
+
+
+def turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as the engine is to have them: one text each, and only what a template may read.
+
+    Raises:
+        Refused: 400, as for `taken`.
+    """
+    return [_turn(place, turn) for place, turn in enumerate(messages)]
+
+
+def _turn(place: int, turn: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in turn.items() if value is not None or name == "content"}
+    for name in fields.keys() - TURN:
+        if name not in TURN_IGNORED:
+            raise _refused(f"messages[{place}].{name}")
+        if fields[name] and name != "refusal":
+            raise Refused(400, f"messages[{place}].{name} is not taken: there are only texts.", param="messages")
+    kept = {name: value for name, value in fields.items() if name in TURN and not (name == "tool_calls" and not value)}
+    content = kept.get("content")
+    if isinstance(content, list):
+        # As vLLM joins them; in one place, so that what is kept of a chat is what the model read.
+        kept["content"] = "\n".join(_text(part) for part in content)
+    elif content is None and isinstance(fields.get("refusal"), str):
+        kept["content"] = fields["refusal"]
+    if kept["role"] == "function":  # OpenAI's old name for it; the call's own has no id
+        kept |= {"role": "tool", "tool_call_id": kept.get("tool_call_id", kept.get("name", "function"))}
+    return kept
+
+
+def _text(part: Mapping[str, Any]) -> str:
+    return str(part["refusal" if part["type"] == "refusal" else "text"])
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _refused(name: str) -> Refused:
+    if name in REFUSED:
+        return Refused(
+            400, f"The field {name} is not taken: {REFUSED[name]}.", code="unsupported_parameter", param=name
+        )
+    return Refused(400, f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter", param=name[:100])
