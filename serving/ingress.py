@@ -128,7 +128,7 @@ def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 def application(service: Service) -> FastAPI:
     """All routes. They trust that `Guard` stands in front."""
     # No pages of documentation: they load scripts from elsewhere.
-    app = FastAPI(title="raylign", docs_url=None, redoc_url=None, dependencies=[Depends(authorise)])
+    app = FastAPI(title="raylign", openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(authorise)])
     for router in (
         _own(service),
         _page(),
@@ -193,6 +193,11 @@ def _own(service: Service) -> APIRouter:
             service.meters.text(state.current, records_waiting=service.recorder.num_waiting),
             media_type="text/plain; version=0.0.4",
         )
+
+    @router.get("/openapi.json", tags=["admin"], include_in_schema=False)
+    async def openapi_schema(request: Request) -> Response:
+        """All routes and their parameters."""
+        return JSONResponse(request.app.openapi())
 
     return router
 

@@ -30,6 +30,7 @@ from alignment.errors import ConfigError, RewardError
 from alignment.rewards import Reward, Scorer, Unreadable, checked
 from alignment.rewards.model import RewardModel
 from alignment.rewards.remote import ScoredItem, ScoreItem, ScoreReply, ScoreRequest, key_from
+from serving.guard import check_local
 from serving.launch import refuse_busy_port
 from serving.schema import Refused, refusal, sound_json
 
@@ -122,23 +123,29 @@ class Guard:
     """Lets nothing pass without the key but the health check: what is not known to be public is refused."""
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
-        """`key`: None lets everyone pass."""
+        """`key`: None lets everyone on this machine pass, but no page that a browser shows there."""
         self._app = app
         self._expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != PUBLIC and not self._allows(scope):
-            body = refusal(401, "A valid key is needed: Authorization: Bearer KEY.").body
-            refused = Response(body, 401, {"WWW-Authenticate": "Bearer"}, media_type="application/json")
-            await refused(scope, receive, send)
+        try:
+            if scope["type"] == "http" and scope["path"] != PUBLIC:
+                self._admit(scope)
+        except Refused as refused:
+            reply = refused.reply
+            headers = {"WWW-Authenticate": "Bearer"} if reply.status == 401 else {}
+            await Response(reply.body, reply.status, headers, media_type="application/json")(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _allows(self, scope: Scope) -> bool:
+    def _admit(self, scope: Scope) -> None:
+        """Raises Refused: 401 without the key, or 403 where none is needed and a page elsewhere asks."""
         if self._expected is None:
-            return True
+            check_local(scope["headers"])
+            return
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
+            raise Refused(401, "A valid key is needed: Authorization: Bearer KEY.")
 
 
 class ModelThread:

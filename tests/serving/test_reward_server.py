@@ -18,13 +18,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from starlette.responses import Response
 
 from alignment.errors import ConfigError, RewardError
 from alignment.rewards import Rewards, scorer_class
 from alignment.rewards.remote import ScoreItem
 from alignment.types import Completion, Group, Message
 from serving.launch import refuse_busy_port
-from serving.rewards import ModelThread, reward_server
+from serving.rewards import Guard, ModelThread, reward_server
 from serving.schema import Refused
 from tests.alignment.test_rewards_model import GROUPS, make_judge
 from tests.conftest import free_port
@@ -343,3 +344,26 @@ def test_it_serves_without_a_key_when_asked_and_stops_on_a_signal(server: Runnin
         process.wait()
     refuse_busy_port("127.0.0.1", port)
     assert "Traceback" not in running.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "evil.example:8100", "origin": "http://evil.example:8100"},
+        {"host": "127.0.0.1", "origin": "http://evil.example"},
+        {"host": "127.0.0.1", "sec-fetch-site": "cross-site"},
+    ],
+)
+def test_without_a_key_no_page_that_a_browser_shows_is_answered(headers: dict[str, str]) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Response("rated")(scope, receive, send)
+
+    async def asked(sent: dict[str, str]) -> int:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(Guard(app, None)), base_url="http://127.0.0.1"
+        ) as client:
+            return (await client.post("/score", json={}, headers=sent)).status_code
+
+    assert asyncio.run(asked(headers)) == 403
+    assert asyncio.run(asked({})) == 200
