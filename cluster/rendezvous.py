@@ -10,6 +10,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -41,20 +42,11 @@ class OwnAddressBackend(_TorchBackend):  # type: ignore[misc]  # the same
         backend = backend_config.backend or ("nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo")
         worker_group.execute(_set_torch_distributed_env_vars)
         address, port = worker_group.execute_single(0, open_store)
-        joined = [
-            worker_group.execute_single_async(
-                rank,
-                join,
-                backend=backend,
-                rank=rank,
-                world_size=len(worker_group),
-                address=address,
-                port=port,
-                timeout_s=backend_config.timeout_s,
-            )
-            for rank in range(len(worker_group))
-        ]
-        ray.get(joined)
+        size = len(worker_group)
+        place: dict[str, Any] = {"address": address, "port": port, "timeout_s": backend_config.timeout_s}
+        # Bound beforehand: Ray Train has a `rank` of its own.
+        calls = [partial(join, backend=backend, rank=rank, world_size=size, **place) for rank in range(size)]
+        ray.get([worker_group.execute_single_async(rank, call) for rank, call in enumerate(calls)])
 
 
 def open_store() -> tuple[str, int]:
