@@ -176,7 +176,7 @@ def _served(run: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     own = [f"folder={run}/serving", f"feedback.database=sqlite:///{run.resolve()}/serving/feedback.sqlite"]
-    settings = [f"port={port}", "max_model_len=1024", "no_keys=true", *own]
+    settings = [f"port={port}", "max_model_len=1024", "no_keys=true", "promote=true", *own]
     server = subprocess.Popen([sys.executable, "-m", "alignment.cli", "serve", str(run), *settings])
     try:
         _wait_until_ready(url, server)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import ray
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -28,12 +29,13 @@ from serving.ids import Ids
 from serving.keys import Key, Keys
 from serving.lease import Tenant
 from serving.meters import Meters
+from serving.nodes import check_database
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.recording import Recorder
 from serving.registry import Registry
 from serving.routes import PUBLIC, VERSION_HEADER, Service, audit, authorise, feedback, openai, rewards, versions
 from serving.schema import Refused, invalid, refusal
-from serving.served import Served
+from serving.served import Served, check_here
 from serving.store import Store
 from serving.store.opening import default_database
 
@@ -60,10 +62,11 @@ class Ingress:
         owner: str,
     ) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        check_here(Registry(Path(registry)))
+        database = config.feedback.database or default_database(Path(registry))
+        check_database(database, num_nodes=sum(node["Alive"] for node in ray.nodes()))
         self._config = config
-        self._store = Store(
-            config.feedback.database or default_database(Path(registry)), retention_days=config.feedback.retention_days
-        )
+        self._store = Store(database, retention_days=config.feedback.retention_days)
         self._trail = AuditTrail(self._store, Path(registry) / "audit")
         self._keys = None if config.no_keys else Keys(self._store)
         versions_of_model = Registry(Path(registry))

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from serving.registry import State, Version
 
 URL = "http://127.0.0.1:8000"
-TIMEOUT_S = 1800.0
-"""Seconds that an endpoint may take to copy a checkpoint, or to load it into every replica."""
+TIMEOUT_S = 7200.0
+"""Seconds that an endpoint may take to copy a checkpoint, or to load it into every replica: of whole weights, each in
+turn waits for its longest answer."""
 FIGURES = (
     ("eval/rewards/accuracies", "accuracy"),
     ("eval/reward", "reward"),

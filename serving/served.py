@@ -118,17 +118,26 @@ def _not_current(config: ServeConfig, registry: Registry, version: Version, curr
     )
 
 
+def check_here(registry: Registry) -> None:
+    """Checks on a machine where a part of the endpoint starts that it sees what is served.
+
+    Raises:
+        ServingError: it does not.
+    """
+    if not registry.state().current:
+        raise ServingError(
+            f"the registry {registry.folder} as {socket.gethostname()} sees it has no version that answers: several "
+            "machines must share it, as by a network file system"
+        )
+
+
 def served_version(config: ServeConfig, registry: Registry, number: int) -> Served:
     """What an engine loads for a version.
 
     Raises:
         ServingError: there is no such version, or it would have the same name as its base.
     """
-    if not number:
-        raise ServingError(
-            f"the registry {registry.folder} as {socket.gethostname()} sees it has no version that answers: several "
-            "machines must share it, as by a network file system"
-        )
+    check_here(registry)
     version = registry.version(number)
     name = config.name or name_of(config.checkpoint)
     folder = registry.folder_of(number)

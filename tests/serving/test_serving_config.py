@@ -16,8 +16,9 @@ from alignment.models.folders import BUNDLED
 from serving.app import build
 from serving.config import ServeConfig, load_serve_config
 from serving.launch import Endpoint, _gist, refuse_busy_port
+from serving.registry import Registry
 from serving.schema import Refused, sound_json
-from serving.served import Served, publish
+from serving.served import Served, check_here, publish
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
@@ -241,3 +242,8 @@ def test_a_model_without_a_chat_template_says_so_and_shows_what_works(
 def test_an_endpoint_whose_address_is_another_programs_choice_needs_keys() -> None:
     with pytest.raises(ConfigError, match=r"no_keys: is for `raylign serve` on 127\.0\.0\.1"):
         build({"checkpoint": BUNDLED, "no_keys": True})
+
+
+def test_a_machine_that_does_not_see_the_registry_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="has no version that answers: several machines must share it"):
+        check_here(Registry(tmp_path / "mount-that-is-not-there"))
