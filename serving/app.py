@@ -37,8 +37,8 @@ REPLICA_CPUS = 1.0
 SCORING_CPUS = 0.1
 AT_ONCE = 10_000
 """Requests in progress in a replica that only passes on."""
-LOOK_BACK_S = 10.0
-"""Over which autoscaling takes the mean of what there is to do."""
+LOOK_BACK_S = 15.0
+"""Over which autoscaling takes the mean of what there is to do; longer than Ray counts it, which is every 10 s."""
 METRICS_S = 2.0
 """Between two reports of it; Ray Serve wants several of them in the time above."""
 CANDIDATE_IDLE_S = 5.0

@@ -272,15 +272,40 @@ def _application(config: ServeConfig, served: Served, registry: Registry, owner:
         http_options={"host": config.host, "port": config.port},
     )
     _check_address(config)
+    name = application_name(served)
+    _refuse_second(name)
     check_nodes(registry, config.feedback.database or default_database(registry.folder))
     target = application(config, served, registry, owner)
     typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
-        _deploy(target, config)
+        _deploy(target, config, name)
         yield
     finally:
         typer.echo("Stopping when answers in progress have ended; Ctrl-C cuts them off …")
-        _delete(config)
+        _delete(config, name)
+
+
+def application_name(served: Served) -> str:
+    """What Ray Serve calls an endpoint: no two of a cluster alike, so that none is taken for another and replaced."""
+    return f"{APPLICATION}-{served.name.replace('/', '--')}"
+
+
+def _refuse_second(name: str) -> None:
+    """One application of a cluster answers at `/`; another one would replace it, if only by its name.
+
+    Raises:
+        ServingError: there is one.
+    """
+    from ray.serve.context import _get_global_client
+
+    for other, details in _get_global_client().get_serve_details()["applications"].items():
+        if details["route_prefix"] == "/" or other == name:
+            code = f'from ray import serve; serve.delete("{other}")'
+            raise ServingError(
+                f"The application {other!r} answers on this cluster's Ray Serve already. End it by Ctrl-C where it was "
+                f"started, or, if that process has died, by `python -c '{code}'`; or give this endpoint a cluster of "
+                "its own"
+            )
 
 
 def _check_address(config: ServeConfig) -> None:
@@ -299,7 +324,7 @@ def _check_address(config: ServeConfig) -> None:
         )
 
 
-def _delete(config: ServeConfig) -> None:
+def _delete(config: ServeConfig, name: str) -> None:
     """Takes the application down; another signal ends the waiting for what it still answers."""
     from ray import serve
 
@@ -307,32 +332,32 @@ def _delete(config: ServeConfig) -> None:
     with suppress(KeyboardInterrupt):
         while True:
             try:
-                serve.delete(APPLICATION)
+                serve.delete(name)
                 return
             except TimeoutError:  # Ray waits for a minute, however long an answer may take
                 if time.monotonic() > deadline:
                     return
 
 
-def _deploy(target: Application, config: ServeConfig) -> None:
+def _deploy(target: Application, config: ServeConfig, name: str) -> None:
     from ray import serve
 
-    with _progress():
+    with _progress(name):
         try:
-            serve.run(target, name=APPLICATION, route_prefix="/")
+            serve.run(target, name=name, route_prefix="/")
         except RuntimeError as error:
             raise ServingError(
-                f"The endpoint did not start. {_serve_says()}\nThe whole story is in {SERVE_LOGS}"
+                f"The endpoint did not start. {_serve_says(name)}\nThe whole story is in {SERVE_LOGS}"
             ) from error
         if _is_local():
             _wait_until_answering(config)
 
 
 @contextmanager
-def _progress() -> Iterator[None]:
+def _progress(name: str) -> Iterator[None]:
     """Shows that time passes, and what Serve is waiting for, such as a CPU that no machine has."""
     done = threading.Event()
-    watcher = threading.Thread(target=_show_progress, args=(done,), daemon=True)
+    watcher = threading.Thread(target=_show_progress, args=(done, name), daemon=True)
     watcher.start()
     try:
         yield
@@ -341,12 +366,12 @@ def _progress() -> Iterator[None]:
         watcher.join()
 
 
-def _show_progress(done: threading.Event) -> None:
+def _show_progress(done: threading.Event, name: str) -> None:
     shown = ""
     for second in itertools.count(1):
         if done.wait(1.0):
             return
-        text = _serve_says()
+        text = _serve_says(name)
         if text and text != shown:
             typer.echo(text)
         elif second % 15 == 0:
@@ -354,11 +379,11 @@ def _show_progress(done: threading.Event) -> None:
         shown = text
 
 
-def _serve_says() -> str:
+def _serve_says(name: str) -> str:
     """What is wrong with each deployment, or slow; empty if nothing is."""
     from ray import serve
 
-    application = serve.status().applications.get(APPLICATION)
+    application = serve.status().applications.get(name)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
     return "\n".join(_gist(message) for message in messages if message.strip())
 
