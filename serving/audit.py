@@ -25,6 +25,7 @@ from serving.keys import Database, opened_store
 if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from serving.registry import Registry
     from serving.store import Store
     from serving.store.records import AuditEntry
 
@@ -34,6 +35,7 @@ MAX_DETAIL = 2000
 """Characters of a request's body that an entry holds."""
 ACTIONS = {
     ("POST", "/v1/admin/versions"): "register",
+    ("DELETE", "/v1/admin/versions/{number}"): "delete version",
     ("POST", "/v1/admin/promote"): "promote",
     ("DELETE", "/v1/admin/canary"): "end canary",
     ("POST", "/v1/admin/rollback"): "rollback",
@@ -59,13 +61,8 @@ class AuditTrail:
 
     def record(self, entry: AuditEntry) -> None:
         """Returns when the entry is on the disk; if it cannot be, the log has it."""
-        file = self._folder / f"{entry.id}.json"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(file, json.dumps(asdict(entry)).encode())
-        except OSError as error:
-            logger.error("An entry of the audit trail cannot be written (%s): %s", error.strerror, _line(entry))
-        self._submit(entry, file)
+        leave(self._folder, entry)
+        self._submit(entry, _file(self._folder, entry))
 
     def close(self) -> None:
         """Ends the retries; the store stays open."""
@@ -90,6 +87,24 @@ class AuditTrail:
                     continue
                 except Exception:  # one bad file, or a slow database, must not end the retries
                     logger.exception("An entry of the audit trail cannot be stored yet: %s", file)
+
+
+def leave(folder: Path, entry: AuditEntry) -> None:
+    """Writes an entry into a folder, from which the next ingress stores it; if it cannot be, the log has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(_file(folder, entry), json.dumps(asdict(entry)).encode())
+    except OSError as error:
+        logger.error("An entry of the audit trail cannot be written (%s): %s", error.strerror, _line(entry))
+
+
+def folder_of(registry: Registry) -> Path:
+    """Where entries about a registry wait."""
+    return registry.folder / "audit"
+
+
+def _file(folder: Path, entry: AuditEntry) -> Path:
+    return folder / f"{entry.id}.json"
 
 
 class Audited:

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from serving.audit import Audited, AuditTrail
+from serving.audit import Audited, AuditTrail, folder_of
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.guard import Guard, as_response
@@ -67,9 +67,9 @@ class Ingress:
         check_database(database, num_nodes=sum(node["Alive"] for node in ray.nodes()))
         self._config = config
         self._store = Store(database, retention_days=config.feedback.retention_days)
-        self._trail = AuditTrail(self._store, Path(registry) / "audit")
-        self._keys = None if config.no_keys else Keys(self._store)
         versions_of_model = Registry(Path(registry))
+        self._trail = AuditTrail(self._store, folder_of(versions_of_model))
+        self._keys = None if config.no_keys else Keys(self._store)
         meters = Meters()
         self._recorder = Recorder(self._store, versions_of_model.folder / "unstored", on_loss=meters.record_lost)
         if "/" not in owner:  # a cluster's, which may have several endpoints

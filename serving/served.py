@@ -8,11 +8,13 @@ from pathlib import Path
 
 from alignment.errors import AlignmentError, ServingError
 from alignment.models.folders import base_of, model_source
+from serving.audit import folder_of, leave
 from serving.bases import base_stamp
 from serving.config import ServeConfig
 from serving.fits import Adapter, Room, adapter_of, template_of
 from serving.parsers import tool_call_parser_of
 from serving.registry import Registry, Version, name_of
+from serving.store.records import AuditEntry, operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +90,31 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
             name as its base.
     """
     registry = registry_of(config)
-    current = registry.state().current
+    before = current = registry.state().current
     must_fit = bool(current) and (is_live or not config.promote)
     try:
         version = registry.add(_folder(config.checkpoint), parent=current or None, fits=current if must_fit else None)
     except AlignmentError as error:
         if not current or config.promote:
             raise
+        _write_down_start(config, registry, version=None, before=before)
         note = f"{config.checkpoint} was not registered: {error}. {_as_before(registry, current)}"
         return Publication(served=served_version(config, registry, current), registry=registry, note=note)
     if not current or config.promote:
         current = registry.promote(version.number).current
+    _write_down_start(config, registry, version=version.number, before=before)
     return Publication(
         served=served_version(config, registry, current),
         registry=registry,
         note=None if version.number == current else _not_current(config, registry, version, current),
     )
+
+
+def _write_down_start(config: ServeConfig, registry: Registry, *, version: int | None, before: int) -> None:
+    """Into the audit trail: what a start registered, and what answered before and after it."""
+    current = registry.state().current
+    detail = {"checkpoint": config.checkpoint, "version": version, "before": before, "current": current}
+    leave(folder_of(registry), AuditEntry(action="start", who=operator(), detail=detail))
 
 
 def _as_before(registry: Registry, current: int) -> str:

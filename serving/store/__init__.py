@@ -8,11 +8,8 @@ A file of SQLite on one machine, or PostgreSQL; several processes may share eith
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -38,6 +35,7 @@ from serving.store.records import (
     StoredKey,
     Turn,
     UnknownId,
+    operator,
 )
 from serving.store.statistics import statistics_of
 from serving.store.tables import answers, audit, groups, idempotency, judgements, keys
@@ -320,15 +318,6 @@ def _change_key(name: str, new: dict[str, Any], connection: Connection) -> None:
     lasts = sa.true() if "expires" in new else keys.c.expires.is_(None) | (keys.c.expires > time.time())
     if not connection.execute(sa.update(keys).where(*is_named, lasts).values(new)).rowcount:
         raise UnknownId(f"There is no valid key called {name}")
-
-
-def operator() -> str:
-    """Who runs this process: the operating system's user, and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 def _audit(entry: AuditEntry, connection: Connection) -> None:

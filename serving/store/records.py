@@ -5,7 +5,10 @@ group (issued) ─► answers ─► judgements ─► training rows, which `ali
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
+import socket
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -250,3 +253,12 @@ class AuditEntry:
     """IP address that the request came from; None of a command."""
     detail: dict[str, Any] = field(default_factory=dict)
     """What it was done to, and what came of it; holds no text of a prompt or an answer, and no key."""
+
+
+def operator() -> str:
+    """Who runs this process: the operating system's user, and the machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

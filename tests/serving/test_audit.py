@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any, cast
 import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
+from safetensors.torch import load_file, save_file
 
 import serving.audit
 from serving.audit import Audited, AuditTrail
@@ -22,8 +24,9 @@ from serving.ingress import answer_errors
 from serving.keys import Key, Role
 from serving.recording import Recorder
 from serving.routes import Service, audit, authorise, feedback
+from serving.served import publish
 from serving.store import Store
-from serving.store.records import AuditEntry
+from serving.store.records import AuditEntry, operator
 from tests.databases import connection_to, new_database
 
 
@@ -181,3 +184,30 @@ def test_the_trail_is_listed_by_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "alignment.cli", "audit", "--database", database]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "promote" in told and "anna" in told and "192.0.2.7" in told and '{"status": 200}' in told
+
+
+def test_a_start_writes_down_what_it_made_of_the_versions(tiny_model: Path, tmp_path: Path) -> None:
+    other = copied(tiny_model, tmp_path / "other")
+    for checkpoint, promote in ((tiny_model, False), (other, False), (other, True)):
+        publish(ServeConfig(checkpoint=str(checkpoint), folder=str(tmp_path), name="assistant", promote=promote))
+    store = Store(f"sqlite:///{tmp_path / 'feedback.sqlite'}")
+    files = tmp_path / "assistant" / "audit"
+    assert len(list(files.iterdir())) == 3
+    trail = AuditTrail(store, files)
+    soon(lambda: not list(files.iterdir()))
+    entries = sorted(store.audit_trail(limit=5), key=lambda entry: entry.created)
+    changes = [(entry.detail["version"], entry.detail["before"], entry.detail["current"]) for entry in entries]
+    assert changes == [(1, 0, 1), (2, 1, 1), (2, 1, 2)]
+    assert {(entry.action, entry.who) for entry in entries} == {("start", operator())}
+    trail.close()
+    store.close()
+
+
+def copied(model: Path, folder: Path) -> Path:
+    """The same model with a weight that differs."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).add_(1.0)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
