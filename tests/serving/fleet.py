@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -29,6 +30,7 @@ from serving.registry import Registry, State
 from serving.routing import ByConversation
 from serving.schema import Reply, Route
 from serving.served import served_version
+from serving.trial import Trials
 from serving.versions import TURN, HalfLoaded, MoveLimits, Versions, candidate_version, fleet_version
 
 MODEL = "assistant"
@@ -37,7 +39,9 @@ WAIT_S = 1.0
 
 
 class Health:
-    """In place of Ray Serve LLM's server."""
+    """In place of Ray Serve LLM's server, and of the engine in it, which lives."""
+
+    engine = SimpleNamespace(_engine_client=SimpleNamespace(errored=False))
 
     async def check_health(self) -> None:
         return None
@@ -76,6 +80,7 @@ class WithoutModel:
         self._served = served_version(settings.config, registry, number)
         self._server = Health()
         self._control_tokens = None
+        self._trials = Trials(lambda: "", settings.config.limits)
         self._versions = Versions(
             registry,
             Shelf(registry.folder),
