@@ -190,7 +190,8 @@ class Backend:
         takes_over = self._candidate is not None and self._candidate.holds(told.moves_to)
         if takes_over and target.version is None and target.may_use_candidate:
             return replace(target, version=told.moves_to, on_candidate=True)  # it holds what is about to answer
-        if told.moves_to is None and target.is_choice and target.version is not None:
+        lacks_version = told.moves_to is None and not told.is_broken
+        if lacks_version and target.is_choice and target.version is not None:
             return replace(target, version=None)  # the canary has ended, or has not come so far
         others = tuple(replica for replica in target.avoid if replica != told.replica)
         return replace(target, avoid=(told.replica, *others) if told.is_broken else (*others, told.replica))
