@@ -18,9 +18,9 @@ from alignment.config import MODULE_FOLDERS, ZeroConfig, json_schema
 from alignment.environment import NO_BARS, compute_on, inherited
 from alignment.errors import ClusterError, ConfigError
 from alignment.failure import clear_failure, failure_of
-from alignment.ray_access import check_token, protect_token_file, require_token
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
+from cluster.ray_access import check_token, protect_token_file, require_token
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 
 from alignment.config import check_config
 from alignment.errors import ConfigError
-from alignment.ray_access import check_token
+from cluster.ray_access import check_token
 from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 
-from alignment.ray_access import require_token
+from cluster.ray_access import require_token
 from serving.bench import engine_settings
 from serving.launch import OBJECT_STORE_BYTES
 

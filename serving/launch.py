@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alignment.errors import ClusterError, ServingError
-from alignment.ray_access import check_token, protect_token_file, require_token
+from cluster.ray_access import check_token, protect_token_file, require_token
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from alignment.errors import ClusterError
-from alignment.ray_access import MODE, check_token, protect_token_file, require_token
+from cluster.ray_access import MODE, check_token, protect_token_file, require_token
 from tests.conftest import free_port
 
 BIN = Path(sys.executable).parent
