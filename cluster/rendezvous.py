@@ -10,7 +10,6 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -42,11 +41,20 @@ class OwnAddressBackend(_TorchBackend):  # type: ignore[misc]  # the same
         backend = backend_config.backend or ("nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo")
         worker_group.execute(_set_torch_distributed_env_vars)
         address, port = worker_group.execute_single(0, open_store)
-        size = len(worker_group)
-        place: dict[str, Any] = {"address": address, "port": port, "timeout_s": backend_config.timeout_s}
-        # Bound beforehand: Ray Train has a `rank` of its own.
-        calls = [partial(join, backend=backend, rank=rank, world_size=size, **place) for rank in range(size)]
-        ray.get([worker_group.execute_single_async(rank, call) for rank, call in enumerate(calls)])
+        joined = [
+            worker_group.execute_single_async(
+                rank,
+                join,
+                backend=backend,
+                world_rank=rank,
+                world_size=len(worker_group),
+                address=address,
+                port=port,
+                timeout_s=backend_config.timeout_s,
+            )
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joined)
 
 
 def open_store() -> tuple[str, int]:
@@ -62,7 +70,7 @@ def open_store() -> tuple[str, int]:
     return address, port
 
 
-def join(*, backend: str, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+def join(*, backend: str, world_rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
     """Joins torch's process group, whose store is at an address."""
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -71,9 +79,11 @@ def join(*, backend: str, rank: int, world_size: int, address: str, port: int, t
     os.environ.setdefault(GLOO_INTERFACE, interface_of(ray.util.get_node_ip_address()))
     timeout = timedelta(seconds=timeout_s)
     store = (
-        SHARED[0] if rank == 0 else TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        SHARED[0]
+        if world_rank == 0
+        else TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
     )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=world_rank, world_size=world_size, timeout=timeout)
 
 
 def interface_of(address: str) -> str:
