@@ -44,6 +44,9 @@ HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECA
 LARGE_BYTES = 65536
 """Bodies above this size are read beside the event loop."""
 
+SLOW_S = 0.5
+"""Seconds after which a key that asks for too much is told so."""
+
 Who = Callable[[list[bytes]], Key | None]
 """From the Authorization headers of a request to the key behind them; None if there is none."""
 
@@ -102,6 +105,8 @@ class Guard:
                 with share.hold() as grow:
                     await self._carry_out(scope, receive, send, grow)
         except Refused as refused:
+            if refused.reply.status == 429:  # who asks again at once would take the time of others
+                await asyncio.sleep(SLOW_S)
             await _say(refused.reply, scope, send)
         except Exception as error:  # the client must get an answer, and must not get the exception's text
             # Where, and not the message, which may quote what was sent.
