@@ -22,7 +22,7 @@ from serving.lease import LeaseTaken, lease_of
 from serving.nodes import check_nodes
 from serving.registry import Registry
 from serving.routing import ByConversation
-from serving.scoring import MAX_BATCH, Scoring
+from serving.scoring import MAX_BATCH, SCORING_NAME, Scoring
 from serving.served import Served, publish, registry_of
 from serving.store.opening import default_database
 
@@ -30,7 +30,6 @@ logger = logging.getLogger("ray.serve")
 
 INGRESS_NAME = "ingress"
 ENGINE_NAME = "engine"
-SCORING_NAME = "scoring"
 """The deployments' names; a Serve config file overrides a deployment's options by it."""
 INGRESS_CPUS = 0.1
 REPLICA_CPUS = 1.0
@@ -43,6 +42,8 @@ METRICS_S = 2.0
 """Between two reports of it; Ray Serve wants several of them in the time above."""
 CANDIDATE_IDLE_S = 5.0
 """Seconds after the end of a canary of whole weights in which its replica ends."""
+SCORING_DRAIN_S = 60.0
+"""Seconds that what is being rated still gets when a scorer stops."""
 SCORING_IDLE_S = 600.0
 """Seconds without a request after which a scorer that nobody wants to keep ends."""
 
@@ -106,7 +107,8 @@ def application(config: ServeConfig, served: Served, registry: Registry, owner: 
     if served.base_name is None:
         options = _candidate_options(config, device)
         candidate = serve.deployment(CandidateEngine, name=CANDIDATE_NAME, **options).bind(settings)
-    return ingress.bind(engine, candidate, scoring.bind(config, device, folder), config, served, folder, owner)
+    scorer = scoring.bind(config, _scoring_device(config, device), folder)
+    return ingress.bind(engine, candidate, scorer, config, served, folder, owner)
 
 
 def choose_device(config: ServeConfig) -> Device:
@@ -125,10 +127,14 @@ def _ingress_options(config: ServeConfig) -> dict[str, Any]:
     }
 
 
+def _scoring_device(config: ServeConfig, device: Device) -> Device:
+    return device if config.rewards.num_gpus else "cpu"
+
+
 def _scoring_options(config: ServeConfig, device: Device) -> dict[str, Any]:
-    gpus = {"num_gpus": config.rewards.num_gpus} if device == "cuda" else {}
+    gpus = config.rewards.num_gpus if device == "cuda" else 0.0
     return {
-        "ray_actor_options": {"num_cpus": SCORING_CPUS, **gpus},
+        "ray_actor_options": {"num_cpus": SCORING_CPUS, "num_gpus": gpus},
         "autoscaling_config": {
             "min_replicas": config.rewards.min_replicas,
             "max_replicas": config.rewards.max_replicas,
@@ -137,7 +143,8 @@ def _scoring_options(config: ServeConfig, device: Device) -> dict[str, Any]:
         },
         "max_ongoing_requests": 2 * MAX_BATCH,  # one batch in progress, one waiting
         "max_queued_requests": config.max_queued_requests,
-        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        # One that still waits for a GPU ends no sooner, and an endpoint that ends waits for it.
+        "graceful_shutdown_timeout_s": min(config.drain_timeout_s, SCORING_DRAIN_S),
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 2,
     }

@@ -12,16 +12,16 @@ from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from alignment.errors import AlignmentError, ServingError
-from serving.candidate import CandidateReplica
+from serving.candidate import CandidateReplica, serve_reason
 from serving.config import ServeConfig
 from serving.engine import Status
 from serving.registry import Registry, State
 from serving.routing import beginning, canary_answers
 from serving.schema import Elsewhere, Refused, Reply, Route, refusal
-from serving.scoring import Job, Rated
+from serving.scoring import SCORING_NAME, Job, Rated
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,6 +38,8 @@ PAUSE_S = 0.1
 """Before a request is sent again that only a replica could take which is about to be restarted."""
 RETRY_S = 1.0
 """What a client is told to wait that found no room."""
+SCORER_RETRY_S = 10.0
+"""What a client is told to wait while a scorer starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Backend:
         self._streaming = engine.options(stream=True)
         self._scoring = scoring
         self._timeout_s = config.request_timeout_s
+        self._rewards = config.rewards
         self._may_sleep = config.min_replicas == 0
         self._registry = registry
         self._model = model
@@ -204,7 +207,7 @@ class Backend:
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                rated: Rated | Reply = await self._scoring.rate.remote(job)
+                rated = await self._rate_once_started(job)
         except TimeoutError as error:
             raise Refused(504, f"The rewards were not complete after {self._timeout_s:g} seconds.") from error
         except (RayError, RayServeException) as error:
@@ -213,6 +216,37 @@ class Backend:
         if isinstance(rated, Reply):
             raise Refused.by(rated)
         return rated
+
+    async def _rate_once_started(self, job: Job) -> Rated | Reply:
+        """Waits for a replica of the scorer no longer than one may take to start, and for its answer after that.
+
+        Being asked is what starts one; that goes on when the request is given up.
+        """
+        call = self._scoring.rate.remote(job)
+        answer = asyncio.create_task(_awaited(call))
+        try:
+            await asyncio.wait([answer], timeout=self._rewards.start_timeout_s)
+            if answer.done() or await self._has_scorer():
+                return await answer
+        finally:
+            if not answer.done():
+                call.cancel()
+                answer.cancel()
+        logger.warning("No scorer has started. %s", await asyncio.to_thread(serve_reason, SCORING_NAME))
+        return refusal(
+            503,
+            f"No scorer has started within {self._rewards.start_timeout_s:g} s. Beside an engine on GPUs it wants "
+            f"{self._rewards.num_gpus:g} GPU of its own (rewards.num_gpus). Try again later.",
+            retry_after_s=SCORER_RETRY_S,
+        )
+
+    async def _has_scorer(self) -> bool:
+        """Whether a replica of the scorer runs, however busy it is."""
+        try:
+            response = self._scoring.broadcast("is_running")
+            return bool(await response.results_async(timeout_s=READY_TIMEOUT_S, return_exceptions=True))
+        except (RayError, RayServeException, TimeoutError):
+            return False
 
     async def statuses(self) -> list[Status]:
         """What every replica that can answer says of itself; empty while none can.
@@ -327,3 +361,9 @@ class Backend:
         except (RayError, RayServeException, TimeoutError) as error:
             raise ServingError("no replica answered") from error
         return answers
+
+
+async def _awaited(call: DeploymentResponse[Rated | Reply]) -> Rated | Reply:
+    """The answer to a call, which is awaitable and no coroutine."""
+    answer: Rated | Reply = await call
+    return answer

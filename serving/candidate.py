@@ -67,7 +67,7 @@ class CandidateReplica:
                         raise ServingError(f"version {number} cannot be loaded beside the others: {self._status.error}")
                     await asyncio.sleep(POLL_S)
                 return
-        reason = await asyncio.to_thread(_serve_reason)
+        reason = await asyncio.to_thread(serve_reason, CANDIDATE_NAME)
         raise ServingError(
             f"no further replica has started within {self._start_s:g} s to hold version {number} beside the others, "
             f"which needs as much memory, and as many GPUs, as one of them (candidate_start_s). {reason}".strip()
@@ -86,8 +86,8 @@ class CandidateReplica:
                 call.cancel()
 
 
-def _serve_reason() -> str:
-    """What Ray Serve says of the deployment."""
+def serve_reason(deployment: str) -> str:
+    """What Ray Serve says of a deployment."""
     applications = serve.status().applications.values()
-    messages = [each.deployments[CANDIDATE_NAME].message for each in applications if CANDIDATE_NAME in each.deployments]
+    messages = [each.deployments[deployment].message for each in applications if deployment in each.deployments]
     return " ".join(message for message in messages if message)

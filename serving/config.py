@@ -90,7 +90,10 @@ class RewardsConfig(Section):
     max_replicas: PositiveCount = 1
     """Replicas at most; 0 GPUs each on CPU."""
     num_gpus: NonNegative = 1.0
-    """GPUs of one replica, a fraction if it shares one; not used on CPU."""
+    """GPUs of one replica, beside those of the engines, which share theirs with nobody; 0 rates on the CPU. Not used
+    where the engines are on CPU."""
+    start_timeout_s: Positive = 60.0
+    """Seconds that a request waits while no replica runs; then it gets status 503, and the start goes on."""
 
 
 class FeedbackConfig(Section):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # torch takes seconds, and the ingress, which knows this modu
 
 logger = logging.getLogger("ray.serve")
 
+SCORING_NAME = "scoring"
+"""The deployment's name."""
 MAX_BATCH = 64
 """Requests that are rated together."""
 MAX_ADAPTERS = 4
@@ -123,6 +125,10 @@ class Scoring:
         order = sorted(range(len(jobs)), key=lambda index: jobs[index].version or 0)
         rated = {index: self._one(jobs[index]) for index in order}
         return [rated[index] for index in range(len(jobs))]
+
+    async def is_running(self) -> bool:
+        """True: said past the queue, by a replica that has loaded its model."""
+        return True
 
     def _one(self, job: Job) -> Rated | Reply:
         try:

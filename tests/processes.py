@@ -63,3 +63,18 @@ def assert_idle_threads_sleep(processes: Iterable[psutil.Process]) -> None:
         # As bytes: a process that has given itself a title has overwritten the beginning of its environment.
         environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
         assert b"OMP_WAIT_POLICY=passive" in environment, process.as_dict(["pid", "name", "cmdline"])
+
+
+def listening(processes: Iterable[psutil.Process]) -> dict[int, str]:
+    """The TCP ports that processes listen on, with the address."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = [each for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
+            found |= {each.laddr.port: each.laddr.ip for each in sockets}
+    return found
+
+
+def is_of_this_machine(address: str) -> bool:
+    """Whether only this machine's own processes can connect to an address."""
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"

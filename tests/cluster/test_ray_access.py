@@ -10,14 +10,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from alignment.errors import ClusterError
+from cluster.config import ClusterRunConfig
+from cluster.launch import run
 from cluster.ray_access import MODE, check_token, protect_token_file, require_token
 from tests.conftest import free_port
+from tests.processes import descendants, is_of_this_machine, listening
 
 BIN = Path(sys.executable).parent
 
@@ -54,6 +59,23 @@ def wait_for(port: int, node: subprocess.Popen[bytes]) -> None:
 
 def test_our_own_ray_answers_nobody_without_its_token(ray_here: None) -> None:
     check_token(ray.get_runtime_context().gcs_address)
+
+
+def test_a_run_on_this_machine_listens_to_this_machine_alone(
+    ray_here: None, run_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its workers meet at a store of torch's and talk by gloo, neither of which asks who is there."""
+    cluster = {"workers": 2, "cpus_per_worker": 1}
+    config = ClusterRunConfig.model_validate({**run_settings, "steps": 60, "cluster": cluster})
+    ports: dict[int, str] = {}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, config)
+        while not running.done():
+            ports |= listening(descendants())
+            time.sleep(0.05)
+    running.result()
+    assert ports, "Ray's own at least"
+    assert {port: address for port, address in ports.items() if not is_of_this_machine(address)} == {}
 
 
 @pytest.mark.parametrize(

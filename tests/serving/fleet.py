@@ -29,6 +29,7 @@ from serving.engine import CandidateEngine, Engine, EngineSettings
 from serving.registry import Registry, State
 from serving.routing import ByConversation
 from serving.schema import Reply, Route
+from serving.scoring import Job, Rated, Scoring
 from serving.served import served_version
 from serving.trial import Trials
 from serving.versions import TURN, HalfLoaded, MoveLimits, Versions, candidate_version, fleet_version
@@ -111,6 +112,18 @@ class LightEngine(WithoutModel, Engine):
 
 class LightCandidate(WithoutModel, CandidateEngine):
     """The candidate's."""
+
+
+class LightScoring(Scoring):
+    """Rates without a model, after a start of some seconds or none, as slowly as it is asked to."""
+
+    def __init__(self, start_s: float, work_s: float) -> None:
+        time.sleep(start_s)
+        self._work_s = work_s
+
+    def _rated(self, job: Job) -> Rated:
+        time.sleep(self._work_s)
+        return Rated(version=1, rewards=((0.5,),))
 
 
 class Front:

@@ -8,27 +8,12 @@ import pytest
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
+from tests.processes import descendants, is_of_this_machine, listening
 from tests.serving.conftest import Running
 
 
-def listening(process: int) -> dict[int, str]:
-    """The TCP ports that a process and those that it has started listen on, with the address."""
-    whole = psutil.Process(process)
-    sockets = [
-        each
-        for one in (whole, *whole.children(recursive=True))
-        for each in one.net_connections(kind="tcp")
-        if each.status == psutil.CONN_LISTEN
-    ]
-    return {each.laddr.port: each.laddr.ip for each in sockets}
-
-
-def is_of_this_machine(address: str) -> bool:
-    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
-
-
 def test_ports_that_other_machines_reach_want_the_token(endpoint: Running) -> None:
-    ports = listening(endpoint.process.pid)
+    ports = listening([psutil.Process(endpoint.process.pid), *descendants(of=endpoint.process.pid)])
     outside = {port for port, address in ports.items() if not is_of_this_machine(address)}
     assert len(ports) > len(outside), "Ray's own and the endpoint's are here"
     assert int(endpoint.url.rpartition(":")[2]) not in outside
