@@ -294,6 +294,20 @@ def test_what_changes_something_wants_json_even_without_a_body(method: str, kind
     assert answer.status_code != 415
 
 
+STAINLESS = ("arch", "lang", "os", "package-version", "retry-count", "runtime", "runtime-version", "timeout")
+"""Of the headers `x-stainless-…`, with which OpenAI's JavaScript client says from a browser, too, what it is."""
+
+
+def test_browsers_are_told_that_the_headers_of_openais_client_may_be_sent() -> None:
+    app: Any = with_cors(guarded(), ("https://lab.example",))
+    names = ["authorization", "content-type", *(f"x-stainless-{name}" for name in STAINLESS)]
+    asked = {"origin": "https://lab.example", "access-control-request-method": "POST"}
+    answer = ask(app, "OPTIONS", "/echo", headers=asked | {"access-control-request-headers": ", ".join(names)})
+    assert answer.status_code == 200, answer.text
+    allowed = answer.headers["access-control-allow-headers"].lower().split(", ")
+    assert set(names) <= set(allowed)
+
+
 def test_browsers_are_told_which_pages_may_ask() -> None:
     asked = {"origin": "https://lab.example", "access-control-request-method": "POST"}
     wanted = asked | {"access-control-request-headers": "authorization, content-type"}
