@@ -25,6 +25,7 @@ TAKEN = {
     | {"reasoning_effort", "include_reasoning", "chat_template_kwargs", "add_generation_prompt", "documents"}
     | {"continue_final_message"},
     "completions": SAMPLING | {"prompt", "echo"},
+    "tokenize": {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs"},
 }
 IGNORED = {
     *("metadata", "store", "service_tier", "safety_identifier", "verbosity"),
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prompt_logprobs": (0, False),
     "use_beam_search": (False,),
+    "echo": (False,),
     "priority": (0,),
     "suffix": ("",),
     "length_penalty": (1, 1.0),
@@ -68,10 +70,13 @@ REFUSED = {
     "function_call": "OpenAI calls it tool_choice now",
     "prediction": "answers are not begun elsewhere",
     "web_search_options": "nothing is searched",
+    "moderation": "nothing is moderated",
 }
 """Fields that clients know and that cannot be followed here, and why; all others are not known."""
 TURN = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"}
 """Fields of a message that a template may read."""
+TURN_DEFAULTS: dict[str, tuple[Any, ...]] = {"type": ("text",)}
+"""Values with which a field of a message says nothing; each of lm-eval 0.4.9 has this one."""
 TURN_IGNORED = {"refusal", "annotations", "audio", "function_call"}
 """Fields of a message that the API's own answers have, empty, and that clients send back."""
 SMALLEST_TOP_P = 1e-6
@@ -86,15 +91,15 @@ def taken(kind: str, sent: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = {}
     for name, value in sent.items():
-        if value is None or name in IGNORED or any(_is_same(value, default) for default in DEFAULTS.get(name, ())):
+        if value is None or name in IGNORED or _is_default(value, DEFAULTS.get(name, ())) or _says_nothing(name, sent):
             continue
         if name not in TAKEN[kind]:
             raise _refused(name)
         fields[name] = value
     if fields.get("top_p") == 0:
         fields["top_p"] = SMALLEST_TOP_P
-    if kind == "chat":
-        fields["messages"] = turns(sent["messages"])
+    if "messages" in fields:
+        fields["messages"] = turns(fields["messages"])
     return fields
 
 
@@ -108,7 +113,11 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _turn(place: int, turn: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: value for name, value in turn.items() if value is not None or name == "content"}
+    fields = {
+        name: value
+        for name, value in turn.items()
+        if name == "content" or (value is not None and not _is_default(value, TURN_DEFAULTS.get(name, ())))
+    }
     for name in fields.keys() - TURN:
         if name not in TURN_IGNORED:
             raise _refused(f"messages[{place}].{name}")
@@ -130,8 +139,20 @@ def _text(part: Mapping[str, Any]) -> str:
     return str(part["refusal" if part["type"] == "refusal" else "text"])
 
 
-def _is_same(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and bool(value == default)
+def _is_default(value: Any, defaults: Sequence[Any]) -> bool:
+    return any(type(value) is type(default) and bool(value == default) for default in defaults)
+
+
+def _says_nothing(name: str, sent: Mapping[str, Any]) -> bool:
+    """Whether a field asks for nothing beside the others of its request."""
+    value = sent[name]
+    if name == "best_of":  # the best n of n
+        return _is_default(value, (sent.get("n"),))
+    if name == "stream_options":
+        return not sent.get("stream") and isinstance(value, Mapping) and not any(value.values())
+    if name in ("tool_choice", "parallel_tool_calls"):
+        return not sent.get("tools") and (name != "tool_choice" or value in ("auto", "none"))
+    return False
 
 
 def _refused(name: str) -> Refused:

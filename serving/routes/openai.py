@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.config import is_template_variable
-from serving.fields import taken, turns
+from serving.fields import taken
 from serving.grammar import check_structured_output
 from serving.guard import as_response
 from serving.issuing import Kind, chunks, issued
@@ -46,11 +46,9 @@ class Asking(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | list[Annotated[str, Field(min_length=1, max_length=1000)]]
-        | None
-    ) = None
+    stop: Annotated[str, Field(max_length=1000)] | list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = (
+        None
+    )
     stream: bool | None = None
     user: Annotated[str, Field(max_length=200)] | None = None
 
@@ -75,12 +73,50 @@ class RefusalPart(BaseModel):
     refusal: str
 
 
+class CalledFunction(BaseModel):
+    """A function and what it was called with: JSON, as a text or not."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(BaseModel):
+    """A call of a tool in an answer."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Function(BaseModel):
+    """A function that a model may call; vLLM knows the other fields."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+
+
+class Tool(BaseModel):
+    """A tool that a model may call. vLLM looks into tools and calls before it knows that they are any."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class ChatTurn(BaseModel):
     """One message of a chat."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Annotated[str, Field(pattern="^(system|developer|user|assistant|tool|function)$")]
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
     content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
 
 
@@ -93,6 +129,7 @@ class ChatBody(Asking):
     chat_template_kwargs: Annotated[dict[TemplateKey, TemplateValue], Field(max_length=16)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: list[Tool] | None = None
 
 
 class CompletionBody(Asking):
@@ -160,9 +197,7 @@ def routes(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "Give either prompt or messages.")
         card(body.model)
-        asked = dict(request.scope["state"]["json"])
-        if body.messages is not None:
-            asked["messages"] = turns(asked["messages"])
+        asked = taken("tokenize", request.scope["state"]["json"])
         parts = service.backend.ask("tokenize", asked, wanted_version(request))
         return as_response(await whole(parts))
 
