@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -27,6 +28,8 @@ MAX_FILES = 50_000
 """Answers that wait in files; further ones are lost, which is logged and counted."""
 SAY_EVERY_S = 60.0
 """Seconds between two lines in the log about the same."""
+MAX_DELETED = 1000
+"""Ids that were deleted lately, of which nothing is on its way any more."""
 STORED_S = 30.0
 """Seconds after which an answer is in the store, or waits in a file."""
 
@@ -46,6 +49,7 @@ class Recorder:
         self._folder = folder
         self._on_loss = on_loss
         self._next_line = 0.0
+        self._deleted: deque[str] = deque(maxlen=MAX_DELETED)
         self.num_waiting = self._count()
         """Answers in files, as of a few seconds ago."""
         self._done = threading.Event()
@@ -66,14 +70,17 @@ class Recorder:
 
     def forget(self, id: str) -> bool:
         """Deletes what waits of a group, so that it is not stored after it was deleted; True if something did."""
+        self._deleted.append(id)
         file = self._file(id)
         if file is None or not file.is_file():
             return False
         file.unlink(missing_ok=True)
         return True
 
-    def may_come(self, age_s: float) -> bool:
-        """Whether an answer that was issued so long ago may still be on its way into the store."""
+    def may_come(self, id: str, age_s: float) -> bool:
+        """Whether an answer, or its group, that was issued so long ago may still be on its way into the store."""
+        if any(id == deleted or id.startswith(f"{deleted}-") for deleted in self._deleted):
+            return False
         return age_s < STORED_S or self._count() > 0
 
     def close(self) -> None:

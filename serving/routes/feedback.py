@@ -217,7 +217,7 @@ def routes(service: Service) -> APIRouter:
     def may_come(id: str) -> bool:
         """Whether an answer that the store does not know was issued, and is still on its way there."""
         age_s = service.ids.age_s(id)
-        return age_s is not None and service.recorder.may_come(age_s)
+        return age_s is not None and service.recorder.may_come(id, age_s)
 
     return router
 

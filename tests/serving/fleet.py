@@ -42,7 +42,9 @@ WAIT_S = 1.0
 class Health:
     """In place of Ray Serve LLM's server, and of the engine in it, which lives."""
 
-    engine = SimpleNamespace(_engine_client=SimpleNamespace(errored=False))
+    engine = SimpleNamespace(
+        _engine_client=SimpleNamespace(errored=False, model_config=SimpleNamespace(max_model_len=512))
+    )
 
     async def check_health(self) -> None:
         return None

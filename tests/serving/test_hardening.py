@@ -116,7 +116,7 @@ def test_controls_of_the_engine_are_not_there(tiny: Running, path: str) -> None:
         {"top_logprobs": -1},
         {"temperature": -1},
         {"temperature": 10**9},
-        {"top_p": 0},
+        {"top_p": -1},
         {"stop": ["x"] * 1000},
         {"stop": ""},
         {"seed": 2**80},

@@ -77,9 +77,9 @@ def test_what_the_database_does_not_take_is_stored_when_it_is_back(
                 made.record(answer(f"chatcmpl-{number}"))
             wait_until(lambda: len(list(folder.glob("*.json"))) == 3)
             assert (folder / "chatcmpl-0.json").stat().st_mode & 0o777 == 0o600
-            assert made.may_come(age_s=1e6)
+            assert made.may_come("chatcmpl-1", age_s=1e6)
         wait_until(lambda: made.num_waiting == 0)
-        assert not made.may_come(age_s=1e6)
+        assert not made.may_come("chatcmpl-1", age_s=1e6) and made.may_come("chatcmpl-1", age_s=1)
     for number in range(3):
         assert thumb(store, f"chatcmpl-{number}-0").note is None
     assert [row.count("blue") for row in store.export()] == [1, 1, 1]
@@ -109,6 +109,8 @@ def test_what_was_deleted_meanwhile_is_not_stored(store: Store, tmp_path: Path) 
             wait_until(lambda: made.num_waiting == 1)
         assert made.forget("chatcmpl-1") and not made.forget("chatcmpl-1")
         assert not made.forget("../../etc/passwd")
+        assert not made.may_come("chatcmpl-1", age_s=1) and not made.may_come("chatcmpl-1-0", age_s=1)
+        assert made.may_come("chatcmpl-10", age_s=1)
     assert not list(folder.glob("*.json"))
 
 
