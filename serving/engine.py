@@ -30,7 +30,7 @@ from alignment.errors import AlignmentError, ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
 from serving.grammar import forms_of
-from serving.parsers import OPENED, PLAINEST, reasoning_parser_of
+from serving.parsers import OPENED, reasoning_parser_of
 from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
 from serving.schema import Elsewhere, Refused, Reply, Route, event, invalid, refusal
@@ -520,9 +520,8 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
         arguments["max_model_len"] = config.max_model_len
     if served.revision is not None:
         arguments |= {"revision": served.revision, "tokenizer_revision": served.revision}
-    # vLLM wants a parser for whatever has tools, also where the answer's form is forced and any would do.
-    parser = served.tool_call_parser or PLAINEST
-    arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": parser}
+    if served.tool_call_parser is not None:
+        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": served.tool_call_parser}
     if (reasoning_parser := _reasoning_parser(config, served)) is not None:
         arguments["reasoning_parser"] = reasoning_parser
     if (template := chat_template_of(config, served)) is not None:

@@ -6,8 +6,6 @@ takes an answer without marks for one long thought, so one is chosen only where 
 
 from __future__ import annotations
 
-PLAINEST = "hermes"
-"""The parser for models whose form is not known: calls are read where their form is forced, which is JSON."""
 TOOL_FORMS = (
     (("<|channel|>commentary",), "openai"),
     (("<|tool_call>",), "gemma4"),

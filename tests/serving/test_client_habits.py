@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
@@ -108,32 +107,6 @@ def test_tools_that_the_endpoint_cannot_read_are_refused_in_its_own_words(endpoi
         assert "tool_call_parser" in answer.json()["error"]["message"]
         assert "--" not in answer.json()["error"]["message"]
     assert chat(endpoint, max_tokens=4, tools=[WEATHER], tool_choice="none").status_code == 200
-
-
-CITY = {"type": "string", "enum": ["Bonn", "Paris"]}
-FORECAST = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "forecast"}}])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_call_that_is_asked_for_is_made(endpoint: Running, choice: Any, stream: bool) -> None:
-    """By a model that knows no tools: the form is forced."""
-    tool: Any = {"type": "function", "function": {"name": "forecast", "parameters": FORECAST}}
-    asked: dict[str, Any] = {"tools": [tool], "tool_choice": choice, "max_tokens": 100, "temperature": 0}
-    if stream:
-        calls = [
-            call
-            for chunk in endpoint.client.chat.completions.create(model=BUNDLED, messages=MESSAGES, stream=True, **asked)
-            for call in chunk.choices[0].delta.tool_calls or []
-        ]
-        name = "".join(call.function.name or "" for call in calls if call.function)
-        arguments = "".join(call.function.arguments or "" for call in calls if call.function)
-    else:
-        answer = endpoint.client.chat.completions.create(model=BUNDLED, messages=MESSAGES, **asked)
-        call: Any = (answer.choices[0].message.tool_calls or [])[0]
-        name, arguments = call.function.name, call.function.arguments
-    assert name == "forecast"
-    assert json.loads(arguments)["city"] in CITY["enum"]
 
 
 def test_an_answer_that_was_cut_is_exported_as_cut(endpoint: Running) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.data.chat import with_kwargs
-from serving.parsers import PLAINEST, TOOL_FORMS, reasoning_parser_of, tool_call_parser_of
+from serving.parsers import TOOL_FORMS, reasoning_parser_of, tool_call_parser_of
 from tests.alignment.chat_templates import published, tokenizer_for
 
 TEMPLATES = published()
@@ -42,7 +42,7 @@ def test_every_form_has_a_parser_in_vllm() -> None:
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.origin is not None
     for package, names in (
-        ("tool_parsers", [PLAINEST, *(name for _, name in TOOL_FORMS)]),
+        ("tool_parsers", [name for _, name in TOOL_FORMS]),
         ("reasoning", ["qwen3", "deepseek_r1"]),
     ):
         text = (Path(spec.origin).parent / package / "__init__.py").read_text()
