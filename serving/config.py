@@ -165,8 +165,7 @@ class ServeConfig(Section):
     template."""
     tool_call_parser: str | None = "auto"
     """vLLM's name for the form in which the model writes calls of tools, as `hermes` or `llama3_json`. `auto` tells it
-    from the chat template, if that teaches a known one. None, as does an unknown form, refuses requests that leave it
-    to the model whether to call one."""
+    from the chat template, if that teaches a known one. None, as does an unknown form, refuses requests with tools."""
     reasoning_parser: str | None = "auto"
     """vLLM's name for the form in which the model writes its thoughts, as `qwen3` or `deepseek_r1`, which then are
     answered apart. `auto` chooses one if the template's own prompt opens a thought, so that every answer begins in one.

@@ -302,12 +302,12 @@ def _check_template_values(body: ChatBody) -> None:
 
 
 def _check_tools(asked: dict[str, Any], parser: str | None) -> None:
-    """Refuses a choice that vLLM could only answer with flags of its own command line."""
-    if asked.get("tools") and asked.get("tool_choice", "auto") in (None, "auto") and parser is None:
+    """Refuses tools for which vLLM would want flags of its own command line."""
+    if asked.get("tools") and asked.get("tool_choice", "auto") != "none" and parser is None:
         raise Refused(
             400,
             "The form in which this model writes calls of tools is not known (tool_call_parser names it at the start); "
-            "leave tools out, or set tool_choice to none, required or one of them.",
+            "leave tools out, or set tool_choice to none.",
             code="unsupported_parameter",
             param="tools",
         )

@@ -101,7 +101,8 @@ def test_values_that_would_change_how_a_template_is_rendered_are_refused(
 
 
 def test_tools_that_the_endpoint_cannot_read_are_refused_in_its_own_words(endpoint: Running) -> None:
-    for choice in ({}, {"tool_choice": "auto"}):
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "required"}, {"tool_choice": named}):
         answer = chat(endpoint, max_tokens=4, tools=[WEATHER], **choice)
         assert_openai_error(answer, 400)
         assert "tool_call_parser" in answer.json()["error"]["message"]
