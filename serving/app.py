@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from typing import Any
 
@@ -98,6 +99,8 @@ def application(config: ServeConfig, served: Served, registry: Registry, owner: 
             another one.
     """
     device = choose_device(config)
+    limits = config.limits_on(device, num_cores=len(os.sched_getaffinity(0)))
+    config = config.model_copy(update={"limits": limits})
     folder = str(registry.folder)
     settings = EngineSettings(config=config, registry=folder, device=device)
     engine = serve.deployment(Engine, name=ENGINE_NAME, **_engine_options(config, device)).bind(settings)

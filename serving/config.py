@@ -13,6 +13,10 @@ from alignment.passwords import holds_password
 
 Device = Literal["cpu", "cuda"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ANSWERS_PER_CORE = 8
+"""What an engine on CPUs answers at once without being much slower for each."""
+KEYS_AT_ONCE = 8
+"""Keys that share what the replicas answer at once, where the configuration does not say what one may have."""
 
 
 class LimitsConfig(Section):
@@ -60,9 +64,13 @@ class LimitsConfig(Section):
     requests_per_minute: Count = 0
     """Requests of one key, at most that many at once; 0 is no limit. Each ingress counts by itself, as it does for the
     limits below: with several, one key may have as many of each."""
-    answers_in_progress: Count = 32
-    """Answers of one key that are in progress or wait for a place: a request's prompts times its `n`, and at least one
-    per request; 0 is no limit. Less than `max_num_seqs` leaves room for others; further ones get status 429."""
+    answers_in_progress: Count | None = None
+    """Answers of one key that are in progress: a request's prompts times its `n`. Further requests wait until some have
+    ended. 0 is no limit. None is an eighth of what the replicas answer at once, and at least 2: `max_num_seqs` times
+    `min_replicas`, and on CPUs, where every answer slows down the others, 8 per core at most."""
+    requests_waiting: Count = 32
+    """Requests of one key that may wait, for a minute, until others of it have ended; further ones get status 429, as
+    do bodies above 64 KiB, which do not wait."""
     tokens_in_progress: Count = 200_000
     """Tokens of the requests of one key that are in progress or wait: one for every 4 bytes of a request, and what its
     answers may have at most; 0 is no limit. A request of a key that has no other in progress is never too large."""
@@ -202,6 +210,20 @@ class ServeConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     rewards: RewardsConfig = RewardsConfig()
     feedback: FeedbackConfig = FeedbackConfig()
+
+    def limits_on(self, device: Device, *, num_cores: int) -> LimitsConfig:
+        """The limits, with the number of answers that a key may have in progress.
+
+        Args:
+            device: on which the engines run.
+            num_cores: of the machine, if they run on CPUs.
+        """
+        if self.limits.answers_in_progress is not None:
+            return self.limits
+        at_once = self.max_num_seqs * max(1, self.min_replicas)
+        if device == "cpu":
+            at_once = min(at_once, ANSWERS_PER_CORE * num_cores)
+        return self.limits.model_copy(update={"answers_in_progress": max(2, at_once // KEYS_AT_ONCE)})
 
     @property
     def url(self) -> str:

@@ -102,8 +102,8 @@ class Guard:
                 await self._carry_out(scope, receive, send, None)
             else:
                 share = scope["state"]["share"] = self._share(key)
-                with share.hold() as grow:
-                    await self._carry_out(scope, receive, send, grow)
+                with share.presence():
+                    await self._carry_out(scope, receive, send, share)
         except Refused as refused:
             if refused.reply.status == 429:  # who asks again at once would take the time of others
                 await asyncio.sleep(SLOW_S)
@@ -114,27 +114,34 @@ class Guard:
             logger.error("A request failed with %s\n%s", type(error).__name__, where)
             await _say(refusal(500, "Internal error."), scope, send)
 
-    async def _carry_out(
-        self, scope: Scope, receive: Receive, send: _Sender, grow: Callable[[RequestSize], None] | None
-    ) -> None:
+    async def _carry_out(self, scope: Scope, receive: Receive, send: _Sender, share: KeyShare | None) -> None:
         """Reads a request, and has a route answer it.
 
         Args:
-            grow: is told the request's size; None counts it nowhere.
+            share: of the request's key; None counts it nowhere.
 
         Raises:
             Refused: it is not read, or too large beside what its key has in progress.
         """
         begun = time.perf_counter()
-        body = await self._body(scope, receive)
+        app, body = self._app, await self._body(scope, receive)
         if body:
             scope["state"]["json"] = await self._json(body)
-            if grow is not None:
-                grow(request_size(scope["state"]["json"], len(body), self._limits))
+            if share is not None:
                 if any(scope["state"]["json"].get(field) for field in FORM_FIELDS):
-                    scope["state"]["share"].check_forms(time.monotonic())
+                    share.check_forms(time.monotonic())
+                app = self._in_turn(share, request_size(scope["state"]["json"], len(body), self._limits), len(body))
         self._took("body", time.perf_counter() - begun)
-        await _until_gone(self._app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
+        await _until_gone(app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
+
+    def _in_turn(self, share: KeyShare, size: RequestSize, num_bytes: int) -> ASGIApp:
+        """The routes, for when the key has room for the request. What waits is kept in memory, and has to be small."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            async with share.place(size, may_wait=num_bytes <= LARGE_BYTES):
+                await self._app(scope, receive, send)
+
+        return answer
 
     def _admit(self, scope: Scope) -> Key | None:
         """The key of a request; None for what needs none.

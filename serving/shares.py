@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,10 @@ from serving.schema import Refused
 BYTES_PER_TOKEN = 4
 RETRY_S = 1.0
 """What a key is told to wait that has enough in progress."""
+WAIT_S = 60.0
+"""For which a request waits at most for others of its key to end."""
+WORK_FIELDS = ("messages", "prompt", "items")
+"""Fields of requests that an engine or a scorer works on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +38,9 @@ def request_size(body: dict[str, Any], num_bytes: int, limits: LimitsConfig) -> 
     several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
     num_answers = _count(body.get("n"), 1) * (len(prompts) if several and prompts else 1)
     wanted = _count(body.get("max_completion_tokens"), _count(body.get("max_tokens"), limits.max_tokens))
-    generates = "messages" in body or "prompt" in body
-    answered = num_answers * min(wanted, limits.max_tokens) if generates else 0
-    return RequestSize(num_answers=num_answers, num_tokens=num_bytes // BYTES_PER_TOKEN + answered)
+    answered = num_answers * min(wanted, limits.max_tokens) if "messages" in body or "prompt" in body else 0
+    has_work = any(field in body for field in WORK_FIELDS)
+    return RequestSize(num_answers=num_answers if has_work else 0, num_tokens=num_bytes // BYTES_PER_TOKEN + answered)
 
 
 def _count(value: Any, default: int) -> int:
@@ -64,37 +71,58 @@ class FormSeconds:
 
 
 class KeyShare:
-    """What one key has in progress at an ingress."""
+    """What one key has in progress at an ingress, and which of its requests wait for that to end."""
 
     def __init__(self, role: Role, limits: LimitsConfig) -> None:
+        """`limits.answers_in_progress` has to be a number: see `ServeConfig.limits_on`."""
         self.role = role
         is_admin = role == "admin"
-        self._max_answers = limits.admin_answers_in_progress if is_admin else limits.answers_in_progress
+        max_answers = limits.admin_answers_in_progress if is_admin else limits.answers_in_progress
+        assert max_answers is not None
+        self._max_answers = max_answers
         self._max_tokens = limits.admin_tokens_in_progress if is_admin else limits.tokens_in_progress
-        self._num_answers = self._num_tokens = 0
+        self._max_waiting = limits.requests_waiting
+        self._num_requests = self._num_answers = self._num_tokens = 0
+        self._queue: deque[tuple[RequestSize, asyncio.Future[None]]] = deque()
         self.form_seconds = FormSeconds(0.0 if is_admin else limits.form_seconds_per_minute)
 
     @contextmanager
-    def hold(self) -> Iterator[Callable[[RequestSize], None]]:
-        """Counts a request as long as the block lasts: as one answer, until what is yielded is told its size.
+    def presence(self) -> Iterator[None]:
+        """Counts a request as long as the block lasts, from its first byte to the end of its answer.
 
         Raises:
-            Refused: 429, it would be too much beside what the key has in progress; also where its size is told.
+            Refused: 429, as many of the key are here as may be in progress and wait.
         """
-        held = RequestSize(num_answers=1, num_tokens=0)
-        self._add(held)
-
-        def grow(size: RequestSize) -> None:
-            nonlocal held
-            self._remove(held)
-            held = RequestSize(num_answers=0, num_tokens=0)
-            self._add(size)
-            held = size
-
+        if self._max_answers and self._num_requests >= self._max_answers + self._max_waiting:
+            raise _too_much(f"{self._num_requests} requests here, and may have {self._max_answers} in progress")
+        self._num_requests += 1
         try:
-            yield grow
+            yield
         finally:
-            self._remove(held)
+            self._num_requests -= 1
+
+    @asynccontextmanager
+    async def place(self, size: RequestSize, *, may_wait: bool = True) -> AsyncIterator[None]:
+        """Counts what a request asks for as long as the block lasts, which begins when the key has room for it.
+
+        Requests begin in the order in which they came. One that asks for no answers does not wait.
+
+        Args:
+            may_wait: whether it may wait for the key's others to end.
+
+        Raises:
+            Refused: 429, there is no room, and it may not wait, or has waited for `WAIT_S`.
+        """
+        if size.num_answers and (self._queue or not self._has_room(size)):
+            if not may_wait:
+                raise self._no_room(size)
+            await self._wait(size)
+        else:
+            self._add(size)
+        try:
+            yield
+        finally:
+            self._leave(size)
 
     def check_forms(self, now: float) -> None:
         """Raises Refused (429) if the key has used up what it may spend on forms of answers."""
@@ -102,17 +130,52 @@ class KeyShare:
             message = "This key has had too much time spent on compiling forms of answers. Try again later."
             raise Refused(429, message, retry_after_s=wait_s)
 
+    async def _wait(self, size: RequestSize) -> None:
+        """Returns when the request's turn has come; it is counted then."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((size, turn))
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await turn
+        except BaseException as error:  # its client is gone, or it has waited too long
+            if turn.done() and not turn.cancelled():  # its turn came at the same moment
+                self._leave(size)
+            else:
+                self._queue.remove((size, turn))
+                self._begin_next()
+            if isinstance(error, TimeoutError):
+                raise self._no_room(size) from error
+            raise
+
+    def _leave(self, size: RequestSize) -> None:
+        self._num_answers -= size.num_answers
+        self._num_tokens -= size.num_tokens
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        while self._queue and self._has_room(self._queue[0][0]):
+            size, turn = self._queue.popleft()
+            if not turn.done():
+                self._add(size)
+                turn.set_result(None)
+
     def _add(self, size: RequestSize) -> None:
-        self._check("answers", self._num_answers, size.num_answers, self._max_answers)
-        self._check("tokens", self._num_tokens, size.num_tokens, self._max_tokens)
         self._num_answers += size.num_answers
         self._num_tokens += size.num_tokens
 
-    def _remove(self, size: RequestSize) -> None:
-        self._num_answers -= size.num_answers
-        self._num_tokens -= size.num_tokens
+    def _has_room(self, size: RequestSize) -> bool:
+        return not any(present and limit and present + more > limit for _, present, more, limit in self._sums(size))
 
-    def _check(self, what: str, present: int, more: int, limit: int) -> None:
-        if present and limit and present + more > limit:
-            message = f"This key has {present} {what} in progress, and may have {limit}; this request asks for {more}."
-            raise Refused(429, message, retry_after_s=RETRY_S)
+    def _no_room(self, size: RequestSize) -> Refused:
+        what, present, more, limit = max(self._sums(size), key=lambda sums: (sums[1] + sums[2]) / (sums[3] or math.inf))
+        return _too_much(f"{present} {what} in progress, and may have {limit}; this request asks for {more}")
+
+    def _sums(self, size: RequestSize) -> tuple[tuple[str, int, int, int], ...]:
+        return (
+            ("answers", self._num_answers, size.num_answers, self._max_answers),
+            ("tokens", self._num_tokens, size.num_tokens, self._max_tokens),
+        )
+
+
+def _too_much(what: str) -> Refused:
+    return Refused(429, f"This key has {what}. Try again later.", retry_after_s=RETRY_S)

@@ -76,7 +76,7 @@ def guarded(store: Store, trail: AuditTrail) -> Guard:
         role = cast(Role, headers[0].decode().removeprefix("Bearer "))
         return Key(name=f"the-{role}", role=role)
 
-    return Guard(Audited(app, trail), who=who, is_public=lambda _: False, limits=LimitsConfig())
+    return Guard(Audited(app, trail), who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32))
 
 
 def ask(guard: Guard, method: str, path: str, *, role: Role = "admin", **what: Any) -> httpx.Response:

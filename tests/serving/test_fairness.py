@@ -28,9 +28,9 @@ THINK_S = 0.3
 
 @pytest.fixture(scope="module")
 def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Two replicas of a tiny model. On a CPU every answer in a batch slows down the others, so that a key has few."""
+    """Two replicas of a tiny model, with the limits that keys have by default."""
     folder = tmp_path_factory.mktemp("fair")
-    settings = (f"name={MODEL}", "min_replicas=2", "max_replicas=2", "kv_cache_gib=0.2", "limits.answers_in_progress=4")
+    settings = (f"name={MODEL}", "min_replicas=2", "max_replicas=2", "kv_cache_gib=0.2")
     with started(longer(tiny_model, folder / MODEL), folder, *settings) as running:
         yield running
 

@@ -45,7 +45,7 @@ def guarded(*, broken: bool = False, origins: tuple[str, ...] | None = None, **l
         app if not broken else fails,
         who=who if origins is None else lambda _: ANNA,
         is_public=lambda path: path == "/healthz",
-        limits=LimitsConfig(**limits),
+        limits=LimitsConfig(**{"answers_in_progress": 32, **limits}),
         local_only=origins is not None,
         cors_origins=origins or (),
     )
@@ -170,7 +170,7 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
             ended.set()
 
     async def scene() -> None:
-        guard = Guard(slow, who=who, is_public=lambda _: False, limits=LimitsConfig())
+        guard = Guard(slow, who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32))
         messages: list[Message] = [{"type": "http.disconnect"}]
 
         async def receive() -> Message:
@@ -213,7 +213,10 @@ def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pyt
 
     async def scene() -> None:
         guard = Guard(
-            slow, who=lambda _: ANNA if valid["key"] else None, is_public=lambda _: False, limits=LimitsConfig()
+            slow,
+            who=lambda _: ANNA if valid["key"] else None,
+            is_public=lambda _: False,
+            limits=LimitsConfig(answers_in_progress=32),
         )
         scope = {"type": "http", "method": "GET", "path": "/slow", "headers": [(b"authorization", b"Bearer good")]}
         answering = asyncio.ensure_future(guard(scope, receive, send))

@@ -6,14 +6,14 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from serving.config import LimitsConfig
+from serving.config import Device, LimitsConfig, ServeConfig
 from serving.guard import Guard
 from serving.keys import Key, Role
 from serving.routes import spend_form_seconds
@@ -31,7 +31,8 @@ KEYS = {
 @pytest.mark.parametrize(
     ("body", "num_answers", "num_tokens"),
     [
-        ({}, 1, 10),
+        ({}, 0, 10),
+        ({"kind": "thumb", "id": "x", "up": True}, 0, 10),
         ({"messages": [{}]}, 1, 110),
         ({"messages": [{}], "max_tokens": 5}, 1, 15),
         ({"messages": [{}], "max_tokens": 5, "max_completion_tokens": 7, "n": 3}, 3, 31),
@@ -49,55 +50,149 @@ def test_the_size_of_a_request(body: dict[str, Any], num_answers: int, num_token
     assert request_size(body, 40, LIMITS) == RequestSize(num_answers=num_answers, num_tokens=num_tokens)
 
 
-def begin(share: KeyShare, *, answers: int = 1, tokens: int = 0) -> AbstractContextManager[Any]:
-    """Begins a request; its size is told."""
-    held = share.hold()
-    grow = held.__enter__()
-    try:
-        grow(RequestSize(num_answers=answers, num_tokens=tokens))
-    except Refused:
-        held.__exit__(None, None, None)
-        raise
-    return held
+class OneRequest:
+    """A request of a key, which ends when it is told to."""
+
+    def __init__(self, share: KeyShare, *, answers: int = 1, tokens: int = 0, may_wait: bool = True) -> None:
+        self.has_begun, self._ends = asyncio.Event(), asyncio.Event()
+        size = RequestSize(num_answers=answers, num_tokens=tokens)
+        self.task = asyncio.create_task(self._run(share, size, may_wait))
+
+    async def _run(self, share: KeyShare, size: RequestSize, may_wait: bool) -> None:
+        async with share.place(size, may_wait=may_wait):
+            self.has_begun.set()
+            await self._ends.wait()
+
+    async def end(self) -> None:
+        self._ends.set()
+        await self.task
 
 
-def test_a_key_that_has_enough_in_progress_waits_until_some_of_it_has_ended() -> None:
-    share = KeyShare("user", LimitsConfig(answers_in_progress=4, tokens_in_progress=100))
-    first = begin(share, answers=3, tokens=50)
-    with pytest.raises(Refused) as refused:
-        begin(share, answers=2)
-    assert refused.value.reply.status == 429 and refused.value.reply.retry_after_s
-    assert "3 answers" in refused.value.reply.body
-    with pytest.raises(Refused, match="50 tokens"):
-        begin(share, tokens=51)
-    second = begin(share, tokens=50)
-    with pytest.raises(Refused):
-        begin(share)
-    first.__exit__(None, None, None)
-    third = begin(share, answers=3, tokens=50)
-    for held in (second, third):
-        held.__exit__(None, None, None)
+async def settle() -> None:
+    """Lets everything happen that can happen without a wait."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
-def test_a_request_alone_is_never_too_large_for_its_key() -> None:
-    share = KeyShare("user", LimitsConfig(answers_in_progress=4, tokens_in_progress=100))
-    alone = begin(share, answers=50, tokens=5000)
-    with pytest.raises(Refused):
-        begin(share)
-    alone.__exit__(None, None, None)
-    begin(share)
+def key_share(role: Role = "user", **limits: int) -> KeyShare:
+    return KeyShare(role, LimitsConfig(**{"answers_in_progress": 4, "tokens_in_progress": 100, **limits}))
+
+
+def test_what_a_key_has_no_room_for_begins_in_its_order_when_others_of_it_have_ended() -> None:
+    async def scene() -> None:
+        share = key_share()
+        first = OneRequest(share, answers=3, tokens=50)
+        await settle()
+        large, small = OneRequest(share, answers=2, tokens=1), OneRequest(share, answers=1)
+        of_none = OneRequest(share, answers=0, tokens=1000)
+        await settle()
+        assert first.has_begun.is_set() and of_none.has_begun.is_set()
+        assert not large.has_begun.is_set() and not small.has_begun.is_set()  # which came later, though it would fit
+        await of_none.end()
+        assert not large.has_begun.is_set()
+        await first.end()
+        await settle()
+        assert large.has_begun.is_set() and small.has_begun.is_set()
+        many_tokens = OneRequest(share, tokens=101)
+        await settle()
+        assert not many_tokens.has_begun.is_set()
+        await large.end()
+        await small.end()
+        await settle()
+        assert many_tokens.has_begun.is_set()  # alone, none is too large
+        await many_tokens.end()
+
+    asyncio.run(scene())
+
+
+def test_what_may_not_wait_is_refused_with_the_figures() -> None:
+    async def scene() -> None:
+        share = key_share()
+        first = OneRequest(share, answers=3, tokens=50)
+        await settle()
+        for more, text in (({"answers": 2}, "3 answers"), ({"tokens": 51}, "50 tokens")):
+            refused = OneRequest(share, may_wait=False, **more)
+            with pytest.raises(Refused, match=text) as error:
+                await refused.task
+            assert error.value.reply.status == 429 and error.value.reply.retry_after_s
+        await first.end()
+        await OneRequest(share, answers=50, tokens=5000, may_wait=False).end()
+
+    asyncio.run(scene())
+
+
+def test_who_waits_too_long_is_refused_and_who_leaves_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        share = key_share()
+        first = OneRequest(share, answers=4)
+        await settle()
+        gone, next_one = OneRequest(share, answers=4), OneRequest(share, answers=1)
+        await settle()
+        gone.task.cancel()
+        await settle()
+        await first.end()
+        await settle()
+        assert next_one.has_begun.is_set() and not gone.has_begun.is_set()
+        monkeypatch.setattr("serving.shares.WAIT_S", 0.01)
+        late = OneRequest(share, answers=4)
+        with pytest.raises(Refused, match="1 answers in progress, and may have 4; this request asks for 4"):
+            await late.task
+        await next_one.end()
+        await OneRequest(share, answers=4, may_wait=False).end()  # nothing is counted any more
+
+    asyncio.run(scene())
+
+
+def test_a_request_that_is_given_up_when_its_turn_comes_keeps_no_room() -> None:
+    async def scene() -> None:
+        share = key_share()
+        first = OneRequest(share, answers=4)
+        await settle()
+        second = OneRequest(share, answers=4)
+        await settle()
+        first._ends.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        second.task.cancel()
+        await settle()
+        await OneRequest(share, answers=4, may_wait=False).end()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("device", "num_cores", "settings", "expected"),
+    [
+        ("cpu", 2, {}, 2),
+        ("cpu", 16, {}, 8),
+        ("cpu", 16, {"min_replicas": 4, "max_replicas": 4}, 16),
+        ("cuda", 2, {}, 8),
+        ("cuda", 2, {"max_num_seqs": 256, "min_replicas": 2, "max_replicas": 2}, 64),
+        ("cuda", 2, {"max_num_seqs": 4, "min_replicas": 0}, 2),
+        ("cpu", 2, {"limits": {"answers_in_progress": 7}}, 7),
+        ("cpu", 2, {"limits": {"answers_in_progress": 0}}, 0),
+    ],
+)
+def test_a_key_may_have_an_eighth_of_what_the_replicas_answer_at_once(
+    device: Device, num_cores: int, settings: dict[str, Any], expected: int
+) -> None:
+    config = ServeConfig(checkpoint="x", **settings)
+    assert config.limits_on(device, num_cores=num_cores).answers_in_progress == expected
 
 
 @pytest.mark.parametrize(("role", "many"), [("user", False), ("labeller", False), ("admin", True)])
-def test_by_default_all_keys_but_those_of_admins_have_limits(role: Role, many: bool) -> None:
-    share = KeyShare(role, LimitsConfig())
-    held = [begin(share) for _ in range(32)]
-    assert len(held) == 32
-    if many:
-        begin(share, answers=1000, tokens=10**9)
-    else:
-        with pytest.raises(Refused):
-            begin(share)
+def test_all_keys_but_those_of_admins_have_limits(role: Role, many: bool) -> None:
+    share = key_share(role, requests_waiting=2)
+    with ExitStack() as present:
+        for _ in range(6):
+            present.enter_context(share.presence())
+        if many:
+            present.enter_context(share.presence())
+        else:
+            with pytest.raises(Refused, match="6 requests here"):
+                present.enter_context(share.presence())
+    with share.presence():
+        pass
 
 
 def test_who_has_spent_too_much_on_forms_waits_until_the_bucket_fills() -> None:
@@ -143,6 +238,7 @@ def guarded(on_request: Callable[[], Any], **limits: Any) -> Guard:
         spend_form_seconds(request, request.scope["state"]["json"]["seconds"])
         return "done"
 
+    limits = {"answers_in_progress": 32, **limits}
     return Guard(
         app, who=lambda headers: KEYS.get(headers[0]), is_public=lambda _: False, limits=LimitsConfig(**limits)
     )
@@ -153,26 +249,41 @@ def client_of(guard: Guard, name: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://here", headers=headers)
 
 
-def test_one_key_is_told_to_wait_while_others_are_answered_and_gets_its_places_back() -> None:
+WORK = {"items": []}
+
+
+def test_one_key_waits_while_others_are_answered_and_gets_its_places_back() -> None:
     async def scene() -> None:
         go_on = asyncio.Event()
-        guard = guarded(go_on.wait, answers_in_progress=3)
+        begun = 0
+
+        async def work() -> None:
+            nonlocal begun
+            begun += 1
+            await go_on.wait()
+
+        guard = guarded(work, answers_in_progress=3, requests_waiting=2)
         async with client_of(guard, "anna") as anna, client_of(guard, "ben") as ben, client_of(guard, "root") as root:
-            three = [asyncio.create_task(anna.post("/work", json={})) for _ in range(3)]
+            five = [asyncio.create_task(anna.post("/work", json=WORK)) for _ in range(5)]
             await asyncio.sleep(0.05)
-            refused = await anna.post("/work", json={})
+            assert begun == 3
+            refused = await anna.post("/work", json=WORK)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-            others = [asyncio.create_task(ben.post("/work", json={}))]
-            others += [asyncio.create_task(root.post("/work", json={})) for _ in range(20)]
-            three[0].cancel()  # this client goes away
+            others = [asyncio.create_task(ben.post("/work", json=WORK))]
+            others += [asyncio.create_task(root.post("/work", json=WORK)) for _ in range(20)]
             await asyncio.sleep(0.05)
-            three.append(asyncio.create_task(anna.post("/work", json={})))
+            assert begun == 24
+            for gone in (five[0], five[4]):  # of which one is in progress and one waits
+                gone.cancel()
             await asyncio.sleep(0.05)
+            assert begun == 25
+            large = {"items": ["x" * 70_000]}
+            assert (await anna.post("/work", json=large)).status_code == 429
             go_on.set()
-            answers = await asyncio.gather(*three[1:], *others)
+            answers = await asyncio.gather(*five[1:4], *others)
             assert {answer.status_code for answer in answers} == {200}
-            assert (await anna.post("/work", json={"n": 1000})).status_code == 200
+            assert (await anna.post("/work", json=WORK | {"n": 1000})).status_code == 200
 
     asyncio.run(scene())
 
@@ -184,7 +295,7 @@ def test_bodies_that_are_still_being_sent_count_too() -> None:
                 yield b" "
                 await asyncio.sleep(0.01)
 
-        guard = guarded(lambda: asyncio.sleep(0), answers_in_progress=2, body_timeout_s=1)
+        guard = guarded(lambda: asyncio.sleep(0), answers_in_progress=2, requests_waiting=0, body_timeout_s=1)
         async with client_of(guard, "anna") as anna:
             slow = [asyncio.create_task(anna.post("/work", content=endless())) for _ in range(2)]
             await asyncio.sleep(0.1)
