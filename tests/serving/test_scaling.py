@@ -31,6 +31,7 @@ def scaling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "upscale_delay_s=1",
         "downscale_delay_s=5",
         "max_num_seqs=8",
+        "limits.answers_in_progress=0",  # one key asks for all
         "kv_cache_gib=0.1",
     )
     with started(tiny_model, tmp_path_factory.mktemp("scaling"), *settings, ready="/healthz") as running:
