@@ -20,7 +20,7 @@ from serving.config import ServeConfig
 from serving.engine import Status
 from serving.registry import Registry, State
 from serving.routing import beginning, canary_answers
-from serving.schema import Elsewhere, Refused, Reply, Route, refusal
+from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, refusal
 from serving.scoring import SCORING_NAME, Job, Rated
 
 logger = logging.getLogger("ray.serve")
@@ -180,7 +180,7 @@ class Backend:
 
     def _canary_of(self, route: Route, body: dict[str, Any]) -> int | None:
         canary, share = self._state.canary, self._state.share
-        if canary is None or not share or route == "tokenize" or body.get("model") != self._model:
+        if canary is None or not share or route in TOKEN_ROUTES or body.get("model") != self._model:
             return None
         begun = beginning((route, body))
         return canary if begun is not None and canary_answers(begun, canary, share) else None

@@ -4,8 +4,9 @@ vLLM is imported by the replica alone. It costs 10 s of CPU time per process, wh
 ingress may touch it, and why this module does so inside functions.
 
 Names of Ray that are not public, each used in one place: `VLLMEngine` and its `_start_async_llm_engine`
-(`_engine_class`), `_oai_models`, vLLM's model registry (`Adapters`), `_engine_client`, vLLM's AsyncLLM
-(`Engine.__init__`), `LLMConfig.get_or_create_callback` (`_llm_config`), `ErrorResponse` (`_outgoing`).
+(`_engine_class`), `_oai_models`, vLLM's model registry (`Adapters`), `_oai_serving_chat`, vLLM's answers to chats
+(`_tokenization`), `_engine_client`, vLLM's AsyncLLM (`Engine.__init__`), `LLMConfig.get_or_create_callback`
+(`_llm_config`), `ErrorResponse` (`_outgoing`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from alignment.config import NumberFormat
-from alignment.data.control_tokens import chat_prompt_ids
 from alignment.errors import AlignmentError, ServingError
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
@@ -33,7 +33,7 @@ from serving.grammar import forms_of
 from serving.parsers import OPENED, reasoning_parser_of
 from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
-from serving.schema import Elsewhere, Refused, Reply, Route, event, invalid, refusal
+from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, event, invalid, refusal
 from serving.served import Served, adapter_name, served_version
 from serving.trial import Trials
 from serving.versions import (
@@ -51,6 +51,7 @@ from serving.versions import (
 if TYPE_CHECKING:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.llm import LLMConfig
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger("ray.serve")
@@ -130,7 +131,6 @@ class Engine:
 
         registry = self._registry
         self._served = served_version(settings.config, registry, number)
-        self._chat_template = chat_template_of(settings.config, self._served)
         config = _llm_config(settings, self._served)
         self._server = LLMServer.sync_init(config)
         # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
@@ -147,6 +147,7 @@ class Engine:
         self._cleanup.callback(self._trials.close)
         reads_text = settings.config.control_tokens == "text"
         self._control_tokens = read_shielded_prompts(client.renderer) if reads_text else None
+        self._tokenization = _tokenization(self._server.engine)
         loader: Loader
         if self._served.adapter:
             loader = Adapters(self._server.engine._oai_models, registry)
@@ -185,14 +186,14 @@ class Engine:
             yield Elsewhere(replica=self._replica, moves_to=None, is_broken=True)
             return
         try:
-            form_s = await self._trials.check([] if route == "tokenize" else forms_of(body))
-            if route == "chat" and self._control_tokens is not None:
+            form_s = await self._trials.check([] if route in TOKEN_ROUTES else forms_of(body))
+            if "messages" in body and self._control_tokens is not None:
                 body = shield_chat(self._control_tokens, body)
             request = self._request(route, body)
             if isinstance(request, Reply):
                 yield request
-            elif route == "tokenize":
-                yield await asyncio.to_thread(self._tokens, body)
+            elif route in TOKEN_ROUTES:
+                yield await self._tokens(route, request)
             elif body["model"] == self._served.base_name:
                 names = _Names(asked=body["model"], inside=body["model"], form_s=form_s)
                 async for part in self._parts(route, request, names):
@@ -227,30 +228,19 @@ class Engine:
     def _request(self, route: Route, body: dict[str, Any]) -> Any:
         return _parse(route, body)
 
-    def _tokens(self, body: dict[str, Any]) -> Reply:
-        """Token ids of a text or a chat. Ray Serve LLM's own way to them knows an older vLLM."""
+    async def _tokens(self, route: Route, request: Any) -> Reply:
+        """Token ids of a text or a chat, as it would be answered, or the text of token ids."""
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        ask = self._tokenization.create_tokenize if route == "tokenize" else self._tokenization.create_detokenize
         try:
-            return self._tokenized(body)
+            told = await ask(request, None)
         except Exception as error:  # a template may raise anything about messages that it does not expect
             logger.info("A text could not be tokenized: %s", type(error).__name__)
-            return refusal(400, "The chat template, or the tokenizer, does not take this.", param="messages")
-
-    def _tokenized(self, body: dict[str, Any]) -> Reply:
-        tokenizer = self._server.engine._engine_client.renderer.get_tokenizer()
-        if "messages" in body:
-            template: dict[str, Any] = {
-                "add_generation_prompt": body.get("add_generation_prompt", True),
-                "chat_template": self._chat_template,
-            }
-            if self._control_tokens is None:  # as chats are then read
-                ids = tokenizer.apply_chat_template(body["messages"], return_dict=False, **template)
-            else:
-                ids = chat_prompt_ids(tokenizer, body["messages"], control_tokens=self._control_tokens, **template)
-        else:
-            ids = tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]
-        limit = self._server.engine._engine_client.model_config.max_model_len
-        texts = {"token_strs": tokenizer.convert_ids_to_tokens(ids)} if body.get("return_token_strs") else {}
-        return Reply(status=200, body=json.dumps({"count": len(ids), "max_model_len": limit, "tokens": ids, **texts}))
+            return refusal(400, "The chat template, or the tokenizer, does not take this.")
+        if isinstance(told, ErrorResponse):
+            return _refusal(told.error.code, told.error.message)
+        return Reply(status=200, body=told.model_dump_json(exclude_none=True))
 
     async def _parts(self, route: Route, request: Any, names: _Names) -> AsyncIterator[str | Reply]:
         request.model = names.inside
@@ -572,6 +562,19 @@ async def _warm_up(client: AsyncLLM) -> None:
         pass
 
 
+def _tokenization(engine: VLLMEngine) -> ServingTokenization:
+    """What renders chats and texts as they are answered. Ray Serve LLM looks for vLLM's own by an older name."""
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+
+    renderer = engine._oai_serving_chat.online_renderer
+    return ServingTokenization(
+        engine._oai_models,
+        renderer,
+        chat_template=renderer.chat_template,
+        chat_template_content_format=renderer.chat_template_content_format,
+    )
+
+
 def _tokenizer_info(client: AsyncLLM) -> str:
     """What xgrammar has to know of the tokenizer, serialised."""
     import xgrammar
@@ -613,13 +616,25 @@ def _adapter_arguments(adapter: Adapter, room: Room) -> dict[str, Any]:
 def _parse(route: Route, body: dict[str, Any]) -> Any:
     from pydantic import ValidationError
     from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+    from vllm.entrypoints.serve.tokenize.protocol import (
+        DetokenizeRequest,
+        TokenizeChatRequest,
+        TokenizeCompletionRequest,
+    )
     from vllm.exceptions import VLLMClientError
 
-    kinds = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+    kinds: dict[Route, Any] = {
+        "chat": ChatCompletionRequest,
+        "completions": CompletionRequest,
+        "tokenize": TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest,
+        "detokenize": DetokenizeRequest,
+    }
+    if route in TOKEN_ROUTES:
+        body = body | {"model": None}  # all names have the same tokenizer, and vLLM does not know the client's
     try:
-        return kinds[route].model_validate(body) if route in kinds else body
+        return kinds[route].model_validate(body)
     except ValidationError as error:
-        return invalid(error.errors())
+        return invalid(error.errors(), body)
     except VLLMClientError as error:
         return refusal(400, f"The request is not valid. {error}"[:MAX_MESSAGE])
 

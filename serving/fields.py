@@ -16,7 +16,7 @@ SAMPLING = {
     *("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words"),
     *("allowed_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
     *("truncate_prompt_tokens", "add_special_tokens", "return_token_ids", "return_tokens_as_token_ids"),
-    *("response_format", "structured_outputs"),
+    *("truncation_side", "stream_interval", "response_format", "structured_outputs"),
 }
 """Fields of both kinds of requests that reach vLLM."""
 TAKEN = {
@@ -25,13 +25,15 @@ TAKEN = {
     | {"reasoning_effort", "include_reasoning", "chat_template_kwargs", "add_generation_prompt", "documents"}
     | {"continue_final_message"},
     "completions": SAMPLING | {"prompt", "echo"},
-    "tokenize": {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs"},
+    "tokenize": {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs"}
+    | {"tools", "chat_template_kwargs", "continue_final_message"},
+    "detokenize": {"model", "tokens"},
 }
 IGNORED = {
-    *("metadata", "store", "service_tier", "safety_identifier", "verbosity"),
+    *("metadata", "store", "service_tier", "safety_identifier", "verbosity", "session_id"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
-"""Fields of OpenAI's that say nothing about the answer of an endpoint that is one's own."""
+"""Fields that say nothing about the answer of an endpoint that is one's own."""
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "modalities": (["text"],),
@@ -48,6 +50,13 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "stop": ([], ""),
     "function_call": ("none", "auto"),
     "top_k": (-1,),
+    "thinking_token_budget": (-1,),
+    "watermarking": (False,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "return_mm_kwargs": (False, True),
+    "mm_payload": ("tensors", "none"),
+    "routed_experts_prompt_start": (0,),
 }
 """Values with which a field asks for what would be done without it; null does for every field."""
 REFUSED = {
@@ -55,24 +64,36 @@ REFUSED = {
     "request_id": "the service issues the ids",
     "prompt_embeds": "prompts are texts or tokens",
     "prompt_logprobs": "echo with logprobs says them, and POST /v1/rewards rates what is given",
+    "logprob_token_ids": "top_logprobs, or logprobs of a completion, tells the likeliest tokens",
     "use_beam_search": "answers are sampled",
+    "length_penalty": "answers are sampled",
     "best_of": "ask for n answers",
     "suffix": "answers follow their prompt",
     "priority": "all requests wait in turn",
     "cache_salt": "the cache is the service's own",
     "kv_transfer_params": "the cache is the service's own",
+    "ec_transfer_params": "the cache is the service's own",
     "vllm_xargs": "only documented fields are passed on",
     "mm_processor_kwargs": "there are only texts",
     "media_io_kwargs": "there are only texts",
     "modalities": "there are only texts",
+    "mm_payload": "there are only texts",
+    "return_mm_kwargs": "there are only texts",
     "audio": "there are only texts",
+    "echo": "a chat is answered and not repeated; /v1/completions repeats prompts",
+    "thinking_token_budget": "max_tokens counts thoughts too; reasoning_effort asks for fewer",
+    "watermarking": "answers have no watermark",
+    "repetition_detection": "an answer ends by its tokens and its limit; repetition_penalty avoids repetitions",
+    "return_token_offsets": "no answer tells them; POST /tokenize tells the tokens of a prompt",
+    "return_prompt_text": "POST /tokenize tells the tokens of a chat",
+    "routed_experts_prompt_start": "routes of experts are not told",
     "functions": "OpenAI calls them tools now",
     "function_call": "OpenAI calls it tool_choice now",
     "prediction": "answers are not begun elsewhere",
     "web_search_options": "nothing is searched",
     "moderation": "nothing is moderated",
 }
-"""Fields that clients know and that cannot be followed here, and why; all others are not known."""
+"""Fields that clients know and that cannot be followed, and why, where `TAKEN` has them not; others are not known."""
 TURN = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"}
 """Fields of a message that a template may read."""
 TURN_DEFAULTS: dict[str, tuple[Any, ...]] = {"type": ("text",)}
@@ -100,7 +121,19 @@ def taken(kind: str, sent: Mapping[str, Any]) -> dict[str, Any]:
         fields["top_p"] = SMALLEST_TOP_P
     if "messages" in fields:
         fields["messages"] = turns(fields["messages"])
+    if fields.get("tool_choice", "auto") not in ("auto", "none"):
+        fields["tools"] = [_strict(place, tool) for place, tool in enumerate(fields.get("tools", ()))]
     return fields
+
+
+def _strict(place: int, tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool that has to be called. Where it is not strict, vLLM 0.32 has it called with any JSON: a list, a number."""
+    function = tool["function"]
+    parameters = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    if parameters["type"] != "object":
+        message = f"The arguments of a call are an object, so the type of tools[{place}].function.parameters is object."
+        raise Refused(400, message, code="invalid_function_parameters", param=f"tools[{place}].function.parameters")
+    return {**tool, "function": {**function, "parameters": parameters, "strict": True}}
 
 
 def turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

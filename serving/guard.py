@@ -223,8 +223,11 @@ class Guard:
         return bytes(body)
 
 
-def check_local(headers: Sequence[tuple[bytes, bytes]], cors_origins: Collection[str] = ()) -> None:
+def check_local(headers: Sequence[tuple[bytes, bytes]], cors_origins: Collection[str] | None = None) -> None:
     """Refuses what a browser sends for a page that is not this endpoint's own, whatever name leads there.
+
+    Args:
+        cors_origins: pages elsewhere that may ask all the same; None where no setting names any.
 
     Raises:
         Refused: 403, by another name than this machine's, or from a page elsewhere.
@@ -235,11 +238,12 @@ def check_local(headers: Sequence[tuple[bytes, bytes]], cors_origins: Collection
     hosts, origins = sent.get(b"host", []), sent.get(b"origin", [])
     if len(hosts) != 1 or HOST.fullmatch(hosts[0]) is None:
         raise Refused(403, "Without keys, this endpoint answers by the names 127.0.0.1, localhost and [::1] alone.")
-    if origins and set(origins) <= set(cors_origins):
+    if origins and set(origins) <= set(cors_origins or ()):
         return
     own = {f"http://{hosts[0]}", f"https://{hosts[0]}"}
     if not set(origins) <= own or not set(sent.get(b"sec-fetch-site", [])) <= {"same-origin", "none"}:
-        raise Refused(403, "Without keys, pages of other origins may not ask here; cors_origins names those that may.")
+        setting = "" if cors_origins is None else "; cors_origins names those that may"
+        raise Refused(403, f"Without keys, pages of other origins may not ask here{setting}.")
 
 
 class Rate:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-Route = Literal["chat", "completions", "tokenize"]
+Route = Literal["chat", "completions", "tokenize", "detokenize"]
+TOKEN_ROUTES: tuple[Route, ...] = ("tokenize", "detokenize")
+"""Those that ask for no answer of the model."""
 
 NONCHARACTER = re.compile("[\ufdd0-\ufdd2]")
 """Of Unicode, and no text's: `alignment.data.control_tokens` fences with them what stands for something else."""
@@ -104,17 +106,50 @@ def refusal(
     return Reply(status=status, body=json.dumps({"error": error}), retry_after_s=retry_after_s)
 
 
-def invalid(problems: Sequence[Any]) -> Reply:
+def invalid(problems: Sequence[Any], body: Any) -> Reply:
     """What pydantic found wrong with a request, without the values, which may be anything and of any length.
 
     Args:
-        problems: `ValidationError.errors()`; those of a body begin with the place `body`.
+        problems: `ValidationError.errors()`; those of a body may begin with the place `body`.
+        body: what was sent.
     """
-    places = [".".join(str(part) for part in problem["loc"] if part != "body") for problem in problems]
-    message = "; ".join(f"{place}: {problem['msg']}" for place, problem in zip(places[:5], problems, strict=False))
-    field = next((str(part) for part in problems[0]["loc"] if part != "body"), None)
-    code = PROBLEMS.get(problems[0]["type"], "invalid_type" if "type" in problems[0]["type"] else "invalid_value")
-    return refusal(400, f"The request is not valid. {message}"[:1000], code=code, param=field and field[:100])
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems:
+        found.setdefault(_place(problem, body), []).append(problem)
+    # Of a value that may be of several kinds, every kind says what it misses: the one that came deepest was meant.
+    places = [place for place in found if not any(place == other[: len(place)] != other for other in found)]
+    told = [
+        ": ".join([*filter(None, [".".join(place)]), _joined(problem["msg"] for problem in found[place])])
+        for place in places[:5]
+    ]
+    first = found[places[0]][0]
+    code = PROBLEMS.get(first["type"], "invalid_type" if "type" in first["type"] else "invalid_value")
+    field = places[0][0][:100] if places[0] else None
+    return refusal(400, f"The request is not valid. {'; '.join(told)}"[:1000], code=code, param=field)
+
+
+def _place(problem: Any, body: Any) -> tuple[str, ...]:
+    """Where a problem is: pydantic's place, without the names of the kinds that it tried."""
+    parts = list(problem["loc"])
+    if parts[:1] != ["body"] and parts[:1] in (["header"], ["query"], ["path"]):
+        return tuple(map(str, parts))
+    place, value = [], body
+    for index, part in enumerate(parts):
+        if index == 0 and part == "body":
+            continue
+        if (isinstance(value, Mapping) and part in value) or (isinstance(value, list) and part in range(len(value))):
+            value = value[part]
+        elif problem["type"] != "missing" or index + 1 < len(parts):
+            continue
+        place.append(str(part))
+    return tuple(place)
+
+
+def _joined(messages: Iterable[str]) -> str:
+    """Several kinds that a value may be of, in one sentence."""
+    first, *others = dict.fromkeys(messages)
+    common = "Input should be "
+    return " or ".join([first, *(other.removeprefix(common) for other in others)])
 
 
 def event(reply: Reply) -> str:

@@ -63,6 +63,7 @@ SHARED = {
         "test_ports",
         "test_rewards_route",
         "test_swap",
+        "test_tools",
     ],
     "ray_here": ["test_engines", "test_ray_access", "test_rollouts_on_ray", "test_train_on_ray", "test_zero_on_ray"],
     "small_endpoint": ["test_circle", "test_contract", "test_swap_of_whole_weights"],

@@ -55,7 +55,7 @@ async function refusal(route, response) {
   const waitS = secondsToWait(response.headers.get("retry-after"));
   try {
     const { error } = await response.json();
-    return new Trouble(route, response.status, String(error.message), waitS);
+    return new Trouble(route, response.status, String(error.message), waitS, error.code);
   } catch {
     return new Trouble(route, response.status, "", waitS);
   }

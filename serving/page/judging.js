@@ -5,10 +5,10 @@ import { copyOf, part } from "./dom.js";
 /**
  * What a judgement's state is called next to what was judged.
  *
- * @param {{state: string, trouble: Error|null}} item of the outbox
+ * @param {{state: string, trouble: Error|null, note: string|null}} item of the outbox
  */
-export function stateInWords({ state, trouble }) {
-  if (state === "saved") return "Saved";
+export function stateInWords({ state, trouble, note }) {
+  if (state === "saved") return note ? `Saved. ${note}` : "Saved";
   if (state === "waiting" || state === "sending") return "Saving…";
   return trouble ? `Not saved. ${trouble.message}` : "Not saved yet";
 }

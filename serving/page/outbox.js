@@ -38,7 +38,7 @@ export class Outbox {
 
   /** Takes a judgement, the body of POST /v1/feedback; `tell(item)` is called at each of its states. */
   put(judgement, tell) {
-    const item = { mark: newMark(), judgement, state: "waiting", trouble: null, tell };
+    const item = { mark: newMark(), judgement, state: "waiting", trouble: null, note: null, tell };
     this.#supersede(judgement);
     this.items.push(item);
     if (this.#stopWaiting) Object.assign(item, { state: "late", trouble: this.#first("late")?.trouble ?? null });
@@ -90,7 +90,7 @@ export class Outbox {
   async #deliver(item) {
     this.#set(item, "sending");
     try {
-      await deliver(item);
+      item.note = await deliver(item);
       this.#pauseS = FIRST_PAUSE_S;
       this.items = this.items.filter((other) => other !== item);
       this.#set(item, "saved");
@@ -125,9 +125,11 @@ export class Outbox {
   }
 }
 
+/** Returns why nothing will be learned from it, or null. */
 async function deliver({ judgement, mark }) {
   const receipt = await askJson(ROUTE, { body: judgement, mark, timeoutMs: PATIENCE_MS });
   if (typeof receipt.id !== "string") throw new Trouble(ROUTE, UNREACHABLE); // no receipt, so nothing was saved
+  return receipt.note ?? null;
 }
 
 function recalled() {

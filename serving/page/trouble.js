@@ -22,9 +22,7 @@ const WORDS = {
 const WORDS_OF_ROUTE = {
   "v1/comparisons": {
     403: "Comparing answers needs a labeller's key. This one may chat.",
-    409:
-      "This service does not record feedback, so a verdict would be lost. " +
-      "The people who run it can switch it on with feedback.record.",
+    409: "The model is changing to another version just now. Please try again.",
   },
   "v1/feedback": {
     403: "Judging answers needs a labeller's key. This one may chat.",
@@ -38,6 +36,14 @@ const WORDS_OF_ROUTE = {
   },
 };
 
+/** What the service calls a trouble itself says more than its status. */
+const WORDS_OF_CODE = {
+  not_recorded:
+    "This service does not record feedback, so a verdict would be lost. " +
+    "The people who run it can switch it on with feedback.record.",
+  not_stored_yet: "The answer is still on its way into the service's database.",
+};
+
 /** A request that did not get what it asked for; `message` can be shown as it is. */
 export class Trouble extends Error {
   /**
@@ -45,9 +51,10 @@ export class Trouble extends Error {
    * @param {number} status HTTP status, or UNREACHABLE
    * @param {string} said what the service said about it, if anything
    * @param {number|null} waitS seconds to wait before another attempt, where the service named a time
+   * @param {string|null} code the service's own name for it, if it has one
    */
-  constructor(route, status, said = "", waitS = null) {
-    super(inWords(route, status, said));
+  constructor(route, status, said = "", waitS = null, code = null) {
+    super(inWords(route, status, said, code));
     this.status = status;
     this.waitS = waitS;
   }
@@ -58,7 +65,7 @@ export class Trouble extends Error {
   }
 }
 
-function inWords(route, status, said) {
-  const known = WORDS_OF_ROUTE[route]?.[status] ?? WORDS[status];
+function inWords(route, status, said, code) {
+  const known = WORDS_OF_CODE[code] ?? WORDS_OF_ROUTE[route]?.[status] ?? WORDS[status];
   return known ?? (said.slice(0, LONGEST_MESSAGE) || `The service answered with status ${status}.`);
 }

@@ -109,7 +109,8 @@ def routes(service: Service) -> APIRouter:
     async def comparisons(request: Request, body: ComparisonBody) -> Response:
         """Two answers to one prompt, in random order, for a person to choose between."""
         if not config.feedback.record:
-            raise Refused(409, "This service keeps no texts (feedback.record is off), so nobody could learn from it.")
+            message = "This service keeps no texts (feedback.record is off), so nobody could learn from it."
+            raise Refused(409, message, code="not_recorded")
         asked = question(request, body)
         said = await to_compare(
             lambda: asyncio.gather(

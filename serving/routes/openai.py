@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from alignment.config import is_template_variable
 from serving.fields import taken
@@ -30,6 +31,7 @@ Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 TemplateKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=1000)] | None
+TemplateValues = Annotated[dict[TemplateKey, TemplateValue], Field(max_length=16)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -53,24 +55,25 @@ class Asking(BaseModel):
     user: Annotated[str, Field(max_length=200)] | None = None
 
 
-class TextPart(BaseModel):
-    """A part of a message; there are only texts."""
+class Part(BaseModel):
+    """A part of a message; there are only texts, and what an assistant would not say, in OpenAI's form."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
     cache_control: Any = None
     """Anthropic's way to say what is worth keeping in a cache; everything is."""
 
-
-class RefusalPart(BaseModel):
-    """What an assistant would not say, in OpenAI's form."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["refusal"]
-    refusal: str
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: Any) -> Any:
+        if isinstance(part, dict) and part.get("type") not in ("text", "refusal"):
+            raise PydanticCustomError("no_text", "There are only texts here: a part has the type text or refusal")
+        if isinstance(part, dict) and part.get(part["type"]) is None:
+            raise PydanticCustomError("missing", "A part has a text under the name that is its type")
+        return part
 
 
 class CalledFunction(BaseModel):
@@ -117,7 +120,7 @@ class ChatTurn(BaseModel):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
-    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
+    content: str | list[Part] | None = None
 
 
 class ChatBody(Asking):
@@ -126,7 +129,7 @@ class ChatBody(Asking):
     messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=1000)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
-    chat_template_kwargs: Annotated[dict[TemplateKey, TemplateValue], Field(max_length=16)] | None = None
+    chat_template_kwargs: TemplateValues | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[Tool] | None = None
@@ -150,7 +153,19 @@ class TokenizeBody(BaseModel):
     messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=1000)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
+    chat_template_kwargs: TemplateValues | None = None
+    tools: list[Tool] | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """Body of `/detokenize`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(max_length=200)
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 def routes(service: Service) -> APIRouter:
@@ -197,9 +212,18 @@ def routes(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "Give either prompt or messages.")
         card(body.model)
-        asked = taken("tokenize", request.scope["state"]["json"])
-        parts = service.backend.ask("tokenize", asked, wanted_version(request))
-        return as_response(await whole(parts))
+        _check_template_values(body)
+        return await tokens("tokenize", request)
+
+    @router.post("/detokenize", tags=["user"])
+    async def detokenize(request: Request, body: DetokenizeBody) -> Response:
+        """The text of token ids."""
+        card(body.model)
+        return await tokens("detokenize", request)
+
+    async def tokens(route: Route, request: Request) -> Response:
+        asked = taken(route, request.scope["state"]["json"])
+        return as_response(await whole(service.backend.ask(route, asked, wanted_version(request))))
 
     def card(name: str) -> dict[str, Any]:
         if name not in cards:
@@ -295,7 +319,7 @@ def num_prompts(prompt: str | list[Any]) -> int:
     return 1 if is_one else len(prompt)
 
 
-def _check_template_values(body: ChatBody) -> None:
+def _check_template_values(body: ChatBody | TokenizeBody) -> None:
     for name in body.chat_template_kwargs or {}:
         if not is_template_variable(name):
             raise Refused(400, f"chat_template_kwargs cannot set {name}: it holds what the model's template reads.")

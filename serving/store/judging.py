@@ -137,7 +137,7 @@ class _Target:
     @property
     def why(self) -> str:
         """Why the texts are not kept, in words."""
-        return f"the texts of {self.id} were not kept, since {self.reason or 'feedback.record was off'}"
+        return f"the texts were not kept, since {self.reason or 'feedback.record was off'}"
 
     @property
     def ids(self) -> list[str]:

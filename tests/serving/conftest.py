@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from alignment.models.folders import bundled
 from serving.keys import create_key
 from serving.store import Store
+from tests.alignment.chat_templates import published
 from tests.conftest import free_port
 from tests.processes import descendants, without_wait_policy
 
@@ -121,12 +122,25 @@ def adapted() -> PeftModel:
     return random_adapter(0)
 
 
+def with_tools(template: str) -> str:
+    """A chat template that teaches calls of tools as Qwen's does, and without tools is the one that is given."""
+    return f"{{% if tools %}}{published()['qwen2_5']}{{% else %}}{template}{{% endif %}}"
+
+
 @pytest.fixture(scope="session")
 def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """An adapter on the bundled model, in fp32; what people say is recorded."""
     folder = tmp_path_factory.mktemp("serving")
     adapted.save_pretrained(folder / ALIGNED)
-    settings = ("dtype=fp32", "max_model_len=512", "limits.max_body_mib=0.1", "limits.max_tokens=600")
+    template = folder / "with_tools.jinja"
+    template.write_text(with_tools((bundled() / "chat_template.jinja").read_text()))
+    settings = (
+        f"chat_template={template}",
+        "dtype=fp32",
+        "max_model_len=512",
+        "limits.max_body_mib=0.1",
+        "limits.max_tokens=600",
+    )
     with started(folder / ALIGNED, folder, *settings, "feedback.record=true", "rewards.max_length=512") as running:
         yield running
 

@@ -19,6 +19,7 @@ ASKED: dict[str, Any] = {"role": "user", "content": "Weather in Bonn?"}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
 CITY: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+STRICT: dict[str, Any] = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
 NAMED: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 LANGCHAIN_TEXT = {"frequency_penalty": 0, "logprobs": None, "n": 1, "presence_penalty": 0, "seed": None, "top_p": 1}
 """What langchain-openai's `OpenAI` sends with every prompt."""
@@ -36,7 +37,7 @@ def error_of(kind: str, body: dict[str, Any]) -> dict[str, Any]:
     try:
         fields = engine_fields(kind, body)
     except ValidationError as error:
-        reply = invalid(error.errors())
+        reply = invalid(error.errors(), body)
     except Refused as refused:
         reply = refused.reply
     else:
@@ -51,7 +52,7 @@ def error_of(kind: str, body: dict[str, Any]) -> dict[str, Any]:
         pytest.param({"stream": False, "tools": [WEATHER]}, {"stream": False, "tools": [WEATHER]}, id="bind_tools"),
         pytest.param(
             {"tools": [WEATHER], "tool_choice": NAMED, "parallel_tool_calls": False},
-            {"tools": [WEATHER], "tool_choice": NAMED, "parallel_tool_calls": False},
+            {"tools": [STRICT], "tool_choice": NAMED, "parallel_tool_calls": False},
             id="function_calling",
         ),
         pytest.param({"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}, {}, id="no tools"),
@@ -83,6 +84,20 @@ def test_a_call_and_what_came_of_it_are_taken_as_clients_send_them_back() -> Non
         turns = engine_fields("chat", {"messages": [ASKED, call, result]})["messages"]
         assert turns[1]["tool_calls"] == [CALL] and turns[1].get("content") is None
         assert turns[2] == result
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_that_has_to_be_made_has_an_object_for_arguments(choice: Any) -> None:
+    """Where a tool is not strict, vLLM has it called with any JSON."""
+    nothing = {"type": "object", "properties": {}}
+    for given, seen in (({}, nothing), ({"parameters": {}}, nothing), ({"parameters": CITY, "strict": False}, CITY)):
+        tool = {"type": "function", "function": {"name": "weather", **given}}
+        body = {"messages": [ASKED], "tools": [tool], "tool_choice": choice}
+        (function,) = (tool["function"] for tool in engine_fields("chat", body)["tools"])
+        assert (function["parameters"], function["strict"]) == (seen, True)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "array"}}}
+    error = error_of("chat", {"messages": [ASKED], "tools": [tool], "tool_choice": choice})
+    assert (error["code"], error["param"]) == ("invalid_function_parameters", "tools[0].function.parameters")
 
 
 def test_a_message_that_says_that_it_is_text_is_one() -> None:

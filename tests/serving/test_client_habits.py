@@ -20,7 +20,6 @@ from tests.serving.test_feedback_routes import exported, judge
 WINDOW = 512
 LONG = [{"role": "user", "content": "fox " * 440}]
 """Leaves less of the window than limits.max_tokens."""
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
 def chat(endpoint: Running, **more: Any) -> httpx.Response:
@@ -98,16 +97,6 @@ def test_values_that_would_change_how_a_template_is_rendered_are_refused(
     endpoint: Running, values: dict[str, Any]
 ) -> None:
     assert_openai_error(chat(endpoint, max_tokens=1, chat_template_kwargs=values), 400)
-
-
-def test_tools_that_the_endpoint_cannot_read_are_refused_in_its_own_words(endpoint: Running) -> None:
-    named = {"type": "function", "function": {"name": "weather"}}
-    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "required"}, {"tool_choice": named}):
-        answer = chat(endpoint, max_tokens=4, tools=[WEATHER], **choice)
-        assert_openai_error(answer, 400)
-        assert "tool_call_parser" in answer.json()["error"]["message"]
-        assert "--" not in answer.json()["error"]["message"]
-    assert chat(endpoint, max_tokens=4, tools=[WEATHER], tool_choice="none").status_code == 200
 
 
 def test_an_answer_that_was_cut_is_exported_as_cut(endpoint: Running) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from serving.fields import SMALLEST_TOP_P, taken
+from serving.fields import IGNORED, REFUSED, SMALLEST_TOP_P, TAKEN, taken
+from serving.routes.openai import ChatBody
 from serving.schema import Refused, invalid
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -41,9 +46,11 @@ def test_what_asks_for_nothing_is_left_out(more: dict[str, Any]) -> None:
         ("chat_template", "{{ x }}", "unsupported_parameter"),
         ("functions", [{}], "unsupported_parameter"),
         ("temprature", 0.5, "unknown_parameter"),
-        ("session_id", "x", "unknown_parameter"),
         ("logits_processors", ["x"], "unknown_parameter"),
-        ("repetition_detection", {}, "unknown_parameter"),
+        ("repetition_detection", {}, "unsupported_parameter"),
+        ("thinking_token_budget", 8, "unsupported_parameter"),
+        ("logprob_token_ids", [1], "unsupported_parameter"),
+        ("return_token_offsets", True, "unsupported_parameter"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(field: str, value: Any, code: str) -> None:
@@ -102,8 +109,83 @@ def test_a_message_with_more_than_texts_is_refused(turn: dict[str, Any]) -> None
         taken("chat", CHAT | {"messages": [{"role": "assistant", "content": "x", **turn}]})
 
 
+BODIES: dict[str, tuple[str, ...]] = {
+    "chat": ("entrypoints/openai/chat_completion/protocol.py", "ChatCompletionRequest"),
+    "completions": ("entrypoints/openai/completion/protocol.py", "CompletionRequest"),
+    "tokenize": ("entrypoints/serve/tokenize/protocol.py", "TokenizeCompletionRequest", "TokenizeChatRequest"),
+    "detokenize": ("entrypoints/serve/tokenize/protocol.py", "DetokenizeRequest"),
+}
+"""By kind of request: the file of the installed vLLM, and its classes there."""
+
+
+def fields_of(kind: str) -> set[str]:
+    """What vLLM's requests of a kind may hold, read and not imported, which takes 10 s."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    file, *names = BODIES[kind]
+    classes = [node for node in ast.parse((Path(spec.origin).parent / file).read_text()).body]
+    return {
+        line.target.id
+        for node in classes
+        if isinstance(node, ast.ClassDef) and node.name in names
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and not line.target.id.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_what_becomes_of_every_field_of_vllms_is_decided(kind: str) -> None:
+    fields = fields_of(kind)
+    assert "model" in fields and len(fields) > 1
+    undecided = {name for name in fields if (name in TAKEN[kind]) + (name in IGNORED) + (name in REFUSED) == 0}
+    assert undecided == set()
+    # What one kind takes, another may have to refuse; nothing is both taken and ignored.
+    everywhere = set.intersection(*(set(each) for each in (TAKEN["chat"], TAKEN["completions"])))
+    assert not (IGNORED & (TAKEN[kind] | REFUSED.keys())) and not (everywhere & REFUSED.keys())
+
+
 def test_an_invalid_request_is_told_by_field_and_code_and_without_its_values() -> None:
     problems = [{"type": "missing", "loc": ("body", "messages", 0, "role"), "msg": "Field required", "input": "SECRET"}]
-    error = json.loads(invalid(problems).body)["error"]
+    error = json.loads(invalid(problems, {"messages": [{}]}).body)["error"]
     assert (error["code"], error["param"]) == ("missing_required_parameter", "messages")
     assert error["message"] == "The request is not valid. messages.0.role: Field required"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "SECRET"}}]}]},
+            "messages.0.content.0: There are only texts here: a part has the type text or refusal",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "txt": "SECRET"}]}]},
+            "messages.0.content.0: A part has a text under the name that is its type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: Input should be a valid string or a valid list",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "stop": 5},
+            "stop: Input should be a valid string or a valid list",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": {"b": 1}}},
+            "chat_template_kwargs.a: Input should be a valid boolean or a valid integer or a valid number or a valid "
+            "string",
+        ),
+        ({"messages": [{"content": "x"}]}, "messages.0.role: Field required"),
+    ],
+)
+def test_what_may_be_of_several_kinds_is_told_in_one_sentence(more: dict[str, Any], message: str) -> None:
+    body = {"model": "m", **more}
+    with pytest.raises(ValidationError) as error:
+        ChatBody.model_validate(body)
+    told = json.loads(invalid(error.value.errors(), body).body)["error"]["message"]
+    assert told == f"The request is not valid. {message}"
+
+
+def test_a_header_that_is_not_valid_is_told_by_its_name() -> None:
+    problems = [{"type": "string_too_long", "loc": ("header", "idempotency-key"), "msg": "It is too long"}]
+    assert "header.idempotency-key: It is too long" in invalid(problems, {"kind": "thumb"}).body

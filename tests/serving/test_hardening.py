@@ -208,6 +208,17 @@ def test_an_answer_can_be_asked_for_in_a_form(tiny: Running) -> None:
     assert set(json.loads(answer.json()["choices"][0]["message"]["content"])) == {"a"}
 
 
+def test_tools_whose_calls_the_endpoint_cannot_read_are_refused_in_its_own_words(tiny: Running) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "required"}, {"tool_choice": named}):
+        answer = chat(tiny, tools=[tool], **choice)
+        assert_refused(answer, 400)
+        assert "tool_call_parser" in answer.json()["error"]["message"]
+        assert "--" not in answer.json()["error"]["message"]
+    assert chat(tiny, tools=[tool], tool_choice="none").status_code == 200
+
+
 def test_tokens_of_a_text_and_of_a_chat(tiny: Running) -> None:
     answer = tiny.ask("POST", "/tokenize", {"model": MODEL, "prompt": "fox"}, role="user")
     assert answer.status_code == 200, answer.text

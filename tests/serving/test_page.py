@@ -175,8 +175,8 @@ def page_response(name: str) -> Response:
     return Response(file.body, media_type=file.media_type, headers=dict(HEADERS))
 
 
-def trouble(status: int, message: str = "Not now.", **headers: str) -> Response:
-    error = {"message": message, "type": "server_error", "param": None, "code": status}
+def trouble(status: int, message: str = "Not now.", *, code: str | None = None, **headers: str) -> Response:
+    error = {"message": message, "type": "server_error", "param": None, "code": code}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
@@ -582,13 +582,46 @@ def test_the_keys_can_be_switched_off(page: Page, service: Service) -> None:
 
 
 def test_without_recording_the_page_says_why_it_cannot_compare(page: Page, service: Service) -> None:
-    service.troubles["comparisons"] = [trouble(409)]
+    service.troubles["comparisons"] = [trouble(409, code="not_recorded")]
     page.goto(f"{service.url}/#compare")
     page.get_by_role("button", name="What is the difference between weather and climate?").click()
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("alert").filter(has_text="feedback.record")).to_be_visible()
     page.get_by_role("button", name="Try again").click()
     expect(page.locator("#pair .text").first).to_contain_text("First to: What is the difference")
+
+
+def test_a_comparison_during_a_swap_is_not_taken_for_one_without_recording(page: Page, service: Service) -> None:
+    service.troubles["comparisons"] = [trouble(409, "Version 1 is not loaded any more.")]
+    page.goto(f"{service.url}/#compare")
+    page.get_by_label("Prompt", exact=True).fill("one")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("alert").filter(has_text="changing to another version")).to_be_visible()
+    expect(page.get_by_text("feedback.record")).to_have_count(0)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#pair")).to_have_attribute("aria-busy", "false")
+
+
+def test_a_thumb_that_comes_before_its_answer_is_stored_is_sent_again(page: Page, service: Service) -> None:
+    early = trouble(503, "Send this again.", code="not_stored_yet", **{"retry-after": "1"})
+    service.troubles["feedback"] = [early]
+    page.goto(service.url)
+    ask(page, "Why?")
+    page.get_by_role("button", name="Good answer").click()
+    expect(page.locator("#unsaved")).to_contain_text("still on its way into the service's database")
+    expect(page.get_by_role("article", name="Answer").get_by_text("Saved")).to_be_visible()  # by itself
+    expect(page.locator("#unsaved")).to_be_hidden()
+    assert len({asked.mark for asked in service.asked if asked.route == "feedback"}) == 1
+
+
+def test_a_judgement_from_which_nothing_is_learned_says_why(page: Page, service: Service) -> None:
+    note = "Nothing is learned from this: the texts were not kept, since feedback.record is off."
+    receipt = {"id": "jdg-1", "kind": "thumb", "target": "chatcmpl-1-0", "created": 1.0, "note": note}
+    service.troubles["feedback"] = [JSONResponse(receipt)]
+    page.goto(service.url)
+    ask(page, "Why?")
+    page.get_by_role("button", name="Good answer").click()
+    expect(page.get_by_role("article", name="Answer")).to_contain_text(f"Saved. {note}")
 
 
 # Progress
