@@ -121,8 +121,8 @@ def taken(kind: str, sent: Mapping[str, Any]) -> dict[str, Any]:
         fields["top_p"] = SMALLEST_TOP_P
     if "messages" in fields:
         fields["messages"] = turns(fields["messages"])
-    if fields.get("tool_choice", "auto") not in ("auto", "none"):
-        fields["tools"] = [_strict(place, tool) for place, tool in enumerate(fields.get("tools", ()))]
+    if "tools" in fields and fields.get("tool_choice", "auto") not in ("auto", "none"):
+        fields["tools"] = [_strict(place, tool) for place, tool in enumerate(fields["tools"])]
     return fields
 
 

@@ -15,15 +15,8 @@ SAMPLING = {
     *("model", "messages", "prompt", "request_id"),
     *("max_tokens", "max_completion_tokens", "min_tokens", "n", "seed", "stop", "stop_token_ids"),
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *(
-        "stream",
-        "stream_options",
-        "stream_interval",
-        "logprobs",
-        "top_logprobs",
-        "return_token_ids",
-        "return_tokens_as_token_ids",
-    ),
+    *("stream", "stream_options", "stream_interval"),
+    *("logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
 }
 """Fields that change which answer is drawn, and nothing of what the model reads or may write."""

@@ -117,7 +117,8 @@ def invalid(problems: Sequence[Any], body: Any) -> Reply:
     for problem in problems:
         found.setdefault(_place(problem, body), []).append(problem)
     # Of a value that may be of several kinds, every kind says what it misses: the one that came deepest was meant.
-    places = [place for place in found if not any(place == other[: len(place)] != other for other in found)]
+    around = {place[:length] for place in found for length in range(len(place))}
+    places = [place for place in found if place not in around]
     told = [
         ": ".join([*filter(None, [".".join(place)]), _joined(problem["msg"] for problem in found[place])])
         for place in places[:5]
@@ -137,7 +138,8 @@ def _place(problem: Any, body: Any) -> tuple[str, ...]:
     for index, part in enumerate(parts):
         if index == 0 and part == "body":
             continue
-        if (isinstance(value, Mapping) and part in value) or (isinstance(value, list) and part in range(len(value))):
+        is_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if is_index or (isinstance(value, Mapping) and part in value):
             value = value[part]
         elif problem["type"] != "missing" or index + 1 < len(parts):
             continue

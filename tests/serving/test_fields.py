@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from serving.fields import IGNORED, REFUSED, SMALLEST_TOP_P, TAKEN, taken
-from serving.routes.openai import ChatBody
+from serving.routes.openai import ChatBody, CompletionBody
 from serving.schema import Refused, invalid
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -184,6 +185,16 @@ def test_what_may_be_of_several_kinds_is_told_in_one_sentence(more: dict[str, An
         ChatBody.model_validate(body)
     told = json.loads(invalid(error.value.errors(), body).body)["error"]["message"]
     assert told == f"The request is not valid. {message}"
+
+
+def test_a_hundred_thousand_problems_are_told_in_time() -> None:
+    body = {"model": "m", "prompt": [None] * 100_000}
+    with pytest.raises(ValidationError) as error:
+        CompletionBody.model_validate(body)
+    problems = error.value.errors()
+    began = time.process_time()
+    reply = invalid(problems, body)
+    assert time.process_time() - began < 5 and len(reply.body) < 2048
 
 
 def test_a_header_that_is_not_valid_is_told_by_its_name() -> None:
