@@ -14,6 +14,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from starlette.responses import Response
@@ -123,16 +124,24 @@ class Guard:
         Raises:
             Refused: it is not read, or too large beside what its key has in progress.
         """
+        app = self._app
+        async with share.large_body() if share is not None and _may_be_large(scope) else nullcontext():
+            body = await self._read_and_check(scope, receive)
+        if body and share is not None:
+            asked = scope["state"]["json"]
+            if any(asked.get(field) for field in FORM_FIELDS):
+                share.check_forms(time.monotonic())
+            app = self._in_turn(share, request_size(asked, len(body), self._limits), len(body))
+        await _until_gone(app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
+
+    async def _read_and_check(self, scope: Scope, receive: Receive) -> bytes:
+        """The body, after what it holds was put into the request's state; raises Refused as `_body` and `_json` do."""
         begun = time.perf_counter()
-        app, body = self._app, await self._body(scope, receive)
+        body = await self._body(scope, receive)
         if body:
             scope["state"]["json"] = await self._json(body)
-            if share is not None:
-                if any(scope["state"]["json"].get(field) for field in FORM_FIELDS):
-                    share.check_forms(time.monotonic())
-                app = self._in_turn(share, request_size(scope["state"]["json"], len(body), self._limits), len(body))
         self._took("body", time.perf_counter() - begun)
-        await _until_gone(app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
+        return body
 
     def _in_turn(self, share: KeyShare, size: RequestSize, num_bytes: int) -> ASGIApp:
         """The routes, for when the key has room for the request. What waits is kept in memory, and has to be small."""
@@ -221,6 +230,13 @@ class Guard:
         if len(body) > self._max_body_bytes:
             raise Refused(413, f"The request body is larger than {self._max_body_bytes} bytes.")
         return bytes(body)
+
+
+def _may_be_large(scope: Scope) -> bool:
+    """Whether a request's body is large, or does not say how large it is."""
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    return b"transfer-encoding" in headers or not length.isdigit() or int(length) > LARGE_BYTES
 
 
 def check_local(headers: Sequence[tuple[bytes, bytes]], cors_origins: Collection[str] | None = None) -> None:

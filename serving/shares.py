@@ -19,6 +19,10 @@ RETRY_S = 1.0
 """What a key is told to wait that has enough in progress."""
 WAIT_S = 60.0
 """For which a request waits at most for others of its key to end."""
+PAUSES = 4.0
+"""How many times as long as reading a large body took its key waits with the next one."""
+MAX_PAUSE_S = 2.0
+"""For which it waits at most: the time may be that of a slow network."""
 WORK_FIELDS = ("messages", "prompt", "items")
 """Fields of requests that an engine or a scorer works on."""
 
@@ -84,6 +88,7 @@ class KeyShare:
         self._max_waiting = limits.requests_waiting
         self._num_requests = self._num_answers = self._num_tokens = 0
         self._queue: deque[tuple[RequestSize, asyncio.Future[None]]] = deque()
+        self._large_bodies = None if is_admin else asyncio.Lock()
         self.form_seconds = FormSeconds(0.0 if is_admin else limits.form_seconds_per_minute)
 
     @contextmanager
@@ -123,6 +128,23 @@ class KeyShare:
             yield
         finally:
             self._leave(size)
+
+    @asynccontextmanager
+    async def large_body(self) -> AsyncIterator[None]:
+        """The key's large bodies are read in such blocks: one at a time, and with pauses, but for admins.
+
+        So they take a fifth of the time of the ingress, and of Ray's proxy before it, at most.
+        """
+        if self._large_bodies is None:
+            yield
+            return
+        await self._large_bodies.acquire()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        try:
+            yield
+        finally:
+            loop.call_later(min(PAUSES * (loop.time() - begun), MAX_PAUSE_S), self._large_bodies.release)
 
     def check_forms(self, now: float) -> None:
         """Raises Refused (429) if the key has used up what it may spend on forms of answers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -302,6 +302,37 @@ def test_bodies_that_are_still_being_sent_count_too() -> None:
             assert (await anna.post("/work", json={})).status_code == 429
             assert {answer.status_code for answer in await asyncio.gather(*slow)} == {408}
             assert (await anna.post("/work", json={})).status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_large_bodies_of_a_key_are_read_with_pauses_and_nobody_else_waits() -> None:
+    async def scene() -> None:
+        guard = guarded(lambda: asyncio.sleep(0), answers_in_progress=2)
+        goes_on = asyncio.Event()
+        time_s = asyncio.get_running_loop().time
+
+        async def of_unknown_length() -> AsyncIterator[bytes]:
+            yield b'{"items": '
+            await goes_on.wait()
+            yield b"[]}"
+
+        async def end_s(name: str, **sent: Any) -> float:
+            assert (await client_of(guard, name).post("/work", **sent)).status_code == 200
+            return time_s()
+
+        large = {"items": ["x" * 70_000]}
+        began = time_s()
+        slow = asyncio.create_task(end_s("anna", content=of_unknown_length()))
+        await asyncio.sleep(0.1)
+        next_one = asyncio.create_task(end_s("anna", json=large))
+        await end_s("anna", json=WORK)
+        for name in ("ben", "root", "root"):
+            await end_s(name, json=large)
+        assert not slow.done() and not next_one.done()
+        goes_on.set()
+        ended = await slow
+        assert await next_one - ended >= 0.9 * min(4 * (ended - began), 2.0)
 
     asyncio.run(scene())
 
