@@ -9,6 +9,9 @@ the load; its `p50_ms` is added to an answer of one token that nobody else is in
 servers take turns too, request by request. `parts_ms` says what each part takes of one request by the endpoint's own
 clock: finding the key, reading and checking the body, finding the version, and handing the answer to what writes it
 down.
+
+`--before FOLDER` has the endpoint of another checkout of this project take its turns too, for before and after in one
+run. `--clients N` measures the path of one token instead: see `serving.bench_streams`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alignment.environment import IDLE_THREADS
 from alignment.errors import ServingError
 
 if TYPE_CHECKING:
@@ -38,6 +42,10 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 300.0
 LIGHT = "light_{}"
+MAX_NUM_SEQS = 16
+RAYLIGN = ("-m", "alignment.cli")
+OURS = ("ours", "before")
+"""The endpoint of this checkout, and that of another one."""
 QUESTIONS = (
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -58,6 +66,17 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every server.")] = 3,
     alone: Annotated[bool, typer.Option("--alone", help="Measure ours only.")] = False,
+    before: Annotated[
+        Path | None, typer.Option(help="Another checkout of this project, whose endpoint is measured beside this one.")
+    ] = None,
+    clients: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Clients that stream at the same time from a model of one layer, in place of all else: what passing "
+            "on one token costs, and where. MODEL then gives the tokenizer.",
+        ),
+    ] = 0,
 ) -> None:
     """Measures the endpoint under load, beside plain vLLM and Ray Serve LLM on this machine.
 
@@ -68,13 +87,27 @@ def bench(
         raise typer.BadParameter(f"there is no benchmark {what!r}; there is serve")
     from alignment.models.folders import model_source
 
-    load = Load(requests=requests, concurrency=concurrency, tokens=tokens)
-    names = ["ours"] if alone else ["vllm", "ray", "ours"]
-    with tempfile.TemporaryDirectory(prefix="raylign-bench-") as folder, ExitStack() as running:
-        servers = [running.enter_context(server(name, model_source(model), Path(folder))) for name in names]
-        found = asyncio.run(measured(servers, load, rounds))
-        parts = parts_of(servers[-1])
-    print(json.dumps(figures(found, load) | {"parts_ms": parts}))
+    names = [] if alone else ["vllm", "ray"]
+    if before is not None:
+        names.append("before")
+    with tempfile.TemporaryDirectory(prefix="raylign-bench-") as name, ExitStack() as running:
+        folder, source = Path(name), model_source(model)
+        if clients:
+            from serving.bench_streams import StreamLoad, make_model, measure_streams
+
+            source = str(make_model(folder / "model", source))
+        settings = BenchSettings(
+            model=source, folder=folder, max_num_seqs=clients or MAX_NUM_SEQS, rates=not clients, before=before
+        )
+        servers = [running.enter_context(server(name, settings)) for name in [*names, "ours"]]
+        if clients:
+            streams = StreamLoad(clients=clients, requests=max(requests, clients), tokens=tokens)
+            result = asyncio.run(measure_streams(servers, streams, rounds))
+        else:
+            load = Load(requests=requests, concurrency=concurrency, tokens=tokens)
+            result = figures(asyncio.run(measured(servers, load, rounds)), load)
+        result["parts_ms"] = parts_of(servers[-1])
+    print(json.dumps(result))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +120,21 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What all servers have in common."""
+
+    model: str
+    """Folder or hub id."""
+    folder: Path
+    """For logs, and for what endpoints keep."""
+    max_num_seqs: int
+    rates: bool
+    """Whether ours answers requests for rewards too."""
+    before: Path | None = None
+    """Another checkout of this project."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """A server that answers."""
 
@@ -94,6 +142,8 @@ class Server:
     url: str
     model: str
     key: str | None
+    process: int
+    """Id of the process that started all of its others."""
 
 
 @dataclass(kw_only=True)
@@ -110,13 +160,14 @@ class Taken:
     def told(self) -> dict[str, float | int]:
         return {
             "requests_per_second": round(statistics.median(self.rates), 3) if self.rates else 0.0,
-            **_quantiles("", self.seconds),
-            **(_quantiles("first_token_", self.first) if self.first else {}),
+            **quantiles("", self.seconds),
+            **(quantiles("first_token_", self.first) if self.first else {}),
             "failed": self.failed,
         }
 
 
-def _quantiles(name: str, seconds: list[float]) -> dict[str, float]:
+def quantiles(name: str, seconds: list[float]) -> dict[str, float]:
+    """Median and 99th percentile, as fields whose names begin alike."""
     if not seconds:
         return {}
     in_order = sorted(seconds)
@@ -125,7 +176,7 @@ def _quantiles(name: str, seconds: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def server(name: str, model: str, folder: Path) -> Iterator[Server]:
+def server(name: str, settings: BenchSettings) -> Iterator[Server]:
     """Starts one of the servers, and ends it afterwards.
 
     Raises:
@@ -133,20 +184,24 @@ def server(name: str, model: str, folder: Path) -> Iterator[Server]:
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    is_ours = name in OURS
+    tree = settings.before if name == "before" else None
     commands: dict[str, Callable[[], list[str]]] = {
-        "vllm": lambda: [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(model, port)],
-        "ray": lambda: [sys.executable, "-m", "serving.bench_ray", model, str(port)],
-        "ours": lambda: [sys.executable, "-m", "alignment.cli", "serve", model, *our_settings(model, port, folder)],
+        "vllm": lambda: ["-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(settings, port)],
+        "ray": lambda: ["-m", "serving.bench_ray", settings.model, str(port), str(settings.max_num_seqs)],
+        **dict.fromkeys(OURS, lambda: [*RAYLIGN, "serve", settings.model, *our_settings(name, settings, port)]),
     }
-    log = folder / f"{name}.log"
-    key = _key(folder) if name == "ours" else None
+    log = settings.folder / f"{name}.log"
+    key = _key(name, settings, tree) if is_ours else None
     print(f"Starting {name} …", flush=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(commands[name](), stdout=output, stderr=subprocess.STDOUT, env=_environment())
+        process = subprocess.Popen(
+            [sys.executable, *commands[name]()], stdout=output, stderr=subprocess.STDOUT, **_environment(tree)
+        )
     try:
-        path = {"vllm": "/health", "ray": "/v1/models", "ours": "/readyz"}[name]
+        path = "/readyz" if is_ours else {"vllm": "/health", "ray": "/v1/models"}[name]
         _wait_for(process, url + path, log)
-        yield Server(name=name, url=url, model="bench", key=key)
+        yield Server(name=name, url=url, model="bench", key=key, process=process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -158,59 +213,76 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def vllm_arguments(model: str, port: int) -> list[str]:
+def vllm_arguments(settings: BenchSettings, port: int) -> list[str]:
     """Of vLLM's own server: the engine settings that ours has too."""
-    settings = {**engine_settings(), "model": model, "served-model-name": "bench", "host": "127.0.0.1", "port": port}
+    values = {
+        **engine_settings(settings.max_num_seqs),
+        **{"model": settings.model, "served-model-name": "bench", "host": "127.0.0.1", "port": port},
+    }
     flags = ["--enforce-eager", "--no-enable-chunked-prefill", "--disable-uvicorn-access-log"]
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))] + flags
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))] + flags
 
 
-def engine_settings() -> dict[str, int | str]:
-    """Of all three, as vLLM's flags."""
+def engine_settings(max_num_seqs: int) -> dict[str, int | str]:
+    """Of all servers, as vLLM's flags."""
     from alignment.models.load import dtype_name
 
     return {
         "dtype": dtype_name("auto", "cpu"),
         "max-model-len": 1024,
-        "max-num-seqs": 16,
+        "max-num-seqs": max_num_seqs,
         "kv-cache-memory-bytes": 2**29,
     }
 
 
-def our_settings(model: str, port: int, folder: Path) -> list[str]:
+def our_settings(name: str, settings: BenchSettings, port: int) -> list[str]:
     """Settings of our endpoint."""
     from alignment.models.load import number_format
 
     return [
         f"port={port}",
-        f"folder={folder}",
-        f"feedback.database=sqlite:///{folder}/bench.sqlite",
+        f"folder={settings.folder / name}",
+        f"feedback.database={_database(name, settings)}",
         "name=bench",
         f"dtype={number_format('auto', 'cpu')}",
         "max_model_len=1024",
-        "max_num_seqs=16",
+        f"max_num_seqs={settings.max_num_seqs}",
         "kv_cache_gib=0.5",
-        "rewards.min_replicas=1",
-        f"rewards.reference={model}",
+        f"rewards.min_replicas={int(settings.rates)}",
+        f"rewards.reference={settings.model}",
         "feedback.record=true",
     ]
 
 
-def _key(folder: Path) -> str:
-    """A key of ours, made as `raylign keys create` does."""
-    from serving.keys import create_key
-    from serving.store import Store
-
-    store = Store(f"sqlite:///{folder}/bench.sqlite")
-    try:
-        return create_key(store, name="bench", role="admin")
-    finally:
-        store.close()
+def _database(name: str, settings: BenchSettings) -> str:
+    return f"sqlite:///{settings.folder}/{name}.sqlite"
 
 
-def _environment() -> dict[str, str]:
+def _key(name: str, settings: BenchSettings, tree: Path | None) -> str:
+    """A key of ours."""
+    create = ["keys", "create", "--name", "bench", "--role", "admin", "--database", _database(name, settings)]
+    command = [sys.executable, *RAYLIGN, *create]
+    made: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, **_environment(tree)
+    )
+    if made.returncode:
+        raise ServingError(f"no key could be made:\n{made.stdout[-1000:]}{made.stderr[-1000:]}")
+    return made.stdout.strip().splitlines()[-1]
+
+
+def _environment(tree: Path | None) -> dict[str, Any]:
+    """Of a server's process.
+
+    Args:
+        tree: another checkout of this project, from which it shall run.
+    """
     threads = str(len(os.sched_getaffinity(0)))
-    return {**os.environ, "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    variables = {**os.environ, "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    variables["RAY_worker_niceness"] = "0"  # as ours sets it: else the clients here would go before Ray Serve LLM
+    if tree is None:
+        return {"env": variables}
+    own = {name: value for name, value in variables.items() if IDLE_THREADS.get(name) != value}  # it sets what it knows
+    return {"env": {**own, "PYTHONPATH": str(tree)}, "cwd": tree}
 
 
 async def measured(servers: list[Server], load: Load, rounds: int) -> dict[str, Taken]:
@@ -278,17 +350,9 @@ async def chat(
     client: httpx.AsyncClient, server: Server, load: Load, taken: Taken, ids: list[str] | None = None
 ) -> None:
     """One streamed chat of a fixed number of tokens."""
-    question = f"{random.choice(QUESTIONS)} ({random.randrange(10**6)})"
-    body = {
-        "model": server.model,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": load.tokens,
-        "ignore_eos": True,
-        "stream": True,
-        "temperature": 0.7,
-    }
+    body = question(server, load.tokens)
     started, first, id = time.perf_counter(), None, ""
-    async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=_headers(server)) as reply:
+    async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers(server)) as reply:
         if reply.status_code != 200:
             taken.failed += 1
             return
@@ -301,6 +365,18 @@ async def chat(
         ids[:] = [*ids[-99:], id]
     taken.seconds.append(time.perf_counter() - started)
     taken.first.append(taken.seconds[-1] if first is None else first)
+
+
+def question(server: Server, num_tokens: int) -> dict[str, Any]:
+    """Body of a request for a streamed chat of a fixed number of tokens."""
+    return {
+        "model": server.model,
+        "messages": [{"role": "user", "content": f"{random.choice(QUESTIONS)} ({random.randrange(10**6)})"}],
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0.7,
+    }
 
 
 async def rewards(client: httpx.AsyncClient, server: Server, taken: Taken) -> None:
@@ -319,7 +395,7 @@ async def feedback(client: httpx.AsyncClient, server: Server, ids: list[str], ta
 
 async def _post(client: httpx.AsyncClient, server: Server, path: str, body: dict[str, Any], taken: Taken) -> None:
     started = time.perf_counter()
-    reply = await client.post(server.url + path, json=body, headers=_headers(server))
+    reply = await client.post(server.url + path, json=body, headers=headers(server))
     taken.failed += reply.status_code != 200
     taken.seconds.append(time.perf_counter() - started)
 
@@ -329,7 +405,7 @@ def parts_of(server: Server) -> dict[str, float]:
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
-    text = httpx.get(f"{server.url}/metrics", headers=_headers(server), timeout=60, trust_env=False).text
+    text = httpx.get(f"{server.url}/metrics", headers=headers(server), timeout=60, trust_env=False).text
     samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
     value = {(each.name, each.labels.get("part")): each.value for each in samples}
     parts = [each.labels["part"] for each in samples if each.name == "raylign_part_seconds_count"]
@@ -340,12 +416,16 @@ def parts_of(server: Server) -> dict[str, float]:
 def figures(found: dict[str, Taken], load: Load) -> dict[str, Any]:
     """The last line."""
     told: dict[str, Any] = {name: taken.told() for name, taken in found.items()}
-    if "ray" in found:
-        told["overhead"] = {
-            "throughput": _loss(found["ray"], found["ours"]),
-            "p50_ms": _later_ms(found["light_ray"], found["light_ours"]),
-            "throughput_of_ray_serve": _loss(found["vllm"], found["ray"]),
-            "p50_ms_of_ray_serve": _later_ms(found["light_vllm"], found["light_ray"]),
+    for name, after in (("overhead", "ours"), ("overhead_before", "before")):
+        if "ray" in found and after in found:
+            told[name] = {
+                "throughput": _loss(found["ray"], found[after]),
+                "p50_ms": _later_ms(found["light_ray"], found[LIGHT.format(after)]),
+            }
+    if "vllm" in found and "ray" in found:
+        told["overhead_of_ray_serve"] = {
+            "throughput": _loss(found["vllm"], found["ray"]),
+            "p50_ms": _later_ms(found["light_vllm"], found["light_ray"]),
         }
     return {**told, "concurrency": load.concurrency, "tokens": load.tokens, "requests": load.requests}
 
@@ -360,7 +440,8 @@ def _later_ms(before: Taken, after: Taken) -> float:
     return round(1000 * (statistics.median(after.seconds) - statistics.median(before.seconds)), 1)
 
 
-def _headers(server: Server) -> dict[str, str]:
+def headers(server: Server) -> dict[str, str]:
+    """What a request has to bring."""
     return {"Authorization": f"Bearer {server.key}"} if server.key else {}
 
 

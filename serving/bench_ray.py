@@ -1,4 +1,7 @@
-"""Ray Serve LLM as it comes, for `raylign bench serve` to compare with: `python -m serving.bench_ray MODEL PORT`."""
+"""Ray Serve LLM as it comes, for `raylign bench serve` to compare with.
+
+`python -m serving.bench_ray MODEL PORT MAX_NUM_SEQS`
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from serving.bench import engine_settings
 from serving.launch import OBJECT_STORE_BYTES
 
 
-def main(model: str, port: int) -> None:
+def main(model: str, port: int, max_num_seqs: int) -> None:
     """Serves a model until it is ended."""
     require_token()
     import ray
@@ -27,7 +30,7 @@ def main(model: str, port: int) -> None:
         _node_ip_address="127.0.0.1",
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = {name.replace("-", "_"): value for name, value in engine_settings().items()}
+    settings = {name.replace("-", "_"): value for name, value in engine_settings(max_num_seqs).items()}
     config = LLMConfig(
         model_loading_config={"model_id": "bench", "model_source": model},
         accelerator_config={"kind": "cpu"},
@@ -39,4 +42,4 @@ def main(model: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

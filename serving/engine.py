@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ray import serve
 
 from alignment.config import NumberFormat
 from alignment.errors import AlignmentError, ServingError
+from serving.batching import batched
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
 from serving.grammar import forms_of
@@ -245,8 +247,8 @@ class Engine:
     async def _parts(self, route: Route, request: Any, names: _Names) -> AsyncIterator[str | Reply]:
         request.model = names.inside
         began = False
-        async for part in await getattr(self._server, route)(request):
-            told = _outgoing(part, names)
+        async for batch in batched(await getattr(self._server, route)(request)):
+            told = _outgoing(batch, names)
             if isinstance(told, str) and not began:
                 told = Reply(
                     status=200,
@@ -463,6 +465,7 @@ def _llm_config(settings: EngineSettings, served: Served) -> LLMConfig:
         model_loading_config={"model_id": served.engine_name, "model_source": served.source},
         accelerator_config={"kind": "gpu" if settings.device == "cuda" else "cpu"},
         engine_kwargs=engine_arguments(settings, served),
+        experimental_configs={"stream_batching_interval_ms": 0},  # `serving.batching` does that
     )
     # vLLM finds folders and hub ids itself; Ray would do it first, in a process that imports vLLM once more (10 s).
     config.get_or_create_callback().ctx.run_init_node = False
@@ -663,25 +666,32 @@ class _Names:
 
         The key cannot be mistaken: in a text of the answer, its quotation marks would be escaped.
         """
-        inside = f'"model":{json.dumps(self.inside)}'
         text = VLLMS_FINGERPRINT.sub("", text) if "system_fingerprint" in text else text
-        return text.replace(inside, f'"model":{json.dumps(self.asked)},"system_fingerprint":"{self.label}"', 1)
+        return text.replace(*self._replaced, 1)
+
+    @cached_property
+    def _replaced(self) -> tuple[str, str]:
+        asked = f'"model":{json.dumps(self.asked)},"system_fingerprint":"{self.label}"'
+        return f'"model":{json.dumps(self.inside)}', asked
 
 
-def _outgoing(part: Any, names: _Names) -> str | Reply:
-    """Ray Serve LLM's answers in ours: a list of events, a whole answer, or an error."""
+def _outgoing(batch: list[Any], names: _Names) -> str | Reply:
+    """Ray Serve LLM's answers in ours: lists of events, one whole answer, or an error."""
     # Not the public class of that name, which is a subclass of the one that is used.
     from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
-    if isinstance(part, list):
-        errors = [each for each in part if isinstance(each, ErrorResponse)]
-        return _outgoing(errors[0], names) if errors else "".join(_without_exceptions(names.told(one)) for one in part)
-    if isinstance(part, ErrorResponse):
-        return _refusal(part.error.code, part.error.message.replace(names.inside, names.asked))
-    part.model, part.system_fingerprint = names.asked, names.label
-    return Reply(
-        status=200, body=part.model_dump_json(), version=names.label, version_s=names.version_s, form_s=names.form_s
-    )
+    parts = [part for item in batch for part in (item if isinstance(item, list) else [item])]
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(_without_exceptions(names.told(part)))
+        elif isinstance(part, ErrorResponse):
+            return _refusal(part.error.code, part.error.message.replace(names.inside, names.asked))
+        else:
+            part.model, part.system_fingerprint = names.asked, names.label
+            body = part.model_dump_json()
+            return Reply(status=200, body=body, version=names.label, version_s=names.version_s, form_s=names.form_s)
+    return "".join(texts)
 
 
 def _without_exceptions(text: str) -> str:

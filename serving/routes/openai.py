@@ -21,8 +21,8 @@ from serving.issuing import Kind, chunks, issued
 from serving.routes import VERSION_HEADER, Service, key_of, spend_form_seconds, wanted_version
 from serving.schema import Refused, Reply, Route, event
 
-END = "data: [DONE]"
-"""The line that ends a stream."""
+END = "data: [DONE]\n\n"
+"""The event that ends a stream."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -265,7 +265,7 @@ def routes(service: Service) -> APIRouter:
             if not kept:
                 service.meters.first_token(route, begun, time.perf_counter() - started)
             kept.append(text)
-            if END in text.split("\n"):  # as a line of its own: in an answer's text, line breaks are escaped
+            if text.endswith(END):  # which no answer's text can, since line breaks in it are escaped
                 # Before the client sees the end, so that its judgement cannot come too early.
                 remember(route, request, asked, lambda: chunks(kept), begun.version)
             yield text

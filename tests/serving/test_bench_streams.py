@@ -1,0 +1,105 @@
+"""What a run of many streams counts; the servers themselves are measured by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.models.folders import bundled
+from serving.bench import Server
+from serving.bench_streams import StreamFigures, StreamLoad, cpu_s, looks, make_model, parts_of_stacks, stream_round
+
+EVENT = b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n'
+START = b"HTTP/1.1 200 OK\r\n\r\n"
+STACKS = """\
+<module> (worker.py:300);run (asyncio/runners.py:44);streamed (serving/routes/openai.py:260);loads (json/decoder.py:3) 3
+run (asyncio/runners.py:44);_sent (serving/backend.py:140);__anext__ (ray/serve/handle.py:7);wait (asyncio/tasks.py:1) 5
+run (asyncio/runners.py:44);select (selectors.py:469) 2
+told (/work/.venv/lib/python3.11/site-packages/vllm/v1/engine/async_llm.py:12) 1
+not a stack
+"""
+
+
+def test_a_look_counts_for_the_innermost_function_whose_part_is_known() -> None:
+    assert parts_of_stacks(STACKS) == {"serving/routes/openai.py": 3, "ray_serve": 5, "event_loop": 2, "vllm": 1}
+
+
+def test_events_are_counted_as_a_client_sees_them_arrive() -> None:
+    """Of five events with a text two come together; the first, which only opens the answer, has none."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"Authorization: Bearer secret" in head
+        together = EVENT % b"b" + EVENT % b"c"
+        for part in (START, EVENT % b"", EVENT % b"a", together, EVENT % b"d", EVENT % b"e" + b"data: [DONE]\n\n"):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        writer.close()
+
+    async def scene() -> StreamFigures:
+        listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        server = Server(name="ours", url=f"http://127.0.0.1:{port}", model="m", key="secret", process=os.getpid())
+        seen = StreamFigures()
+        await stream_round(server, StreamLoad(clients=2, requests=3, tokens=5), seen)
+        listening.close()
+        return seen
+
+    seen = asyncio.run(scene())
+    assert (seen.failed, seen.tokens, seen.events, seen.arrivals) == (0, 15, 15, 12)
+    assert len(seen.first_s) == 3 and len(seen.between_s) == 12
+    assert seen.between_s.count(0.0) == 3 and max(seen.between_s) >= 0.04
+    told = seen.to_json()
+    assert told["events_per_arrival"] == 1.25 and told["tokens_per_second"] > 0
+    assert told["cpu_s_per_1000_tokens"]["all"] > 0
+
+
+def test_an_answer_that_breaks_off_has_failed() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(START + EVENT % b"a")
+        writer.close()
+
+    async def scene() -> StreamFigures:
+        listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        seen = StreamFigures()
+        server = Server(name="ours", url=url, model="m", key=None, process=os.getpid())
+        await stream_round(server, StreamLoad(clients=1, requests=2, tokens=5), seen)
+        listening.close()
+        return seen
+
+    assert (seen := asyncio.run(scene())).failed == 2 and seen.tokens == 0
+
+
+def test_the_processes_of_a_server_are_told_by_their_names() -> None:
+    async def scene() -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        busy = "import re, time\nend = time.time() + 3\nwhile time.time() < end: re.compile('a').match('b')"
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", busy, "vllm.entrypoints")
+        assert child.pid is not None
+        with looks(child.pid) as share:
+            await asyncio.sleep(2)
+        taken = cpu_s(child.pid)
+        child.kill()
+        await child.wait()
+        return taken, share
+
+    taken, share = asyncio.run(scene())
+    assert taken.keys() == {"replica"} and taken["replica"] > 0.1
+    if share:  # looking into other processes may be forbidden
+        assert sum(share["replica"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_the_model_has_one_layer_and_the_words_of_another_one(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = make_model(tmp_path / "model", str(bundled()))
+    config, words = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (config.num_hidden_layers, config.vocab_size) == (1, len(words))
+    assert words.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 50e6
