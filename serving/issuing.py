@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from alignment.rewards.remote import ChatMessage
@@ -30,6 +29,8 @@ DEFAULTS = {
     "tool_choice": "none",
 }
 """What other fields are if nobody sets them; null, false and what is empty is that for all."""
+UNFINISHED = '"finish_reason":null'
+"""In a chunk that holds nothing but text; in a text, the quotation marks would be escaped."""
 ROLES = ("system", "user", "assistant")
 BASE = 0
 """The version number of a base model, which has none."""
@@ -40,41 +41,70 @@ def number_of(label: str | None) -> int:
     return int(label) if label is not None and label.isdigit() else BASE
 
 
-def issued(
-    kind: Kind, asked: dict[str, Any], said: list[dict[str, Any]], *, version: str | None, asked_by: str, recorded: bool
-) -> Issued:
-    """A completion that was given to a client.
+class Transcript:
+    """What an answer says, read as it comes: a long one would else hold up all others when it ends."""
 
-    Args:
-        said: the whole answer, or the chunks of a stream, as JSON objects.
-        recorded: whether texts may be kept; they are, if a training row can hold the request.
-    """
-    texts: dict[int, list[str]] = {}
-    ends: dict[int, str | None] = {}
-    for part in said:
+    def __init__(self, asked: dict[str, Any], *, recorded: bool) -> None:
+        """`recorded`: whether texts may be kept; they are, if a training row can hold the request."""
+        self.reason = why_unrecorded(asked) if recorded else "feedback.record is off"
+        """Why texts are not kept; None if they are."""
+        self.id: str | None = None
+        self.model = ""
+        self.texts: dict[int, list[str]] = {}
+        """By the place of the answer among those to one request."""
+        self.ends: dict[int, str | None] = {}
+        """The finish reasons."""
+        self.problem: Exception | None = None
+        """Why something of it could not be read."""
+
+    def read(self, events: str) -> None:
+        """Adds server-sent events; errors and the end mark say nothing. Fails nobody's answer."""
+        try:
+            for line in events.split("\n"):
+                if line.startswith("data: {") and (self.reason is None or self.id is None or UNFINISHED not in line):
+                    self.add(json.loads(line.removeprefix("data: ")))
+        except Exception as error:  # of any kind: what an engine says may change with the next one
+            self.problem = error
+
+    def add(self, part: dict[str, Any]) -> None:
+        """Adds a whole answer, or a chunk of a stream."""
+        if "id" not in part:
+            return
+        self.id, self.model = self.id or part["id"], part["model"]
         for choice in part.get("choices", ()):
             place = choice["index"]
-            texts.setdefault(place, []).append(_text(choice))
-            ends[place] = _finish_reason(choice) or ends.get(place)
-    reason = why_unrecorded(asked) if recorded else "feedback.record is off"
+            self.texts.setdefault(place, []).append(_text(choice) if self.reason is None else "")
+            self.ends[place] = _finish_reason(choice) or self.ends.get(place)
+
+
+def issued(kind: Kind, asked: dict[str, Any], said: Transcript, *, version: str | None, asked_by: str) -> Issued | None:
+    """A completion that was given to a client; None if nothing was said.
+
+    Raises:
+        Exception: it could not be read.
+    """
+    if said.problem is not None:
+        raise said.problem
+    if said.id is None:
+        return None
     return Issued(
-        id=said[0]["id"],
+        id=said.id,
         kind=kind,
-        prompt="" if reason else prompt_of(asked),
+        prompt="" if said.reason else prompt_of(asked),
         answers=tuple(
             IssuedAnswer(
-                id=f"{said[0]['id']}-{place}",
-                text="".join(texts[place]),
+                id=f"{said.id}-{place}",
+                text="".join(said.texts[place]),
                 version=number_of(version),
-                model=said[0]["model"],
-                finish_reason=ends[place],
+                model=said.model,
+                finish_reason=said.ends[place],
             )
-            for place in sorted(texts)
+            for place in sorted(said.texts)
         ),
         asked_by=asked_by,
         created=time.time(),
-        recorded=reason is None,
-        reason=reason,
+        recorded=said.reason is None,
+        reason=said.reason,
     )
 
 
@@ -105,13 +135,6 @@ def prompt_of(asked: dict[str, Any]) -> str | tuple[ChatMessage, ...]:
         prompt = asked["prompt"]
         return str(prompt if isinstance(prompt, str) else prompt[0])
     return tuple(ChatMessage(role=turn["role"], content=_plain(turn["content"]) or "") for turn in asked["messages"])
-
-
-def chunks(events: Iterable[str]) -> list[dict[str, Any]]:
-    """The JSON objects of server-sent events, without errors and the end mark."""
-    lines = (line for text in events for line in text.split("\n") if line.startswith("data: {"))
-    found = [json.loads(line.removeprefix("data: ")) for line in lines]
-    return [chunk for chunk in found if "id" in chunk]
 
 
 def _finish_reason(choice: dict[str, Any]) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -17,7 +16,7 @@ from alignment.config import is_template_variable
 from serving.fields import taken
 from serving.grammar import check_structured_output
 from serving.guard import as_response
-from serving.issuing import Kind, chunks, issued
+from serving.issuing import Kind, Transcript, issued
 from serving.routes import VERSION_HEADER, Service, key_of, spend_form_seconds, wanted_version
 from serving.schema import Refused, Reply, Route, event
 
@@ -251,7 +250,9 @@ def routes(service: Service) -> APIRouter:
             await parts.aclose()
             service.meters.answered(route, first, time.perf_counter() - started)
             if first.status == 200:
-                remember(route, request, asked, lambda: [json.loads(first.body)], first.version)
+                said = Transcript(asked, recorded=config.feedback.record)
+                said.read(f"data: {first.body}")
+                remember(route, request, asked, said, first.version)
             return as_response(first)
         headers = {VERSION_HEADER: first.version or ""}
         stream = streamed(route, request, asked, first, parts, started)
@@ -260,33 +261,25 @@ def routes(service: Service) -> APIRouter:
     async def streamed(
         route: Route, request: Request, asked: dict[str, Any], begun: Reply, parts: Parts, started: float
     ) -> AsyncIterator[str]:
-        kept: list[str] = []
+        said, is_first = Transcript(asked, recorded=config.feedback.record), True
         async for text in texts(begun, parts):
-            if not kept:
+            if is_first:
                 service.meters.first_token(route, begun, time.perf_counter() - started)
-            kept.append(text)
+                is_first = False
+            said.read(text)
             if text.endswith(END):  # which no answer's text can, since line breaks in it are escaped
                 # Before the client sees the end, so that its judgement cannot come too early.
-                remember(route, request, asked, lambda: chunks(kept), begun.version)
+                remember(route, request, asked, said, begun.version)
             yield text
         service.meters.answered(route, begun, time.perf_counter() - started)
 
-    def remember(
-        route: Route,
-        request: Request,
-        asked: dict[str, Any],
-        said: Callable[[], list[dict[str, Any]]],
-        version: str | None,
-    ) -> None:
+    def remember(route: Route, request: Request, asked: dict[str, Any], said: Transcript, version: str | None) -> None:
         """Has the store keep what was answered; nobody waits for it, and no answer is lost because it fails."""
         begun = time.perf_counter()
         kind: Kind = "chat" if route == "chat" else "completion"
-        asked_by, recorded = key_of(request).name, config.feedback.record
         try:
-            if parts := said():
-                service.recorder.record(
-                    issued(kind, asked, parts, version=version, asked_by=asked_by, recorded=recorded)
-                )
+            if answer := issued(kind, asked, said, version=version, asked_by=key_of(request).name):
+                service.recorder.record(answer)
         except Exception as error:  # not its text, which may quote the answer
             logger.error("An answer was given and could not be kept: %s", type(error).__name__)
             service.meters.record_lost("not read")
