@@ -20,6 +20,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -231,16 +232,21 @@ def looks(root: int) -> Iterator[dict[str, dict[str, float]]]:
     from tempfile import TemporaryDirectory
 
     share: dict[str, dict[str, float]] = {}
+    spy = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if spy is None:
+        print("py-spy is not installed, so there is no share of each part", flush=True)
+        yield share
+        return
     with TemporaryDirectory(prefix="raylign-looks-") as folder:
         lookers = {}
         for group, process in _processes(root):
             if group in ("ray", "engine"):
                 continue
             file = Path(folder) / f"{group}-{process.pid}"
-            command = [str(Path(sys.executable).parent / "py-spy"), "record", "--pid", str(process.pid)]
-            command += ["--rate", str(LOOKS_PER_S), "--format", "raw", "--output", str(file)]
-            nowhere: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            lookers[file] = group, subprocess.Popen(command, env=dict(os.environ), **nowhere)
+            command = [spy, "record", "--pid", str(process.pid), "--rate", str(LOOKS_PER_S)]
+            command += ["--format", "raw", "--output", str(file)]
+            looker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            lookers[file] = group, looker
         try:
             yield share
         finally:
@@ -271,5 +277,5 @@ def _part(stack: str) -> str:
         path = file[2] or file[0]
         for part, pattern in PARTS.items():
             if found := re.search(pattern, path):
-                return part or found[0].rpartition(":")[0]
+                return part or found[0].partition(":")[0]
     return "event_loop"
