@@ -44,7 +44,7 @@ LOOKS_PER_S = 50
 SAID = re.compile(rb'"content":"[^"]')
 """In an event that holds a text."""
 GROUPS = {
-    "engine": r"EngineCore",
+    "engine": r"EngineCore|multiprocessing\.spawn",
     "proxy": r"ProxyActor",
     "ingress": r"ServeReplica:[^:]*:(ingress|OpenAiIngress)",
     "replica": r"ServeReplica:|vllm\.entrypoints",
