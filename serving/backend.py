@@ -85,7 +85,8 @@ class Backend:
         self._candidate = None if candidate is None else CandidateReplica(candidate, start_s=config.candidate_start_s)
         self._state = State()
         self._asking = asyncio.Lock()
-        self._ready, self._ready_until = False, 0.0
+        self._obstacle: str | None = None
+        self._ready_until = 0.0
         self._has_answered = False
         self._max_model_len: int | None = None
 
@@ -93,6 +94,11 @@ class Backend:
     def is_whole(self) -> bool:
         """Whether versions are whole weights, of which a replica holds one at a time."""
         return self._candidate is not None
+
+    @property
+    def candidate(self) -> Status | None:
+        """What the replica says of itself that holds a canary of whole weights; None while there is none."""
+        return None if self._candidate is None else self._candidate.status
 
     async def begin(self) -> None:
         """Begins to follow the registry; called once, in the event loop that requests are answered in."""
@@ -263,22 +269,28 @@ class Backend:
         return [answer for answer in answers if isinstance(answer, Status)]
 
     async def is_ready(self) -> bool:
-        """Whether a replica answers, and has answered a request; asked at most once a second, since anybody may ask."""
-        async with self._asking:
-            now = asyncio.get_running_loop().time()
-            if now >= self._ready_until:
-                self._ready = bool(await self.statuses()) and await self._answers_requests()
-                self._ready_until = asyncio.get_running_loop().time() + READY_FOR_S
-        return self._ready
+        """Whether a replica answers, and has answered a request."""
+        return await self.obstacle() is None
 
-    async def _answers_requests(self) -> bool:
-        """Whether a token has been drawn on the way that requests take."""
-        if not self._has_answered:
+    async def obstacle(self) -> str | None:
+        """Why it is not ready; None if it is. Looked into at most once a second, since anybody may ask."""
+        async with self._asking:
+            if asyncio.get_running_loop().time() >= self._ready_until:
+                self._obstacle = await self._found_obstacle()
+                self._ready_until = asyncio.get_running_loop().time() + READY_FOR_S
+        return self._obstacle
+
+    async def _found_obstacle(self) -> str | None:
+        if not await self.statuses():
+            return "No replica answers yet."
+        if not self._has_answered:  # once, on the way that requests take
             body = {"model": self._model, "prompt": "Hello", "max_tokens": 1, "request_id": uuid.uuid4().hex}
             async with aclosing(self.ask("completions", body)) as parts:
                 reply = await anext(parts)
-            self._has_answered = isinstance(reply, Reply) and reply.status == 200
-        return self._has_answered
+            if not isinstance(reply, Reply) or reply.status != 200:
+                return f"The first request was not answered: {reply.body if isinstance(reply, Reply) else reply}"
+            self._has_answered = True
+        return None
 
     async def max_model_len(self) -> int | None:
         """Most tokens of prompt and answer together; None while no replica has said so."""

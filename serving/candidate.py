@@ -41,6 +41,11 @@ class CandidateReplica:
         self._status: Status | None = None
         self._staying: asyncio.Task[None] | None = None
 
+    @property
+    def status(self) -> Status | None:
+        """What it said of itself last; None if nothing keeps it, or it has not said anything."""
+        return self._status
+
     def holds(self, number: int | None) -> bool:
         """Whether it answers with a version, as far as is known here."""
         return number is not None and self._status is not None and self._status.version == number

@@ -29,11 +29,27 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
+class Replica(BaseModel):
+    """What a replica of an endpoint holds."""
+
+    replica: str
+    """Its name."""
+    version: int
+    """Number of the version that answers; 0 before it has loaded one."""
+    error: str | None = None
+    """Why it could not load what it was to."""
+    failed: int | None = None
+    """Number of the version that `error` is about."""
+
+
 class Listing(BaseModel):
     """What an endpoint has."""
 
     versions: list[Version]
     state: State
+    replicas: list[Replica] = []
+    candidate: Replica | None = None
+    """The replica that holds a canary of whole weights beside the others; None if there is none."""
 
 
 class Deletion(BaseModel):

@@ -91,8 +91,8 @@ class RewardsConfig(Section):
     is always the base model."""
     beta: Positive | None = None
     """β of the implicit reward; None takes that of the version's training, or 0.1."""
-    max_length: PositiveCount = 2048
-    """Most tokens of a prompt and one completion."""
+    max_length: PositiveCount | None = None
+    """Most tokens of a prompt and one completion; None is 2048, or the model's positions where those are fewer."""
     min_replicas: Count = 0
     """Replicas kept at all times. With 0, the first request waits for a start (about 15 s), and an idle one ends."""
     max_replicas: PositiveCount = 1

@@ -22,12 +22,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from alignment.config import NumberFormat
 from alignment.errors import AlignmentError, ServingError
+from alignment.start_failure import SettingNames, StartLog
 from serving.batching import batched
 from serving.config import Device, ServeConfig
 from serving.fits import Adapter, Room
@@ -133,18 +135,25 @@ class Engine:
 
         registry = self._registry
         self._served = served_version(settings.config, registry, number)
-        config = _llm_config(settings, self._served)
-        self._server = LLMServer.sync_init(config)
-        # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
-        self._server.engine = _engine_class(settings)(config)
         verification = asyncio.ensure_future(asyncio.to_thread(registry.verify, number))
-        try:
-            await self._server.engine.start()
-            client = self._server.engine._engine_client
-            self._cleanup.callback(client.shutdown)
-        finally:
-            await verification  # what is wrong with the files says more than what an engine makes of them
-        await _warm_up(client)
+        with StartLog() as log:
+            try:
+                config = _llm_config(settings, self._served, log)
+                self._server = LLMServer.sync_init(config)
+                # In place of `server.start()`, which also reports the model to a telemetry actor, for 3 s.
+                self._server.engine = _engine_class(settings)(config)
+                await self._server.engine.start()
+                client = self._server.engine._engine_client
+                self._cleanup.callback(client.shutdown)
+                await _warm_up(client)
+            except AlignmentError:
+                raise
+            except Exception as error:  # of any kind: vLLM raises what its model code raises
+                reason = log.reason(error, _setting_names(settings))
+                where = f"{self._served.source} on {gethostname()}"
+                raise ServingError(f"vLLM does not start with {where}: {reason}") from error
+            finally:
+                await verification  # what is wrong with the files says more than what an engine makes of them
         self._trials = Trials(lambda: _tokenizer_info(client), settings.config.limits)
         self._cleanup.callback(self._trials.close)
         reads_text = settings.config.control_tokens == "text"
@@ -458,13 +467,18 @@ def _is_eager(config: ServeConfig, *, cpu: bool) -> bool:
     return cpu if config.enforce_eager is None else config.enforce_eager
 
 
-def _llm_config(settings: EngineSettings, served: Served) -> LLMConfig:
+def _setting_names(settings: EngineSettings) -> SettingNames:
+    cache = "kv_cache_gib" if settings.device == "cpu" else "gpu_memory_utilization"
+    return SettingNames(cache=cache, length="max_model_len", gpus="tensor_parallel_size")
+
+
+def _llm_config(settings: EngineSettings, served: Served, log: StartLog) -> LLMConfig:
     from ray.serve.llm import LLMConfig
 
     config = LLMConfig(
         model_loading_config={"model_id": served.engine_name, "model_source": served.source},
         accelerator_config={"kind": "gpu" if settings.device == "cuda" else "cpu"},
-        engine_kwargs=engine_arguments(settings, served),
+        engine_kwargs=engine_arguments(settings, served) | {"logging_config": log.config()},
         experimental_configs={"stream_batching_interval_ms": 0},  # `serving.batching` does that
     )
     # vLLM finds folders and hub ids itself; Ray would do it first, in a process that imports vLLM once more (10 s).

@@ -26,7 +26,7 @@ from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.guard import Guard, as_response
 from serving.ids import Ids
-from serving.keys import Key, Keys
+from serving.keys import KeptKeys, Key, Keys
 from serving.lease import Tenant
 from serving.meters import Meters
 from serving.nodes import check_database
@@ -38,6 +38,7 @@ from serving.schema import Refused, invalid, refusal
 from serving.served import Served, check_here
 from serving.store import Store
 from serving.store.opening import default_database
+from serving.store.records import StoreAway
 
 NOT_HERE = {
     "/v1/responses": "The Responses API is not served; chats are answered at /v1/chat/completions.",
@@ -66,10 +67,11 @@ class Ingress:
         database = config.feedback.database or default_database(Path(registry))
         check_database(database, num_nodes=sum(node["Alive"] for node in ray.nodes()))
         self._config = config
-        self._store = Store(database, retention_days=config.feedback.retention_days)
+        kept_keys = KeptKeys(Path(registry), database)
+        self._store = _opened(database, config, is_known=kept_keys.read() is not None)
         versions_of_model = Registry(Path(registry))
         self._trail = AuditTrail(self._store, folder_of(versions_of_model))
-        self._keys = None if config.no_keys else Keys(self._store)
+        self._keys = Keys(self._store, kept_keys)
         meters = Meters()
         self._recorder = Recorder(self._store, versions_of_model.folder / "unstored", on_loss=meters.record_lost)
         if "/" not in owner:  # a cluster's, which may have several endpoints
@@ -93,10 +95,9 @@ class Ingress:
         await self._service.backend.begin()
         app = application(self._service)
         public = {route.path for route in app.routes if isinstance(route, APIRoute) and route.tags == [PUBLIC]}
-        keys = self._keys
         guard = Guard(
             Audited(app, self._trail),
-            who=(lambda _: ANYBODY) if keys is None else keys.who,
+            who=(lambda _: ANYBODY) if self._config.no_keys else self._keys.who,
             is_public=lambda path: path in public,
             limits=self._config.limits,
             local_only=self._config.no_keys,
@@ -105,14 +106,32 @@ class Ingress:
         )
         return with_cors(guard, self._config.cors_origins)
 
+    async def obstacle(self) -> str | None:
+        """What keeps the endpoint from answering; None if it has answered. Asked by `raylign serve`, without a key."""
+        return await self._service.backend.obstacle()
+
     def __del__(self) -> None:
         """Called by Ray Serve when this stops: what waits is still written."""
         self._service.tenant.close()
-        if self._keys is not None:
-            self._keys.close()
+        self._keys.close()
         self._trail.close()
         self._recorder.close()
         self._store.close()
+
+
+def _opened(database: str, config: ServeConfig, *, is_known: bool) -> Store:
+    """The database, which may be away if this endpoint has run with it before (`is_known`).
+
+    Raises:
+        StoreAway: it is, and this endpoint has not.
+    """
+    try:
+        return Store(database, retention_days=config.feedback.retention_days, may_be_away=is_known)
+    except StoreAway as error:
+        raise StoreAway(
+            f"{error}. An endpoint starts without its database (feedback.database) only after it has run with it, when "
+            "it knows the keys"
+        ) from error
 
 
 def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:

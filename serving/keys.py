@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import logging
 import re
 import secrets
@@ -15,13 +16,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from alignment.errors import ConfigError
+from serving.files import write_whole
 
 if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
     from serving.store import Store
@@ -51,13 +54,65 @@ class Key:
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
+class KeptKeys:
+    """The valid keys as they were last read, in a file that its owner alone may read, without their secrets: an ingress
+    can start by them while the database is away."""
+
+    def __init__(self, folder: Path, database: str) -> None:
+        """
+        Args:
+            folder: of the registry.
+            database: URL of the database that they are of; those of another one count for nothing.
+        """
+        self._file = folder / "keys.json"
+        self._database = database
+        self._written: bytes | None = None
+
+    def read(self) -> list[StoredKey] | None:
+        """The keys; None if none were kept."""
+        from serving.store.records import StoredKey
+
+        try:
+            kept = json.loads(self._file.read_bytes())
+            return [StoredKey(**key) for key in kept["keys"]] if kept["database"] == self._database else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, keys: list[StoredKey]) -> None:
+        """Keeps the keys, if they have changed.
+
+        Raises:
+            OSError: they cannot be written. Another ingress may have done it at the same moment.
+        """
+        content = json.dumps({"database": self._database, "keys": [asdict(key) for key in keys]}).encode()
+        if content != self._written:
+            write_whole(self._file, content)
+            self._written = content
+
+
 class Keys:
     """The valid keys, at most a second or two old. While the database is away, those that were valid last."""
 
-    def __init__(self, store: Store) -> None:
-        """Raises StoreAway if the database cannot be read."""
+    def __init__(self, store: Store, kept: KeptKeys | None = None) -> None:
+        """
+        Args:
+            kept: where keys are kept for a start without the database.
+
+        Raises:
+            StoreAway: the database cannot be read, and none are kept.
+        """
+        from serving.store.records import StoreAway
+
         self._store = store
-        self._known = _valid(store)
+        self._kept = kept
+        self._cannot_keep = False
+        try:
+            self._known = self._valid()
+        except StoreAway:
+            keys = kept.read() if kept is not None else None
+            if keys is None:
+                raise
+            self._known = {key.id: key for key in keys}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="keys", daemon=True)
         self._thread.start()
@@ -87,11 +142,23 @@ class Keys:
         fails = False
         while not self._done.wait(REFRESH_S):
             try:
-                self._known, fails = _valid(self._store), False
+                self._known, fails = self._valid(), False
             except Exception as error:  # whatever it is: without this thread, no key could be revoked
                 if not fails:
                     logger.warning("Keys stay as they are until the database can be read again: %s", error)
                 fails = True
+
+    def _valid(self) -> dict[str, StoredKey]:
+        keys = [key for key in self._store.keys() if key.revoked is None]  # noqa: SIM118  # not a dict
+        if self._kept is not None:
+            try:
+                self._kept.write(keys)
+                self._cannot_keep = False
+            except OSError as error:
+                if not self._cannot_keep:
+                    logger.warning("Keys cannot be kept for a start while the database is away: %s", error)
+                self._cannot_keep = True
+        return {key.id: key for key in keys}
 
 
 def create_key(store: Store, *, name: str, role: Role, lasts_s: float | None = None) -> str:
@@ -184,11 +251,6 @@ def _stored(id: str, secret: bytes, *, name: str, role: Role, lasts_s: float | N
 
 def _digest(secret: bytes) -> str:
     return hashlib.sha256(secret).hexdigest()
-
-
-def _valid(store: Store) -> dict[str, StoredKey]:
-    keys = store.keys()
-    return {key.id: key for key in keys if key.revoked is None}
 
 
 commands = typer.Typer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -33,7 +32,19 @@ if TYPE_CHECKING:
     from serving.served import Served
 
 APPLICATION = "raylign"
-SERVE_LOGS = "/tmp/ray/session_latest/logs/serve"
+LOGS = (
+    "Everything that was logged is in /tmp/ray/session_latest/logs of the machine where it happened: serve/ has the "
+    "replicas' own, worker-* what vLLM's processes printed."
+)
+OURS = re.compile(r"^\s*(?:alignment|cluster|serving)(?:\.\w+)+: ", re.MULTILINE)
+"""How a line begins that names an exception of ours."""
+RAISED = re.compile(rf"[\w.]+(?:Error|Exception): |{OURS.pattern}")
+"""The same of any exception."""
+POLL_S = 0.5
+"""Seconds between looks at an endpoint that starts."""
+SIGN_OF_LIFE_S = 15.0
+ANSWER_S = 60.0
+"""Seconds in which an ingress says whether an answer has been drawn."""
 OBJECT_STORE_BYTES = 200 * 2**20  # only requests and answers pass through; Ray would take 30 % of the memory
 
 
@@ -88,6 +99,8 @@ class Endpoint:
     """Whether requests need a key."""
     can_chat: bool = True
     """Whether the model has a template for chats."""
+    is_asleep: bool = False
+    """Whether nothing is loaded before the first request."""
 
     def __str__(self) -> str:
         question = {"messages": [{"role": "user", "content": "Hello!"}]} if self.can_chat else {"prompt": "Once upon"}
@@ -96,7 +109,11 @@ class Endpoint:
         no_template = (
             " The model has no chat template, so chats are refused; chat_template=chatml or a Jinja file sets one."
         )
-        note = "" if self.can_chat else no_template
+        asleep = (
+            " No replica runs yet (min_replicas=0): the first request starts one and waits until it has loaded the "
+            "model; whether it can is seen then."
+        )
+        note = ("" if self.can_chat else no_template) + (asleep if self.is_asleep else "")
         key = " -H 'Authorization: Bearer KEY'" if self.keys else ""
         how = (
             f" with a KEY from `raylign keys create`; its page is {self.url}/"
@@ -138,6 +155,7 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
                 version=publication.registry.state().current,
                 keys=not config.no_keys,
                 can_chat=served.can_chat,
+                is_asleep=not config.min_replicas,
             )
 
 
@@ -340,67 +358,65 @@ def _delete(config: ServeConfig, name: str) -> None:
 
 
 def _deploy(target: Application, config: ServeConfig, name: str) -> None:
+    """Returns when the endpoint has answered; shows meanwhile that time passes, and what is waited for, such as a CPU
+    that no machine has.
+
+    Raises:
+        ServingError: it does not start.
+    """
     from ray import serve
 
-    with _progress(name):
-        try:
-            serve.run(target, name=name, route_prefix="/")
-        except RuntimeError as error:
-            raise ServingError(
-                f"The endpoint did not start. {_serve_says(name)}\nThe whole story is in {SERVE_LOGS}"
-            ) from error
-        if _is_local():
-            _wait_until_answering(config)
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[None]:
-    """Shows that time passes, and what Serve is waiting for, such as a CPU that no machine has."""
-    done = threading.Event()
-    watcher = threading.Thread(target=_show_progress, args=(done, name), daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _show_progress(done: threading.Event, name: str) -> None:
-    shown = ""
-    for second in itertools.count(1):
-        if done.wait(1.0):
-            return
-        text = _serve_says(name)
-        if text and text != shown:
+    serve.run_many([serve.RunTarget(target, name=name, route_prefix="/")], wait_for_applications_running=False)
+    started = said_at = time.monotonic()
+    said = ""
+    while text := _obstacle(config, name):
+        now = time.monotonic()
+        if text.strip() and text != said:
             typer.echo(text)
-        elif second % 15 == 0:
-            typer.echo(f"… {second} s")
-        shown = text
+            said, said_at = text, now
+        elif now - said_at >= SIGN_OF_LIFE_S:
+            typer.echo(f"… {now - started:.0f} s")
+            said_at = now
+        time.sleep(POLL_S)
 
 
-def _serve_says(name: str) -> str:
-    """What is wrong with each deployment, or slow; empty if nothing is."""
+def _obstacle(config: ServeConfig, name: str) -> str:
+    """What the endpoint waits for, blank if nobody says; empty when it has answered.
+
+    Raises:
+        ServingError: it does not start.
+    """
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+    from ray.serve.schema import ApplicationStatus
 
-    application = serve.status().applications.get(name)
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    return "\n".join(_gist(message) for message in messages if message.strip())
+    from serving.app import INGRESS_NAME
+
+    application = serve.status().applications[name]
+    messages = {part: status.message for part, status in application.deployments.items() if status.message.strip()}
+    text = "\n".join(map(_gist, messages.values())) or " "
+    # What our own errors say would be the same a second time. An ingress may only wait for its database.
+    is_final = any(OURS.search(message) for part, message in messages.items() if part != INGRESS_NAME)
+    if is_final or application.status == ApplicationStatus.DEPLOY_FAILED:
+        raise ServingError(f"The endpoint did not start. {text}\n{LOGS}")
+    if application.status != ApplicationStatus.RUNNING:
+        return text
+    try:
+        if config.min_replicas and (told := serve.get_app_handle(name).obstacle.remote().result(timeout_s=ANSWER_S)):
+            return str(told)
+    except (RayError, RayServeException, TimeoutError):
+        return "The ingress does not answer yet."
+    # The proxy learns its routes a moment after the application runs. Of a cluster, it may be on another machine.
+    return " " if _is_local() and not _answers(f"{config.url}/healthz") else ""
 
 
 def _gist(text: str) -> str:
-    """The exception at the end of a traceback, else the first line."""
+    """The exception at the end of a traceback, of ours without its name, else the first line."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    raised = [place for place, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    raised = [place for place, line in enumerate(lines) if RAISED.match(line)]
     gist = " ".join(lines[raised[-1] :]) if raised else lines[0]
-    return gist.partition(" [type=")[0]  # where pydantic begins to print the whole input
-
-
-def _wait_until_answering(config: ServeConfig) -> None:
-    """The proxy learns its routes a moment after the application runs."""
-    path = "/readyz" if config.min_replicas else "/healthz"  # with no replica nothing is loaded before a request
-    while not _answers(config.url + path):
-        time.sleep(0.1)
+    return OURS.sub("", gist).partition(" [type=")[0]  # where pydantic begins to print the whole input
 
 
 def _answers(url: str) -> bool:

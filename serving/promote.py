@@ -16,7 +16,7 @@ import typer
 from alignment.errors import ServingError
 
 if TYPE_CHECKING:
-    from serving.client import Service
+    from serving.client import Listing, Service
     from serving.gate import GateConfig
     from serving.registry import State, Version
 
@@ -96,7 +96,8 @@ def versions(
     ] = None,
     url: Url = URL,
 ) -> None:
-    """Lists the versions that a running endpoint has, and the change that is under way; or deletes some of them.
+    """Lists the versions that a running endpoint has, what its replicas hold, and the change that is under way; or
+    deletes some of them.
 
     What answers, is being tried, or is one rollback away is not deleted.
     """
@@ -109,7 +110,7 @@ def versions(
 
 
 def list_versions(url: str) -> None:
-    """Prints the versions that a running endpoint has, and the change that is under way."""
+    """Prints the versions that a running endpoint has, what its replicas hold, and the change that is under way."""
     from serving.client import Service
     from serving.gate import aligned
 
@@ -117,9 +118,25 @@ def list_versions(url: str) -> None:
         listing = service.listing()
     rows = [("version", "", "kind", "created", "source", "held out")]
     typer.echo(aligned([*rows, *(_row(version, listing.state) for version in listing.versions)]))
+    typer.echo(_held(listing))
     change = listing.state.change()
     if change is not None:
         typer.echo(f"{str(change)[0].upper()}{str(change)[1:]}.")
+
+
+def _held(listing: Listing) -> str:
+    """Which replica holds which version, the candidate last."""
+    if not listing.replicas and listing.candidate is None:
+        return "No replica says what it holds."
+    lines = [f"Replica {each.replica} holds version {each.version}." for each in listing.replicas]
+    candidate = listing.candidate
+    if candidate is not None:
+        name = f"The candidate's replica {candidate.replica}"
+        if candidate.error is not None:
+            lines.append(f"{name} cannot load version {candidate.failed}: {candidate.error}")
+        else:
+            lines.append(f"{name} {f'holds version {candidate.version}' if candidate.version else 'starts'}.")
+    return "\n".join(lines)
 
 
 def delete_versions(numbers: list[int], url: str) -> None:

@@ -22,11 +22,12 @@ from ray import serve
 
 from alignment.config import DataConfig, ModelConfig
 from alignment.errors import AlignmentError, DataError, RewardError, ServingError
-from alignment.models.folders import base_of
+from alignment.models.folders import model_source
 from alignment.rewards.remote import ChatMessage
 from serving.config import Device, ServeConfig
 from serving.registry import Registry, Version
 from serving.schema import Reply, refusal
+from serving.served import reference_of, rewards_length
 
 if TYPE_CHECKING:  # torch takes seconds, and the ingress, which knows this module's types, has no use for it
     import torch
@@ -272,16 +273,13 @@ def _reward_model(config: ServeConfig, device: torch.device) -> ModelScorer:
 
 
 def _policies(config: ServeConfig, registry: Registry, device: torch.device) -> Policies:
-    """The reference is the base of an adapter; of whole weights, what is configured or their training began with.
+    """Versions beside their reference.
 
     Raises:
-        ServingError: nobody says what the reference of whole weights is.
+        ServingError: nobody says what the reference of whole weights is, or it has too few positions.
     """
-    version = registry.version(registry.state().current)
-    trained = (version.config or {}).get("model", {}).get("path")
-    base = base_of(registry.folder_of(version.number)) if version.kind == "adapter" else None
-    path = config.rewards.reference or base or trained
+    path = reference_of(config, registry)
     if path is None:
         raise ServingError("Rewards of whole weights need their reference: set rewards.reference to its model.")
-    model = ModelConfig(path=path, dtype=config.dtype)
-    return Policies(registry, model, max_length=config.rewards.max_length, device=device)
+    max_length = rewards_length(config, model_source(path))
+    return Policies(registry, ModelConfig(path=path, dtype=config.dtype), max_length=max_length, device=device)

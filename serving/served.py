@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from serving.fits import Adapter, Room, adapter_of, template_of
 from serving.parsers import tool_call_parser_of
 from serving.registry import Registry, Version, name_of
 from serving.store.records import AuditEntry, operator
+
+REWARDS_LENGTH = 2048
+"""Most tokens of a prompt and one completion that are rated where nothing is configured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
         CheckpointError: the checkpoint is damaged, or the run has none.
         ModelError: there is no model where the checkpoint, or its base, says.
         ServingError: it is of a kind that is not served, does not fit what is served, or an adapter would have the same
-            name as its base.
+            name as its base; or `rewards.max_length` is more than the model's positions.
     """
     registry = registry_of(config)
     before = current = registry.state().current
@@ -98,16 +102,58 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
         if not current or config.promote:
             raise
         _write_down_start(config, registry, version=None, before=before)
-        note = f"{config.checkpoint} was not registered: {error}. {_as_before(registry, current)}"
-        return Publication(served=served_version(config, registry, current), registry=registry, note=note)
+        told = f"{config.checkpoint} was not registered: {error}. {_as_before(registry, current)}"
+        return _publication(config, registry, told)
     if not current or config.promote:
         current = registry.promote(version.number).current
     _write_down_start(config, registry, version=version.number, before=before)
-    return Publication(
-        served=served_version(config, registry, current),
-        registry=registry,
-        note=None if version.number == current else _not_current(config, registry, version, current),
-    )
+    note = None if version.number == current else _not_current(config, registry, version, current)
+    return _publication(config, registry, note)
+
+
+def _publication(config: ServeConfig, registry: Registry, note: str | None) -> Publication:
+    served = served_version(config, registry, registry.state().current)
+    reference = reference_of(config, registry)
+    if config.rewards.model is None and reference is not None:
+        is_base = served.base_name is not None and config.rewards.reference is None
+        rewards_length(config, served.source if is_base else reference)
+    return Publication(served=served, registry=registry, note=note)
+
+
+def reference_of(config: ServeConfig, registry: Registry) -> str | None:
+    """What the implicit rewards of the current version are held against: the base of an adapter; of whole weights, what
+    is configured or their training began with. None if nobody says."""
+    version = registry.version(registry.state().current)
+    base = base_of(registry.folder_of(version.number)) if version.kind == "adapter" else None
+    return config.rewards.reference or base or (version.config or {}).get("model", {}).get("path")
+
+
+def rewards_length(config: ServeConfig, model: str) -> int:
+    """Most tokens of a prompt and one completion that a model rates. What is no folder here has positions enough.
+
+    Raises:
+        ServingError: `rewards.max_length` is more than the model's positions.
+    """
+    positions = _positions(Path(model).expanduser())
+    wanted = config.rewards.max_length
+    if wanted is None:
+        return min(REWARDS_LENGTH, positions or REWARDS_LENGTH)
+    if positions is not None and wanted > positions:
+        raise ServingError(
+            f"rewards.max_length ({wanted}) is more than the {positions} positions of {model}, by which answers are "
+            "rated; lower it, or leave it out"
+        )
+    return wanted
+
+
+def _positions(folder: Path) -> int | None:
+    """Of a model's folder; None where there is none, or it does not say."""
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+        found = settings.get("text_config", settings).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _write_down_start(config: ServeConfig, registry: Registry, *, version: int | None, before: int) -> None:

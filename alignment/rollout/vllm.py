@@ -24,6 +24,7 @@ from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EngineLost, Pool
 from alignment.rollout.weights import FILES, PREFIX, WORKER, Outbox, Update, local_places, sweep
+from alignment.start_failure import SettingNames, StartLog
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -103,16 +104,18 @@ class Engine:
             ModelError: there is no model where `model.path` says.
             RolloutError: vLLM does not start; the text holds its reason.
         """
-        try:
-            with _environment(self.settings):
-                self._llm = _start(self.settings)
-            if self.settings.model.lora is None:
-                await wait_while_alive(self._llm, self._prepare_transfer(self._llm))
-        except AlignmentError:
-            raise
-        except Exception as error:  # of any kind: vLLM raises what its model code raises
-            await self.stop()
-            raise RolloutError(f"vLLM does not start with {self.settings.model.path}: {error}") from error
+        with StartLog() as log:
+            try:
+                with _environment(self.settings):
+                    self._llm = _start(self.settings, log)
+                if self.settings.model.lora is None:
+                    await wait_while_alive(self._llm, self._prepare_transfer(self._llm))
+            except AlignmentError:
+                raise
+            except Exception as error:  # of any kind: vLLM raises what its model code raises
+                await self.stop()
+                reason = log.reason(error, _setting_names(self.settings))
+                raise RolloutError(f"vLLM does not start with {self.settings.model.path}: {reason}") from error
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         """Draws the completions of a prompt.
@@ -355,11 +358,16 @@ def _environment(settings: EngineSettings) -> Iterator[None]:
             os.environ.update({name: before[name]} if name in before else {})
 
 
-def _start(settings: EngineSettings) -> AsyncLLM:
+def _setting_names(settings: EngineSettings) -> SettingNames:
+    cache = "rollout.cache_gb" if settings.device == "cpu" else "rollout.gpu_memory"
+    return SettingNames(cache=cache, length="data.max_length", gpus="rollout.tensor_parallel")
+
+
+def _start(settings: EngineSettings, log: StartLog) -> AsyncLLM:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    config = AsyncEngineArgs(**engine_arguments(settings)).create_engine_config()
+    config = AsyncEngineArgs(**engine_arguments(settings), logging_config=log.config()).create_engine_config()
     if settings.device == "cpu":
         # On a CPU, vLLM starts a process that schedules and one that computes, only to set the number of threads of the
         # latter. `_environment` has done that, and the second start (10 s, 0.5 GB) is saved.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 
 from serving.backend import Backend
 from serving.config import ServeConfig
@@ -40,6 +42,27 @@ class Service:
     """What says whether the registry belongs to this endpoint."""
     ids: Ids
     recorder: Recorder
+
+
+class _ReadRequest(Request):
+    """A request whose body was read already."""
+
+    async def json(self) -> Any:
+        """What `serving.guard` made of the body: a large one beside the event loop, where others are answered."""
+        return self.scope["state"]["json"]
+
+
+class ReadRoute(APIRoute):
+    """A route with a body, which is not read a second time."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI asks for it."""
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            return await handle(_ReadRequest(request.scope, request.receive))
+
+        return handled
 
 
 def key_of(request: Request) -> Key:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serving.fields import turns
 from serving.issuing import number_of, prompt_of, why_unrecorded
-from serving.routes import Service, key_of
+from serving.routes import ReadRoute, Service, key_of
 from serving.routes.openai import ChatTurn, Tokens, whole
 from serving.schema import Refused, Route
 from serving.store.records import (
@@ -102,7 +102,7 @@ class FeedbackBody(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The router of this module."""
-    router = APIRouter()
+    router = APIRouter(route_class=ReadRoute)
     config, store = service.config, service.store
 
     @router.post("/v1/comparisons", tags=["labeller"])

@@ -17,7 +17,7 @@ from serving.fields import taken
 from serving.grammar import check_structured_output
 from serving.guard import as_response
 from serving.issuing import Kind, Transcript, issued
-from serving.routes import VERSION_HEADER, Service, key_of, spend_form_seconds, wanted_version
+from serving.routes import VERSION_HEADER, ReadRoute, Service, key_of, spend_form_seconds, wanted_version
 from serving.schema import Refused, Reply, Route, event
 
 END = "data: [DONE]\n\n"
@@ -169,7 +169,7 @@ class DetokenizeBody(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The router of this module."""
-    router = APIRouter()
+    router = APIRouter(route_class=ReadRoute)
     cards = _cards(service)
     config = service.config
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from alignment.rewards.remote import ChatMessage
 from serving.keys import Key
 from serving.registry import Registry
-from serving.routes import VERSION_HEADER, Service, key_of, wanted_version
+from serving.routes import VERSION_HEADER, ReadRoute, Service, key_of, wanted_version
 from serving.schema import Refused
 from serving.scoring import Asked, Job, Rated, Ratios
 
@@ -64,7 +64,7 @@ class RewardsBody(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The router of this module."""
-    router = APIRouter()
+    router = APIRouter(route_class=ReadRoute)
     config = service.config
     is_whole = service.served.base_name is None
 

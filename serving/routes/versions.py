@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from alignment.errors import AlignmentError
 from serving.promotion import Promotions
 from serving.registry import Version
-from serving.routes import Service, key_of
+from serving.routes import ReadRoute, Service, key_of
 from serving.schema import Refused
 
 
@@ -40,7 +40,7 @@ class PromoteBody(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The router of this module."""
-    router = APIRouter(tags=["admin"])
+    router = APIRouter(tags=["admin"], route_class=ReadRoute)
     registry, backend, tenant = service.registry, service.backend, service.tenant
     promotions = Promotions(registry, backend, may_change=tenant.check)
 
@@ -49,8 +49,9 @@ def routes(service: Service) -> APIRouter:
         """Every version, which of them answer, and what the replicas say."""
         known = await asyncio.to_thread(registry.versions)
         replicas = [asdict(status) for status in await backend.statuses()]
-        told = [asdict(version) for version in known]
-        return JSONResponse({"versions": told, "state": asdict(registry.state()), "replicas": replicas})
+        candidate = None if backend.candidate is None else asdict(backend.candidate)
+        told = {"versions": [asdict(version) for version in known], "state": asdict(registry.state())}
+        return JSONResponse({**told, "replicas": replicas, "candidate": candidate})
 
     @router.post("/v1/admin/versions")
     async def add(body: VersionBody) -> Response:

@@ -9,22 +9,25 @@ A file of SQLite on one machine, or PostgreSQL; several processes may share eith
 from __future__ import annotations
 
 import json
+import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from alignment.errors import ServingError
 from serving.store.judging import judge, judgement_id
-from serving.store.opening import named, open_database
+from serving.store.opening import engine_of, named, prepare
 from serving.store.records import (
     AuditEntry,
     Conflict,
@@ -32,7 +35,10 @@ from serving.store.records import (
     Judgement,
     Receipt,
     Statistics,
+    StoreAway,
     StoredKey,
+    StoreError,
+    StoreFull,
     Turn,
     UnknownId,
     operator,
@@ -41,7 +47,11 @@ from serving.store.statistics import statistics_of
 from serving.store.tables import answers, audit, groups, idempotency, judgements, keys
 from serving.store.writer import Writer
 
+T = TypeVar("T")
+
 DAY_S = 86_400.0
+REOPEN_S = 2.0
+"""Seconds between attempts to open a database that was away at the start."""
 FORGET_AT_ONCE = 200
 """Groups that one transaction forgets, so that what people send is not kept waiting."""
 PAGE = 100
@@ -56,32 +66,75 @@ AUDIT = {
     for name, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
 }
 
+logger = logging.getLogger("ray.serve")
+
 
 class Store:
     """The feedback database. Safe to use from all threads; the futures never fail but with a `StoreError`."""
 
-    def __init__(self, url: str, *, retention_days: float | None = None) -> None:
+    def __init__(self, url: str, *, retention_days: float | None = None, may_be_away: bool = False) -> None:
         """Opens the database, and creates it or brings its tables up to date.
 
         Args:
             url: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`.
             retention_days: groups that are older are deleted with all that belongs to them, at once and every hour;
                 None keeps them.
+            may_be_away: go on without it if it cannot be opened now, and open it as soon as it can be. Until then
+                everything that is asked fails with StoreAway at once.
 
         Raises:
             ServingError: the URL names no database that can be used, or one of a newer raylign.
             StoreAway, StoreFull: it cannot be opened now.
         """
-        self._engine = open_database(url)
-        self._writer = Writer(self._engine, partial(_forget, retention_days))
+        self._engine = engine_of(url)
+        self._new_writer = partial(Writer, self._engine, partial(_forget, retention_days))
+        self._writer: Writer | None = None
+        self._away: StoreError | None = None
+        self._closed = threading.Event()
+        self._opening = threading.Thread(target=self._open_later, name="feedback database", daemon=True)
+        try:
+            self._open()
+        except (StoreAway, StoreFull) as error:
+            if not may_be_away:
+                self._engine.dispose()
+                raise
+            logger.error("The endpoint starts without its database, and opens it as soon as that answers: %s", error)
+            self._away = error
+            self._opening.start()
+        except BaseException:
+            self._engine.dispose()
+            raise
+
+    def _open(self) -> None:
+        prepare(self._engine)
+        self._writer = self._new_writer()
+        self._away = None
+
+    def _open_later(self) -> None:
+        while not self._closed.wait(REOPEN_S):
+            try:
+                self._open()
+            except Exception as error:  # whatever it is: without this thread, the database would stay away
+                self._away = StoreAway(str(error) if isinstance(error, ServingError) else type(error).__name__)
+            else:
+                logger.warning("The database answers now")
+                return
+
+    def _submit(self, work: Callable[[Connection], T], *, size: int = 0, erases: bool = False) -> Future[T]:
+        away = self._away
+        if self._writer is not None:
+            return self._writer.submit(work, size=size, erases=erases)
+        future: Future[T] = Future()
+        future.set_exception(StoreAway(str(away)))
+        return future
 
     def record(self, issued: Issued) -> Future[None]:
         """Remembers a group, before it can be judged; the same one again changes nothing."""
-        return self._writer.submit(partial(_record, issued), size=issued.size)
+        return self._submit(partial(_record, issued), size=issued.size)
 
     def judge(self, judgement: Judgement) -> Future[Receipt]:
         """Stores what a person said; the future holds the receipt, or raises as `judging.judge` does."""
-        return self._writer.submit(partial(_judge, judgement), size=judgement.size)
+        return self._submit(partial(_judge, judgement), size=judgement.size)
 
     def delete(self, id: str) -> Future[int]:
         """Deletes a judgement, or a group with its answers and judgements.
@@ -89,7 +142,7 @@ class Store:
         Returns:
             How many of all these are gone. The future raises UnknownId if there is nothing of this id.
         """
-        return self._writer.submit(partial(_delete, id), erases=True)
+        return self._submit(partial(_delete, id), erases=True)
 
     def export(self, *, since: str | None = None, limit: int | None = None) -> Iterator[str]:
         """Training rows in the order in which they were stored, as JSON lines with their line breaks.
@@ -184,11 +237,11 @@ class Store:
             change(connection)
             _audit(entry, connection)
 
-        self._writer.submit(both).result()
+        self._submit(both).result()
 
     def audit(self, entry: AuditEntry) -> Future[None]:
         """Writes down who did what; the same entry again changes nothing."""
-        return self._writer.submit(partial(_audit, entry))
+        return self._submit(partial(_audit, entry))
 
     def audit_trail(self, *, limit: int, before: str | None = None) -> list[AuditEntry]:
         """The newest entries, the newest first.
@@ -213,11 +266,17 @@ class Store:
 
     def close(self) -> None:
         """Writes what waits, and closes the database."""
-        self._writer.close()
+        self._closed.set()
+        if self._opening.is_alive():
+            self._opening.join()
+        if self._writer is not None:
+            self._writer.close()
         self._engine.dispose()
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
+        if self._away is not None:
+            raise StoreAway(str(self._away))
         try:
             with self._engine.connect() as connection:
                 yield connection

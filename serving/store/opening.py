@@ -62,25 +62,30 @@ def old_file() -> Path | None:
     return file if file.is_file() else None
 
 
-def open_database(url: str) -> Engine:
-    """Opens a database, creates what is missing in it, and brings its tables up to date.
+def engine_of(url: str) -> Engine:
+    """Connections to a database, of which none is open yet.
 
     Raises:
-        ServingError: the URL names no database that can be used, or one of a newer raylign.
+        ServingError: the URL names no database that can be used.
+    """
+    parsed = _parsed(url)
+    return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
+
+
+def prepare(engine: Engine) -> None:
+    """Creates what is missing in a database, and brings its tables up to date.
+
+    Raises:
+        ServingError: it is of a newer raylign.
         StoreAway: it does not answer.
         StoreFull: it has no space left.
     """
-    parsed = _parsed(url)
-    engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
     try:
+        if engine.dialect.name == "sqlite":
+            _make_file(Path(str(engine.url.database)))
         _migrate(engine)
     except SQLAlchemyError as error:
-        engine.dispose()
-        raise named(error, f"The database {_shown(parsed)} cannot be opened") from error
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
+        raise named(error, f"The database {_shown(engine.url)} cannot be opened") from error
 
 
 def lock(connection: Connection) -> None:
@@ -140,17 +145,20 @@ def _shown(url: URL) -> str:
 def _sqlite(url: URL) -> Engine:
     assert url.database is not None
     path = Path(url.database).expanduser().absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.touch(mode=0o600)  # SQLite gives its other files the same rights
-    except OSError as error:
-        raise ServingError(f"The database {path} cannot be opened: {error.strerror}") from error
     engine = sa.create_engine(
         url.set(database=str(path)), hide_parameters=True, connect_args={"timeout": WAIT_S, "isolation_level": None}
     )
     sa.event.listen(engine, "connect", _set_up_sqlite)
     sa.event.listen(engine, "begin", _begin)
     return engine
+
+
+def _make_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)  # SQLite gives its other files the same rights
+    except OSError as error:
+        raise StoreAway(f"The database {path} cannot be opened: {error.strerror}") from error
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:

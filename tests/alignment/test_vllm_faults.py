@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import psutil
 import pytest
 import torch
 
-from alignment.config import LoraConfig, ModelConfig
+from alignment.config import LoraConfig, ModelConfig, RolloutConfig
 from alignment.errors import ConfigError, RolloutError
 from alignment.rollout import Weights
 from alignment.rollout.vllm import local_generator
@@ -281,6 +282,21 @@ def test_a_window_that_is_longer_than_the_models_ends_the_start_with_both_figure
     settings = settings_of(ModelConfig(path=str(write_model(tmp_path, tied=True)), dtype="fp32"))
     with pytest.raises(RolloutError, match=r"(?s)vLLM does not start.*4096.*512"):
         local_generator(dataclasses.replace(settings, max_length=4096))
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_in_vllms_own_process_says_why_there(tmp_path: Path) -> None:
+    config = ModelConfig(path=str(write_model(tmp_path, tied=True)), dtype="fp32")
+    small = dataclasses.replace(settings_of(config), rollout=RolloutConfig(cache_gb=0.00002), max_length=512)
+    with pytest.raises(RolloutError) as raised:
+        local_generator(small)
+    print(raised.value)
+    assert re.search(
+        r"one request of data\.max_length = 512 tokens needs [\d.]+ GiB of key-value cache, and there are [\d.]+ GiB\. "
+        r"Raise rollout\.cache_gb, or lower data\.max_length",
+        str(raised.value),
+    )
+    assert "See root cause" not in str(raised.value)
 
 
 def test_other_peoples_vllm_loads_nothing_of_ours() -> None:

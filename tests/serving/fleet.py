@@ -196,10 +196,13 @@ async def ask(
     return str(first.version), set(map(str, parts[1:])), time.monotonic() - started
 
 
-def start_light_ray() -> None:
-    """A Ray for replicas that hold no model."""
+def start_light_ray(port: int | None = None) -> None:
+    """A Ray for replicas that hold no model; with a port, Ray Serve listens there on 127.0.0.1."""
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20,
         _node_ip_address="127.0.0.1",
     )  # fmt: skip
-    serve.start(proxy_location="Disabled")
+    if port is None:
+        serve.start(proxy_location="Disabled")
+    else:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

@@ -51,6 +51,10 @@ class Standin:
     """Bodies of the completions and rewards that were asked for, with `path` and `version`."""
     at_once: int = 0
     most_at_once: int = 0
+    replicas: list[dict[str, Any]] = field(default_factory=list)
+    """What replicas say of themselves."""
+    candidate: dict[str, Any] | None = None
+    """The same of the candidate's."""
     on_asked: Callable[[], object] = lambda: None
     """Called with every request for an answer."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -139,7 +143,8 @@ def make_app(standin: Standin) -> FastAPI:
     @app.get("/v1/admin/versions")
     def versions() -> Any:
         told = [asdict(version) for version in registry.versions()]
-        return {"versions": told, "state": asdict(registry.state()), "replicas": []}
+        held = {"replicas": standin.replicas, "candidate": standin.candidate}
+        return {"versions": told, "state": asdict(registry.state()), **held}
 
     @app.post("/v1/admin/versions")
     def add(body: dict[str, Any]) -> Any:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.types import Message
 
-from serving.config import LimitsConfig
-from serving.guard import Guard, Rate
+from serving.config import LimitsConfig, ServeConfig
+from serving.guard import LARGE_BYTES, Guard, Rate
 from serving.ingress import with_cors
 from serving.keys import Key
+from serving.registry import Registry
+from serving.routes import ReadRoute, audit, feedback, openai, rewards, versions
+from serving.served import Served
 
 ANNA = Key(name="anna", role="user")
 SECRET = "a secret in /etc/passwd"
@@ -323,3 +329,39 @@ def test_browsers_are_told_which_pages_may_ask() -> None:
     assert answer.headers["access-control-allow-origin"] == "https://lab.example"
     assert ask(app, "POST", "/echo", json={}, headers={"origin": "https://lab.example"}).status_code == 401
     assert with_cors(app, ()) is app
+
+
+def test_a_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time would be on the event loop, whatever its size."""
+    app = FastAPI()
+    router = APIRouter(route_class=ReadRoute)
+
+    @router.post("/echo")
+    async def echo(body: dict[str, Any]) -> Any:
+        return body
+
+    async def unread(_: Request) -> Any:
+        raise AssertionError("this reads it again")
+
+    app.include_router(router)
+    monkeypatch.setattr(Request, "json", unread)
+    guard = Guard(app, who=who, is_public=lambda path: False, limits=LimitsConfig())
+    body = {"text": "word " * LARGE_BYTES, "list": [1, None]}
+    assert ask(guard, "POST", "/echo", json=body, headers=GOOD).json() == body
+
+
+def test_every_route_with_a_body_reads_it_once(tmp_path: Path) -> None:
+    served = Served(name="m", source="", base_name=None, adapter=None, room=None)
+    service: Any = SimpleNamespace(
+        config=ServeConfig(checkpoint="x"),
+        served=served,
+        registry=Registry(tmp_path),
+        backend=None,
+        tenant=SimpleNamespace(check=None),
+        store=None,
+    )
+    modules = (openai, rewards, feedback, versions, audit)
+    found = [route for module in modules for route in module.routes(service).routes if isinstance(route, APIRoute)]
+    with_body = [route for route in found if route.body_field is not None]
+    assert len(with_body) >= 8
+    assert {type(route) for route in with_body} == {ReadRoute}

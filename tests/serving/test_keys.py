@@ -15,7 +15,7 @@ import pytest
 
 from alignment.errors import ConfigError
 from serving.config import ServeConfig
-from serving.keys import ROLES, Key, Keys, Lasting, create_key, rotate_key
+from serving.keys import ROLES, KeptKeys, Key, Keys, Lasting, create_key, rotate_key
 from serving.launch import _other_database
 from serving.registry import Registry
 from serving.store import Store
@@ -203,6 +203,39 @@ def test_while_the_database_is_away_those_who_were_in_stay_in(postgresql: str) -
         connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")  # type: ignore[call-overload]
         store.revoke_key("anna")
         soon(lambda: keys.who(bearer(key)) is None)
+    keys.close()
+    store.close()
+
+
+def test_who_was_in_stays_in_after_a_start_without_the_database(tmp_path: Path) -> None:
+    path = tmp_path / "keys.sqlite"
+    database = f"sqlite:///{path}"
+    store = Store(database)
+    key = create_key(store, name="anna", role="user")
+    short = create_key(store, name="ben", role="user", lasts_s=1.0)
+    gone = create_key(store, name="cleo", role="admin")
+    kept = KeptKeys(tmp_path, database)
+    keys = Keys(store, kept)
+    store.revoke_key("cleo")
+    soon(lambda: keys.who(bearer(gone)) is None)
+    keys.close()
+    store.close()
+
+    file = tmp_path / "keys.json"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert not any(each.split("_", 2)[2] in file.read_text() for each in (key, short, gone))
+    for each in tmp_path.glob("keys.sqlite*"):
+        each.rename(tmp_path / f"away-{each.name}")
+    path.mkdir()  # root may read any file, and no folder is a database
+    store = Store(database, may_be_away=True)
+    keys = Keys(store, KeptKeys(tmp_path, database))
+    assert keys.who(bearer(key)) == Key(name="anna", role="user")
+    assert keys.who(bearer(gone)) is None
+    soon(lambda: keys.who(bearer(short)) is None)
+    with pytest.raises(StoreAway, match="unable to open"):
+        Keys(store)
+    with pytest.raises(StoreAway, match="unable to open"):
+        Keys(store, KeptKeys(tmp_path, "sqlite:///another"))
     keys.close()
     store.close()
 

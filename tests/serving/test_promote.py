@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from alignment.errors import ConfigError, ServingError
 from serving.client import Listing, Service
+from serving.engine import Status
 from serving.promote import delete_versions, list_versions, promote, rollback, versions
 from serving.registry import Registry, State
 from tests.conftest import free_port
@@ -206,13 +208,32 @@ def test_the_list_shows_what_answers_and_what_is_known(
     promote(str(adapter(tmp_path / "other", seed=8)), url=service.url, canary=0.25)
     capsys.readouterr()
     list_versions(url=service.url)
-    header, first, second, third = capsys.readouterr().out.splitlines()
+    header, first, second, third, held = capsys.readouterr().out.splitlines()
+    assert held == "No replica says what it holds."
     assert header.split() == ["version", "kind", "created", "source", "held", "out"]
     today = time.strftime("%Y-%m-%d")
     assert first.split()[:4] == ["1", "previous", "adapter", today]
     assert second.split()[:4] == ["2", "current", "adapter", today]
     assert second.endswith("checkpoints/step-00000005  accuracy 0.875, kl 3")
     assert third.split()[:4] == ["3", "canary", "0.25", "adapter"]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "told"),
+    [
+        ({"version": 0}, "starts."),
+        ({"version": 3}, "holds version 3."),
+        ({"version": 0, "failed": 3, "error": "no memory"}, "cannot load version 3: no memory"),
+    ],
+)
+def test_the_list_shows_what_replicas_hold_and_what_has_become_of_the_candidate(
+    service: Standin, capsys: pytest.CaptureFixture[str], candidate: dict[str, Any], told: str
+) -> None:
+    service.replicas = [asdict(Status(replica="abc", version=1, loaded=(1,), asked=7))]
+    service.candidate = {"replica": "xyz", **candidate}
+    list_versions(url=service.url)
+    held = capsys.readouterr().out.splitlines()[-2:]
+    assert held == ["Replica abc holds version 1.", f"The candidate's replica xyz {told}"]
 
 
 def test_the_key_comes_from_the_environment(

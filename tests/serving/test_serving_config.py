@@ -18,7 +18,7 @@ from serving.config import ServeConfig, load_serve_config
 from serving.launch import Endpoint, _gist, refuse_busy_port
 from serving.registry import Registry
 from serving.schema import Refused, sound_json
-from serving.served import Served, check_here, publish
+from serving.served import Served, check_here, publish, rewards_length
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
@@ -190,6 +190,29 @@ def test_the_gist_of_a_traceback_is_its_exception() -> None:
     trace = 'Failed. Error:\n  File "x.py", line 1\nValueError: too long\n  by 3 tokens [type=value_error]\n\n'
     assert _gist(trace) == "ValueError: too long by 3 tokens"
     assert _gist("Waiting for a CPU.\nSee the log.") == "Waiting for a CPU."
+    assert _gist(f"{trace}\n  x = 1\nalignment.errors.ServingError: vLLM does not start: no room\n") == (
+        "vLLM does not start: no room"
+    )
+    assert _gist(f"{trace}\nserving.store.records.StoreAway: The database is away\n") == "The database is away"
+
+
+def test_ready_says_what_it_means_where_nothing_is_loaded_yet() -> None:
+    text = str(Endpoint(url="http://x", names=["m"], version=1, keys=True, is_asleep=True))
+    assert "No replica runs yet (min_replicas=0): the first request starts one" in text and "\n" not in text
+    assert "No replica" not in str(Endpoint(url="http://x", names=["m"], version=1, keys=True))
+
+
+def test_more_tokens_to_rate_than_the_model_has_positions_are_refused_at_the_start(tmp_path: Path) -> None:
+    base = whole(tmp_path / "base", max_position_embeddings=512)
+    tuned = adapter(tmp_path / "tuned", base_model_name_or_path=str(base))
+    for number, (checkpoint, more) in enumerate(((tuned, {}), (base, {"reference": str(base)}))):
+        folder = tmp_path / str(number)
+        with pytest.raises(ServingError, match=r"rewards\.max_length \(600\) is more than the 512 positions of"):
+            published(checkpoint, folder, rewards={"max_length": 600, **more})
+        published(checkpoint, folder, rewards={"max_length": 512, **more})
+        published(checkpoint, folder, rewards={"max_length": 600, "model": "another/one", **more})
+    assert rewards_length(ServeConfig(checkpoint="x"), str(base)) == 512
+    assert rewards_length(ServeConfig(checkpoint="x"), "on/a-hub") == 2048
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -26,9 +27,10 @@ from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.errors import ServingError
 from alignment.types import Message
+from serving import store as stores
 from serving.store import Store
 from serving.store import writer as writing
-from serving.store.opening import WRITES, lock, open_database
+from serving.store.opening import WRITES, engine_of, lock, prepare
 from serving.store.records import (
     Agreement,
     BadVerdict,
@@ -70,6 +72,12 @@ def sqlite_url(tmp_path: Path) -> str:
 
 ENDS = ("stop", "length", None)
 """Why the first, second and third answer of a group ended."""
+
+
+def opened_engine(url: str) -> sa.Engine:
+    engine = engine_of(url)
+    prepare(engine)
+    return engine
 
 
 def issued(id: str = "cmp-1", *, texts: tuple[str, ...] = ("yes", "no"), **settings: Any) -> Issued:
@@ -434,7 +442,7 @@ def test_statistics_of_nothing(store: Store) -> None:
 
 
 def test_the_migrations_make_the_tables_that_the_code_expects(database: str) -> None:
-    engine = open_database(database)
+    engine = opened_engine(database)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
@@ -461,7 +469,7 @@ def test_processes_that_open_a_new_database_at_once_all_find_it_whole(database: 
 
 
 def test_a_migration_that_fails_half_way_leaves_nothing_behind(database: str) -> None:
-    engine = open_database(database)
+    engine = opened_engine(database)
     metadata.drop_all(engine)
     with engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE alembic_version"))
@@ -477,7 +485,7 @@ def test_a_migration_that_fails_half_way_leaves_nothing_behind(database: str) ->
 
 def test_a_database_of_a_newer_raylign_is_refused(database: str) -> None:
     Store(database).close()
-    engine = open_database(database)
+    engine = opened_engine(database)
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     engine.dispose()
@@ -516,13 +524,41 @@ def test_a_database_that_does_not_answer_is_away(tmp_path: Path) -> None:
         Store(f"sqlite:///{tmp_path / 'file' / 'x.sqlite'}")
 
 
+def test_a_store_that_may_be_away_opens_when_the_database_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "REOPEN_S", 0.05)
+    path = tmp_path / "feedback.sqlite"
+    path.mkdir()  # root may read any file, and no folder is a database
+    store = Store(f"sqlite:///{path}", may_be_away=True)
+    for asked in (store.keys, store.statistics, lambda: record(store, issued())):
+        with pytest.raises(StoreAway, match="unable to open"):
+            asked()
+    path.rmdir()
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(StoreAway):
+            record(store, issued())
+            break
+        assert time.monotonic() < deadline
+    assert store.statistics().answers == 2
+    store.close()
+
+
+def test_a_store_that_stays_away_closes(tmp_path: Path) -> None:
+    store = Store("postgresql://u@127.0.0.1:1/d", may_be_away=True)
+    store.close()
+    with pytest.raises(StoreAway):
+        record(store, issued())
+
+
 def test_a_sqlite_file_is_private_and_durable(tmp_path: Path) -> None:
     path = tmp_path / "new" / "feedback.sqlite"
     store = Store(f"sqlite:///{path}")
     record(store, issued())
     assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
     store.close()
-    engine = open_database(f"sqlite:///{path}")
+    engine = opened_engine(f"sqlite:///{path}")
     with engine.connect() as connection:
         pragmas = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
         assert [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas] == ["wal", 2, 1, 1]
@@ -553,7 +589,7 @@ def test_an_item_that_the_database_refuses_fails_alone(store: Store, database: s
 @contextmanager
 def held(database: str) -> Iterator[None]:
     """Another process writes and does not finish, so that everything waits."""
-    engine = open_database(database)
+    engine = opened_engine(database)
     with engine.connect().execution_options(**WRITES) as connection, connection.begin():
         lock(connection)
         yield
