@@ -345,7 +345,7 @@ def test_a_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     app.include_router(router)
     monkeypatch.setattr(Request, "json", unread)
-    guard = Guard(app, who=who, is_public=lambda path: False, limits=LimitsConfig())
+    guard = Guard(app, who=who, is_public=lambda path: False, limits=LimitsConfig(answers_in_progress=32))
     body = {"text": "word " * LARGE_BYTES, "list": [1, None]}
     assert ask(guard, "POST", "/echo", json=body, headers=GOOD).json() == body
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray import serve
 
-from serving.config import FeedbackConfig, ServeConfig
+from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
 from serving.engine import EngineSettings
 from serving.ingress import Ingress, _opened
 from serving.keys import create_key
@@ -85,7 +85,11 @@ def test_chats_are_answered_and_judgements_wait_until_the_database_is_back(
     store = Store(database)
     admin, user = (create_key(store, name=role, role=role) for role in ("admin", "user"))  # type: ignore[arg-type]
     config = ServeConfig(
-        checkpoint="model", name=MODEL, port=light_ray, feedback=FeedbackConfig(record=True, database=database)
+        checkpoint="model",
+        name=MODEL,
+        port=light_ray,
+        limits=LimitsConfig(answers_in_progress=32),
+        feedback=FeedbackConfig(record=True, database=database),
     )
 
     def ask(method: str, path: str, body: Any = None, key: str = admin) -> httpx.Response:
@@ -102,7 +106,7 @@ def test_chats_are_answered_and_judgements_wait_until_the_database_is_back(
         with endpoint(registry, config):
             answer = ask("POST", "/v1/completions", question, user)
             assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == "blue"
-            assert ask("GET", "/v1/models", key=user[:-1] + "A").status_code == 401
+            assert ask("GET", "/v1/models", key=user[:-4] + "nope").status_code == 401
             judgement = {"kind": "thumb", "id": f"{answer.json()['id']}-0", "up": True}
             for refused in (ask("POST", "/v1/feedback", judgement), ask("GET", "/v1/feedback/export")):
                 assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1, refused.text
