@@ -112,6 +112,16 @@ class LightEngine(WithoutModel, Engine):
             os._exit(1)
 
 
+class Parrot(LightEngine):
+    """Answers every request to `/v1/completions` with one word."""
+
+    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+        id = f"cmpl-{request['request_id']}"
+        choices = [{"index": 0, "text": "blue", "finish_reason": "stop"}]
+        body = {"id": id, "object": "text_completion", "model": names.asked, "choices": choices}
+        yield Reply(status=200, body=json.dumps(body), version=names.label)
+
+
 class LightCandidate(WithoutModel, CandidateEngine):
     """The candidate's."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,13 @@ from serving.engine import EngineSettings
 from serving.ingress import Ingress, _opened
 from serving.keys import create_key
 from serving.registry import Registry
-from serving.schema import Reply, Route
 from serving.served import served_version
 from serving.store import Store
 from serving.store.records import StoreAway
 from tests.conftest import free_port
 from tests.databases import connection_to, new_database
-from tests.serving.fleet import MODEL, LightEngine, start_light_ray
+from tests.serving.fleet import MODEL, Parrot, start_light_ray
 from tests.serving.tiny import whole
-
-
-class Parrot(LightEngine):
-    """Answers every request with one word."""
-
-    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
-        id = f"cmpl-{request['request_id']}"
-        choices = [{"index": 0, "text": "blue", "finish_reason": "stop"}]
-        body = {"id": id, "object": "text_completion", "model": names.asked, "choices": choices}
-        yield Reply(status=200, body=json.dumps(body), version=names.label)
 
 
 @pytest.fixture(scope="module")
