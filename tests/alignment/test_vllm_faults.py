@@ -292,8 +292,8 @@ def test_a_start_that_fails_in_vllms_own_process_says_why_there(tmp_path: Path) 
         local_generator(small)
     print(raised.value)
     assert re.search(
-        r"one request of data\.max_length = 512 tokens needs [\w. ]+ GiB of key-value cache, and there are [\w. ]+ GiB\. "
-        r"Raise rollout\.cache_gb, or lower data\.max_length",
+        r"one request of data\.max_length = 512 tokens needs [\w. ]+ GiB of key-value cache, and there are "
+        r"[\w. ]+ GiB\. Raise rollout\.cache_gb, or lower data\.max_length",
         str(raised.value),
     )
     assert "See root cause" not in str(raised.value)

@@ -63,6 +63,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_chats_are_answered_and_judgements_wait_until_the_database_is_back(
     light_ray: int, postgresql: str, tmp_path: Path
 ) -> None:
