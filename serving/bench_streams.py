@@ -3,7 +3,7 @@
 The model has one layer and random weights, so that nearly all of the work is that of passing tokens on. The servers
 take turns, so that a machine that slows down slows all of them. Of each server and process group:
 
-    engine    the process that computes tokens (vLLM's EngineCore)
+    engine    the processes that compute tokens (vLLM's EngineCore, and its workers if it has any)
     replica   the process that asks it, and turns tokens into server-sent events
     ingress   the process that checks requests and passes events on (of plain vLLM, the replica does all of it)
     proxy     the process that listens (Ray Serve's)
@@ -44,7 +44,7 @@ LOOKS_PER_S = 50
 SAID = re.compile(rb'"content":"[^"]')
 """In an event that holds a text."""
 GROUPS = {
-    "engine": r"EngineCore|multiprocessing\.spawn",
+    "engine": r"VLLM::|multiprocessing\.spawn",
     "proxy": r"ProxyActor",
     "ingress": r"ServeReplica:[^:]*:(ingress|OpenAiIngress)",
     "replica": r"ServeReplica:|vllm\.entrypoints",
