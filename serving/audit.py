@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -51,18 +52,27 @@ logger = logging.getLogger("ray.serve")
 class AuditTrail:
     """Writes entries down so that neither the database's absence nor a killed process loses one."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        """`folder`: of the files; several ingresses may share it."""
+    def __init__(self, store: Store, folder: Path, *, on_loss: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            folder: of the files; several ingresses may share it.
+            on_loss: is told of every entry that is in the log alone.
+        """
         self._store = store
         self._folder = folder
+        self._on_loss = on_loss
+        self.num_waiting = 0
+        """Entries that the database did not take yet, as of a few seconds ago."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._retry, name="audit trail", daemon=True)
         self._thread.start()
 
     def record(self, entry: AuditEntry) -> None:
         """Returns when the entry is on the disk; if it cannot be, the log has it."""
-        leave(self._folder, entry)
-        self._submit(entry, _file(self._folder, entry))
+        is_left = leave(self._folder, entry)
+        stored = self._submit(entry, _file(self._folder, entry))
+        if not is_left:
+            stored.add_done_callback(lambda done: self._on_loss() if done.exception() else None)
 
     def close(self) -> None:
         """Ends the retries; the store stays open."""
@@ -71,7 +81,7 @@ class AuditTrail:
 
     def _submit(self, entry: AuditEntry, file: Path) -> Future[None]:
         def settled(future: Future[None]) -> None:
-            if future.exception() is None:
+            if future.exception() is None and file.exists():
                 file.unlink(missing_ok=True)
 
         future = self._store.audit(entry)
@@ -80,7 +90,9 @@ class AuditTrail:
 
     def _retry(self) -> None:
         while not self._done.wait(RETRY_S):
-            for file in sorted(self._folder.glob("aud-*.json")):
+            files = sorted(self._folder.glob("aud-*.json"))
+            self.num_waiting = len(files)
+            for file in files:
                 try:
                     self._submit(_read(file), file).exception(timeout=60)
                 except FileNotFoundError:  # stored meanwhile
@@ -89,13 +101,15 @@ class AuditTrail:
                     logger.exception("An entry of the audit trail cannot be stored yet: %s", file)
 
 
-def leave(folder: Path, entry: AuditEntry) -> None:
+def leave(folder: Path, entry: AuditEntry) -> bool:
     """Writes an entry into a folder, from which the next ingress stores it; if it cannot be, the log has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(_file(folder, entry), json.dumps(asdict(entry)).encode())
     except OSError as error:
         logger.error("An entry of the audit trail cannot be written (%s): %s", error.strerror, _line(entry))
+        return False
+    return True
 
 
 def folder_of(registry: Registry) -> Path:

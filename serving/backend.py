@@ -91,6 +91,11 @@ class Backend:
         self._max_model_len: int | None = None
 
     @property
+    def state(self) -> State:
+        """Which versions answer, as this ingress knows it."""
+        return self._state
+
+    @property
     def is_whole(self) -> bool:
         """Whether versions are whole weights, of which a replica holds one at a time."""
         return self._candidate is not None

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.config import LimitsConfig
 from serving.grammar import FORM_FIELDS
 from serving.keys import Key
+from serving.meters import NONE, Meters
 from serving.schema import Refused, Reply, check_num_values, event, refusal, sound_json
 from serving.shares import KeyShare, RequestSize, request_size
 
@@ -34,6 +35,7 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 
+VERSION = b"x-model-version"
 KEY_CHECK_S = 2.0
 """How often it is looked whether the key of an answer in progress is still valid."""
 _NOT_VALID_ANY_MORE = "This key is not valid any more."
@@ -45,6 +47,8 @@ HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECA
 LARGE_BYTES = 65536
 """Bodies above this size are read beside the event loop."""
 
+CLIENT_GONE = 499
+"""The status of a request whose client went away before it was answered, as proxies count it."""
 SLOW_S = 0.5
 """Seconds after which a key that asks for too much is told so."""
 
@@ -64,7 +68,8 @@ class Guard:
         limits: LimitsConfig,
         local_only: bool = False,
         cors_origins: Sequence[str] = (),
-        took: Callable[[str, float], None] = lambda part, seconds: None,
+        meters: Meters | None = None,
+        route_of: Callable[[str], str] = lambda path: NONE,
     ) -> None:
         """
         Args:
@@ -73,7 +78,8 @@ class Guard:
             local_only: whether to take requests for this machine's own names alone, and from its own page: where no
                 keys are needed, any page that a browser shows could ask otherwise.
             cors_origins: pages elsewhere that may ask all the same, as `https://example.org`.
-            took: is told the seconds that a part of the work took, as `Meters.took`.
+            meters: count every request, however it ends.
+            route_of: the route that a path leads to, as `/v1/models/{name}`: there are few of them.
         """
         self._app = app
         self._who = who
@@ -81,10 +87,12 @@ class Guard:
         self._limits = limits
         self._local_only = local_only
         self._cors_origins = frozenset(cors_origins)
-        self._took = took
+        self._meters = meters or Meters()
+        self._route_of = route_of
         self._max_body_bytes = int(limits.max_body_mib * 2**20)
         self._rates: dict[str, Rate] = {}
         self._shares: dict[str, KeyShare] = {}
+        self._meters.waits("key", lambda: sum(share.num_waiting for share in list(self._shares.values())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -92,13 +100,31 @@ class Guard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._answer(scope, receive, _Sender(send))
+            await self._count(scope, receive, _Sender(send))
+
+    async def _count(self, scope: Scope, receive: Receive, send: _Sender) -> None:
+        begun, route = time.perf_counter(), self._route_of(scope["path"])
+        state = scope.setdefault("state", {})
+        try:
+            with self._meters.in_progress(route):
+                await self._answer(scope, receive, send)
+        finally:  # also of what is cancelled, as Ray Serve does when its proxy has lost a client
+            self._meters.answered(
+                route,
+                method=scope["method"],
+                status=send.status or CLIENT_GONE,
+                version=send.version,
+                seconds=time.perf_counter() - begun,
+            )
+            reason = send.broken or state.get("broken") or ("client" if send.began and not send.has_ended else None)
+            if reason is not None:
+                self._meters.broke_off(route, version=send.version, reason=reason)
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
         try:
             begun = time.perf_counter()
-            scope.setdefault("state", {})["key"] = key = self._admit(scope)
-            self._took("key", time.perf_counter() - begun)
+            scope["state"]["key"] = key = self._admit(scope)
+            self._meters.took("key", time.perf_counter() - begun)
             if key is None:
                 await self._carry_out(scope, receive, send, None)
             else:
@@ -113,6 +139,7 @@ class Guard:
             # Where, and not the message, which may quote what was sent.
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("A request failed with %s\n%s", type(error).__name__, where)
+            send.broken = "endpoint" if send.began else None
             await _say(refusal(500, "Internal error."), scope, send)
 
     async def _carry_out(self, scope: Scope, receive: Receive, send: _Sender, share: KeyShare | None) -> None:
@@ -140,7 +167,7 @@ class Guard:
         body = await self._body(scope, receive)
         if body:
             scope["state"]["json"] = await self._json(body)
-        self._took("body", time.perf_counter() - begun)
+        self._meters.took("body", time.perf_counter() - begun)
         return body
 
     def _in_turn(self, share: KeyShare, size: RequestSize, num_bytes: int) -> ASGIApp:
@@ -282,12 +309,21 @@ class Rate:
 
 
 class _Sender:
-    """Passes an answer on, with the headers that all answers have, and knows whether it has begun."""
+    """Passes an answer on, with the headers that all answers have, and knows how far it has come."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.began = False
+        self.status: int | None = None
+        """None before it has begun."""
+        self.version: str | None = None
+        self.has_ended = False
+        self.broken: str | None = None
+        """Why it was broken off, if it was this side."""
         self._is_stream = False
+
+    @property
+    def began(self) -> bool:
+        return self.status is not None
 
     async def break_off(self, reason: str) -> None:
         """Ends an answer; who reads events is told why.
@@ -297,16 +333,19 @@ class _Sender:
         """
         if not self.began:
             raise Refused(401, reason)
+        self.broken = "key"
         last = event(refusal(401, reason)).encode() if self._is_stream else b""
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.began = True
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self._is_stream = kind.startswith(b"text/event-stream")
-            given = {name for name, _ in message["headers"]}
+            self.status = message["status"]
+            given = dict(message["headers"])
+            self.version = given.get(VERSION, b"").decode() or None
+            self._is_stream = given.get(b"content-type", b"").startswith(b"text/event-stream")
             message["headers"] = [*message["headers"], *(one for one in HEADERS if one[0] not in given)]
+        elif not message.get("more_body", False):
+            self.has_ended = True
         await self._send(message)
 
 
@@ -373,7 +412,7 @@ async def _nothing() -> Message:
 
 def as_response(reply: Reply, **more: Any) -> Response:
     """A reply as the HTTP response that it describes."""
-    headers = {} if reply.version is None else {"x-model-version": reply.version}
+    headers = {} if reply.version is None else {VERSION.decode(): reply.version}
     if reply.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(reply.retry_after_s))
     if reply.status == 401:

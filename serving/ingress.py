@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import ray
@@ -28,13 +28,26 @@ from serving.guard import Guard, as_response
 from serving.ids import Ids
 from serving.keys import KeptKeys, Key, Keys
 from serving.lease import Tenant
-from serving.meters import Meters
+from serving.meters import Meters, exposition
 from serving.nodes import check_database
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.recording import Recorder
 from serving.registry import Registry
-from serving.routes import PUBLIC, VERSION_HEADER, Service, audit, authorise, feedback, openai, rewards, versions
+from serving.routes import (
+    PUBLIC,
+    VERSION_HEADER,
+    Service,
+    audit,
+    authorise,
+    feedback,
+    openai,
+    rewards,
+    route_finder,
+    versions,
+)
+from serving.routing import num_waiting
 from serving.schema import Refused, invalid, refusal
+from serving.scrape import Figures, gather, page
 from serving.served import Served, check_here
 from serving.store import Store
 from serving.store.opening import default_database
@@ -70,12 +83,16 @@ class Ingress:
         kept_keys = KeptKeys(Path(registry), database)
         self._store = _opened(database, config, is_known=kept_keys.read() is not None)
         versions_of_model = Registry(Path(registry))
-        self._trail = AuditTrail(self._store, folder_of(versions_of_model))
-        self._keys = Keys(self._store, kept_keys)
         meters = Meters()
+        meters.waits("engine", num_waiting)
+        self._trail = AuditTrail(self._store, folder_of(versions_of_model), on_loss=meters.audit_lost)
+        self._keys = Keys(self._store, kept_keys)
         self._recorder = Recorder(self._store, versions_of_model.folder / "unstored", on_loss=meters.record_lost)
+        here = serve.get_replica_context()
+        self._name = here.replica_id.unique_id
+        self._ingresses = serve.get_deployment_handle(here.deployment, here.app_name)
         if "/" not in owner:  # a cluster's, which may have several endpoints
-            owner = f"{owner}/{serve.get_replica_context().app_name}"
+            owner = f"{owner}/{here.app_name}"
         tenant = Tenant(versions_of_model, owner=owner, url=config.url)
         tenant.acquire(wait=True)
         self._service = Service(
@@ -93,8 +110,9 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once."""
         await self._service.backend.begin()
-        app = application(self._service)
-        public = {route.path for route in app.routes if isinstance(route, APIRoute) and route.tags == [PUBLIC]}
+        app = application(self._service, self.metrics)
+        routes = [route for route in app.routes if isinstance(route, APIRoute)]
+        public = {route.path for route in routes if route.tags == [PUBLIC]}
         guard = Guard(
             Audited(app, self._trail),
             who=(lambda _: ANYBODY) if self._config.no_keys else self._keys.who,
@@ -102,13 +120,29 @@ class Ingress:
             limits=self._config.limits,
             local_only=self._config.no_keys,
             cors_origins=self._config.cors_origins,
-            took=self._service.meters.took,
+            meters=self._service.meters,
+            route_of=route_finder(routes),
         )
         return with_cors(guard, self._config.cors_origins)
 
     async def obstacle(self) -> str | None:
         """What keeps the endpoint from answering; None if it has answered. Asked by `raylign serve`, without a key."""
         return await self._service.backend.obstacle()
+
+    async def figures(self) -> Figures:
+        """What this ingress has counted; another one asks."""
+        return Figures(ingress=self._name, metrics=self._service.meters.figures())
+
+    async def metrics(self) -> bytes:
+        """What all ingresses have counted, for Prometheus."""
+        metrics = page(
+            await self.figures(),
+            await gather(self._ingresses),
+            self._service.backend.state,
+            records_waiting=self._recorder.num_waiting,
+            audit_waiting=self._trail.num_waiting,
+        )
+        return await asyncio.to_thread(exposition, metrics)
 
     def __del__(self) -> None:
         """Called by Ray Serve when this stops: what waits is still written."""
@@ -147,12 +181,12 @@ def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     )
 
 
-def application(service: Service) -> FastAPI:
-    """All routes. They trust that `Guard` stands in front."""
+def application(service: Service, metrics: Callable[[], Awaitable[bytes]]) -> FastAPI:
+    """All routes. They trust that `Guard` stands in front. `metrics`: what `/metrics` answers."""
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="raylign", openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(authorise)])
     for router in (
-        _own(service),
+        _own(service, metrics),
         _page(),
         openai.routes(service),
         rewards.routes(service),
@@ -191,7 +225,7 @@ def answer_errors(app: FastAPI) -> None:
         return as_response(refusal(500, "Internal error."))  # `Guard` writes down where it was
 
 
-def _own(service: Service) -> APIRouter:
+def _own(service: Service, metrics: Callable[[], Awaitable[bytes]]) -> APIRouter:
     """Health and figures."""
     router = APIRouter()
 
@@ -207,14 +241,10 @@ def _own(service: Service) -> APIRouter:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "loading"}, status_code=503)
 
-    @router.get("/metrics", tags=[PUBLIC if service.config.public_metrics else "admin"])
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        state = await asyncio.to_thread(service.registry.state)
-        return Response(
-            service.meters.text(state.current, records_waiting=service.recorder.num_waiting),
-            media_type="text/plain; version=0.0.4",
-        )
+    @router.get("/metrics", tags=[PUBLIC if service.config.public_metrics else "monitor"])
+    async def for_prometheus() -> Response:
+        """Figures of all ingresses for Prometheus."""
+        return Response(await metrics(), media_type="text/plain; version=0.0.4")
 
     @router.get("/openapi.json", tags=["admin"], include_in_schema=False)
     async def openapi_schema(request: Request) -> Response:

@@ -54,11 +54,15 @@ class Transcript:
         """By the place of the answer among those to one request."""
         self.ends: dict[int, str | None] = {}
         """The finish reasons."""
+        self.usage: dict[str, Any] | None = None
+        """Its numbers of tokens."""
+        self.error: str | None = None
+        """Code of the error that it broke off with."""
         self.problem: Exception | None = None
         """Why something of it could not be read."""
 
     def read(self, events: str) -> None:
-        """Adds server-sent events; errors and the end mark say nothing. Fails nobody's answer."""
+        """Adds server-sent events; the end mark says nothing. Fails nobody's answer."""
         try:
             for line in events.split("\n"):
                 if line.startswith("data: {") and (self.reason is None or self.id is None or UNFINISHED not in line):
@@ -68,8 +72,11 @@ class Transcript:
 
     def add(self, part: dict[str, Any]) -> None:
         """Adds a whole answer, or a chunk of a stream."""
+        if "error" in part:
+            self.error = str(part["error"].get("code"))
         if "id" not in part:
             return
+        self.usage = part.get("usage") or self.usage
         self.id, self.model = self.id or part["id"], part["model"]
         for choice in part.get("choices", ()):
             place = choice["index"]

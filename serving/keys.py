@@ -30,9 +30,9 @@ if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
     from serving.store import Store
     from serving.store.records import StoredKey
 
-Role = Literal["user", "labeller", "admin"]
+Role = Literal["monitor", "user", "labeller", "admin"]
 ROLES: tuple[Role, ...] = ("user", "labeller", "admin")
-"""Each may do what those before it may."""
+"""Each may do what those before it may. Beside them, `monitor` may read the figures, and nothing else."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}"
 KEY = re.compile(rb"Bearer rk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
@@ -51,6 +51,8 @@ class Key:
 
     def may(self, role: Role) -> bool:
         """Whether this key may do what is meant for `role`."""
+        if self.role == "monitor" or role == "monitor":
+            return self.role in (role, "admin")
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
@@ -274,7 +276,10 @@ Expires = Annotated[
 @commands.command("create")
 def _create(
     name: Annotated[str, typer.Option(help="Who it is for. Judgements bear this name.")],
-    role: Annotated[Role, typer.Option(help="user: completions and rewards; labeller: feedback too; admin: all.")],
+    role: Annotated[
+        Role,
+        typer.Option(help="user: completions and rewards; labeller: feedback too; admin: all; monitor: metrics alone."),
+    ],
     database: Database = None,
     expires: Expires = None,
     key_from: Annotated[
@@ -330,7 +335,7 @@ def _revoke(name: Annotated[str, typer.Argument(help="Whose key.")], database: D
 @commands.command("set-role")
 def _set_role(
     name: Annotated[str, typer.Argument(help="Whose key.")],
-    role: Annotated[Role, typer.Argument(help="user, labeller or admin.")],
+    role: Annotated[Role, typer.Argument(help="user, labeller, admin or monitor.")],
     database: Database = None,
 ) -> None:
     """Give a key another role.

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
+from weakref import WeakSet
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
@@ -20,8 +21,26 @@ AHEAD = 0.25
 """How much more a home may have to do than the idlest replica, as a part of what it can do at once."""
 
 
+ROUTERS: WeakSet[ByConversation] = WeakSet()
+"""Those of this process."""
+
+
+def num_waiting() -> int:
+    """Requests of this process that wait for a replica."""
+    return sum(router.num_waiting for router in list(ROUTERS))
+
+
 class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Ray Serve's choice of a replica: a conversation's home, unless it is much busier than the others."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        ROUTERS.add(self)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a replica. In Ray's own `num_pending_requests` are some that have found one, too."""
+        return sum(not pending.future.done() for pending in list(self._pending_requests_to_fulfill))
 
     def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
         """The request that a replica was chosen for. Two that one route sends at once, as for a comparison, have one id

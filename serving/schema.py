@@ -50,6 +50,8 @@ class Reply:
     """Seconds that the replica took to find the version that answers."""
     form_s: float = 0.0
     """CPU seconds that compiling the form of the answer on trial took; 0 for one that was known."""
+    form_problem: str | None = None
+    """Why the form of the answer is refused, as `serving.trial.Outcome`; None if it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)

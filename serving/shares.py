@@ -91,6 +91,11 @@ class KeyShare:
         self._large_bodies = None if is_admin else asyncio.Lock()
         self.form_seconds = FormSeconds(0.0 if is_admin else limits.form_seconds_per_minute)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for others of the key to end."""
+        return len(self._queue)
+
     @contextmanager
     def presence(self) -> Iterator[None]:
         """Counts a request as long as the block lasts, from its first byte to the end of its answer.

@@ -143,7 +143,9 @@ class Trials:
 
     def _refused(self, verdict: Verdict, took_s: float) -> Refused:
         if verdict.outcome == "busy":
-            return Refused(503, "Too many large forms of answers are being compiled.", retry_after_s=self._limit_s)
+            message = "Too many large forms of answers are being compiled."
+            reply = refusal(503, message, retry_after_s=self._limit_s)
+            return Refused.by(replace(reply, form_problem=verdict.outcome))
         reasons = {
             "time": f"it takes longer than {self._limit_s:g} s; use fewer optional properties and smaller limits of "
             "lengths and repeats",
@@ -152,7 +154,7 @@ class Trials:
         }
         reason = reasons.get(verdict.outcome, ORIGIN.sub("", verdict.message).strip()[:500])
         reply = refusal(400, f"The form of answer that was asked for cannot be compiled: {reason}")
-        return Refused.by(replace(reply, form_s=took_s))
+        return Refused.by(replace(reply, form_s=took_s, form_problem=verdict.outcome))
 
     def close(self) -> None:
         """Ends the process."""

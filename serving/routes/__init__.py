@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from serving.config import ServeConfig
 from serving.ids import Ids
 from serving.keys import Key
 from serving.lease import Tenant
-from serving.meters import Meters
+from serving.meters import NONE, Meters
 from serving.recording import Recorder
 from serving.registry import Registry
 from serving.schema import Refused
@@ -63,6 +63,20 @@ class ReadRoute(APIRoute):
             return await handle(_ReadRequest(request.scope, request.receive))
 
         return handled
+
+
+def route_finder(routes: Iterable[APIRoute]) -> Callable[[str], str]:
+    """Finds the path of the route that a request's path leads to, as `/v1/models/{name}`; `none` if there is none."""
+    known = list(routes)
+    fixed = {route.path for route in known if not route.param_convertors}
+    others = [route for route in known if route.param_convertors]
+
+    def route_of(path: str) -> str:
+        if path in fixed:
+            return path
+        return next((route.path for route in others if route.path_regex.match(path)), NONE)
+
+    return route_of
 
 
 def key_of(request: Request) -> Key:

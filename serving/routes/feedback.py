@@ -169,7 +169,9 @@ def routes(service: Service) -> APIRouter:
             reply = await whole(service.backend.ask(route, seeded))
         if reply.status != 200:
             raise Refused.by(reply)
-        return Said.of(reply.body, number_of(reply.version))
+        whole_answer = json.loads(reply.body)
+        service.meters.generated(reply.version, whole_answer.get("usage"))
+        return Said.of(whole_answer, number_of(reply.version))
 
     @router.post("/v1/feedback", tags=["labeller"])
     async def feedback(
@@ -232,8 +234,8 @@ class Said:
     finish_reason: str | None
 
     @classmethod
-    def of(cls, body: str, version: int) -> Said:
-        choice = json.loads(body)["choices"][0]
+    def of(cls, answer: dict[str, Any], version: int) -> Said:
+        choice = answer["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         return cls(text=text or "", version=version, finish_reason=choice["finish_reason"])
 

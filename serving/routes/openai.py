@@ -22,6 +22,10 @@ from serving.schema import Refused, Reply, Route, event
 
 END = "data: [DONE]\n\n"
 """The event that ends a stream."""
+USAGE = '"choices":[],'
+"""In the one event of a stream that counts its tokens. In a text of the answer, the quotation marks are escaped."""
+BROKEN = {"timeout": "deadline", "service_unavailable": "replica"}
+"""Why a stream broke off, by the code of its error; any other is the engine's."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -241,43 +245,60 @@ def routes(service: Service) -> APIRouter:
 
     async def answered(route: Route, request: Request, asked: dict[str, Any]) -> Response:
         started = time.perf_counter()
-        parts = service.backend.ask(route, asked, wanted_version(request))
+        sent = with_usage(asked)
+        parts = service.backend.ask(route, sent, wanted_version(request))
         first = await anext(parts)
         assert isinstance(first, Reply), "as Backend.ask says"
         service.meters.took("version", first.version_s)
+        if first.form_s:
+            service.meters.took("form", first.form_s)
+        if first.form_problem is not None:
+            service.meters.form_refused(first.form_problem)
         spend_form_seconds(request, first.form_s)
         if first.body:
             await parts.aclose()
-            service.meters.answered(route, first, time.perf_counter() - started)
             if first.status == 200:
                 said = Transcript(asked, recorded=config.feedback.record)
                 said.read(f"data: {first.body}")
                 remember(route, request, asked, said, first.version)
             return as_response(first)
         headers = {VERSION_HEADER: first.version or ""}
-        stream = streamed(route, request, asked, first, parts, started)
+        stream = streamed(route, request, asked, first, parts, started, hides_usage=sent is not asked)
         return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
     async def streamed(
-        route: Route, request: Request, asked: dict[str, Any], begun: Reply, parts: Parts, started: float
+        route: Route,
+        request: Request,
+        asked: dict[str, Any],
+        begun: Reply,
+        parts: Parts,
+        started: float,
+        *,
+        hides_usage: bool,
     ) -> AsyncIterator[str]:
-        said, is_first = Transcript(asked, recorded=config.feedback.record), True
+        said, is_first, has_ended = Transcript(asked, recorded=config.feedback.record), True, False
         async for text in texts(begun, parts):
             if is_first:
-                service.meters.first_token(route, begun, time.perf_counter() - started)
+                service.meters.first_token(request.scope["route"].path, begun.version, time.perf_counter() - started)
                 is_first = False
             said.read(text)
             if text.endswith(END):  # which no answer's text can, since line breaks in it are escaped
+                has_ended = True
                 # Before the client sees the end, so that its judgement cannot come too early.
                 remember(route, request, asked, said, begun.version)
-            yield text
-        service.meters.answered(route, begun, time.perf_counter() - started)
+            if hides_usage and USAGE in text:
+                text = without_usage(text)
+            if text:
+                yield text
+        if said.error is not None or not has_ended:
+            request.scope["state"]["broken"] = BROKEN.get(said.error or "", "engine")
 
     def remember(route: Route, request: Request, asked: dict[str, Any], said: Transcript, version: str | None) -> None:
         """Has the store keep what was answered; nobody waits for it, and no answer is lost because it fails."""
         begun = time.perf_counter()
         kind: Kind = "chat" if route == "chat" else "completion"
         try:
+            service.meters.generated(version, said.usage)
             if answer := issued(kind, asked, said, version=version, asked_by=key_of(request).name):
                 service.recorder.record(answer)
         except Exception as error:  # not its text, which may quote the answer
@@ -294,6 +315,20 @@ async def texts(begun: Reply, parts: Parts) -> AsyncIterator[str]:
         yield begun.events
     async for part in parts:
         yield event(part) if isinstance(part, Reply) else part
+
+
+def with_usage(asked: dict[str, Any]) -> dict[str, Any]:
+    """The same request, with a stream that ends by counting its tokens: we want to know them, whoever asks."""
+    options = asked.get("stream_options")
+    may_be_set = options is None or (isinstance(options, dict) and not options.get("include_usage"))
+    if asked.get("stream") is not True or not may_be_set:
+        return asked
+    return asked | {"stream_options": {**(options or {}), "include_usage": True, "continuous_usage_stats": False}}
+
+
+def without_usage(events: str) -> str:
+    """Events of a stream but the one that counts its tokens."""
+    return "\n\n".join(each for each in events.split("\n\n") if USAGE not in each)
 
 
 async def whole(parts: Parts) -> Reply:

@@ -84,6 +84,7 @@ def routes(service: Service) -> APIRouter:
         if version is not None:
             await asyncio.to_thread(check_choice, version, key_of(request), service.registry, is_whole)
         rated = await service.backend.rate(Job(items=items, version=version))
+        service.meters.rated(rated.version, count)
         return JSONResponse(told(rated, body), headers={VERSION_HEADER: str(rated.version)})
 
     def told(rated: Rated, body: RewardsBody) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def place_problems(documents: list[Document]) -> list[str]:
         *visitor_problems(place),
         *(problem for pod in place.pods.values() for problem in claim_problems(pod, claims)),
         *(problem for document in documents for problem in route_problems(place, document)),
+        *(problem for document in documents for problem in scrape_problems(place, document)),
         *budget_problems(place),
     ]
 
@@ -176,6 +177,30 @@ def schema_problems(document: Document) -> Iterator[str]:
     schema = {"$ref": f"#/$defs/{document['kind']}", "$defs": SCHEMA["$defs"]}
     for error in jsonschema.Draft202012Validator(schema).iter_errors(document):
         yield f"{document['kind']}.{'.'.join(map(str, error.absolute_path))}: {error.message}"
+
+
+def scrape_problems(place: Place, document: Document) -> Iterator[str]:
+    """What Prometheus is told to ask is there and lets it in, and nothing of Ray is left out."""
+    spec = document.get("spec", {})
+    if document["kind"] == "ScrapeConfig":
+        targets = [target for each in spec["staticConfigs"] for target in each["targets"]]
+        if len(targets) != 1:
+            yield f"{targets}: an endpoint has one address, behind which any ingress tells the figures of all"
+        for target in targets:
+            host, _, port = target.rpartition(":")
+            pods = place.targets(host, int(port)) or []
+            if not pods:
+                yield f"{target}: there is no such Service"
+            for pod, pod_port in pods:
+                if not allowed(place, pod, "ingress", PROMETHEUS, pod_port):
+                    yield f"{target}: {pod.name} does not let Prometheus in"
+    if document["kind"] == "PodMonitor":
+        ports = {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]}
+        for pod in place.pods.values():
+            if ports <= ports_of(pod).keys() and selects(spec["selector"], pod.labels):
+                continue
+            if pod.labels.get("ray.io/node-type") in ("head", "worker"):
+                yield f"{pod.name}: is not scraped"
 
 
 def cluster_of(resource: Document) -> Document:

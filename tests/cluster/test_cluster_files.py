@@ -31,6 +31,7 @@ KUBERNETES_FILES = [
     "database.yaml",
     "ingress.yaml",
     "keys.yaml",
+    "monitoring.yaml",
     "promote.yaml",
     "rayjob.yaml",
     "rayservice.yaml",

@@ -145,6 +145,30 @@ BROKEN: dict[str, tuple[str, tuple[str | int, ...], object, str]] = {
         "raylign-endpoint",
         "there is no Service raylign-endpoint",
     ),
+    "a scrape of nothing": (
+        "monitoring.yaml",
+        (0, "spec", "staticConfigs", 0, "targets"),
+        ["raylign-serve-svc.raylign.svc:8000"],
+        "raylign-serve-svc.raylign.svc:8000: there is no such Service",
+    ),
+    "a scrape of every pod": (
+        "monitoring.yaml",
+        (0, "spec", "staticConfigs", 0, "targets"),
+        ["a:8000", "b:8000"],
+        "an endpoint has one address",
+    ),
+    "an endpoint that tells Prometheus nothing": (
+        "rayservice.yaml",
+        (POLICY, "spec", "ingress", 3, "ports", 1),
+        DELETE,
+        "does not let Prometheus in",
+    ),
+    "Ray's own figures for nobody": (
+        "monitoring.yaml",
+        (1, "spec", "podMetricsEndpoints", 0, "port"),
+        "metric",
+        "raylign-endpoint/head: is not scraped",
+    ),
     "a claim that is not there": ("storage.yaml", (0, "metadata", "name"), "other", "no claim raylign-checkpoints"),
 }
 

@@ -28,7 +28,7 @@ from serving.config import ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings
 from serving.registry import Registry, State
 from serving.routing import ByConversation
-from serving.schema import Reply, Route
+from serving.schema import Reply, Route, event, refusal
 from serving.scoring import Job, Rated, Scoring
 from serving.served import served_version
 from serving.trial import Trials
@@ -120,6 +120,37 @@ class Parrot(LightEngine):
         choices = [{"index": 0, "text": "blue", "finish_reason": "stop"}]
         body = {"id": id, "object": "text_completion", "model": names.asked, "choices": choices}
         yield Reply(status=200, body=json.dumps(body), version=names.label)
+
+
+class SpokenEngine(WithoutModel, Engine):
+    """One replica that says what its prompt asks for, in OpenAI's form."""
+
+    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+        prompt, usage = request["prompt"], {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        chunk = {"id": request["request_id"], "object": "text_completion", "model": MODEL}
+        choice = {"index": 0, "text": "yes", "finish_reason": "stop"}
+        if prompt == "wait" and not request.get("stream"):
+            await asyncio.sleep(60)
+        if not request.get("stream"):
+            body = json.dumps({**chunk, "choices": [choice], "usage": usage})
+            yield Reply(status=200, body=body, version=names.label)
+            return
+        yield Reply(status=200, body="", events=as_event({**chunk, "choices": [choice]}), version=names.label)
+        if prompt == "wait":
+            await asyncio.sleep(60)
+        if prompt == "die":
+            await asyncio.sleep(0.2)  # until the stream has begun at its client
+            os._exit(1)
+        if prompt == "fail":
+            yield event(refusal(500, "The engine failed on this request.")) + "data: [DONE]\n\n"
+            return
+        if request["stream_options"]["include_usage"]:
+            yield as_event({**chunk, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+
+def as_event(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
 
 
 class LightCandidate(WithoutModel, CandidateEngine):

@@ -25,9 +25,10 @@ from serving.keys import Key, Role
 from serving.recording import Recorder
 from serving.routes import Service, audit, authorise, feedback
 from serving.served import publish
-from serving.store import Store
+from serving.store import Store, opening
 from serving.store.records import AuditEntry, operator
 from tests.databases import connection_to, new_database
+from tests.serving.test_recording import away
 
 
 def soon(condition: Callable[[], bool]) -> None:
@@ -184,6 +185,24 @@ def test_the_trail_is_listed_by_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "alignment.cli", "audit", "--database", database]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "promote" in told and "anna" in told and "192.0.2.7" in told and '{"status": 200}' in told
+
+
+def test_an_entry_that_neither_the_disk_nor_the_database_takes_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "WAIT_S", 0.2)
+    (tmp_path / "file").touch()
+    lost: list[str] = []
+    store = Store(f"sqlite:///{tmp_path / 'feedback.sqlite'}")
+    trail = AuditTrail(store, tmp_path / "file" / "audit", on_loss=lambda: lost.append("one"))
+    trail.record(AuditEntry(action="promote", who="anna", address=None, detail={}))
+    soon(lambda: len(store.audit_trail(limit=5)) == 1)
+    assert not lost
+    with away(tmp_path):
+        trail.record(AuditEntry(action="rollback", who="anna", address=None, detail={}))
+        soon(lambda: lost == ["one"])
+    trail.close()
+    store.close()
 
 
 def test_a_start_writes_down_what_it_made_of_the_versions(tiny_model: Path, tmp_path: Path) -> None:

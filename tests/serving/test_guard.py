@@ -18,6 +18,7 @@ from serving.config import LimitsConfig, ServeConfig
 from serving.guard import LARGE_BYTES, Guard, Rate
 from serving.ingress import with_cors
 from serving.keys import Key
+from serving.meters import Meters
 from serving.registry import Registry
 from serving.routes import ReadRoute, audit, feedback, openai, rewards, versions
 from serving.served import Served
@@ -31,7 +32,9 @@ def who(headers: list[bytes]) -> Key | None:
     return ANNA if headers == [b"Bearer good"] else None
 
 
-def guarded(*, broken: bool = False, origins: tuple[str, ...] | None = None, **limits: Any) -> Guard:
+def guarded(
+    *, broken: bool = False, origins: tuple[str, ...] | None = None, meters: Meters | None = None, **limits: Any
+) -> Guard:
     """`origins`: pages elsewhere that may ask an endpoint without keys; None for one with keys."""
     app = FastAPI()
 
@@ -54,7 +57,14 @@ def guarded(*, broken: bool = False, origins: tuple[str, ...] | None = None, **l
         limits=LimitsConfig(**{"answers_in_progress": 32, **limits}),
         local_only=origins is not None,
         cors_origins=origins or (),
+        meters=meters,
     )
+
+
+def counted(meters: Meters, name: str, label: str) -> dict[str, float]:
+    """The samples of a counter by one of its labels."""
+    samples = [sample for metric in meters.figures() for sample in metric.samples if sample.name == name]
+    return {sample.labels[label]: sample.value for sample in samples}
 
 
 def ask(guard: Guard, method: str, path: str, **what: Any) -> httpx.Response:
@@ -146,15 +156,19 @@ def test_a_body_of_unknown_length_is_counted_as_it_comes() -> None:
 
 
 def test_a_route_that_fails_tells_nobody_how(caplog: pytest.LogCaptureFixture) -> None:
-    assert_refused(ask(guarded(broken=True), "POST", "/fails", json={}, headers=GOOD), 500)
+    meters = Meters()
+    assert_refused(ask(guarded(broken=True, meters=meters), "POST", "/fails", json={}, headers=GOOD), 500)
     assert SECRET not in caplog.text and "RuntimeError" in caplog.text
+    assert counted(meters, "raylign_requests_total", "status") == {"500": 1}
 
 
 def test_who_asks_too_often_is_told_when_to_come_back() -> None:
-    guard = guarded(requests_per_minute=3)
+    meters = Meters()
+    guard = guarded(requests_per_minute=3, meters=meters)
     answers = [ask(guard, "POST", "/echo", json={}, headers=GOOD) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert 15 <= int(answers[-1].headers["retry-after"]) <= 20
+    assert counted(meters, "raylign_requests_total", "status") == {"200": 3, "429": 1}
 
 
 def test_a_bucket_fills_steadily_and_never_beyond_its_size() -> None:
@@ -167,7 +181,7 @@ def test_a_bucket_fills_steadily_and_never_beyond_its_size() -> None:
 
 
 def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> None:
-    ended = asyncio.Event()
+    ended, meters = asyncio.Event(), Meters()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -176,7 +190,9 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
             ended.set()
 
     async def scene() -> None:
-        guard = Guard(slow, who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32))
+        guard = Guard(
+            slow, who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32), meters=meters
+        )
         messages: list[Message] = [{"type": "http.disconnect"}]
 
         async def receive() -> Message:
@@ -193,12 +209,14 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
         assert ended.is_set()
 
     asyncio.run(scene())
+    assert counted(meters, "raylign_requests_total", "status") == {"499": 1}
+    assert counted(meters, "raylign_requests_in_progress", "route") == {"none": 0}
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["not begun", "streamed"])
 def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.guard.KEY_CHECK_S", 0.05)
-    valid, ended, told = {"key": True}, asyncio.Event(), []
+    valid, ended, told, meters = {"key": True}, asyncio.Event(), [], Meters()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         if streams:
@@ -223,6 +241,7 @@ def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pyt
             who=lambda _: ANNA if valid["key"] else None,
             is_public=lambda _: False,
             limits=LimitsConfig(answers_in_progress=32),
+            meters=meters,
         )
         scope = {"type": "http", "method": "GET", "path": "/slow", "headers": [(b"authorization", b"Bearer good")]}
         answering = asyncio.ensure_future(guard(scope, receive, send))
@@ -235,6 +254,32 @@ def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pyt
     asyncio.run(scene())
     assert told[0]["status"] == (200 if streams else 401)
     assert b"not valid any more" in told[-1]["body"] and not told[-1].get("more_body")
+    assert counted(meters, "raylign_streams_broken_total", "reason") == ({"key": 1} if streams else {})
+    assert counted(meters, "raylign_requests_total", "status") == {str(told[0]["status"]): 1}
+
+
+def test_an_answer_that_fails_after_it_has_begun_is_counted_as_broken_off_here() -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-model-version", b"7")]})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        raise RuntimeError(SECRET)
+
+    told: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        told.append(message)
+
+    meters = Meters()
+    guard = Guard(fails, who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32), meters=meters)
+    scope = {"type": "http", "method": "GET", "path": "/fails", "headers": [(b"authorization", b"Bearer good")]}
+    asyncio.run(guard(scope, receive, send))
+    assert [message["type"] for message in told] == ["http.response.start", "http.response.body"]
+    assert counted(meters, "raylign_streams_broken_total", "reason") == {"endpoint": 1}
+    assert counted(meters, "raylign_requests_total", "version") == {"7": 1}
 
 
 def test_a_body_that_does_not_end_is_given_up() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from serving.keys import create_key, rotate_key
 from serving.store import Store
@@ -356,12 +357,30 @@ def test_more_than_there_is_room_for_is_refused_with_a_time_to_come_back(tiny: R
 
 
 def test_metrics_are_told_by_version(tiny: Running) -> None:
-    chat(tiny)
+    def counted(text: str, name: str, **labels: str) -> float:
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
+
+    before = tiny.ask("GET", "/metrics").text
+    usage = chat(tiny).json()["usage"]
+    silent = chat(tiny, stream=True).text
+    spoken = chat(tiny, stream=True, stream_options={"include_usage": True}).text
+    assert chat(tiny, structured_outputs={"grammar": "root ::= nothing"}).status_code == 400
     text = tiny.ask("GET", "/metrics").text
-    assert 'raylign_requests_total{route="chat",status="200",version="1"}' in text
-    assert "raylign_version 1.0" in text
+
+    def rise(name: str, **labels: str) -> float:
+        return counted(text, name, **labels) - counted(before, name, **labels)
+
+    told = {"route": "/v1/chat/completions", "version": "1"}
+    assert rise("raylign_requests_total", status="200", **told) == 3
+    assert rise("raylign_request_seconds_count", **told) == 3 and rise("raylign_first_token_seconds_count", **told) == 2
+    assert rise("raylign_forms_refused_total", reason="error") == 1
+    assert "usage" not in silent and spoken.count('"choices":[],"usage":{') == 1
+    assert rise("raylign_prompt_tokens_total", version="1") == 3 * usage["prompt_tokens"]
+    assert 3 <= rise("raylign_completion_tokens_total", version="1") <= 12, "4 tokens each at most"
+    assert counted(text, "raylign_version") == 1
     for part in ("key", "body", "version", "record"):
-        assert f'raylign_part_seconds_count{{part="{part}"}}' in text
+        assert rise("raylign_part_seconds_count", part=part) >= 3
 
 
 def test_without_recording_no_text_is_kept_and_nothing_is_compared(tiny: Running) -> None:

@@ -75,6 +75,12 @@ def test_a_role_may_what_those_below_it_may() -> None:
     assert allowed == {"user": ["user"], "labeller": ["user", "labeller"], "admin": ["user", "labeller", "admin"]}
 
 
+def test_a_monitor_may_read_the_figures_and_nothing_else() -> None:
+    monitor = Key(name="prometheus", role="monitor")
+    assert monitor.may("monitor") and not any(monitor.may(role) for role in ROLES)
+    assert [role for role in ROLES if Key(name="x", role=role).may("monitor")] == ["admin"]
+
+
 def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store: Store) -> None:
     key = create_key(store, name="anna", role="admin")
     other = create_key(store, name="ben", role="user")

@@ -14,6 +14,7 @@ import xgrammar
 from alignment.models.folders import bundled
 from serving.config import LimitsConfig
 from serving.grammar import Form, forms_of
+from serving.meters import FORM_REASONS
 from serving.schema import Refused
 from serving.trial import Trials
 
@@ -72,6 +73,7 @@ async def refusal_of(each: Trials, *forms: Form) -> str:
     with pytest.raises(Refused) as refused:
         await each.check(forms)
     assert refused.value.reply.status == 400
+    assert refused.value.reply.form_problem in FORM_REASONS
     return refused.value.reply.body
 
 
