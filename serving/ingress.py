@@ -31,6 +31,7 @@ from serving.lease import Tenant
 from serving.meters import Meters, exposition
 from serving.nodes import check_database
 from serving.page import HEADERS, INDEX, PageFile, page_files
+from serving.queues import num_waiting
 from serving.recording import Recorder
 from serving.registry import Registry
 from serving.routes import (
@@ -45,7 +46,6 @@ from serving.routes import (
     route_finder,
     versions,
 )
-from serving.routing import num_waiting
 from serving.schema import Refused, invalid, refusal
 from serving.scrape import Figures, gather, page
 from serving.served import Served, check_here

@@ -11,9 +11,10 @@ import random
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
-from weakref import WeakSet
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+from serving import queues
 
 BEGINNING = 1024
 """Characters, or tokens, of a text that tell one conversation from another."""
@@ -21,21 +22,12 @@ AHEAD = 0.25
 """How much more a home may have to do than the idlest replica, as a part of what it can do at once."""
 
 
-ROUTERS: WeakSet[ByConversation] = WeakSet()
-"""Those of this process."""
-
-
-def num_waiting() -> int:
-    """Requests of this process that wait for a replica."""
-    return sum(router.num_waiting for router in list(ROUTERS))
-
-
 class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Ray Serve's choice of a replica: a conversation's home, unless it is much busier than the others."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        ROUTERS.add(self)
+        queues.QUEUES.add(self)
 
     @property
     def num_waiting(self) -> int:
