@@ -56,7 +56,7 @@ class LimitsConfig(Section):
     more. Ordinary schemas take milliseconds, a `maxLength` of 1,000 several seconds."""
     form_memory_mib: Positive = 1024.0
     """Memory that compiling a form may take (MiB)."""
-    form_seconds_per_minute: NonNegative = 20.0
+    form_seconds_per_minute: NonNegative = 10.0
     """CPU seconds per minute that one key may have spent on compiling forms that were not known; once they are used up,
     its requests with a form get status 429. 0 is no limit, as for keys with the role admin."""
     max_completions: PositiveCount = 256

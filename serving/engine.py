@@ -37,6 +37,7 @@ from serving.grammar import forms_of
 from serving.parsers import OPENED, reasoning_parser_of
 from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
+from serving.scheduling import SCHEDULER
 from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, event, invalid, refusal
 from serving.served import Served, adapter_name, served_version
 from serving.trial import Trials
@@ -519,6 +520,7 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
         "worker_extension_cls": WORKER,
         # The one that forms are tried with. vLLM's "auto" would hand what this one refuses to others, untried.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
+        "scheduler_cls": SCHEDULER,
         "max_logprobs": max(VLLMS_LOGPROBS, config.limits.max_logprobs),
         # What an answer gets that asks for no limit; vLLM takes less where the prompt leaves less of the window.
         "override_generation_config": {"max_new_tokens": config.limits.max_tokens},

@@ -3,8 +3,8 @@
 The packed forward pass relies on much that a model could do otherwise: that only attention mixes tokens, that windows
 and positions count inside a sequence, that nothing is random, that logits are what the output head says. None of that
 is believed. The loaded network itself runs two small groups packed, in train mode and twice, and every sequence of them
-alone: by the model's own forward, with the attention and the masks that transformers makes for it, to the model's own
-logits. What differs by more than rounding is refused.
+alone, in a row of its own: by the model's own forward, with the attention and the masks that transformers makes for it,
+to the model's own logits. What differs by more than rounding is refused.
 
 Both are computed in fp32, whatever the weights' format: a bf16 weight is an fp32 number, and in bf16's own arithmetic
 rounding would hide small faults, and flip the experts of mixtures. Then the same is run in the model's own format, and
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -114,12 +113,11 @@ def _compare(model: LanguageModel, batch: Batch, alone: Tensor) -> None:
 
 def _compare_in_own_format(model: LanguageModel, batch: Batch, exact: Tensor) -> None:
     """Raises ModelError if packed passes in the model's own format are much further from the fp32 figures than
-    sequences alone are, of which the first of each group are asked."""
+    sequences alone are, of which those of the first group are asked."""
     packed = (_packed(model, batch) - exact).abs().median()
-    first = batch.branches[batch.learned] % 2 == 0
     with _attention(model, "eager"):
         alone = _alone_in_own_format(model, batch)
-    spread = (alone - exact[first if _has_language_head(model) else slice(0, None, 2)]).square().mean().sqrt()
+    spread = (alone - exact[: len(alone)]).square().mean().sqrt()  # the first group's come first
     if not packed <= FORMAT_ROUNDING + FORMAT_SPREADS * spread:
         raise ModelError(
             f"in {model.network.dtype}, packed groups are {packed:.3g} off what it says in fp32, and sequences alone "
@@ -180,51 +178,80 @@ def _packed(model: LanguageModel, batch: Batch) -> Tensor:
 
 
 def _alone(model: LanguageModel, batch: Batch) -> Tensor:
-    """The same by the model's own forward, attention, masks and logits, sequence by sequence."""
+    """The same by the model's own forward, attention, masks and logits, each sequence in a row of its own."""
+    if not _has_language_head(model):
+        return _scores_alone(model, batch)
     results = []
     with _attention(model, "eager"):
-        for tokens, positions, answer in _sequences(batch):
+        for rows in _sequences(batch):
             # The first group lies where every model puts a sequence by itself.
-            where = {} if int(positions[0]) == 0 else {"position_ids": positions[None]}
-            logits = model.network(input_ids=tokens[None], use_cache=False, **where).logits[0]
-            if _has_language_head(model):
-                logprobs = logits[-answer - 1 : -1].float().log_softmax(-1)
-                results.append(logprobs.gather(1, tokens[-answer:, None]).squeeze(1))
-            else:
-                results.append(logits.float())
+            where = {} if rows.begin == 0 else {"position_ids": rows.positions}
+            logits = model.network(input_ids=rows.tokens, use_cache=False, **where).logits
+            for row, tokens, (begin, end) in zip(logits, rows.tokens, rows.answers, strict=True):
+                logprobs = row[begin - 1 : end - 1].float().log_softmax(-1)
+                results.append(logprobs.gather(1, tokens[begin:end, None]).squeeze(1))
+    return torch.cat(results)
+
+
+def _scores_alone(model: LanguageModel, batch: Batch) -> Tensor:
+    """[N] scores. One row at a time: where a sequence ends, transformers tells by padding."""
+    results = []
+    with _attention(model, "eager"):
+        for rows in _sequences(batch):
+            for tokens, positions, (_, end) in zip(rows.tokens, rows.positions, rows.answers, strict=True):
+                where = {} if rows.begin == 0 else {"position_ids": positions[None, :end]}
+                results.append(model.network(input_ids=tokens[None, :end], use_cache=False, **where).logits[0].float())
     return torch.cat(results)
 
 
 def _alone_in_own_format(model: LanguageModel, batch: Batch) -> Tensor:
-    """The same for the first answer of each group, by the decoder alone and the head as in training."""
+    """The same for the answers of the first group, by the decoder alone and the head as in training."""
+    rows = next(_sequences(batch))
+    states = model.decoder(input_ids=rows.tokens, position_ids=rows.positions, use_cache=False).last_hidden_state
     results = []
-    for tokens, positions, answer in islice(_sequences(batch), 0, None, 2):
-        hidden = model.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False).last_hidden_state[
-            0
-        ]
+    for row, tokens, (begin, end) in zip(states, rows.tokens, rows.answers, strict=True):
         if _has_language_head(model):
             head = model.network.get_output_embeddings()
-            results.append(
-                linear_logprobs(
-                    hidden[-answer - 1 : -1],
-                    head.weight,
-                    tokens[-answer:],
-                    head.bias,
-                    transform=model.logit_transform,
-                )[0]
-            )
+            transform = model.logit_transform
+            states_before, own = row[begin - 1 : end - 1], tokens[begin:end]
+            results.append(linear_logprobs(states_before, head.weight, own, head.bias, transform=transform)[0])
         else:
-            results.append(model.network.score(hidden[-1:].float())[0])
+            results.append(model.network.score(row[end - 1 : end].float())[0])
     return torch.cat(results)
 
 
-def _sequences(batch: Batch) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Tokens and positions of every prompt with one of its answers, and the answer's length."""
-    for branch in range(batch.num_completions):
-        own = batch.branches == branch
-        group = batch.groups[own][0]
-        mine = own | ((batch.groups == group) & (batch.branches == -1))
-        yield batch.tokens[mine], batch.positions[mine], int(own.sum())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """A group's prompt with each of its answers."""
+
+    tokens: Tensor
+    """[answers, T]; a row's last token again behind its end, which no causal network sees before."""
+    positions: Tensor
+    """[answers, T]"""
+    answers: list[tuple[int, int]]
+    """Where each row's answer begins and ends."""
+
+    @property
+    def begin(self) -> int:
+        """The first position."""
+        return int(self.positions[0, 0])
+
+
+def _sequences(batch: Batch) -> Iterator[_Rows]:
+    for group in range(int(batch.groups.max()) + 1):
+        of_group = batch.groups == group
+        branches = batch.branches[of_group & (batch.branches >= 0)].unique().tolist()
+        rows = [of_group & ((batch.branches == -1) | (batch.branches == branch)) for branch in branches]
+        lengths = [int(row.sum()) for row in rows]
+        index = [torch.arange(max(lengths), device=batch.tokens.device).clamp(max=length - 1) for length in lengths]
+        yield _Rows(
+            tokens=torch.stack([batch.tokens[row][places] for row, places in zip(rows, index, strict=True)]),
+            positions=torch.stack([batch.positions[row][places] for row, places in zip(rows, index, strict=True)]),
+            answers=[
+                (length - int((batch.branches == branch).sum()), length)
+                for branch, length in zip(branches, lengths, strict=True)
+            ],
+        )
 
 
 def _distance(left: Tensor, right: Tensor) -> float:

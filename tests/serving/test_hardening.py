@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import shutil
 import signal
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.keys import create_key, rotate_key
 from serving.store import Store
+from serving.trial_process import NICENESS
 from tests.processes import descendants, engine_processes
 from tests.serving.conftest import Running, holding, started
 
@@ -207,6 +209,18 @@ def test_an_answer_can_be_asked_for_in_a_form(tiny: Running) -> None:
     answer = chat(tiny, response_format=form, max_tokens=60)
     assert answer.status_code == 200, answer.text
     assert set(json.loads(answer.json()["choices"][0]["message"]["content"])) == {"a"}
+
+
+def test_forms_are_compiled_at_a_lower_priority_than_answers_are_drawn(tiny: Running) -> None:
+    compile_anew = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"enum": ["priority", "none"]}}}
+    assert chat(tiny, response_format=compile_anew, max_tokens=60).status_code == 200
+    threads = {
+        thread.id: os.getpriority(os.PRIO_PROCESS, thread.id)
+        for engine in engines_of(tiny)
+        for thread in engine.threads()
+    }
+    assert NICENESS in threads.values()
+    assert all(threads[engine.pid] == 0 for engine in engines_of(tiny))
 
 
 def test_tools_whose_calls_the_endpoint_cannot_read_are_refused_in_its_own_words(tiny: Running) -> None:
