@@ -240,7 +240,7 @@ class _Rows:
 def _sequences(batch: Batch) -> Iterator[_Rows]:
     for group in range(int(batch.groups.max()) + 1):
         of_group = batch.groups == group
-        branches = batch.branches[of_group & (batch.branches >= 0)].unique().tolist()
+        branches = sorted(set(batch.branches[of_group & (batch.branches >= 0)].tolist()))
         rows = [of_group & ((batch.branches == -1) | (batch.branches == branch)) for branch in branches]
         lengths = [int(row.sum()) for row in rows]
         index = [torch.arange(max(lengths), device=batch.tokens.device).clamp(max=length - 1) for length in lengths]
