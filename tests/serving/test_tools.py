@@ -52,8 +52,7 @@ def calls_of(endpoint: Running, *, stream: bool, **more: Any) -> tuple[list[tupl
     return [(name, arguments) for name, arguments in found.values()], reason
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("tool", TOOLS, ids=["weather", "now"])
+@pytest.mark.parametrize(("tool", "stream"), [(WEATHER, False), (WEATHER, True), (NOW, False)])
 def test_a_tool_that_is_named_is_called_with_an_object(endpoint: Running, tool: Any, stream: bool) -> None:
     ((name, arguments),), reason = calls_of(endpoint, stream=stream, tools=TOOLS, tool_choice=named(tool))
     assert name == tool["function"]["name"] and reason in ("stop", "tool_calls")
