@@ -30,6 +30,8 @@ CODES = {
 PROBLEMS = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 """The same for pydantic's kinds of problems."""
 MAX_DEPTH = 64  # levels of lists and objects; requests use about six
+MAX_MEMBERS = 10_000
+"""Of one object. Each that a route does not know is a problem of its own, and telling of 100,000 takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +193,7 @@ def sound_json(body: bytes) -> dict[str, Any]:
 
     Raises:
         Refused: 400 when it is not strict JSON in UTF-8, not an object, nested deeper than 64 levels, or holds
-            NaN, an infinity, a lone surrogate or a NUL character.
+            NaN, an infinity, a lone surrogate, a NUL character, or an object of more than `MAX_MEMBERS` members.
     """
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
@@ -213,6 +215,8 @@ def _check_values(value: Any) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
+                if len(item) > MAX_MEMBERS:
+                    raise Refused(400, f"An object in the request body has more than {MAX_MEMBERS} members.")
                 inner += [*item.keys(), *item.values()]
             elif isinstance(item, list):
                 inner += item

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from serving.fields import turns
 from serving.issuing import number_of, prompt_of, why_unrecorded
 from serving.routes import ReadRoute, Service, key_of
-from serving.routes.openai import ChatTurn, Tokens, whole
+from serving.routes.openai import Messages, Tokens, whole
 from serving.schema import Refused, Route
 from serving.store.records import (
     BadVerdict,
@@ -52,7 +52,7 @@ class ComparisonBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=1000)] | None = None
+    messages: Messages | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
     versions: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(min_length=2, max_length=2)] | None = None

@@ -35,8 +35,8 @@ class RewardItem(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: Text | None = None
-    messages: Annotated[tuple[RewardTurn, ...], Field(min_length=1, max_length=1000)] | None = None
-    completions: Annotated[tuple[Text, ...], Field(min_length=1)]
+    messages: Annotated[tuple[RewardTurn, ...], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
+    completions: Annotated[tuple[Text, ...], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -57,7 +57,7 @@ class RewardsBody(BaseModel):
 
     model: Annotated[str, Field(max_length=200)] | None = None
     version: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    items: tuple[RewardItem, ...]
+    items: Annotated[tuple[RewardItem, ...], Field(fail_fast=True)]
     beta: Annotated[float, Field(gt=0, le=1e6)] | None = None
     per_token: bool = False
 
