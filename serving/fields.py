@@ -129,8 +129,9 @@ def taken(kind: str, sent: Mapping[str, Any]) -> dict[str, Any]:
 def _strict(place: int, tool: Mapping[str, Any]) -> dict[str, Any]:
     """A tool that has to be called. Where it is not strict, vLLM 0.32 has it called with any JSON: a list, a number."""
     function = tool["function"]
-    parameters = {"type": "object", **(function.get("parameters") or {"properties": {}})}
-    if parameters["type"] != "object":
+    sent = function.get("parameters") or {"properties": {}}
+    parameters = {"type": "object", **sent} if isinstance(sent, Mapping) else {}
+    if parameters.get("type") != "object":
         message = f"The arguments of a call are an object, so the type of tools[{place}].function.parameters is object."
         raise Refused(400, message, code="invalid_function_parameters", param=f"tools[{place}].function.parameters")
     return {**tool, "function": {**function, "parameters": parameters, "strict": True}}

@@ -95,9 +95,10 @@ def test_a_call_that_has_to_be_made_has_an_object_for_arguments(choice: Any) -> 
         body = {"messages": [ASKED], "tools": [tool], "tool_choice": choice}
         (function,) = (tool["function"] for tool in engine_fields("chat", body)["tools"])
         assert (function["parameters"], function["strict"]) == (seen, True)
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "array"}}}
-    error = error_of("chat", {"messages": [ASKED], "tools": [tool], "tool_choice": choice})
-    assert (error["code"], error["param"]) == ("invalid_function_parameters", "tools[0].function.parameters")
+    for wrong in ({"type": "array"}, "x", [1], True):
+        tool = {"type": "function", "function": {"name": "weather", "parameters": wrong}}
+        error = error_of("chat", {"messages": [ASKED], "tools": [tool], "tool_choice": choice})
+        assert (error["code"], error["param"]) == ("invalid_function_parameters", "tools[0].function.parameters")
 
 
 def test_a_message_that_says_that_it_is_text_is_one() -> None:
