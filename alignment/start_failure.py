@@ -71,8 +71,8 @@ class FailureHandler(logging.Handler):
         is_of_start = record.getMessage().endswith("failed to start.")
         failure = Failure(kind=type(error).__name__, text=str(error) or _place(error), is_of_start=is_of_start)
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(failure)) + "\n")
+            with self._file.open("ab", buffering=0) as file:  # at once: several processes may fail together
+                file.write((json.dumps(asdict(failure)) + "\n").encode())
         except OSError:
             self.handleError(record)
 
@@ -122,10 +122,11 @@ class StartLog:
 
     def _failures(self) -> list[Failure]:
         try:
-            lines = (self._folder / "failures").read_text(encoding="utf-8").splitlines()
+            text = (self._folder / "failures").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        return [Failure(**json.loads(line)) for line in lines]
+        whole_lines = text.split("\n")[:-1]  # behind the last line break is what a process is just writing
+        return [Failure(**json.loads(line)) for line in whole_lines]
 
 
 def reason_of(failure: Failure, names: SettingNames) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,26 @@ def test_the_first_process_that_could_not_start_has_the_reason(tmp_path: Path) -
     assert not folder.exists()
     logger.error("Nobody reads this any more", exc_info=ValueError("late"))
     assert not folder.exists()
+
+
+def test_processes_that_fail_together_do_not_cut_each_others_reasons(tmp_path: Path) -> None:
+    """As those of several GPUs do, with all names of the weights that they miss."""
+    many = "layer " * 20_000
+    program = (
+        "import logging, sys\n"
+        "from alignment.start_failure import FailureHandler\n"
+        "logger = logging.Logger('vllm')\n"
+        "logger.addHandler(FailureHandler(sys.argv[1]))\n"
+        f"for _ in range(30): logger.error('x', exc_info=ValueError({many!r}))\n"
+    )
+    with StartLog() as log:
+        file = log._folder / "failures"
+        processes = [subprocess.Popen([sys.executable, "-c", program, str(file)]) for _ in range(3)]
+        assert [process.wait() for process in processes] == [0, 0, 0]
+        assert len(log._failures()) == 90
+        with file.open("a") as being_written:
+            being_written.write('{"kind": "Value')
+        assert log.reason(RuntimeError(NO_REASON + "{}"), NAMES).startswith("ValueError: layer layer")
 
 
 def test_an_exception_without_a_text_is_told_by_its_place() -> None:
