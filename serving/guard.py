@@ -146,35 +146,41 @@ class Guard:
         """Reads a request, and has a route answer it.
 
         Args:
-            share: of the request's key; None counts it nowhere.
+            share: of the request's key; None is a public route's, of which nothing is read: anybody may send there.
 
         Raises:
             Refused: it is not read, or too large beside what its key has in progress.
         """
         app = self._app
-        async with share.large_body() if share is not None and _may_be_large(scope) else nullcontext():
-            body = await self._read_and_check(scope, receive)
+        body = b"" if share is None else await self._read_and_check(scope, receive, share)
         if body and share is not None:
             asked = scope["state"]["json"]
-            if any(asked.get(field) for field in FORM_FIELDS):
+            has_form = any(asked.get(field) for field in FORM_FIELDS)
+            if has_form:
                 share.check_forms(time.monotonic())
-            app = self._in_turn(share, request_size(asked, len(body), self._limits), len(body))
+            app = self._in_turn(share, request_size(asked, len(body), self._limits), len(body), has_form=has_form)
         await _until_gone(app, scope, _Replay(body, receive), send, lambda: self._still_admits(scope))
 
-    async def _read_and_check(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read_and_check(self, scope: Scope, receive: Receive, share: KeyShare) -> bytes:
         """The body, after what it holds was put into the request's state; raises Refused as `_body` and `_json` do."""
         begun = time.perf_counter()
         body = await self._body(scope, receive)
+        took_s = time.perf_counter() - begun
         if body:
-            scope["state"]["json"] = await self._json(body)
-        self._meters.took("body", time.perf_counter() - begun)
+            async with share.large_body(took_s) if len(body) > LARGE_BYTES else nullcontext():
+                begun = time.perf_counter()
+                scope["state"]["json"] = await self._json(body)
+                took_s += time.perf_counter() - begun
+        self._meters.took("body", took_s)
         return body
 
-    def _in_turn(self, share: KeyShare, size: RequestSize, num_bytes: int) -> ASGIApp:
+    def _in_turn(self, share: KeyShare, size: RequestSize, num_bytes: int, *, has_form: bool) -> ASGIApp:
         """The routes, for when the key has room for the request. What waits is kept in memory, and has to be small."""
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             async with share.place(size, may_wait=num_bytes <= LARGE_BYTES):
+                if has_form:  # those before it may have used up what there was when it came
+                    share.check_forms(time.monotonic())
                 await self._app(scope, receive, send)
 
         return answer
@@ -251,19 +257,12 @@ class Guard:
                 raise Refused(413, f"The request body is larger than {self._max_body_bytes} bytes.")
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Refused(400, "The request was not complete.")
+                raise Refused(CLIENT_GONE, "The request was not complete.")
             body += message.get("body", b"")
             more = message.get("more_body", False)
         if len(body) > self._max_body_bytes:
             raise Refused(413, f"The request body is larger than {self._max_body_bytes} bytes.")
         return bytes(body)
-
-
-def _may_be_large(scope: Scope) -> bool:
-    """Whether a request's body is large, or does not say how large it is."""
-    headers = dict(scope["headers"])
-    length = headers.get(b"content-length", b"0")
-    return b"transfer-encoding" in headers or not length.isdigit() or int(length) > LARGE_BYTES
 
 
 def check_local(headers: Sequence[tuple[bytes, bytes]], cors_origins: Collection[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,10 @@ class KeyShare:
             may_wait: whether it may wait for the key's others to end.
 
         Raises:
-            Refused: 429, there is no room, and it may not wait, or has waited for `WAIT_S`.
+            Refused: 429, there is no room, and it may not wait, or as many wait as may, or it has waited for `WAIT_S`.
         """
         if size.num_answers and (self._queue or not self._has_room(size)):
-            if not may_wait:
+            if not may_wait or len(self._queue) >= self._max_waiting:
                 raise self._no_room(size)
             await self._wait(size)
         else:
@@ -135,10 +135,14 @@ class KeyShare:
             self._leave(size)
 
     @asynccontextmanager
-    async def large_body(self) -> AsyncIterator[None]:
+    async def large_body(self, received_s: float) -> AsyncIterator[None]:
         """The key's large bodies are read in such blocks: one at a time, and with pauses, but for admins.
 
         So they take a fifth of the time of the ingress, and of Ray's proxy before it, at most.
+
+        Args:
+            received_s: seconds that it took to come in. It has to be here before its turn comes: what is not taken out
+                of Ray Serve's queue is kept there, however much a client sends.
         """
         if self._large_bodies is None:
             yield
@@ -149,7 +153,8 @@ class KeyShare:
         try:
             yield
         finally:
-            loop.call_later(min(PAUSES * (loop.time() - begun), MAX_PAUSE_S), self._large_bodies.release)
+            pause_s = PAUSES * (received_s + loop.time() - begun)
+            loop.call_later(min(pause_s, MAX_PAUSE_S), self._large_bodies.release)
 
     def check_forms(self, now: float) -> None:
         """Raises Refused (429) if the key has used up what it may spend on forms of answers."""
@@ -168,7 +173,8 @@ class KeyShare:
             if turn.done() and not turn.cancelled():  # its turn came at the same moment
                 self._leave(size)
             else:
-                self._queue.remove((size, turn))
+                with suppress(ValueError):  # `_begin_next` took it out, since another one ended at the same moment
+                    self._queue.remove((size, turn))
                 self._begin_next()
             if isinstance(error, TimeoutError):
                 raise self._no_room(size) from error

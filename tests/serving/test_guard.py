@@ -107,6 +107,31 @@ def test_a_public_path_needs_no_key() -> None:
     assert ask(guarded(), "GET", "/healthz").json() == "ok"
 
 
+def test_what_is_sent_to_a_public_path_is_not_read() -> None:
+    """Anybody may send there, and reading takes the time of those who have a key."""
+    headers = {"content-type": "application/json"}
+    assert ask(guarded(), "POST", "/healthz", content=b"[" * 100_000, headers=headers).status_code == 405
+    assert ask(guarded(), "GET", "/healthz", content=b"[" * 100_000, headers=headers).json() == "ok"
+
+
+def test_a_client_that_leaves_while_it_sends_is_counted_as_one() -> None:
+    async def scene() -> dict[str, float]:
+        meters = Meters()
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(_: Message) -> None:
+            pass
+
+        headers = [(b"authorization", b"Bearer good"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/echo", "headers": [*headers, (b"content-length", b"9")]}
+        await guarded(meters=meters)(scope, receive, send)
+        return counted(meters, "raylign_requests_total", "status")
+
+    assert asyncio.run(scene()) == {"499": 1.0}
+
+
 def test_the_route_gets_the_body_and_what_was_read_from_it() -> None:
     sent = {"a": [1, 2.5, None, "ü"]}
     answer = ask(guarded(), "POST", "/echo", json=sent, headers=GOOD)

@@ -143,6 +143,44 @@ def test_who_waits_too_long_is_refused_and_who_leaves_makes_room(monkeypatch: py
     asyncio.run(scene())
 
 
+def test_one_that_is_given_up_while_another_ends_is_no_error() -> None:
+    """It was cancelled, and has not run yet, when the one that ends looks whose turn it is."""
+
+    async def scene() -> None:
+        share = key_share()
+        first = OneRequest(share, answers=4)
+        await settle()
+        gone, next_one = OneRequest(share, answers=4), OneRequest(share, answers=1)
+        await settle()
+        first._ends.set()
+        gone.task.cancel()
+        await first.task
+        with pytest.raises(asyncio.CancelledError):
+            await gone.task
+        await settle()
+        assert next_one.has_begun.is_set() and not share.num_waiting
+        await next_one.end()
+        await OneRequest(share, answers=4, may_wait=False).end()
+
+    asyncio.run(scene())
+
+
+def test_as_many_wait_as_may_also_where_answers_have_no_limit() -> None:
+    async def scene() -> None:
+        share = key_share(answers_in_progress=0, requests_waiting=2)
+        first = OneRequest(share, tokens=90)
+        await settle()
+        waiting = [OneRequest(share, tokens=90) for _ in range(2)]
+        await settle()
+        with pytest.raises(Refused, match="90 tokens in progress"):
+            await OneRequest(share, tokens=90).task
+        await first.end()
+        for one in waiting:
+            await one.end()
+
+    asyncio.run(scene())
+
+
 def test_a_request_that_is_given_up_when_its_turn_comes_keeps_no_room() -> None:
     async def scene() -> None:
         share = key_share()
@@ -221,6 +259,22 @@ def test_only_requests_with_a_form_wait_for_what_was_spent_on_forms() -> None:
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 60
             assert (await anna.post("/work", json={"tools": []})).status_code == 200
             assert (await root.post("/work", json=form)).status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_what_waits_with_a_form_is_refused_when_those_before_it_have_used_up_what_may_be_spent() -> None:
+    async def scene() -> None:
+        goes_on = asyncio.Event()
+        guard = guarded(goes_on.wait, answers_in_progress=1)
+        async with client_of(guard, "anna") as anna:
+            asked = {"items": [], "response_format": {"type": "json_object"}}
+            first, second = [asyncio.create_task(anna.post("/work", json=asked)) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            await anna.post("/spend", json={"seconds": 1000})
+            goes_on.set()
+            assert (await first).status_code == 200
+            assert (await second).status_code == 429
 
     asyncio.run(scene())
 
@@ -313,9 +367,9 @@ def test_large_bodies_of_a_key_are_read_with_pauses_and_nobody_else_waits() -> N
         time_s = asyncio.get_running_loop().time
 
         async def of_unknown_length() -> AsyncIterator[bytes]:
-            yield b'{"items": '
+            yield b'{"items": ["'
             await goes_on.wait()
-            yield b"[]}"
+            yield b"x" * 70_000 + b'"]}'
 
         async def end_s(name: str, **sent: Any) -> float:
             assert (await client_of(guard, name).post("/work", **sent)).status_code == 200
@@ -325,14 +379,38 @@ def test_large_bodies_of_a_key_are_read_with_pauses_and_nobody_else_waits() -> N
         began = time_s()
         slow = asyncio.create_task(end_s("anna", content=of_unknown_length()))
         await asyncio.sleep(0.1)
-        next_one = asyncio.create_task(end_s("anna", json=large))
         await end_s("anna", json=WORK)
-        for name in ("ben", "root", "root"):
+        for name in ("ben", "root", "root", "anna"):
             await end_s(name, json=large)
-        assert not slow.done() and not next_one.done()
+        assert not slow.done()
         goes_on.set()
         ended = await slow
+        next_one = asyncio.create_task(end_s("anna", json=large))
+        for name in ("ben", "root", "root"):
+            await end_s(name, json=large)
+        assert not next_one.done()
         assert await next_one - ended >= 0.9 * min(4 * (ended - began), 2.0)
+
+    asyncio.run(scene())
+
+
+def test_a_body_is_not_kept_beyond_its_limit_while_others_of_its_key_are_read() -> None:
+    """What is sent is kept by Ray Serve until it is taken, however much that is."""
+
+    async def scene() -> None:
+        guard = guarded(lambda: asyncio.sleep(0), max_body_mib=1)
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            while True:
+                yield b" " * 65536
+                sent += 65536
+
+        async with client_of(guard, "anna") as anna, guard._share(KEYS[b"Bearer anna"]).large_body(0.0):
+            async with asyncio.timeout(5):
+                assert (await anna.post("/work", content=endless())).status_code == 413
+        assert sent < 2 * 2**20
 
     asyncio.run(scene())
 
