@@ -19,6 +19,8 @@ RETRY_S = 1.0
 """What a key is told to wait that has enough in progress."""
 WAIT_S = 60.0
 """For which a request waits at most for others of its key to end."""
+ALONE = 4
+"""How many times as many answers as its key may have in progress a request may ask for that is alone."""
 PAUSES = 4.0
 """How many times as long as reading a large body took its key waits with the next one."""
 MAX_PAUSE_S = 2.0
@@ -121,8 +123,16 @@ class KeyShare:
             may_wait: whether it may wait for the key's others to end.
 
         Raises:
-            Refused: 429, there is no room, and it may not wait, or as many wait as may, or it has waited for `WAIT_S`.
+            Refused: 400, it asks for more answers than it may even if it is alone; 429, there is no room, and it may
+                not wait, or as many wait as may, or it has waited for `WAIT_S`.
         """
+        if self._max_answers and size.num_answers > ALONE * self._max_answers:
+            raise Refused(
+                400,
+                f"The request asks for {size.num_answers} answers, and one of this key may ask for "
+                f"{ALONE * self._max_answers}. Ask for fewer at a time.",
+                code="integer_above_max_value",
+            )
         if size.num_answers and (self._queue or not self._has_room(size)):
             if not may_wait or len(self._queue) >= self._max_waiting:
                 raise self._no_room(size)

@@ -17,6 +17,8 @@ PAUSE_S = 0.02
 AT_ONCE = 6
 """Of each kind."""
 counter = itertools.count()
+number_of_answers = itertools.cycle((8, 16))
+"""As many as a key may ask for on two cores, and more."""
 
 
 def chat(model: str, **more: Any) -> bytes:
@@ -42,7 +44,7 @@ def kinds(model: str) -> dict[str, Callable[[], bytes]]:
         "big bodies": lambda: values,
         "slow schemas": lambda: slow.replace('"p7"', f'"q{next(counter)}"').encode(),
         "long streams": lambda: stream,
-        "many answers": lambda: chat(model, max_tokens=2000, ignore_eos=True, n=16),
+        "many answers": lambda: chat(model, max_tokens=2000, ignore_eos=True, n=next(number_of_answers)),
         "aborted streams": lambda: stream,
     }
 
