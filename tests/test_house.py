@@ -1,0 +1,158 @@
+"""What the code promises of its own shape: names that say what they hold, classes of one name each, no cycles.
+
+`python -m tests.house --details` lists what is counted, with file and line.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.bare_words import is_bare, is_bare_for_a_function
+from tests.house import (
+    PACKAGES,
+    ROOT,
+    House,
+    Module,
+    bare,
+    fields,
+    import_cycles,
+    locals_and_parameters,
+    repeated_classes,
+    table,
+    without_docstring,
+)
+
+BARE_LIMITS = {"alignment": 0.148, "cluster": 0.135, "serving": 0.185}
+"""Largest share of bare words among the local names and parameters of a package; the aim is 0.01 for each."""
+MAX_REPEATED_CLASSES = 13
+"""The aim is 0."""
+MAX_CYCLES = 4
+"""Counting imports inside functions; the aim is 0."""
+
+
+@pytest.fixture(scope="module")
+def house() -> House:
+    return House.at(ROOT)
+
+
+def module(text: str, path: str = "alignment/sample.py") -> Module:
+    name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return Module(name=name, path=path, tree=ast.parse(text), num_lines=len(text.splitlines()))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_say_what_they_hold(house: House, package: str) -> None:
+    names = [name for module in house.package(package) for name in locals_and_parameters(module)]
+    found = bare(names)
+    listed = "\n".join(f"{name.location}: {name.name}, in {name.owner}" for name in found)
+    assert len(found) <= BARE_LIMITS[package] * len(names), f"{len(found)} of {len(names)} are bare words:\n{listed}"
+
+
+def test_a_class_name_names_one_class(house: House) -> None:
+    repeated = repeated_classes(house.modules)
+    assert len(repeated) <= MAX_REPEATED_CLASSES, repeated
+
+
+def test_no_modules_import_each_other_not_even_inside_functions(house: House) -> None:
+    assert not import_cycles(house.modules, in_functions=False)
+    assert len(import_cycles(house.modules, in_functions=True)) <= MAX_CYCLES
+
+
+@pytest.mark.parametrize("name", ["told", "found", "given", "_kept", "one", "each", "now", "place", "loaded", "asking"])
+def test_participles_pronouns_and_adverbs_are_bare(name: str) -> None:
+    assert is_bare(name)
+
+
+@pytest.mark.parametrize("name", ["seed", "string", "embedding", "chosen", "run", "kept_rows", "logprobs", "id"])
+def test_nouns_are_not_bare(name: str) -> None:
+    assert not is_bare(name)
+
+
+def test_a_function_may_be_called_by_any_verb() -> None:
+    assert not is_bare_for_a_function("read")
+    assert not is_bare_for_a_function("_put")
+    assert is_bare_for_a_function("taken")
+
+
+def test_every_name_that_a_function_binds_is_counted_once() -> None:
+    text = """
+def outer(first, *rest, key=None, **others):
+    total = sum(each for each in rest)
+    total += (last := first)
+    with open(key) as file:
+        pass
+    for a, (b, c) in others:
+        total = a
+    try:
+        import json
+    except OSError as error:
+        pass
+    def inner(value):
+        nonlocal total
+        total = value
+    return lambda x: x
+"""
+    names = [(name.owner, name.name) for name in locals_and_parameters(module(text))]
+    outer = {"first", "rest", "key", "others", "total", "each", "last", "file", "a", "b", "c", "error", "x"}
+    assert sorted(names) == sorted([*(("outer", name) for name in outer), ("outer.inner", "value")])
+
+
+def test_members_of_a_class_are_counted_wherever_it_sets_them() -> None:
+    text = """
+class Pool:
+    size: int = 0
+    limit = 3
+    def __init__(self):
+        self.lost, self.free = [], []
+        self.size = 1
+"""
+    assert [name.name for name in fields(module(text))] == ["size", "limit", "lost", "free"]
+
+
+def test_an_import_inside_a_function_closes_a_cycle_too() -> None:
+    modules = [
+        module("from alignment import second", "alignment/first.py"),
+        module("def load():\n    from alignment.first import name", "alignment/second.py"),
+        module("if TYPE_CHECKING:\n    from alignment.fourth import Name", "alignment/third.py"),
+        module("import alignment.third", "alignment/fourth.py"),
+    ]
+    assert import_cycles(modules, in_functions=False) == []
+    assert import_cycles(modules, in_functions=True) == [["alignment.first", "alignment.second"]]
+    assert len(import_cycles(modules, in_functions=True, for_types=True)) == 2
+
+
+def test_relative_imports_are_followed() -> None:
+    modules = [
+        module("from . import second", "alignment/data/__init__.py"),
+        module("from ..data import name", "alignment/data/second.py"),
+    ]
+    assert len(import_cycles(modules, in_functions=False)) == 1
+
+
+def test_only_what_is_public_needs_a_docstring() -> None:
+    text = """
+class Open:
+    def method(self): ...
+    def _private(self): ...
+class _Closed:
+    def method(self): ...
+def documented():
+    "Says something."
+    def inside(): ...
+"""
+    assert without_docstring([module(text)]) == ["alignment/sample.py:2 Open", "alignment/sample.py:3 Open.method"]
+
+
+def test_the_table_has_a_column_for_each_state_of_the_code() -> None:
+    text = table({"before": {"cycles": "2"}, "now": {"cycles": "0"}})
+    assert text.splitlines() == ["| figure | before | now |", "|---|---|---|", "| cycles | 2 | 0 |"]
+
+
+def test_files_are_read_below_the_packages_alone(tmp_path: Path) -> None:
+    for path in ("alignment/__init__.py", "alignment/data/chat.py", "tests/test_chat.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("")
+    assert [module.name for module in House.at(tmp_path).modules] == ["alignment", "alignment.data.chat"]
