@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCKS := configs/locks/cpu.txt configs/locks/dev.txt
 
-.PHONY: demo demo-ppo test test-slow lint format clean
+.PHONY: demo demo-ppo test test-slow lint format docs clean
 
 demo: .venv/.installed
 	$(BIN)/raylign demo
@@ -26,6 +26,10 @@ lint: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages of docs/reference, which are written from the code.
+docs: .venv/.installed
+	$(BIN)/python -m docs.generate
 
 # One pinned list, no resolver: README, "The lock", says why.
 .venv/.installed: $(LOCKS) pyproject.toml

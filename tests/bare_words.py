@@ -55,8 +55,8 @@ BARE = _words(
 NOUNS = _words(
     "bed breed deed embed exceed feed hundred indeed need proceed seed shed speed succeed weed",
     "binding docstring embedding encoding ending heading king landing listing logging mapping meaning padding ping",
-    "pricing ranking rating reasoning rendering ring routing sampling scaling scheduling scoring setting sharding sibling",
-    "spelling spring streaming string tiling timing training tuning typing warning wiring wording",
+    "pricing ranking rating reasoning rendering ring routing sampling scaling scheduling scoring setting sharding",
+    "sibling spelling spring streaming string tiling timing training tuning typing warning wiring wording",
 )
 """Words in -ed and -ing that are nouns, or verbs in their basic form."""
 WORDS_OF_THE_FIELD = _words("bound chosen cost cut hit read rejected run set spread thought")

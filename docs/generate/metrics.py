@@ -1,0 +1,52 @@
+"""The page of what runs and endpoints measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
+
+from alignment.metric_meanings import SECTIONS
+from docs.generate.text import NOTICE, item, page_text
+from serving.meters import Meters
+from serving.registry import State
+from serving.scrape import Figures, Gathered, page
+
+
+def metrics_page() -> str:
+    """What runs and endpoints measure."""
+    blocks = [
+        "# Metrics",
+        NOTICE,
+        "## Of a run",
+        "In `runs/NAME/metrics.jsonl`, one line per step, and in `runs/NAME/tensorboard`. Step 0 is the untrained "
+        "model. A metric is a mean over the step, of all workers together, unless it says otherwise.",
+    ]
+    for title, meanings in SECTIONS.items():
+        blocks += [f"### {title}", "\n".join(item(name, [], meaning) for name, meaning in meanings.items())]
+    blocks += [
+        "## Of an endpoint",
+        "At `GET /metrics`, in Prometheus' text format. [Metrics](../metrics.md) explains how to scrape, and has "
+        "questions and alarms. What an ingress counts has the label `ingress` too.",
+        "\n".join(sorted(_endpoint_metrics())),
+    ]
+    return page_text(blocks)
+
+
+def _endpoint_metrics() -> Iterator[str]:
+    meters = Meters()
+    for collector in vars(meters).values():
+        if isinstance(collector, MetricWrapperBase):
+            (family,) = collector.describe()
+            yield _metric(family, collector._labelnames)  # no public name tells the labels of what was not counted yet
+    state = State(current=1, canary=2, share=0.1)
+    own = Figures(ingress="ingress", metrics=[])
+    families = page(own, Gathered(answers=(), num_unreachable=0), state, records_waiting=0, audit_waiting=0)
+    yield from (_metric(family, family.samples[0].labels) for family in families)
+
+
+def _metric(family: Metric, labels: Iterable[str]) -> str:
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    quoted = ", ".join(f"`{label}`" for label in labels)
+    return item(name, [family.type, *([f"by {quoted}"] if quoted else [])], f"{family.documentation}.")
