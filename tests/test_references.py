@@ -65,12 +65,13 @@ def runs(run_settings: Settings, write_rows: Callable[..., Path]) -> dict[str, S
         "judges": [{"name": "length", "target": 3}],
     }
     every_run = {**run_settings, "steps": 1}
-    pairs = [{"prompt": f"{number}", "chosen": " a b c"[: 2 * number], "rejected": " a b"} for number in (1, 3) * 4]
-    pairs_of_any_length = {"data": {"path": str(write_rows(pairs, "lengths.jsonl")), "eval_groups": 1}}
+    texts = [" a", " a b c", " a", " a b c", " a b c"]
+    pairs = [{"prompt": f"row {i}", "chosen": text, "rejected": " a b"} for i, text in enumerate(texts)]
+    pairs_of_any_length = {"path": str(write_rows(pairs, "lengths.jsonl")), "eval_groups": 1, "max_length": 32}
     return {
         "sft": every_run | {"algorithm": {"name": "sft"}},
         "dpo": every_run,
-        "reward_model": every_run | pairs_of_any_length | {"algorithm": {"name": "reward_model"}},
+        "reward_model": every_run | {"data": pairs_of_any_length} | {"algorithm": {"name": "reward_model"}},
         "ppo": every_run | sampling | {"algorithm": {"name": "ppo", "correction": "sequence"}},
         "online_dpo": every_run | sampling | {"algorithm": {"name": "online_dpo"}},
     }
