@@ -1,0 +1,123 @@
+"""The pages of `docs/how-to` do what they say: their files are written into a scratch folder, and their commands run.
+
+A page's files are the fenced blocks behind a line with the file's name, as "`run.yaml`:". Blocks marked `sh` hold
+commands, blocks marked `text` what these print, where … stands for anything. A tiny random model takes the place of the
+bundled one; nothing else of a page is changed.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from alignment import cli
+from alignment.config import MODULE_FOLDERS
+from alignment.metrics import read_metrics
+
+FOLDER = Path(__file__).parents[1] / "docs" / "how-to"
+PAGES = sorted(path.stem for path in FOLDER.glob("*.md"))
+FENCE = re.compile(r"^(?:`(?P<file>[\w./-]+)`:\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+MAX_CODE_LINES = 40
+MAX_LINE_LENGTH = 150
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    file: str | None
+    kind: str
+    text: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
+    return [Block(match["file"], match["kind"], match["text"]) for match in FENCE.finditer(text)]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, from which nothing is left in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    known_modules, known_folders = set(sys.modules), list(MODULE_FOLDERS)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, on_terminate)
+    MODULE_FOLDERS[:] = known_folders
+    for name in set(sys.modules) - known_modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run_page(page: str, scratch: Path, model: Path) -> None:
+    """Writes a page's files and runs its commands, in this process, which has loaded torch already."""
+    for block in blocks_of(page):
+        if block.file is not None:
+            (scratch / block.file).write_text(block.text, encoding="utf-8")
+    for block in blocks_of(page):
+        if block.kind == "sh":
+            for command in block.text.splitlines():
+                run_command([word.replace("MODEL", str(model)) for word in shlex.split(command)], model)
+
+
+def run_command(words: list[str], model: Path) -> None:
+    program, *arguments = words
+    if program == "python":
+        sys.argv[:] = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+    elif program == "raylign" and arguments[0] == "train":
+        sys.argv[:] = ["raylign", *arguments, f"model.path={model}", "model.dtype=fp32"]
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main()
+    else:
+        raise AssertionError(f"how is {' '.join(words)!r} run here?")
+
+
+def assert_printed(page: str, output: str) -> None:
+    for block in blocks_of(page):
+        for line in block.text.splitlines() if block.kind == "text" else []:
+            assert re.search(re.escape(line).replace("…", ".+"), output), f"{line!r} is not in:\n{output}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_little_code_and_no_long_lines(page: str) -> None:
+    lines = (FOLDER / f"{page}.md").read_text(encoding="utf-8").splitlines()
+    code = [line for block in blocks_of(page) if block.kind == "python" for line in block.text.splitlines()]
+    assert len(code) < MAX_CODE_LINES
+    assert max(map(len, lines)) <= MAX_LINE_LENGTH
+
+
+@pytest.mark.parametrize("page", ["algorithm", "reward"])
+def test_what_a_page_adds_is_trained_with(
+    page: str, scratch: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_page(page, scratch, tiny_model)
+    assert_printed(page, capfd.readouterr().out)
+    (run,) = (scratch / "runs").iterdir()
+    steps = [line["step"] for line in read_metrics(run)]
+    assert steps == [1, 2]
+
+
+def test_a_refused_family_says_with_which_attention_it_works(
+    scratch: Path, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.alignment.families import write_family
+
+    run_page("model-family", scratch, write_family(tmp_path_factory.mktemp("doge"), "doge"))
+    output = capfd.readouterr().out
+    assert_printed("model-family", output)
+    assert output.splitlines()[-1] == "sdpa: can be trained"
+
+
+def test_every_page_is_run_by_a_test() -> None:
+    assert set(PAGES) == {"algorithm", "model-family", "reward"}
