@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import re
 import subprocess
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from tests.bare_words import is_bare, is_bare_for_a_function
+from tests.walks import WALKS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("alignment", "cluster", "serving")
@@ -49,8 +52,15 @@ class Module:
     """As `alignment.losses`."""
     path: str
     """Below the root, as `alignment/losses.py`."""
-    tree: ast.Module
-    num_lines: int
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.text.splitlines())
 
     @cached_property
     def definitions(self) -> list[tuple[str, Function | ast.ClassDef]]:
@@ -191,6 +201,20 @@ def import_cycles(modules: list[Module], *, in_functions: bool, for_types: bool 
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
+def walk_through(modules: list[Module], walks: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first of several ways on which every function is there, and each calls the next; empty if there is none."""
+    by_name = {module.name: module for module in modules}
+    return next((walk for walk in walks if _can_be_walked(walk, by_name)), ())
+
+
+def _can_be_walked(walk: tuple[str, ...], modules: dict[str, Module]) -> bool:
+    steps = [tuple(function.split(":")) for function in walk]
+    if not all(module in modules and name in dict(modules[module].functions) for module, name in steps):
+        return False
+    calls = [(modules[module].text, name.rpartition(".")[2]) for (module, _), (_, name) in pairwise(steps)]
+    return all(re.search(rf"\b{name}\b", text) for text, name in calls)
+
+
 def readme_size(root: Path) -> tuple[int, int]:
     """Lines of the README, and characters of its longest line."""
     lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
@@ -227,6 +251,7 @@ def figures(house: House) -> dict[str, str]:
     rows["import cycles between modules"] = _sizes(import_cycles(house.modules, in_functions=False))
     rows["the same, with imports in functions"] = _sizes(import_cycles(house.modules, in_functions=True))
     rows["the same, with imports for types"] = _sizes(import_cycles(house.modules, in_functions=True, for_types=True))
+    rows |= {label: str(len(walk_through(house.modules, walks)) or "?") for label, walks in WALKS.items()}
     num_lines, longest = readme_size(house.root)
     rows["lines of the README"] = str(num_lines)
     rows["characters of its longest line"] = str(longest)
@@ -279,15 +304,10 @@ def main() -> None:
 
 
 def _module(path: Path, root: Path) -> Module:
-    text = path.read_text(encoding="utf-8")
     relative = path.relative_to(root)
     names = relative.with_suffix("").parts
-    return Module(
-        name=".".join(names[:-1] if names[-1] == "__init__" else names),
-        path=str(relative),
-        tree=ast.parse(text),
-        num_lines=len(text.splitlines()),
-    )
+    name = ".".join(names[:-1] if names[-1] == "__init__" else names)
+    return Module(name=name, path=relative.as_posix(), text=path.read_text(encoding="utf-8"))
 
 
 def _definitions(node: ast.AST, parents: tuple[str, ...]) -> Iterator[tuple[str, Function | ast.ClassDef]]:
