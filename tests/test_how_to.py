@@ -97,15 +97,14 @@ def test_a_page_has_little_code_and_no_long_lines(page: str) -> None:
     assert max(map(len, lines)) <= MAX_LINE_LENGTH
 
 
-@pytest.mark.parametrize("page", ["algorithm", "reward"])
+@pytest.mark.parametrize("page", ["algorithm", "data-shape", "loss", "reward"])
 def test_what_a_page_adds_is_trained_with(
     page: str, scratch: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_page(page, scratch, tiny_model)
     assert_printed(page, capfd.readouterr().out)
-    (run,) = (scratch / "runs").iterdir()
-    steps = [line["step"] for line in read_metrics(run)]
-    assert steps == [1, 2]
+    for run in (scratch / "runs").iterdir():
+        assert [line["step"] for line in read_metrics(run)] == [1, 2]
 
 
 def test_a_refused_family_says_with_which_attention_it_works(
@@ -120,4 +119,4 @@ def test_a_refused_family_says_with_which_attention_it_works(
 
 
 def test_every_page_is_run_by_a_test() -> None:
-    assert set(PAGES) == {"algorithm", "model-family", "reward"}
+    assert set(PAGES) == {"algorithm", "data-shape", "loss", "model-family", "reward"}
