@@ -67,7 +67,9 @@ def _routes(schema: Schema) -> Iterator[str]:
     """The routes of an application, and then the objects that they take and answer."""
     objects: Schema = schema.get("components", {}).get("schemas", {})
     routes = [
-        (f"{method.upper()} {path}", route) for path, all in schema["paths"].items() for method, route in all.items()
+        (f"{method.upper()} {path}", route)
+        for path, methods in schema["paths"].items()
+        for method, route in methods.items()
     ]
     for name, route in routes:
         yield f"### `{name}`"
