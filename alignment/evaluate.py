@@ -6,12 +6,13 @@ import statistics
 from typing import Any
 
 from alignment.config import OptimConfig
+from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.rewards import Rewards
 from alignment.rollout.feed import Feed, of_scorer
+from alignment.step import divergences
 from alignment.types import Group
-from alignment.update import Metrics, divergences
 
 
 class Examination:

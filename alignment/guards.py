@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from alignment.config import GuardsConfig
-from alignment.update import Metrics
+from alignment.metrics import Metrics
 
 # metric, limit in the configuration, which side of it is bad, and what that means.
 LIMITS = (

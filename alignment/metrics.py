@@ -7,12 +7,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # who only reads a run's metrics, as the endpoint does, need not wait for torch
-    from alignment.update import Metrics
+Metrics = dict[str, float]
+"""Figures of a step or an evaluation, by name."""
 
 # What the line of a step shows, if it was measured: metric, name, format.
 SHOWN = (

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.config import RunConfig, search_for_modules
 from alignment.environment import compute_on
 from alignment.errors import AlignmentError, ConfigError
-from alignment.metrics import Reporter
-from alignment.update import Metrics
+from alignment.metrics import Metrics, Reporter
 
 if TYPE_CHECKING:
     from alignment.models.parallel import World

@@ -13,8 +13,8 @@ from alignment.algorithms import Algorithm
 from alignment.config import RunConfig
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
+from alignment.step import annotate
 from alignment.types import Batch, Completion, Group
-from alignment.update import annotated
 
 Settings = dict[str, Any]
 
@@ -147,7 +147,7 @@ class Ours:
         assert isinstance(config.algorithm, Algorithm)
         self.algorithm, self.roles = config.algorithm, Roles.build(config, World())
         moved(self.roles.actor.module, seed=1)
-        batch = annotated(self.roles, groups, config.optim, World())
+        batch = annotate(self.roles, groups, config.optim, World())
         batch = Batch(**{**vars(batch), "kl_coefficient": self.algorithm.first_kl_coefficient})
         self.batch = self.algorithm.prepare(batch)
 

@@ -19,10 +19,11 @@ from alignment.algorithms import Algorithm
 from alignment.algorithms._policy_gradient import PolicyGradient
 from alignment.config import RunConfig, algorithm_class
 from alignment.data.packing import pack
+from alignment.metrics import Metrics
 from alignment.models.parallel import Replicated, World
 from alignment.models.roles import Roles
+from alignment.step import StepSettings, train_step
 from alignment.types import Batch, Completion, Group, Loss, Outputs
-from alignment.update import Metrics, Pace, learn
 from tests.alignment.test_zero import Workers
 
 Settings = dict[str, Any]
@@ -67,7 +68,7 @@ def rollouts(seed: int = 0) -> list[Group]:
     ]
 
 
-def annotated(seed: int = 0, *, truncated: bool = True) -> Batch:
+def annotated_batch(seed: int = 0, *, truncated: bool = True) -> Batch:
     """The rollouts, packed, with the log-probabilities and values that a run would have found out."""
     batch = pack(rollouts(seed))
     generator = torch.Generator().manual_seed(seed + 100)
@@ -328,7 +329,7 @@ CASES = [(name, settings) for name in OWN for settings in SHARED + OWN[name]]
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda part: str(part) if part else "as it comes")
 def test_loss_and_gradient_equal_plain_loops(name: str, settings: Settings) -> None:
-    algorithm, batch = algorithm_of(name, **settings), annotated()
+    algorithm, batch = algorithm_of(name, **settings), annotated_batch()
     outputs = said_of(batch)
     ready = algorithm.prepare(batch)
     loss = algorithm.loss(ready, outputs)
@@ -357,7 +358,7 @@ EVERY = pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce++", "ppo"])
 @EVERY
 def test_where_the_ratio_is_one_the_gradient_is_that_of_reinforce(name: str) -> None:
     algorithm = algorithm_of(name, kl_in="none", correction="none", ratio_per="token", loss_per="token")
-    batch = algorithm.prepare(annotated())
+    batch = algorithm.prepare(annotated_batch())
     outputs = said_of(batch)
     at_start = dataclasses.replace(batch, old_logprobs=None)
     (gradient,) = gradients(reduced(batch, algorithm.loss(at_start, outputs)), outputs, "logprobs")
@@ -370,7 +371,7 @@ def test_where_the_ratio_is_one_the_gradient_is_that_of_reinforce(name: str) -> 
 @pytest.mark.parametrize("correction", ["token", "sequence"])
 def test_a_sampler_that_agrees_with_the_trainer_is_not_corrected(name: str, correction: str) -> None:
     """The ratio to the old policy is in the loss already: it must not enter a second time."""
-    batch = annotated()
+    batch = annotated_batch()
     agreeing = dataclasses.replace(batch, sampled_logprobs=batch.old_logprobs)
     outputs, found = said_of(batch), []
     for setting in (correction, "none"):
@@ -383,8 +384,8 @@ def test_a_sampler_that_agrees_with_the_trainer_is_not_corrected(name: str, corr
 def test_the_correction_carries_no_gradient_and_weighs_the_sampled_tokens() -> None:
     """Without old log-probabilities the trainer's own, held fast, take their place: truncated importance sampling."""
     algorithm = algorithm_of("grpo", kl_in="none", loss_per="token", max_correction=1.5)
-    batch = dataclasses.replace(algorithm.prepare(annotated()), old_logprobs=None)
-    outputs = said_of(annotated())
+    batch = dataclasses.replace(algorithm.prepare(annotated_batch()), old_logprobs=None)
+    outputs = said_of(annotated_batch())
     assert batch.sampled_logprobs is not None and batch.advantages is not None
     weights = (outputs.logprobs.detach() - batch.sampled_logprobs).exp().clamp(max=1.5)
     (gradient,) = gradients(reduced(batch, algorithm.loss(batch, outputs)), outputs, "logprobs")
@@ -393,7 +394,7 @@ def test_the_correction_carries_no_gradient_and_weighs_the_sampled_tokens() -> N
 
 def test_the_mismatch_is_reported_as_it_is_defined() -> None:
     algorithm = algorithm_of("grpo", correction="none")
-    batch = algorithm.prepare(annotated())
+    batch = algorithm.prepare(annotated_batch())
     metrics = algorithm.loss(batch, said_of(batch)).metrics
     assert batch.old_logprobs is not None and batch.sampled_logprobs is not None
     gaps = (batch.old_logprobs - batch.sampled_logprobs)[batch.learned].tolist()
@@ -426,7 +427,7 @@ def test_both_divergences_between_sampler_and_trainer_are_right_in_expectation()
 
 def test_clipped_tokens_are_counted_where_the_gradient_has_stopped() -> None:
     algorithm = algorithm_of("ppo", kl_in="none", correction="none", clip_low=0.1, clip_high=0.2)
-    batch = algorithm.prepare(annotated())
+    batch = algorithm.prepare(annotated_batch())
     outputs = said_of(batch)
     loss = algorithm.loss(batch, outputs)
     (gradient,) = gradients(reduced(batch, loss), outputs, "logprobs")
@@ -458,7 +459,7 @@ def test_gae_carries_the_next_value_over_a_gap_and_the_reward_comes_at_the_last_
 @pytest.mark.parametrize("settings", [{}, {"truncated": "mask"}])
 @pytest.mark.parametrize("name", ["ppo", "reinforce++"])
 def test_advantages_are_white_over_all_learned_tokens_of_the_step(name: str, settings: Settings) -> None:
-    batch = algorithm_of(name, **settings).prepare(annotated())
+    batch = algorithm_of(name, **settings).prepare(annotated_batch())
     assert batch.advantages is not None
     white = batch.advantages[batch.learned]
     assert white.mean().item() == pytest.approx(0, abs=1e-6)
@@ -467,7 +468,7 @@ def test_advantages_are_white_over_all_learned_tokens_of_the_step(name: str, set
 
 
 def test_returns_are_those_of_the_advantages_before_whitening() -> None:
-    plain, white = (algorithm_of("ppo", whiten_advantages=on).prepare(annotated()) for on in (False, True))
+    plain, white = (algorithm_of("ppo", whiten_advantages=on).prepare(annotated_batch()) for on in (False, True))
     assert plain.advantages is not None and plain.returns is not None and plain.old_values is not None
     assert white.returns is not None
     torch.testing.assert_close(white.returns, plain.returns)
@@ -476,7 +477,7 @@ def test_returns_are_those_of_the_advantages_before_whitening() -> None:
 
 @pytest.mark.parametrize(("kl_in", "terms"), [("reward", 1), ("loss", 2), ("none", 1)])
 def test_divergence_is_paid_for_once(kl_in: Any, terms: int) -> None:
-    algorithm, batch = algorithm_of("grpo", kl_in=kl_in), annotated()
+    algorithm, batch = algorithm_of("grpo", kl_in=kl_in), annotated_batch()
     dear, free = (algorithm.prepare(dataclasses.replace(batch, kl_coefficient=price)) for price in (5.0, 0.0))
     assert len(algorithm.loss(dear, said_of(batch)).terms) == terms
     assert dear.advantages is not None and free.advantages is not None
@@ -485,7 +486,7 @@ def test_divergence_is_paid_for_once(kl_in: Any, terms: int) -> None:
 
 @EVERY
 def test_a_step_of_which_every_completion_is_masked_teaches_nothing_and_stays_finite(name: str) -> None:
-    batch = annotated()
+    batch = annotated_batch()
     batch = dataclasses.replace(batch, truncated=torch.ones_like(batch.truncated))
     algorithm = algorithm_of(name, truncated="mask", kl_in="loss")
     ready, outputs = algorithm.prepare(batch), said_of(batch)
@@ -497,7 +498,7 @@ def test_a_step_of_which_every_completion_is_masked_teaches_nothing_and_stays_fi
 
 
 def test_masked_completions_change_neither_the_loss_of_the_others_nor_what_they_are_compared_with() -> None:
-    batch = annotated()
+    batch = annotated_batch()
     algorithm = algorithm_of("rloo", truncated="mask")
     masked = algorithm.prepare(batch)
     whole = algorithm_of("rloo").prepare(batch)
@@ -511,7 +512,7 @@ def test_masked_completions_change_neither_the_loss_of_the_others_nor_what_they_
 
 @EVERY
 def test_neither_the_order_of_groups_nor_a_cut_changes_the_gradient_of_a_token(name: str) -> None:
-    algorithm, batch = algorithm_of(name, kl_in="loss"), annotated()
+    algorithm, batch = algorithm_of(name, kl_in="loss"), annotated_batch()
     ready, outputs = algorithm.prepare(batch), said_of(batch)
     (whole,) = gradients(reduced(ready, algorithm.loss(ready, outputs)), outputs, "logprobs")
     parts = torch.zeros_like(whole)
@@ -629,10 +630,10 @@ def step_of(
     with torch.no_grad():  # away from the reference, so that there is a divergence to pay for
         for name, weight in roles.trained.module.named_parameters():
             weight.add_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
-    pace = Pace(lr={"actor": 0.1, "critic": 0.1}, kl_coefficient=0.1, seed=3)
+    step_settings = StepSettings(lr={"actor": 0.1, "critic": 0.1}, kl_coefficient=0.1, seed=3)
     if roles.critic is None:
-        pace.lr.pop("critic")
-    metrics = learn(roles, algorithm, groups, config.optim.model_copy(update=optim), world, pace)
+        step_settings.lr.pop("critic")
+    metrics = train_step(roles, algorithm, groups, config.optim.model_copy(update=optim), world, step_settings)
     weights = {
         f"{role}.{name}": master.detach().clone()
         for role, trained in roles.trained_by_role.items()
@@ -693,11 +694,11 @@ def test_the_first_ratio_of_a_step_is_exactly_one(name: str, settings: Settings,
     algorithm, groups = config.algorithm, rollouts()
     assert isinstance(algorithm, PolicyGradient) and algorithm.needs_old
     roles = Roles.build(config, World())
-    pace = Pace(lr={"actor": 1e-3}, seed=0)
-    metrics = learn(roles, algorithm, groups, config.optim, World(), pace)
+    step_settings = StepSettings(lr={"actor": 1e-3}, seed=0)
+    metrics = train_step(roles, algorithm, groups, config.optim, World(), step_settings)
     assert (metrics["ratio"], metrics["clip_ratio"]) == (1, 0)
     twice = algorithm.model_copy(update={"epochs_per_step": 2})
-    assert learn(roles, twice, groups, config.optim, World(), pace)["ratio"] != 1
+    assert train_step(roles, twice, groups, config.optim, World(), step_settings)["ratio"] != 1
 
 
 def test_every_epoch_is_cut_into_minibatches_that_hold_every_group_once(run_settings: Settings) -> None:
@@ -708,9 +709,9 @@ def test_every_epoch_is_cut_into_minibatches_that_hold_every_group_once(run_sett
     assert isinstance(algorithm, PolicyGradient)
     roles = Roles.build(config, World())
     groups = [dataclasses.replace(group, id=str(number)) for number, group in enumerate(rollouts())]
-    found = learn(roles, algorithm, groups, config.optim, World(), Pace(lr={}, kl_coefficient=0.1))
+    found = train_step(roles, algorithm, groups, config.optim, World(), StepSettings(lr={}, kl_coefficient=0.1))
     alone = [
-        learn(roles, algorithm, [group], config.optim, World(), Pace(lr={}, kl_coefficient=0.1))["entropy"]
+        train_step(roles, algorithm, [group], config.optim, World(), StepSettings(lr={}, kl_coefficient=0.1))["entropy"]
         for group in groups
     ]
     assert found["entropy"] == pytest.approx(statistics.fmean(alone), rel=1e-5)

@@ -20,8 +20,8 @@ from alignment.metrics import read_metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.reference import _attach, precompute
+from alignment.step import annotate
 from alignment.types import Completion, Group
-from alignment.update import annotated
 from tests.alignment.test_packing import random_groups
 from tests.alignment.test_train import run
 
@@ -47,7 +47,7 @@ def reference(config: RunConfig, roles: Roles, groups: list[Group]) -> torch.Ten
     """[L] log π_ref of all completion tokens, as the first step has it."""
     if roles.reference == "precomputed":
         groups = precompute(groups, roles, config, World(), progress=False)
-    batch = annotated(roles, groups, config.optim, World())
+    batch = annotate(roles, groups, config.optim, World())
     assert batch.reference_logprobs is not None
     return batch.reference_logprobs[batch.branches >= 0]
 
@@ -70,7 +70,7 @@ def test_all_ways_to_the_reference_give_the_same_also_when_training_goes_on_from
         torch.testing.assert_close(found[way], found["adapter_off"], atol=1e-5, rtol=0)
     config, roles = built(started, "adapter_off")
     with torch.no_grad():
-        batch = annotated(roles, groups, config.optim, World())
+        batch = annotate(roles, groups, config.optim, World())
         actor = roles.outputs(batch).logprobs[batch.branches >= 0]
     assert (actor - found["adapter_off"]).abs().max() > 0.1, "the adapter does nothing, so this test proves nothing"
 

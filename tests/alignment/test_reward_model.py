@@ -26,8 +26,8 @@ from alignment.models.forward import scores
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
+from alignment.step import evaluate
 from alignment.types import Completion, Group, Outputs
-from alignment.update import evaluate
 from tests.alignment.test_packing import group, random_groups
 from tests.alignment.test_train import run
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from alignment.config import RunConfig
-from alignment.metrics import Silent
+from alignment.metrics import Metrics, Silent
 from alignment.models.parallel import World
 from alignment.train import train
-from alignment.update import Metrics
 from tests.conftest import pair_rows
 
 Row = dict[str, Any]

@@ -172,7 +172,7 @@ def ours(job: Job) -> Run:
     from alignment.data.stream import GroupReader, load_data
     from alignment.models.parallel import World
     from alignment.models.roles import Roles
-    from alignment.update import Pace, learn
+    from alignment.step import StepSettings, train_step
 
     torch.set_num_threads(job.threads)
     algorithm = DPO(beta=BETA)
@@ -196,7 +196,7 @@ def ours(job: Job) -> Run:
     for _ in range(job.pairs // job.pairs_per_step):
         groups = stream.take(job.pairs_per_step)
         start = time.perf_counter()
-        metrics = learn(roles, algorithm, groups, config.optim, world, Pace(lr={"actor": job.lr}))
+        metrics = train_step(roles, algorithm, groups, config.optim, world, StepSettings(lr={"actor": job.lr}))
         seconds.append(time.perf_counter() - start)
         logps.append(metrics["logps/chosen"])
     return finished(job, seconds, logps)

@@ -288,14 +288,14 @@ def feed_of(config: RunConfig, roles: Roles, generator: Generator) -> Feed:
 
 def one_step(number: int, config: RunConfig, roles: Roles, feed: Feed, generator: Generator) -> Step:
     from alignment.models.parallel import World
-    from alignment.update import Pace, learn
+    from alignment.step import StepSettings, train_step
 
     assert config.steps is not None
     begin = time.perf_counter()
     taken = feed.take()
     drawn = time.perf_counter()
-    pace = Pace(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
-    learn(roles, roles.algorithm, taken.groups, config.optim, World(), pace)
+    pace = StepSettings(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
+    train_step(roles, roles.algorithm, taken.groups, config.optim, World(), pace)
     learned = time.perf_counter()
     generator.load(roles.weights(number))
     synced = time.perf_counter()

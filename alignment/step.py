@@ -1,4 +1,8 @@
-"""Learning from one step's groups: what is known before, micro-batches, gradients, and metrics by global counts."""
+"""One training step: groups are packed, annotated by the models, cut into micro-batches, and learned from.
+
+groups ─► pack ─► annotate ─► Algorithm.prepare ─► minibatches ─► optimizer_step each
+         (Batch)  (reference, old log-probabilities)              micro-batches ─► Algorithm.loss ─► Terms / global counts
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,30 @@ from alignment.algorithms import Algorithm
 from alignment.config import OptimConfig
 from alignment.data.packing import micro_batches, pack, share
 from alignment.errors import DivergenceError
+from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.types import Batch, Group, Loss, Role, Unit
 
 UNITS: tuple[Unit, ...] = ("token", "completion", "pair")
 
-Metrics = dict[str, float]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """What changes from step to step in how a run learns."""
+class StepSettings:
+    """Settings that change from step to step."""
 
     lr: dict[Role, float]
-    """Learning rate of each trained role; a role that is missing does not learn."""
+    """Learning rate of each trained role; a role that is missing is not updated."""
     kl_coefficient: float = 0.0
     """Price of a nat of divergence from the reference."""
     seed: int = 0
-    """Of the order in which minibatches are drawn."""
+    """Seed of the order in which minibatches are drawn."""
 
 
-def learn(
-    roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World, pace: Pace
+def train_step(
+    roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World, settings: StepSettings
 ) -> Metrics:
-    """Learns from the groups of one step, in as many epochs and minibatches as the algorithm takes.
+    """Trains the roles on the groups of one step, in as many epochs and minibatches as the algorithm asks for.
 
     `groups` is the whole global batch on every worker. Neither the cut into micro-batches nor the number of workers
     changes a gradient, because every term is divided by its global count and only then differentiated.
@@ -50,77 +53,79 @@ def learn(
     Raises:
         DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`. That update changed nothing.
     """
-    batch = annotated(roles, groups, optim, world)
-    batch = algorithm.prepare(dataclasses.replace(batch, kl_coefficient=pace.kl_coefficient))
+    batch = annotate(roles, groups, optim, world)
+    batch = algorithm.prepare(dataclasses.replace(batch, kl_coefficient=settings.kl_coefficient))
     updates = [
-        _update(roles, algorithm, batch.cut(part), optim, world, pace.lr)
-        for part in _minibatches(len(groups), algorithm, pace.seed)
+        optimizer_step(roles, algorithm, batch.cut(group_indices), optim, world, settings.lr)
+        for group_indices in _minibatches(len(groups), algorithm, settings.seed)
     ]
     names = {name for update in updates for name in update}
-    means = {name: [update[name] for update in updates if name in update] for name in names}
+    values_by_name = {name: [update[name] for update in updates if name in update] for name in names}
     return {
-        **{name: math.fsum(found) / len(found) for name, found in means.items()},
-        "lr": pace.lr.get("actor", 0.0),
+        **{name: math.fsum(values) / len(values) for name, values in values_by_name.items()},
+        "lr": settings.lr.get("actor", 0.0),
         "num_tokens": float(sum(group.num_tokens for group in groups)),
     }
 
 
 @torch.no_grad()
 def evaluate(roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World) -> Metrics:
-    """Loss and metrics of the actor as it is, on groups that every worker knows whole."""
+    """Returns loss and metrics of the actor, without an update; every worker passes all of the groups."""
     roles.train(False)
-    batch = algorithm.prepare(annotated(roles, groups, optim, world))
+    batch = algorithm.prepare(annotate(roles, groups, optim, world))
     totals = _Totals(batch, world)
-    for one in _passes(batch, roles, optim, world):
-        loss = algorithm.loss(one.batch, roles.outputs(one.batch))
-        if one.counts:
+    for micro_batch in _micro_batches(batch, roles, optim, world):
+        loss = algorithm.loss(micro_batch.batch, roles.outputs(micro_batch.batch))
+        if not micro_batch.is_padding:
             totals.add(loss)
     return totals.reduce()
 
 
-def annotated(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Batch:
-    """The packed global batch with all that must be known before the first update; the same on every worker."""
+def annotate(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Batch:
+    """Packs the global batch and adds what the models say of it before the first update; the same on every worker."""
     batch = pack(groups).to(world.device)
-    return Batch(**{**vars(batch), **_said(batch, roles.annotations, roles, optim, world)})
+    return Batch(**{**vars(batch), **_gather_outputs(batch, roles.annotations, roles, optim, world)})
 
 
 def reference_logprobs(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Tensor:
     """[L] log-probability (nats) of every completion token under the reference, group after group; on the CPU."""
     batch = pack(groups).to(world.device)
-    said = _said(batch, roles.under_reference, roles, optim, world)
-    return said["reference_logprobs"][batch.branches >= 0].cpu()
+    outputs = _gather_outputs(batch, roles.under_reference, roles, optim, world)
+    return outputs["reference_logprobs"][batch.branches >= 0].cpu()
 
 
 def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> list[float]:
-    """Σ log π − log π_ref (nats) of every completion that the actor has drawn; empty without a reference in memory.
+    """Σ log π − log π_ref (nats) of every completion that the actor has sampled; empty without a reference model.
 
-    A reference that was only computed beforehand knows nothing of texts that did not exist then.
+    Reference log-probabilities that were precomputed do not cover texts that were sampled later.
     """
     if not roles.has_reference:
         return []
-    batch = annotated(roles, groups, optim, world)
+    batch = annotate(roles, groups, optim, world)
     assert batch.reference_logprobs is not None
     logprobs = batch.old_logprobs
     if logprobs is None:
         with torch.no_grad():
-            said = _said(batch, lambda one: {"logprobs": roles.outputs(one).logprobs}, roles, optim, world)
-        logprobs = said["logprobs"]
+            outputs = _gather_outputs(
+                batch, lambda micro_batch: {"logprobs": roles.outputs(micro_batch).logprobs}, roles, optim, world
+            )
+        logprobs = outputs["logprobs"]
     return batch.per_completion(logprobs - batch.reference_logprobs).tolist()
 
 
-def _said(
-    batch: Batch, ask: Callable[[Batch], dict[str, Tensor]], roles: Roles, optim: OptimConfig, world: World
+def _gather_outputs(
+    batch: Batch, forward: Callable[[Batch], dict[str, Tensor]], roles: Roles, optim: OptimConfig, world: World
 ) -> dict[str, Tensor]:
-    """What the models say of a batch, each [T] by name: every worker asks about its share, and all know the whole."""
-    known: dict[str, Tensor] = defaultdict(lambda: torch.zeros(batch.tokens.shape, device=world.device))
-    for one in _passes(batch, roles, optim, world):
-        for name, values in ask(one.batch).items():
-            if one.counts:
-                known[name][one.tokens] = values
-    # A worker without groups of its own knows no names, but takes part in the sums.
-    for name in sorted(set().union(*world.gather(set(known)))):
-        world.sum(known[name])
-    return known
+    """Runs `forward` on this worker's micro-batches; returns what it gave for the global batch, [T] by name."""
+    outputs: dict[str, Tensor] = defaultdict(lambda: torch.zeros(batch.tokens.shape, device=world.device))
+    for micro_batch in _micro_batches(batch, roles, optim, world):
+        for name, values in forward(micro_batch.batch).items():
+            if not micro_batch.is_padding:
+                outputs[name][micro_batch.token_index] = values
+    # A worker that has no groups has no names either, and still takes part in the sums.
+    for name in sorted(set().union(*world.gather(set(outputs)))):
+        world.sum(outputs[name])
+    return outputs
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -142,54 +147,58 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """One forward pass of this worker."""
+class MicroBatch:
+    """The groups of one forward pass of this worker."""
 
     batch: Batch
-    tokens: Tensor
-    """[t] int64 where its tokens stand in the global batch."""
-    counts: bool
-    """False if it only keeps this worker in step with the others."""
+    token_index: Tensor
+    """[t] int64 index of each of its tokens in the global batch."""
+    is_padding: bool
+    """True if it only keeps this worker in step with the others: its outputs are not used."""
 
 
-def _passes(batch: Batch, roles: Roles, optim: OptimConfig, world: World) -> Iterator[_Pass]:
-    """This worker's share of a batch, in forward passes."""
+def _micro_batches(batch: Batch, roles: Roles, optim: OptimConfig, world: World) -> Iterator[MicroBatch]:
+    """Cuts this worker's share of a batch into forward passes."""
     lengths = torch.bincount(batch.groups).tolist()
     shares = [share(lengths, rank=rank, size=world.size) for rank in range(world.size)]
-    cuts = [micro_batches(mine, lengths, max_tokens=optim.micro_batch_tokens) for mine in shares]
-    own = cuts[world.rank]
-    idle = max(map(len, cuts)) - len(own) if roles.in_lockstep else 0
-    for groups in own:
-        yield _Pass(batch=batch.cut(groups), tokens=batch.tokens_of(groups), counts=True)
+    cuts = [micro_batches(groups, lengths, max_tokens=optim.micro_batch_tokens) for groups in shares]
+    own_cut = cuts[world.rank]
+    num_padding = max(map(len, cuts)) - len(own_cut) if roles.in_lockstep else 0
+    for groups in own_cut:
+        yield MicroBatch(batch=batch.cut(groups), token_index=batch.tokens_of(groups), is_padding=False)
     shortest = [lengths.index(min(lengths))]
-    for _ in range(idle):
-        yield _Pass(batch=batch.cut(shortest), tokens=batch.tokens_of(shortest), counts=False)
+    for _ in range(num_padding):
+        yield MicroBatch(batch=batch.cut(shortest), token_index=batch.tokens_of(shortest), is_padding=True)
 
 
-def _update(
+def optimizer_step(
     roles: Roles, algorithm: Algorithm, batch: Batch, optim: OptimConfig, world: World, lr: dict[Role, float]
 ) -> Metrics:
-    """One optimizer step on a prepared batch, which is the same on every worker."""
+    """Does one optimizer step on a prepared batch, which is the same on every worker.
+
+    Raises:
+        DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`; nothing has changed.
+    """
     totals = _Totals(batch, world)
     roles.train()
-    for one in _passes(batch, roles, optim, world):
-        loss = algorithm.loss(one.batch, roles.outputs(one.batch))
-        _backward(roles, totals.add(loss) if one.counts else _nothing(loss))
+    for micro_batch in _micro_batches(batch, roles, optim, world):
+        loss = algorithm.loss(micro_batch.batch, roles.outputs(micro_batch.batch))
+        _backward(roles, _zero_loss(loss) if micro_batch.is_padding else totals.add(loss))
     metrics = totals.reduce()
-    finite = math.isfinite(metrics["loss"])
+    is_finite = math.isfinite(metrics["loss"])
     norms: dict[Role, float] = {}
-    for role, trained in reversed(roles.trained_by_role.items()):  # an actor does not follow a critic that has failed
-        finite = finite and all(math.isfinite(norm) for done, norm in norms.items() if done in lr)
-        norms[role] = trained.step(lr[role]) if finite and role in lr else trained.discard()
-    skipped = any(not math.isfinite(norms[role]) for role in lr)
-    if skipped and optim.on_nonfinite == "fail":
+    for role, backend in reversed(roles.trained_by_role.items()):  # an actor does not follow a critic that has failed
+        is_finite = is_finite and all(math.isfinite(norm) for role_done, norm in norms.items() if role_done in lr)
+        norms[role] = backend.step(lr[role]) if is_finite and role in lr else backend.discard()
+    is_skipped = any(not math.isfinite(norms[role]) for role in lr)
+    if is_skipped and optim.on_nonfinite == "fail":
         raise DivergenceError(
             f"loss {metrics['loss']} and gradient norm {norms['actor']} are not both finite, in a step on "
             f"{batch.group_ids[0]} and {len(batch.group_ids) - 1} other groups; a lower optim.lr or "
             "optim.max_grad_norm may help"
         )
-    named = {"grad_norm" if role == "actor" else f"grad_norm_{role}": norms[role] for role in lr}
-    return {**metrics, **named, "skipped": float(skipped)}
+    grad_norms = {"grad_norm" if role == "actor" else f"grad_norm_{role}": norms[role] for role in lr}
+    return {**metrics, **grad_norms, "skipped": float(is_skipped)}
 
 
 def _backward(roles: Roles, losses: dict[Role, Tensor]) -> None:
@@ -200,7 +209,8 @@ def _backward(roles: Roles, losses: dict[Role, Tensor]) -> None:
         roles.trained_by_role[role].backward(loss)
 
 
-def _nothing(loss: Loss) -> dict[Role, Tensor]:
+def _zero_loss(loss: Loss) -> dict[Role, Tensor]:
+    """A loss of 0 on every role's graph, so that a padding pass takes part in the collectives of a backward pass."""
     return {term.trains: 0.0 * term.values.sum() for term in loss.terms}
 
 
@@ -211,9 +221,9 @@ def _minibatches(num_groups: int, algorithm: Algorithm, seed: int) -> Iterator[l
         return
     order = torch.Generator().manual_seed(seed)
     for _ in range(algorithm.epochs):
-        shuffled = torch.randperm(num_groups, generator=order).tolist()
+        permutation = torch.randperm(num_groups, generator=order).tolist()
         count = min(algorithm.minibatches, num_groups)
-        yield from (sorted(shuffled[part::count]) for part in range(count))
+        yield from (sorted(permutation[start::count]) for start in range(count))
 
 
 class _Totals:
@@ -231,7 +241,7 @@ class _Totals:
         shares: dict[Role, list[Tensor]] = defaultdict(list)
         for term in loss.terms:
             shares[term.trains].append(term.values.sum() / self.counts[term.unit])
-        losses = {role: torch.stack(parts).sum() for role, parts in shares.items()}
+        losses = {role: torch.stack(terms).sum() for role, terms in shares.items()}
         self.loss += sum(float(value.detach()) for value in losses.values())
         for name, values in loss.metrics.items():
             self.sums[name] += float(values.sum())
@@ -241,7 +251,7 @@ class _Totals:
     def reduce(self) -> Metrics:
         """The loss, and each metric's mean over the global batch, the same on every worker."""
         names = sorted(set().union(*self.world.gather(set(self.sums))))
-        found = [[self.sums[name], self.numbers[name]] for name in names] + [[self.loss, 1.0]]
-        totals = self.world.sum(torch.tensor(found, dtype=torch.float64, device=self.world.device)).tolist()
+        rows = [[self.sums[name], self.numbers[name]] for name in names] + [[self.loss, 1.0]]
+        totals = self.world.sum(torch.tensor(rows, dtype=torch.float64, device=self.world.device)).tolist()
         means = {name: total / count for name, (total, count) in zip(names, totals, strict=False) if count}
         return {"loss": totals[-1][0], **means}

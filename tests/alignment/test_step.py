@@ -13,10 +13,11 @@ from alignment.config import OptimConfig, RunConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import GroupReader, load_data
 from alignment.errors import ConfigError, DivergenceError
+from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles, reference_of
+from alignment.step import StepSettings, evaluate, learning_rate, train_step
 from alignment.types import Group
-from alignment.update import Metrics, Pace, evaluate, learn, learning_rate
 
 Settings = dict[str, Any]
 
@@ -31,10 +32,10 @@ def prepared(settings: Settings) -> tuple[RunConfig, Algorithm, Roles, list[Grou
     return config, algorithm, roles, data.train.take(8)
 
 
-def train_step(
+def one_step(
     roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World, *, lr: float
 ) -> Metrics:
-    return learn(roles, algorithm, groups, optim, world, Pace(lr={"actor": lr}))
+    return train_step(roles, algorithm, groups, optim, world, StepSettings(lr={"actor": lr}))
 
 
 def weights_after(settings: Settings, groups_order: int = 1, **optim: Any) -> tuple[dict[str, float], dict[str, Any]]:
@@ -42,7 +43,7 @@ def weights_after(settings: Settings, groups_order: int = 1, **optim: Any) -> tu
     changed = config.optim.model_copy(update=optim)
     # Plain gradient descent: adaptive optimizers blow rounding of a tiny gradient up to a full step.
     roles.trained.optimizer = torch.optim.SGD(list(roles.trained.masters.values()))
-    metrics = train_step(roles, algorithm, groups[::groups_order], changed, World(), lr=1.0)
+    metrics = one_step(roles, algorithm, groups[::groups_order], changed, World(), lr=1.0)
     return metrics, {name: weight.detach().clone() for name, weight in roles.trained.weights.items()}
 
 
@@ -78,7 +79,7 @@ def test_an_adapter_taken_off_is_the_starting_model_even_after_training(run_sett
     config, algorithm, roles, groups = prepared(settings)
     before = evaluate(roles, algorithm, groups, config.optim, World())
     for _ in range(3):
-        train_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)
+        one_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)
     after = evaluate(roles, algorithm, groups, config.optim, World())
     for name in ("chosen", "rejected"):
         reference = after[f"logps/{name}"] - after[f"rewards/{name}"] / 0.1
@@ -107,7 +108,7 @@ def test_bf16_keeps_fp32_masters_that_small_steps_move(run_settings: Settings) -
     name = next(iter(roles.trained.weights))
     master = roles.trained.masters[name].detach().clone()
     weight = roles.trained.weights[name].detach().clone()
-    train_step(roles, algorithm, groups, config.optim, World(), lr=1e-6)
+    one_step(roles, algorithm, groups, config.optim, World(), lr=1e-6)
     assert roles.trained.weights[name].dtype == torch.bfloat16
     assert roles.trained.masters[name].dtype == torch.float32
     assert (roles.trained.masters[name] != master).any(), "the master must move"
@@ -125,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weight(run_setti
     config, algorithm, roles, groups = poisoned(run_settings)
     before = {name: weight.detach().clone() for name, weight in roles.trained.weights.items()}
     with pytest.raises(DivergenceError, match=r"not both finite.*pairs\.jsonl"):
-        train_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)
+        one_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)
     for name, weight in roles.trained.weights.items():
         torch.testing.assert_close(weight, before[name], equal_nan=True)
     assert not roles.trained.optimizer.state, "the optimizer's moments must not be poisoned"
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weight(run_setti
 
 def test_a_loss_that_is_not_finite_can_be_skipped_and_is_counted(run_settings: Settings) -> None:
     config, algorithm, roles, groups = poisoned({**run_settings, "optim": {"on_nonfinite": "skip"}})
-    assert train_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)["skipped"] == 1
+    assert one_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)["skipped"] == 1
 
 
 def test_gradients_are_clipped_to_the_configured_norm(run_settings: Settings) -> None:
