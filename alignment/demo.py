@@ -146,7 +146,7 @@ def _ask(client: Any, model: str, question: dict[str, Any]) -> Answer:
 
 def _training_figures(run: Path) -> dict[str, float]:
     from alignment.metrics import read_metrics
-    from alignment.train import SUMMARY
+    from alignment.run import SUMMARY
 
     first, *_, last = (line for line in read_metrics(run) if "eval/loss" in line)
     summary = json.loads((run / SUMMARY).read_text())

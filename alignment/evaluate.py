@@ -1,47 +1,158 @@
-"""Evaluation of a model by its answers: held-out prompts are answered, judged, and held against the reference."""
+"""Evaluation on the held-out groups: loss on the data's completions, rewards of the model's own, and samples."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
+from collections.abc import Callable
 from typing import Any
 
-from alignment.config import OptimConfig
+from alignment.algorithms import Algorithm
+from alignment.config import RunConfig
+from alignment.journal import Journal
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.rewards import Rewards
-from alignment.rollout.feed import Feed, of_scorer
-from alignment.step import divergences
+from alignment.rollout.local import greedy
+from alignment.rollout.queue import scores_of
+from alignment.rollout.sampler import Sampler
+from alignment.step import divergences, evaluate
 from alignment.types import Group
 
 
-class Examination:
-    """Held-out prompts with one answer each, drawn with seeds that are the same every time."""
+class Evaluator:
+    """Evaluates the actor as it is. Every worker calls each method."""
 
     def __init__(
-        self, prompts: list[Group], feed: Feed, judges: Rewards, roles: Roles, optim: OptimConfig, world: World
+        self,
+        config: RunConfig,
+        algorithm: Algorithm,
+        groups: list[Group],
+        roles: Roles,
+        world: World,
+        run_log: Journal,
+        sampled: SampledEvaluation | None,
     ) -> None:
-        """Draws the answers and has them judged. Called by every worker.
+        """`sampled`: evaluates what the model answers; None if nothing scores answers."""
+        self.config = config
+        self.algorithm = algorithm
+        self.groups = groups
+        self.roles = roles
+        self.world = world
+        self.run_log = run_log
+        self.sampled = sampled
+        self.last_step: int | None = None
+        """Step whose model was evaluated last; None if none was since the run began, or was rolled back."""
+        self._parts: list[Callable[[int], Metrics]] = []
+        if not algorithm.samples:
+            self._parts.append(self._evaluate_loss)
+        if sampled is not None:
+            self._parts.append(self._evaluate_answers)
 
-        Args:
-            judges: scorers that teach nothing; beside those of the feed.
+    def evaluate(self, step: int) -> Metrics:
+        """Returns figures on what is held out, by names that begin with `eval/`; none if nothing is held out."""
+        self.last_step = step
+        if not self.groups:
+            return {}
+        return {f"eval/{name}": value for part in self._parts for name, value in part(step).items()}
+
+    def write_samples(self, step: int) -> None:
+        """Answers some held-out prompts greedily and logs the answers, where no evaluation does that."""
+        groups = self.groups[: self.config.evaluate.samples]
+        is_idle = not self.world.is_main and not self.roles.in_lockstep
+        if not groups or is_idle or self.sampled is not None or self.algorithm.head == "score":
+            return
+        prompts = [group.prompt_tokens for group in groups]
+        answers = greedy(self.roles.actor, prompts, max_tokens=self.config.evaluate.sample_tokens)
+        if not self.world.is_main:
+            return
+        decode = self.roles.actor.tokenizer.decode
+        self.run_log.samples(
+            {"step": step, "prompt": prompt_text(group), "tokens": len(answer), "answer": decode(answer)}
+            for group, answer in zip(groups, answers, strict=True)
+        )
+
+    def _evaluate_loss(self, step: int) -> Metrics:
+        metrics = evaluate(self.roles, self.algorithm, self.groups, self.config.optim, self.world)
+        self.roles.remember(metrics)
+        return metrics
+
+    def _evaluate_answers(self, step: int) -> Metrics:
+        assert self.sampled is not None
+        result = self.sampled.evaluate(self.groups, step)
+        if self.world.is_main:
+            self.run_log.samples(result.rows(step, self.config.evaluate.samples))
+        return result.metrics()
+
+
+class SampledEvaluation:
+    """Has the held-out prompts answered, and the answers scored."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sampler: Sampler,
+        rewards: Rewards,
+        eval_rewards: Rewards,
+        roles: Roles,
+        *,
+        publishes_weights: bool,
+    ) -> None:
+        """`rewards` also train the actor, `eval_rewards` do not.
+
+        `publishes_weights`: true if the engines get the actor's weights for the evaluation only, because nothing else
+        is sampled.
+        """
+        self.config = config
+        self.sampler = sampler
+        self.rewards = rewards
+        self.eval_rewards = eval_rewards
+        self.roles = roles
+        self.publishes_weights = publishes_weights
+
+    def evaluate(self, groups: list[Group], step: int) -> SampledResult:
+        """Samples one answer to each prompt, with seeds that are the same every time.
 
         Raises:
-            RolloutError: they could not be drawn.
-            RewardError: they could not be judged.
+            RolloutError: the answers could not be sampled.
+            RewardError: they could not be scored.
         """
-        answered = feed.answer(prompts)
-        self.groups = feed.rewards.score(answered, world=world)
-        self.judged = judges.score(answered, world=world, may_abstain=True)
-        self.scorers, self.judges = feed.rewards.names, judges.names
-        self.kl = divergences(roles, self.groups, optim, world)
+        if self.publishes_weights:
+            self.sampler.publish(self.roles, step)
+        prompts = [dataclasses.replace(group, completions=()) for group in groups]
+        numbers = [-1 - index for index in range(len(prompts))]
+        answered = self.sampler.start(prompts, numbers, num_completions=1)()
+        world = self.sampler.world
+        scored = self.rewards.score(answered, world=world)
+        return SampledResult(
+            groups=scored,
+            eval_groups=self.eval_rewards.score(answered, world=world, may_abstain=True),
+            reward_names=tuple(self.rewards.names),
+            eval_reward_names=tuple(self.eval_rewards.names),
+            kl=divergences(self.roles, scored, self.config.optim, world),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledResult:
+    """One answer to each held-out prompt, with what it was given."""
+
+    groups: list[Group]
+    """With the answers and the rewards that train."""
+    eval_groups: list[Group]
+    """The same answers, with the scores of the scorers that do not train."""
+    reward_names: tuple[str, ...]
+    eval_reward_names: tuple[str, ...]
+    kl: list[float]
+    """Σ log π − log π_ref (nats) of each answer; empty without a reference model."""
 
     def metrics(self) -> Metrics:
-        """Means over the prompts: reward and its standard deviation, every score, every judge, length, divergence."""
+        """Means over the prompts: reward and its standard deviation, every score, length, divergence."""
         answers = [group.completions[0] for group in self.groups]
-        judged = [group.completions[0] for group in self.judged]
-        scores = {f"scores/{name}": of_scorer(name, answers) for name in self.scorers}
-        scores |= {f"judges/{name}": of_scorer(name, judged) for name in self.judges}
+        eval_answers = [group.completions[0] for group in self.eval_groups]
+        scores = {f"scores/{name}": scores_of(name, answers) for name in self.reward_names}
+        scores |= {f"judges/{name}": scores_of(name, eval_answers) for name in self.eval_reward_names}
         rewards = [answer.reward for answer in answers if answer.reward is not None]
         return {
             **({"reward": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards)} if rewards else {}),
@@ -60,7 +171,7 @@ class Examination:
                 "tokens": len(group.completions[0].tokens),
                 "answer": group.completions[0].text,
                 "reward": group.completions[0].reward,
-                "scores": {**group.completions[0].scores, **self.judged[index].completions[0].scores},
+                "scores": {**group.completions[0].scores, **self.eval_groups[index].completions[0].scores},
                 **({"kl": self.kl[index]} if self.kl else {}),
             }
             for index, group in enumerate(self.groups[:count])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from alignment.types import Group
 
 SAMPLES = "samples.jsonl"
 """Held-out prompts and the model's answers, with reward, scores and divergence where they are known."""
@@ -36,11 +34,9 @@ class Journal:
         for row in rows:
             self._append(SAMPLES, row)
 
-    def step(self, step: int, groups: list[Group], position: int) -> None:
-        """Adds what a step has learned from."""
-        versions = sorted({completion.version or 0 for group in groups for completion in group.completions})
-        prompts = [group.id for group in groups]
-        self._append(LEDGER, {"step": step, "position": position, "versions": versions, "prompts": prompts})
+    def step(self, step: int, position: int, provenance: Mapping[str, Any]) -> None:
+        """Adds where the groups of a step came from."""
+        self._append(LEDGER, {"step": step, "position": position, **provenance})
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:

@@ -1,13 +1,15 @@
 """One training step: groups are packed, annotated by the models, cut into micro-batches, and learned from.
 
-groups ─► pack ─► annotate ─► Algorithm.prepare ─► minibatches ─► optimizer_step each
-         (Batch)  (reference, old log-probabilities)              micro-batches ─► Algorithm.loss ─► Terms / global counts
+groups ─► pack ─► annotate ─► Algorithm.prepare ─► minibatches ─► optimizer_step
+         (Batch)  (reference,                                      └─► micro-batches ─► Algorithm.loss ─► Terms,
+                   old log-probabilities)                               divided by global counts, differentiated
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ def train_step(
     Raises:
         DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`. That update changed nothing.
     """
+    started_at = time.perf_counter()
     batch = annotate(roles, groups, optim, world)
     batch = algorithm.prepare(dataclasses.replace(batch, kl_coefficient=settings.kl_coefficient))
     updates = [
@@ -63,8 +66,10 @@ def train_step(
     values_by_name = {name: [update[name] for update in updates if name in update] for name in names}
     return {
         **{name: math.fsum(values) / len(values) for name, values in values_by_name.items()},
+        **algorithm.step_metrics(settings.kl_coefficient),
         "lr": settings.lr.get("actor", 0.0),
         "num_tokens": float(sum(group.num_tokens for group in groups)),
+        "perf/update_seconds": time.perf_counter() - started_at,
     }
 
 

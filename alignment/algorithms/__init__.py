@@ -72,6 +72,10 @@ class Algorithm(AlgorithmConfig):
         """
         return now
 
+    def step_metrics(self, kl_coefficient: float) -> dict[str, float]:
+        """Settings of this algorithm that change from step to step, to be reported beside what was measured."""
+        return {"kl_coefficient": kl_coefficient} if self.samples else {}
+
     @property
     def first_kl_coefficient(self) -> float:
         """The price of divergence in the first step."""

@@ -26,7 +26,7 @@ from alignment.errors import ConfigError, DataError, RewardError
 from alignment.models.parallel import World
 from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable, scorer_class, scorer_names
 from alignment.rewards.rules import Rule
-from alignment.rollout.feed import of_scorer
+from alignment.rollout.queue import scores_of
 from alignment.types import Completion, Group, Message
 
 CPU = torch.device("cpu")
@@ -234,8 +234,8 @@ def test_a_metric_is_the_mean_over_what_its_scorer_rated() -> None:
     groups = [group("a", "b", task="maths"), group("c", task="style")]
     rated = rewards_of({"name": here(maths)}, {"name": here(style)}).score(groups)
     completions = [completion for each in rated for completion in each.completions]
-    assert of_scorer("maths", completions) == [1.0, 1.0]
-    assert of_scorer("style", completions) == [0.5]
+    assert scores_of("maths", completions) == [1.0, 1.0]
+    assert scores_of("style", completions) == [0.5]
 
 
 def picky(completions: list[str], **_: Any) -> list[float]:

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from alignment.models.load import LanguageModel
     from alignment.models.roles import Roles
     from alignment.rollout import Generator
-    from alignment.rollout.feed import Feed
+    from alignment.rollout.queue import RolloutQueue
 
 PROMPTS_PER_STEP = 4
 COMPLETIONS = 8
@@ -258,9 +258,9 @@ def steps_of_ours(job: Job, config: RunConfig, generator: Generator) -> Run:
     from alignment.models.roles import Roles
 
     roles = Roles.build(config, World())
-    feed = feed_of(config, roles, generator)
+    queue = queue_of(config, roles, generator)
     generator.load(roles.weights(0))
-    steps = [one_step(number, config, roles, feed, generator) for number in range(1, job.steps + 1)]
+    steps = [one_step(number, config, roles, queue, generator) for number in range(1, job.steps + 1)]
     return Run(
         seconds=[sum(step.seconds.values()) for step in steps],
         peaks_gb=list(peak_memory_gb().values()),
@@ -272,40 +272,42 @@ def steps_of_ours(job: Job, config: RunConfig, generator: Generator) -> Run:
     )
 
 
-def feed_of(config: RunConfig, roles: Roles, generator: Generator) -> Feed:
+def queue_of(config: RunConfig, roles: Roles, generator: Generator) -> RolloutQueue:
     from alignment.data.chat import GroupTokenizer
     from alignment.data.stream import GroupReader, load_data
     from alignment.models.parallel import World
     from alignment.rewards import Rewards
-    from alignment.rollout.feed import Feed
+    from alignment.rollout.queue import RolloutQueue
+    from alignment.rollout.sampler import Sampler
 
     actor, world = roles.actor, World()
     tokenizer = GroupTokenizer(actor.tokenizer, config.data, actor.end_tokens)
     stream = load_data(GroupReader(config.data, roles.algorithm, tokenizer), seed=config.seed, progress=False).train
     rewards = Rewards(config.rewards, world.device)
-    return Feed(config, roles.algorithm, stream, actor, generator, rewards, world)
+    sampler = Sampler(config, actor, generator, world)
+    return RolloutQueue(config, roles.algorithm, stream, sampler, rewards, roles)
 
 
-def one_step(number: int, config: RunConfig, roles: Roles, feed: Feed, generator: Generator) -> Step:
+def one_step(number: int, config: RunConfig, roles: Roles, queue: RolloutQueue, generator: Generator) -> Step:
     from alignment.models.parallel import World
     from alignment.step import StepSettings, train_step
 
     assert config.steps is not None
     begin = time.perf_counter()
-    taken = feed.take()
-    drawn = time.perf_counter()
-    pace = StepSettings(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
-    train_step(roles, roles.algorithm, taken.groups, config.optim, World(), pace)
+    batch = queue.next_batch()
+    sampled_at = time.perf_counter()
+    settings = StepSettings(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
+    train_step(roles, roles.algorithm, batch.groups, config.optim, World(), settings)
     learned = time.perf_counter()
     generator.load(roles.weights(number))
     synced = time.perf_counter()
-    scoring = taken.metrics["perf/reward_seconds"]
-    phases = (drawn - begin - scoring, scoring, learned - drawn, synced - learned)
+    scoring = batch.metrics["perf/reward_seconds"]
+    phases = (sampled_at - begin - scoring, scoring, learned - sampled_at, synced - learned)
     return Step(
         seconds=dict(zip(PHASES, phases, strict=True)),
-        prompt_tokens=sum(len(group.prompt_tokens) for group in taken.groups),
-        lengths=[len(completion.tokens) for group in taken.groups for completion in group.completions],
-        reward=taken.metrics["reward"],
+        prompt_tokens=sum(len(group.prompt_tokens) for group in batch.groups),
+        lengths=[len(completion.tokens) for group in batch.groups for completion in group.completions],
+        reward=batch.metrics["reward"],
     )
 
 
