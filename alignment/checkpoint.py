@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need
     import torch
     from torch import Tensor
 
+    from alignment.batch import Role
     from alignment.models.load import LanguageModel
     from alignment.models.parallel import World
     from alignment.models.roles import Roles
-    from alignment.types import Role
 
 logger = logging.getLogger(__name__)
 

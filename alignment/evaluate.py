@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.algorithms import Algorithm
 from alignment.config import RunConfig
+from alignment.groups import Group
 from alignment.journal import Journal
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
@@ -18,7 +19,6 @@ from alignment.rollout.local import greedy
 from alignment.rollout.queue import scores_of
 from alignment.rollout.sampler import Sampler
 from alignment.step import divergences, evaluate
-from alignment.types import Group
 
 
 class Evaluator:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from alignment.data.stream import GroupStream
+from alignment.groups import Group
 from alignment.metrics import Metrics
-from alignment.types import Group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from alignment.config import RunConfig
 from alignment.errors import CheckpointError
+from alignment.groups import Group
 from alignment.models.folders import weights_stamp
 from alignment.models.parallel import World, on_every_worker
 from alignment.models.roles import Roles
 from alignment.step import reference_logprobs
-from alignment.types import Group
 
 GROUPS_AT_ONCE = 256
 """Groups whose log-probabilities the workers share out among them at a time."""

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from alignment import checkpoint
 from alignment.algorithms import Algorithm
+from alignment.batch import Role
 from alignment.checkpoint import Progress, Restored
 from alignment.config import OptimConfig, RunConfig
 from alignment.data.agreement import check_data
@@ -38,7 +39,6 @@ from alignment.rollout.local import LocalGenerator
 from alignment.rollout.queue import RolloutQueue
 from alignment.rollout.sampler import Sampler
 from alignment.step import StepSettings, learning_rate
-from alignment.types import Role
 
 SUMMARY = "summary.json"
 MANY_STEPS = 200

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms import Algorithm
+from alignment.batch import Batch, Loss, Role, Unit
 from alignment.config import OptimConfig
 from alignment.data.packing import micro_batches, pack, share
 from alignment.errors import DivergenceError
+from alignment.groups import Group
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
-from alignment.types import Batch, Group, Loss, Role, Unit
 
 UNITS: tuple[Unit, ...] = ("token", "completion", "pair")
 

@@ -24,8 +24,8 @@ from alignment.errors import ConfigError, DataError, ServingError
 from serving.client import Service, side_by_side
 
 if TYPE_CHECKING:
+    from alignment.groups import Group
     from alignment.rewards import Rewards
-    from alignment.types import Group
 
 Figures = dict[str, float]
 """What a version is worth: `accuracy`, `reward`, `judges/NAME`, `length`, `truncated`, `kl`, as far as it is known."""
@@ -201,7 +201,7 @@ class Examiner:
 
     def sit(self, version: int, group: Group) -> Paper:
         """One prompt of one version's examination."""
-        from alignment.types import Completion
+        from alignment.groups import Completion
 
         completed = self._completed(version, group)
         (choice,) = completed.choices

@@ -35,7 +35,7 @@ from serving.launch import refuse_busy_port
 from serving.schema import Refused, refusal, sound_json
 
 if TYPE_CHECKING:  # torch takes seconds, and --help must not
-    from alignment.types import Group
+    from alignment.groups import Group
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def _by_prompt(items: Sequence[ScoreItem]) -> list[list[ScoreItem]]:
 
 
 def _group(items: list[ScoreItem]) -> Group:
-    from alignment.types import Completion, Group, Message
+    from alignment.groups import Completion, Group, Message
 
     turns = tuple(Message(role=turn.role, content=turn.content) for turn in items[0].messages or ())
     completions = tuple(Completion(text=item.completion, truncated=item.truncated) for item in items)

@@ -32,9 +32,10 @@ from serving.served import reference_of, rewards_length
 if TYPE_CHECKING:  # torch takes seconds, and the ingress, which knows this module's types, has no use for it
     import torch
 
+    from alignment.batch import Batch
+    from alignment.groups import Group
     from alignment.models.load import LanguageModel
     from alignment.rewards.model import ModelScorer
-    from alignment.types import Batch, Group
 
 logger = logging.getLogger("ray.serve")
 
@@ -56,7 +57,7 @@ class Asked:
 
     def group(self) -> Group:
         """The same as a Group, which needs torch."""
-        from alignment.types import Completion, Group, Message
+        from alignment.groups import Completion, Group, Message
 
         completions = tuple(Completion(text=text) for text in self.completions)
         if isinstance(self.prompt, str):

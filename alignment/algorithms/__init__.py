@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Literal
 
+from alignment.batch import Batch, Loss, Outputs
 from alignment.config import AlgorithmConfig
 from alignment.errors import DataError, NoPreference
-from alignment.types import Batch, Group, Loss, Outputs
+from alignment.groups import Group
 
 
 class Algorithm(AlgorithmConfig):

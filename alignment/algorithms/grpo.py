@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alignment.advantages import group_relative
 from alignment.algorithms._policy_gradient import PolicyGradient
-from alignment.types import Batch, Group
+from alignment.batch import Batch
+from alignment.groups import Group
 
 
 class GRPO(PolicyGradient):

@@ -6,8 +6,9 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from alignment.algorithms.dpo import DPO
+from alignment.batch import Batch, Loss, Outputs
 from alignment.errors import DataError
-from alignment.types import Batch, Group, Loss, Outputs
+from alignment.groups import Group
 
 
 class OnlineDPO(DPO):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignment.advantages import gae, group_relative, whiten
 from alignment.algorithms._policy_gradient import Discounted
-from alignment.types import Batch
+from alignment.batch import Batch
 
 
 class ReinforcePlusPlus(Discounted):

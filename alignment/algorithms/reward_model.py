@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms import Algorithm, check_preference
+from alignment.batch import Batch, Loss, Outputs, Term
 from alignment.config import NonNegative
+from alignment.groups import Group
 from alignment.losses import pairwise_reward
-from alignment.types import Batch, Group, Loss, Outputs, Term
 
 
 class RewardModel(Algorithm):

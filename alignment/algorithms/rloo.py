@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alignment.advantages import leave_one_out, whiten
 from alignment.algorithms._policy_gradient import PolicyGradient
-from alignment.types import Batch
+from alignment.batch import Batch
 
 
 class RLOO(PolicyGradient):

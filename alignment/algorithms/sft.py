@@ -6,8 +6,9 @@ import dataclasses
 from typing import Literal
 
 from alignment.algorithms import Algorithm
+from alignment.batch import Batch, Loss, Outputs, Term
 from alignment.errors import DataError, NothingToImitate
-from alignment.types import Batch, Group, Loss, Outputs, Term
+from alignment.groups import Group
 
 GOOD = 0.5
 """A rating above it is good where no answer is worse: thumbs and labels are 1 or 0, a tie is 0.5."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from alignment.data.stream import Data
 from alignment.errors import DataError
+from alignment.groups import Group
 from alignment.models.parallel import World
-from alignment.types import Group
 
 ADVICE = (
     "Every worker reads the data by itself, and must read the same row by row: put the files where all machines see "

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from alignment.types import Batch, Group
+from alignment.batch import Batch
+from alignment.groups import Group
 
 
 def pack(groups: list[Group]) -> Batch:
     """Lays tokenised groups one after another, each as its prompt followed by its completions.
 
-    `alignment.types.Batch` draws the layout. Every prompt must have at least one token, which predicts the first token
+    `alignment.batch.Batch` draws the layout. Every prompt must have at least one token, which predicts the first token
     of each of its completions.
     """
     tokens: list[int] = []

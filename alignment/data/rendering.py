@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignment.data.control_tokens import THOUGHTS, ControlTokens, Span
 from alignment.errors import DataError
-from alignment.types import Message
+from alignment.groups import Message
 
 Turns = tuple[Message, ...]
 

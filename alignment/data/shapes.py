@@ -13,7 +13,7 @@ from typing import Any
 from alignment.config import SourceConfig, is_template_variable
 from alignment.data.files import Cell, Row
 from alignment.errors import DataError, WithoutWeight
-from alignment.types import Completion, Group, Message
+from alignment.groups import Completion, Group, Message
 
 STACK_EXCHANGE = {"chosen": "response_j", "rejected": "response_k"}
 STACK_EXCHANGE_PROMPT = "Question: {question}\n\nAnswer: "

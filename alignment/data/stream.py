@@ -21,7 +21,7 @@ from alignment.data.chat import GroupTokenizer
 from alignment.data.shapes import ReadRow, has_equal_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
-from alignment.types import Group
+from alignment.groups import Group
 
 if TYPE_CHECKING:
     from alignment.rewards import BuildableScorer

@@ -6,7 +6,7 @@ from typing import Any
 
 from alignment.data.chat import GroupTokenizer
 from alignment.errors import DataError
-from alignment.types import Group
+from alignment.groups import Group
 
 
 class BoundedGroupTokenizer(GroupTokenizer):

@@ -27,8 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function
 
+from alignment.batch import Batch
 from alignment.errors import ModelError
-from alignment.types import Batch
 
 Attention = Literal["blocks", "sdpa", "flex"]
 IMPLEMENTATIONS: dict[Attention, str] = {

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ModelError
+from alignment.groups import Completion, Group
 from alignment.models.attention import IMPLEMENTATIONS
 from alignment.models.forward import linear_logprobs, outputs, scores
 from alignment.models.language_model import LanguageModel, LogitTransform
-from alignment.types import Batch, Completion, Group
 
 LENGTHS = ((9, (7, 4)), (3, (5, 8)))
 """Tokens of each group's prompt and answers: prompts shorter and longer than a window, and answers that cross one."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from alignment.batch import Batch, Outputs
 from alignment.errors import ModelError
 from alignment.models.attention import IMPLEMENTATIONS, packed_layout
 from alignment.models.language_model import LINEAR, LanguageModel, LogitTransform
-from alignment.types import Batch, Outputs
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MiB in fp32); [T, vocab] never exists."""

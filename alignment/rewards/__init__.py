@@ -20,8 +20,8 @@ from alignment.errors import ConfigError, RewardError
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch
 
+    from alignment.groups import Completion, Group
     from alignment.models.parallel import World
-    from alignment.types import Completion, Group
 
 READY_MADE = {
     "regex": "alignment.rewards.rules:Regex",

@@ -44,7 +44,7 @@ from alignment.rewards import AskAgain, BuildableScorer, Reward, UnreadableTexts
 if TYPE_CHECKING:
     import torch
 
-    from alignment.types import Group
+    from alignment.groups import Group
 
 Result = TypeVar("Result")
 OURS = ("prompts", "completions")

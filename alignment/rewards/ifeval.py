@@ -21,7 +21,7 @@ from alignment.rewards import Reward
 from alignment.rewards.rules import Rule, contains_keyword, kept_column
 
 if TYPE_CHECKING:
-    from alignment.types import Completion, Group
+    from alignment.groups import Completion, Group
 
 Arguments = Mapping[str, Any]
 UNSUPPORTED = frozenset({"language:response_language"})

@@ -34,7 +34,7 @@ from alignment.rewards.rules import kept_column
 if TYPE_CHECKING:
     import torch
 
-    from alignment.types import Completion, Group
+    from alignment.groups import Completion, Group
 
 START_S = 120.0
 """Seconds that a process may take to begin, on a machine where others compute."""

@@ -18,7 +18,7 @@ from alignment.rewards import BuildableScorer, UnreadableTexts
 if TYPE_CHECKING:  # a configuration with a reward model is checked by processes that need no torch
     import torch
 
-    from alignment.types import Group
+    from alignment.groups import Group
 
 logger = logging.getLogger(__name__)
 

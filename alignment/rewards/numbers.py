@@ -17,7 +17,7 @@ from alignment.rewards.quantities import Reading, first_number, formula, has_wor
 from alignment.rewards.rules import Rule, kept_column
 
 if TYPE_CHECKING:
-    from alignment.types import Completion, Group
+    from alignment.groups import Completion, Group
 
 BOX = re.compile(r"\\(?:boxed|fbox) ?(?=\{|\d)")
 

@@ -28,7 +28,7 @@ from alignment.rewards.functions import Loop, prompt_of
 if TYPE_CHECKING:
     import torch
 
-    from alignment.types import Group
+    from alignment.groups import Group
 
 MAX_PAUSE_S = 30.0
 PASSING = {408, 425, 429, 500, 502, 503, 504}

@@ -17,7 +17,7 @@ from alignment.rewards import BuildableScorer, Reward, Unreadable, UnreadableTex
 if TYPE_CHECKING:
     import torch
 
-    from alignment.types import Completion, Group
+    from alignment.groups import Completion, Group
 
 Unit = Literal["tokens", "words", "characters"]
 Shape = Literal["linear", "quadratic", "step"]

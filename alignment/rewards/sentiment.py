@@ -12,7 +12,7 @@ from alignment.config import Positive
 from alignment.rewards.rules import Rule
 
 if TYPE_CHECKING:
-    from alignment.types import Completion, Group
+    from alignment.groups import Completion, Group
 
 POSITIVE = frozenset(
     word

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from alignment.groups import Completion, Group
 from alignment.rollout import Rollout
-from alignment.types import Completion, Group
 
 SCORE = "score."
 """Prefix of the tensors with what each scorer gave."""

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from alignment.config import RunConfig
+from alignment.groups import Completion, Group
 from alignment.models.load import LanguageModel
 from alignment.models.parallel import World, on_every_worker, together
 from alignment.models.roles import Roles
 from alignment.rollout import Generator, Prompt, Rollout, Sampling
-from alignment.types import Completion, Group
 
 
 class Sampler:

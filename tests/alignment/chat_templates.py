@@ -16,7 +16,7 @@ from typing import Any
 from alignment.config import DataConfig
 from alignment.data.chat import GroupTokenizer, with_kwargs
 from alignment.errors import ConfigError, DataError
-from alignment.types import Completion, Group, Message
+from alignment.groups import Completion, Group, Message
 from tests.conftest import make_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "chat-templates.md"

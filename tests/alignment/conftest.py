@@ -12,7 +12,7 @@ from alignment.algorithms import Algorithm
 from alignment.config import DataConfig, algorithm_class
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import Data, GroupReader, load_data
-from alignment.types import Group
+from alignment.groups import Group
 from tests.conftest import make_tokenizer
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from alignment.data.chat import GroupTokenizer, run_date, with_kwargs
 from alignment.data.shapes import to_group
 from alignment.data.stream import Data, GroupReader, ListStream
 from alignment.errors import ConfigError, DataError
+from alignment.groups import Completion, Group, Message
 from alignment.models.load import load_tokenizer
-from alignment.types import Completion, Group, Message
 from tests.alignment.chat_templates import published, tokenizer_for
 from tests.alignment.conftest import lines_of, load
 from tests.conftest import CHATML, make_tokenizer

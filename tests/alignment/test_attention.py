@@ -15,8 +15,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ModelError
+from alignment.groups import Completion, Group
 from alignment.models.attention import (
     Layout,
     block_mask,
@@ -26,7 +28,6 @@ from alignment.models.attention import (
     grouped_attention,
     grouped_mask,
 )
-from alignment.types import Batch, Completion, Group
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from tokenizers import processors
 from alignment.config import DataConfig
 from alignment.data.chat import CHAT_TEMPLATES, GroupTokenizer, chat_template
 from alignment.errors import ConfigError, DataError
-from alignment.types import Completion, Group, Message
+from alignment.groups import Completion, Group, Message
 from tests.conftest import CHATML, make_tokenizer
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"

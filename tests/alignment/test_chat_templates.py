@@ -7,7 +7,7 @@ import pytest
 from alignment.data.chat import GroupTokenizer, with_kwargs
 from alignment.data.rendering import TemplateInputs
 from alignment.errors import DataError
-from alignment.types import Group, Message
+from alignment.groups import Group, Message
 from tests.alignment.chat_templates import (
     ANSWERS,
     EOS,

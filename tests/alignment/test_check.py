@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alignment.batch import Batch
 from alignment.config import DataConfig, ModelConfig
 from alignment.data.packing import pack
 from alignment.errors import ModelError
+from alignment.groups import Completion, Group
 from alignment.models import check
 from alignment.models.check import prove_packing
 from alignment.models.forward import outputs, scores
 from alignment.models.language_model import LanguageModel, LogitTransform
 from alignment.models.load import load_model
 from alignment.rewards.model import longest_input
-from alignment.types import Batch, Completion, Group
 from tests.alignment.families import write_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")

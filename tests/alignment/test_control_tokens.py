@@ -13,7 +13,7 @@ from alignment.config import DataConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.control_tokens import ControlTokens, chat_prompt_ids
 from alignment.errors import DataError
-from alignment.types import Completion, Group, Message
+from alignment.groups import Completion, Group, Message
 from tests.conftest import CHATML, TEXT, make_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"

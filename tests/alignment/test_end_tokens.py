@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from alignment.groups import Completion, Group, Message
 from alignment.rewards.model import RewardModel
-from alignment.types import Completion, Group, Message
 from tests.alignment.families import write_family
 
 TURNS = [{"role": "user", "content": "the quick brown fox?"}, {"role": "assistant", "content": "it jumps"}]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms import Algorithm
+from alignment.batch import Batch
 from alignment.config import RunConfig
+from alignment.groups import Completion, Group
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.step import annotate
-from alignment.types import Batch, Completion, Group
 
 Settings = dict[str, Any]
 

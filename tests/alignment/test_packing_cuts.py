@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from alignment.data import packing
-from alignment.types import Completion, Group
+from alignment.groups import Completion, Group
 
 
 def group_of(number: int, length: int) -> Group:

@@ -16,10 +16,12 @@ import torch
 
 from alignment import checkpoint
 from alignment.algorithms import Algorithm
+from alignment.batch import Outputs
 from alignment.checkpoint import find_checkpoint
 from alignment.config import DataConfig, ModelConfig, RunConfig, algorithm_class
 from alignment.data.packing import pack
 from alignment.errors import DataError
+from alignment.groups import Completion, Group
 from alignment.identity import Identity
 from alignment.metrics import read_metrics
 from alignment.models.forward import scores
@@ -27,7 +29,6 @@ from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.step import evaluate
-from alignment.types import Completion, Group, Outputs
 from tests.alignment.test_packing import group, random_groups
 from tests.alignment.test_train import run
 

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from alignment.config import RunConfig, SourceConfig, check_config, json_schema
 from alignment.data.shapes import to_group
 from alignment.errors import ConfigError, DataError, RewardError
+from alignment.groups import Completion, Group, Message
 from alignment.models.parallel import World
 from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable, scorer_class, scorer_names
 from alignment.rewards.rules import Rule
 from alignment.rollout.queue import scores_of
-from alignment.types import Completion, Group, Message
 
 CPU = torch.device("cpu")
 CALLS: list[dict[str, Any]] = []

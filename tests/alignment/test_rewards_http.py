@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from alignment.errors import ConfigError, RewardError
+from alignment.groups import Completion, Group, Message
 from alignment.rewards import Rewards, scorer_class
-from alignment.types import Completion, Group, Message
 from tests.conftest import free_port
 
 SECRET, PROMPT, ANSWER = "sk-very-secret", "a private question", "a private answer"

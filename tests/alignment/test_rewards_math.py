@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from alignment.errors import RewardError
+from alignment.groups import Completion, Group
 from alignment.rewards import BuildableScorer, Rewards, scorer_class
-from alignment.types import Completion, Group
 
 EQUAL = [
     (r"4\sqrt{2}", r"so it is \boxed{\sqrt{32}}"),

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
+from alignment.groups import Completion, Group
 from alignment.rewards.numbers import ExactNumber, number_in
-from alignment.types import Completion, Group
 
 MORE_THAN_A_NUMBER = [
     (r"\boxed{4√2}", "4", 0),

@@ -11,7 +11,7 @@ from alignment.config import SourceConfig
 from alignment.data.files import Cell
 from alignment.data.shapes import to_group
 from alignment.errors import DataError, NoPreference, WithoutWeight
-from alignment.types import Completion, Group, Message
+from alignment.groups import Completion, Group, Message
 from tests.conftest import read_data
 
 Row = dict[str, Any]

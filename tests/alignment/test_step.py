@@ -13,11 +13,11 @@ from alignment.config import OptimConfig, RunConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import GroupReader, load_data
 from alignment.errors import ConfigError, DivergenceError
+from alignment.groups import Group
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles, reference_of
 from alignment.step import StepSettings, evaluate, learning_rate, train_step
-from alignment.types import Group
 
 Settings = dict[str, Any]
 

@@ -21,6 +21,7 @@ import alignment.rollout.weights as movement
 from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RolloutConfig
 from alignment.data.packing import pack
 from alignment.errors import ConfigError, RolloutError
+from alignment.groups import Completion, Group
 from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, shard
@@ -29,7 +30,6 @@ from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
 from alignment.rollout.pool import Pool
 from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed_of
 from alignment.rollout.weights import Outbox
-from alignment.types import Completion, Group
 from tests.conftest import make_tokenizer
 from tests.processes import engine_processes
 

@@ -20,15 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignment import checkpoint
+from alignment.batch import Batch
 from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, ZeroConfig, check_config
 from alignment.data.packing import pack
 from alignment.errors import ConfigError
+from alignment.groups import Completion, Group
 from alignment.models.forward import outputs, scores
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, shard, shard_frozen
 from alignment.models.roles import Roles
 from alignment.rollout.local import greedy
-from alignment.types import Batch, Completion, Group
 from tests.conftest import free_port, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

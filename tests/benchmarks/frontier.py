@@ -112,11 +112,11 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
     import torch
 
     from alignment.config import ModelConfig, RolloutConfig
+    from alignment.groups import Completion, Group
     from alignment.models.load import load_tokenizer
     from alignment.rewards.sentiment import Sentiment
     from alignment.rollout import Prompt, Sampling
     from alignment.rollout.vllm import EngineSettings, local_generator
-    from alignment.types import Completion, Group
 
     config = ModelConfig(path=model)
     tokenizer, rule = load_tokenizer(config), Sentiment()

@@ -75,7 +75,7 @@ def random_adapter(folder: Path) -> Path:
 
 def groups(count: int) -> list[Any]:
     """Pairs of answers, as texts."""
-    from alignment.types import Completion, Group, Message
+    from alignment.groups import Completion, Group, Message
 
     rows = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()[:count]]
     return [

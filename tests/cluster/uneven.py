@@ -6,7 +6,7 @@ import os
 
 from alignment.algorithms.sft import SFT
 from alignment.errors import NoPreference
-from alignment.types import Group
+from alignment.groups import Group
 
 
 class Uneven(SFT):

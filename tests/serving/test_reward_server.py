@@ -21,9 +21,9 @@ import torch
 from starlette.responses import Response
 
 from alignment.errors import ConfigError, RewardError
+from alignment.groups import Completion, Group, Message
 from alignment.rewards import Rewards, scorer_class
 from alignment.rewards.remote import ScoreItem
-from alignment.types import Completion, Group, Message
 from serving.launch import refuse_busy_port
 from serving.rewards import Guard, ModelThread, reward_server
 from serving.schema import Refused

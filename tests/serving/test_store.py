@@ -26,7 +26,7 @@ from alembic.migration import MigrationContext
 from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.errors import ServingError
-from alignment.types import Message
+from alignment.groups import Message
 from serving import store as stores
 from serving.store import Store
 from serving.store import writer as writing
