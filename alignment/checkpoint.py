@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.config import RunConfig
 from alignment.errors import CheckpointError
 from alignment.identity import Identity, check_same_run, identify
+from alignment.settings.run import RunConfig
 
 if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need not wait for torch
     import torch

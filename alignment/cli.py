@@ -10,8 +10,8 @@ from pathlib import Path
 
 import typer
 
-from alignment.config import search_for_modules
 from alignment.errors import AlignmentError
+from alignment.settings.plugins import search_for_modules
 
 # name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer; a command that has
 # commands of its own is a `typer.Typer`.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from alignment.algorithms import Algorithm
-from alignment.config import RunConfig
 from alignment.groups import Group
 from alignment.journal import Journal
 from alignment.metrics import Metrics
@@ -18,6 +17,7 @@ from alignment.rewards import Rewards
 from alignment.rollout.local import greedy
 from alignment.rollout.queue import scores_of
 from alignment.rollout.sampler import Sampler
+from alignment.settings.run import RunConfig
 from alignment.step import divergences, evaluate
 
 

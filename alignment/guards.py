@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from alignment.config import GuardsConfig
 from alignment.metrics import Metrics
+from alignment.settings.run import GuardsConfig
 
 # metric, limit in the configuration, which side of it is bad, and what that means.
 LIMITS = (

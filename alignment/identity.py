@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config import OptimConfig, RunConfig
 from alignment.errors import CheckpointError
+from alignment.settings.run import OptimConfig, RunConfig
 
 SAMPLING = {"completions", "max_tokens", "temperature", "top_p", "top_k"}
 """Keys of `rollout` that decide from which distribution answers are drawn."""

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from alignment.config import RunConfig
 from alignment.errors import CheckpointError
 from alignment.groups import Group
 from alignment.models.folders import weights_stamp
 from alignment.models.parallel import World, on_every_worker
 from alignment.models.roles import Roles
+from alignment.settings.run import RunConfig
 from alignment.step import reference_logprobs
 
 GROUPS_AT_ONCE = 256

@@ -16,7 +16,6 @@ from alignment import checkpoint
 from alignment.algorithms import Algorithm
 from alignment.batch import Role
 from alignment.checkpoint import Progress, Restored
-from alignment.config import OptimConfig, RunConfig
 from alignment.data.agreement import check_data
 from alignment.data.chat import DATE_OF_RUN, run_date
 from alignment.data.snapshot import keep_live_rows
@@ -38,6 +37,7 @@ from alignment.rollout import Generator
 from alignment.rollout.local import LocalGenerator
 from alignment.rollout.queue import RolloutQueue
 from alignment.rollout.sampler import Sampler
+from alignment.settings.run import OptimConfig, RunConfig
 from alignment.step import StepSettings, learning_rate
 
 SUMMARY = "summary.json"

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from alignment.algorithms import Algorithm
 from alignment.batch import Batch, Loss, Role, Unit
-from alignment.config import OptimConfig
 from alignment.data.packing import micro_batches, pack, share
 from alignment.errors import DivergenceError
 from alignment.groups import Group
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
+from alignment.settings.run import OptimConfig
 
 UNITS: tuple[Unit, ...] = ("token", "completion", "pair")
 

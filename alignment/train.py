@@ -14,13 +14,13 @@ import time
 
 import torch
 
-from alignment.config import RunConfig
 from alignment.data.agreement import check_step
 from alignment.failure import telling_others
 from alignment.metrics import Metrics, Reporter
 from alignment.models.parallel import World, together
 from alignment.rollout import Generator
 from alignment.run import Run, run_lock
+from alignment.settings.run import RunConfig
 from alignment.step import train_step
 
 

@@ -7,7 +7,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from alignment.config import Count, NonNegative, PositiveCount, RunConfig, Section, load_config
+from alignment.settings.load import load_config
+from alignment.settings.run import RunConfig
+from alignment.settings.section import Count, NonNegative, PositiveCount, Section
 
 
 class ClusterConfig(Section):
@@ -92,6 +94,6 @@ def load_run(path: Path, overrides: list[str]) -> ClusterRunConfig:
     """Reads a run's YAML file with overrides.
 
     Raises:
-        ConfigError: as `alignment.config.load_config`.
+        ConfigError: as `alignment.settings.load.load_config`.
     """
     return load_config(path, overrides, kind=ClusterRunConfig)

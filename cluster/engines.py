@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.config import RunConfig
 from alignment.errors import AlignmentError, RolloutError
 from alignment.models.parallel import World
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EngineLost, Pool
 from alignment.rollout.vllm import Engine, EngineSettings
 from alignment.rollout.weights import PREFIX, Outbox, Update, local_places, sweep
+from alignment.settings.run import RunConfig
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

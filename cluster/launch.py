@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alignment.config import MODULE_FOLDERS, ZeroConfig, json_schema
 from alignment.environment import NO_BARS, compute_on, inherited
 from alignment.errors import ClusterError, ConfigError
 from alignment.failure import clear_failure, failure_of
+from alignment.settings.plugins import MODULE_FOLDERS
+from alignment.settings.run import ZeroConfig
+from alignment.settings.schema import json_schema
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, plan
 from cluster.ray_access import check_token, protect_token_file, require_token

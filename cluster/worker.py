@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.config import RunConfig, search_for_modules
 from alignment.environment import compute_on
 from alignment.errors import AlignmentError, ConfigError
 from alignment.metrics import Metrics, Reporter
+from alignment.settings.plugins import search_for_modules
+from alignment.settings.run import RunConfig
 
 if TYPE_CHECKING:
     from alignment.models.parallel import World

@@ -12,8 +12,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from alignment.config import check_config
 from alignment.errors import ConfigError
+from alignment.settings.load import check_config
 from cluster.ray_access import check_token
 from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig

@@ -8,8 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignment.config import Count, NonNegative, NumberFormat, Positive, PositiveCount, Section, load_config
 from alignment.passwords import holds_password
+from alignment.settings.load import load_config
+from alignment.settings.section import Count, NonNegative, NumberFormat, Positive, PositiveCount, Section
 
 Device = Literal["cpu", "cuda"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

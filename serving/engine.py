@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from alignment.config import NumberFormat
 from alignment.errors import AlignmentError, ServingError
+from alignment.settings.section import NumberFormat
 from alignment.start_failure import SettingNames, StartLog
 from serving.batching import batched
 from serving.config import Device, ServeConfig

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alignment.config import Fraction, NonNegative, Positive, PositiveCount, Scorers, Section, SourceConfig, load_config
 from alignment.errors import ConfigError, DataError, ServingError
+from alignment.settings.data import SourceConfig
+from alignment.settings.load import load_config
+from alignment.settings.plugins import Scorers
+from alignment.settings.section import Fraction, NonNegative, Positive, PositiveCount, Section
 from serving.client import Service, side_by_side
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from alignment.config import check_config
 from alignment.errors import ConfigError, RewardError
 from alignment.rewards import Reward, Scorer, Unreadable, checked
 from alignment.rewards.model import RewardModel
 from alignment.rewards.remote import ScoredItem, ScoreItem, ScoreReply, ScoreRequest, key_from
+from alignment.settings.load import check_config
 from serving.guard import check_local
 from serving.launch import refuse_busy_port
 from serving.schema import Refused, refusal, sound_json

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from alignment.config import DataConfig, ModelConfig
 from alignment.errors import AlignmentError, DataError, RewardError, ServingError
 from alignment.models.folders import model_source
 from alignment.rewards.remote import ChatMessage
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
 from serving.config import Device, ServeConfig
 from serving.registry import Registry, Version
 from serving.schema import Reply, refusal

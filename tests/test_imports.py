@@ -22,8 +22,8 @@ ALLOWED = {"cluster.ray_access"}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # Importing these must stay cheap: they run before anything heavy, or in processes that need nothing heavy.
-LIGHT = ["alignment.config", "alignment.errors", "alignment.cli", "cluster.config", "cluster.plan", "cluster.launch"]
-LIGHT += ["serving.promote", "serving.registry", "alignment.groups"]
+LIGHT = ["alignment.settings.run", "alignment.settings.load", "alignment.groups", "alignment.errors", "alignment.cli"]
+LIGHT += ["cluster.config", "cluster.plan", "cluster.launch", "serving.promote", "serving.registry"]
 
 
 def imported(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:

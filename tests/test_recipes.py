@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from alignment.checkpoint import find_checkpoint
-from alignment.config import RunConfig
 from alignment.metrics import read_metrics
+from alignment.settings.run import RunConfig
 from cluster.config import load_run
 from cluster.launch import run
 from tests.conftest import DATA, RECIPES, pair_rows

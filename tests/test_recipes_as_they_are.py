@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from alignment.checkpoint import find_checkpoint
-from alignment.config import RunConfig
 from alignment.errors import ModelError
 from alignment.metrics import Silent
 from alignment.models.folders import BUNDLED
 from alignment.models.parallel import World
+from alignment.settings.run import RunConfig
 from alignment.train import train
 from cluster.config import ClusterRunConfig, load_run
 from cluster.launch import rehearse

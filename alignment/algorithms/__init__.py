@@ -6,9 +6,9 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 from alignment.batch import Batch, Loss, Outputs
-from alignment.config import AlgorithmConfig
 from alignment.errors import DataError, NoPreference
 from alignment.groups import Group
+from alignment.settings.plugins import AlgorithmConfig
 
 
 class Algorithm(AlgorithmConfig):

@@ -18,10 +18,10 @@ from torch import Tensor
 from alignment.advantages import whiten
 from alignment.algorithms import ReferencedAlgorithm
 from alignment.batch import Batch, Loss, Outputs, Term
-from alignment.config import Fraction, NonNegative, Positive, PositiveCount
 from alignment.errors import DataError
 from alignment.groups import Group
 from alignment.losses import LARGEST_LOGRATIO, KLEstimator, clipped_policy, kl_penalty
+from alignment.settings.section import Fraction, NonNegative, Positive, PositiveCount
 
 LARGEST_CHANGE = 0.2
 """An adaptive KL coefficient moves as if the measured KL were at most this fraction from its target."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
 from alignment.batch import Batch, Loss, Outputs, Term
-from alignment.config import NonNegative, Positive
 from alignment.groups import Group
 from alignment.losses import chosen_likelihood, hinge_preference, ipo_preference, sigmoid_preference
+from alignment.settings.section import NonNegative, Positive
 
 
 class DPO(ReferencedAlgorithm):

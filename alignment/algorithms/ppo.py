@@ -11,8 +11,8 @@ from torch import Tensor
 from alignment.advantages import gae, whiten
 from alignment.algorithms._policy_gradient import Discounted
 from alignment.batch import Batch, Loss, Outputs, Term
-from alignment.config import Fraction, NonNegative, Positive, PositiveCount
 from alignment.losses import clipped_value
+from alignment.settings.section import Fraction, NonNegative, Positive, PositiveCount
 
 
 class PPO(Discounted):

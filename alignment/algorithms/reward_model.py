@@ -9,9 +9,9 @@ from torch import Tensor
 
 from alignment.algorithms import Algorithm, check_preference
 from alignment.batch import Batch, Loss, Outputs, Term
-from alignment.config import NonNegative
 from alignment.groups import Group
 from alignment.losses import pairwise_reward
+from alignment.settings.section import NonNegative
 
 
 class RewardModel(Algorithm):

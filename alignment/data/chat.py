@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from alignment.config import DataConfig
 from alignment.data.control_tokens import ControlTokens, Span
 from alignment.data.rendering import Answer, Renderer, TemplateInputs
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
+from alignment.settings.data import DataConfig
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""  # noqa: E501
 ZEPHYR = """{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""  # noqa: E501

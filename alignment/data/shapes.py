@@ -10,10 +10,11 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.config import SourceConfig, is_template_variable
 from alignment.data.files import Cell, Row
 from alignment.errors import DataError, WithoutWeight
 from alignment.groups import Completion, Group, Message
+from alignment.settings.data import SourceConfig
+from alignment.settings.model import is_template_variable
 
 STACK_EXCHANGE = {"chosen": "response_j", "rejected": "response_k"}
 STACK_EXCHANGE_PROMPT = "Question: {question}\n\nAnswer: "

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from alignment.config import DataConfig, SourceConfig
 from alignment.data.sources import is_live, read_rows
 from alignment.errors import DataError
 from alignment.models.parallel import World, on_every_worker
+from alignment.settings.data import DataConfig, SourceConfig
 
 FOLDER = "data"
 """Of a run: holds the rows of its live sources as they were when it began."""

@@ -9,9 +9,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.config import SourceConfig
 from alignment.data.files import KINDS, Rows, data_files, is_data_file, parse_line, read_file, says_split
 from alignment.errors import DataError
+from alignment.settings.data import SourceConfig
 
 if TYPE_CHECKING:
     import httpx

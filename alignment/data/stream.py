@@ -16,12 +16,12 @@ import torch
 from tqdm import tqdm
 
 from alignment.algorithms import Algorithm
-from alignment.config import DataConfig, SourceConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.shapes import ReadRow, has_equal_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
 from alignment.groups import Group
+from alignment.settings.data import DataConfig, SourceConfig
 
 if TYPE_CHECKING:
     from alignment.rewards import BuildableScorer

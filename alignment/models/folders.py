@@ -15,8 +15,10 @@ from typing import TypeVar
 from filelock import FileLock
 
 from alignment.checkpoint import checkpoint_or_path
-from alignment.config import RunConfig, ScorerConfig, Section
 from alignment.errors import ModelError
+from alignment.settings.plugins import ScorerConfig
+from alignment.settings.run import RunConfig
+from alignment.settings.section import Section
 
 Run = TypeVar("Run", bound=RunConfig)
 Part = TypeVar("Part", bound=Section)

@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from alignment.checkpoint import checkpoint_or_path
-from alignment.config import DataConfig, LoraConfig, ModelConfig, NumberFormat
 from alignment.data.chat import chat_template, with_kwargs
 from alignment.errors import ConfigError, ModelError
 from alignment.models.attention import IMPLEMENTATIONS, Attention, limit_recompilations
@@ -35,6 +34,9 @@ from alignment.models.language_model import LanguageModel
 from alignment.models.lean import make_lean
 from alignment.models.rope import fix_rope
 from alignment.models.saving import mend_generation_settings
+from alignment.settings.data import DataConfig
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.section import NumberFormat
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.config import OptimConfig
 from alignment.errors import AlignmentError
+from alignment.settings.run import OptimConfig
 
 Item = TypeVar("Item")
 GRADIENT_BUCKET = 1 << 24

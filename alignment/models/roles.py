@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from alignment.algorithms import Algorithm, ReferencedAlgorithm
 from alignment.batch import Batch, Outputs, Role
-from alignment.config import RunConfig
 from alignment.errors import ConfigError
 from alignment.models.forward import outputs, scores, values
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, loading_device, shard, shard_frozen
 from alignment.rewards.model import MEAN, STD, RewardModel
+from alignment.settings.run import RunConfig
 
 Reference = Literal["none", "adapter_off", "copy", "precomputed"]
 

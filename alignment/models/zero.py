@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
-from alignment.config import OptimConfig
 from alignment.models.parallel import GRADIENT_BUCKET, Trained, World, named_weights, optimizer_over
+from alignment.settings.run import OptimConfig
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 """Optimizer state of the shape of a weight, by the optimizer's name."""

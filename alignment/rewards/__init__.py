@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
-from alignment.config import ScorerConfig, imported, nearest
 from alignment.errors import ConfigError, RewardError
+from alignment.settings.explain import nearest
+from alignment.settings.plugins import ScorerConfig, imported
 
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch

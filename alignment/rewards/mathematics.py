@@ -24,12 +24,12 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignment.config import Positive, PositiveCount
 from alignment.errors import ConfigError, RewardError
 from alignment.rewards import BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.numbers import marked_text
 from alignment.rewards.quantities import LONGEST, formula, only_number
 from alignment.rewards.rules import kept_column
+from alignment.settings.section import Positive, PositiveCount
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.checkpoint import checkpoint_or_path
-from alignment.config import DataConfig, ModelConfig, NumberFormat, PositiveCount
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.rewards import BuildableScorer, UnreadableTexts
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
+from alignment.settings.section import NumberFormat, PositiveCount
 
 if TYPE_CHECKING:  # a configuration with a reward model is checked by processes that need no torch
     import torch

@@ -10,11 +10,11 @@ from fractions import Fraction
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignment.config import NonNegative
 from alignment.errors import RewardError
 from alignment.rewards import Reward
 from alignment.rewards.quantities import Reading, first_number, formula, has_words, last_number, only_number
 from alignment.rewards.rules import Rule, kept_column
+from alignment.settings.section import NonNegative
 
 if TYPE_CHECKING:
     from alignment.groups import Completion, Group

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
-from alignment.config import NonNegative, Positive, PositiveCount
 from alignment.errors import ConfigError, RewardError
 from alignment.rewards import LARGEST, BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.functions import Loop, prompt_of
+from alignment.settings.section import NonNegative, Positive, PositiveCount
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import regex
 from pydantic import field_validator, model_validator
 
-from alignment.config import Count, Positive, PositiveCount
 from alignment.errors import RewardError
 from alignment.rewards import BuildableScorer, Reward, Unreadable, UnreadableTexts
+from alignment.settings.section import Count, Positive, PositiveCount
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
-from alignment.config import Positive
 from alignment.rewards.rules import Rule
+from alignment.settings.section import Positive
 
 if TYPE_CHECKING:
     from alignment.groups import Completion, Group

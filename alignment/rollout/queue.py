@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alignment.algorithms import Algorithm
-from alignment.config import RunConfig
 from alignment.data.stream import GroupStream
 from alignment.group_source import StepBatch
 from alignment.groups import Completion, Group
@@ -21,6 +20,7 @@ from alignment.models.roles import Roles
 from alignment.rewards import Rewards
 from alignment.rollout.kept import from_tensors, num_groups, to_tensors
 from alignment.rollout.sampler import Sampler
+from alignment.settings.run import RunConfig
 
 MAX_REFILLS = 4
 """Times that a step waits for new prompts in place of uninformative groups, before it trains on those."""

@@ -6,12 +6,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from alignment.config import RunConfig
 from alignment.groups import Completion, Group
 from alignment.models.load import LanguageModel
 from alignment.models.parallel import World, on_every_worker, together
 from alignment.models.roles import Roles
 from alignment.rollout import Generator, Prompt, Rollout, Sampling
+from alignment.settings.run import RunConfig
 
 
 class Sampler:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from alignment.checkpoint import checkpoint_or_path
-from alignment.config import LoraConfig, ModelConfig, RolloutConfig
 from alignment.errors import AlignmentError, ConfigError, RolloutError
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EngineLost, Pool
 from alignment.rollout.weights import FILES, PREFIX, WORKER, Outbox, Update, local_places, sweep
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.run import RolloutConfig
 from alignment.start_failure import SettingNames, StartLog
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from alignment.config import is_template_variable
+from alignment.settings.model import is_template_variable
 from serving.fields import taken
 from serving.grammar import check_structured_output
 from serving.guard import as_response

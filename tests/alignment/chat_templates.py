@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from alignment.config import DataConfig
 from alignment.data.chat import GroupTokenizer, with_kwargs
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
+from alignment.settings.data import DataConfig
 from tests.conftest import make_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "chat-templates.md"

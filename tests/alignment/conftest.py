@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from alignment.algorithms import Algorithm
-from alignment.config import DataConfig, algorithm_class
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import Data, GroupReader, load_data
 from alignment.groups import Group
+from alignment.settings.data import DataConfig
+from alignment.settings.plugins import algorithm_class
 from tests.conftest import make_tokenizer
 
 if TYPE_CHECKING:

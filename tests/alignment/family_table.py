@@ -173,9 +173,10 @@ def verdict(entry: Row, folder: Path, *, head: str) -> str:
     """What loading a tiny model of the family comes to, without figures."""
     import torch
 
-    from alignment.config import DataConfig, ModelConfig
     from alignment.errors import ModelError
     from alignment.models.load import load_model
+    from alignment.settings.data import DataConfig
+    from alignment.settings.model import ModelConfig
 
     try:
         write_family(folder, entry.family, head=head, **entry.settings)

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from alignment.algorithms.sft import SFT
-from alignment.config import DataConfig, ModelConfig
 from alignment.data.chat import GroupTokenizer, run_date, with_kwargs
 from alignment.data.shapes import to_group
 from alignment.data.stream import Data, GroupReader, ListStream
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
 from alignment.models.load import load_tokenizer
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
 from tests.alignment.chat_templates import published, tokenizer_for
 from tests.alignment.conftest import lines_of, load
 from tests.conftest import CHATML, make_tokenizer

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from alignment.config import DataConfig
 from alignment.data.chat import CHAT_TEMPLATES, GroupTokenizer, chat_template
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
+from alignment.settings.data import DataConfig
 from tests.conftest import CHATML, make_tokenizer
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from alignment.batch import Batch
-from alignment.config import DataConfig, ModelConfig
 from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
@@ -20,6 +19,8 @@ from alignment.models.forward import outputs, scores
 from alignment.models.language_model import LanguageModel, LogitTransform
 from alignment.models.load import load_model
 from alignment.rewards.model import longest_input
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
 from tests.alignment.families import write_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")

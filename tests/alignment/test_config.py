@@ -13,17 +13,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from alignment.config import (
-    RunConfig,
-    _sections,
-    algorithm_class,
-    algorithm_names,
-    check_config,
-    json_schema,
-    load_config,
-)
 from alignment.errors import ConfigError
 from alignment.keys_elsewhere import KEYS_ELSEWHERE
+from alignment.settings.load import check_config, load_config
+from alignment.settings.plugins import algorithm_class, algorithm_names
+from alignment.settings.run import RunConfig
+from alignment.settings.schema import json_schema
+from alignment.settings.section import sections_of
 from cluster import launch
 from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig
@@ -427,7 +423,7 @@ def test_the_places_that_are_named_exist() -> None:
             for part in key.split("."):
                 fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
                 assert fields, (name, key)
-                kinds = algorithms if part == "algorithm" else _sections(fields[0].annotation)
+                kinds = algorithms if part == "algorithm" else sections_of(fields[0].annotation)
 
 
 @pytest.mark.parametrize(

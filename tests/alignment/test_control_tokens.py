@@ -9,11 +9,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from alignment.config import DataConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.control_tokens import ControlTokens, chat_prompt_ids
 from alignment.errors import DataError
 from alignment.groups import Completion, Group, Message
+from alignment.settings.data import DataConfig
 from tests.conftest import CHATML, TEXT, make_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"

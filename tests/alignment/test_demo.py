@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from alignment.config import RunConfig
 from alignment.demo import QUESTIONS, Answer, Exchange, comparison, contains_keyword, read_questions, table
 from alignment.errors import ConfigError
 from alignment.metrics import FileReporter
 from alignment.models.parallel import World
 from alignment.report import write_report
+from alignment.settings.run import RunConfig
 from alignment.train import train
 
 ROOT = Path(__file__).parents[2]

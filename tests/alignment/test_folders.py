@@ -67,9 +67,10 @@ def test_two_processes_at_once_unpack_the_bundled_model_whole_and_once(cache: Pa
 
 
 def answer_of(folder: Path, question: str) -> str:
-    from alignment.config import DataConfig, ModelConfig
     from alignment.models.load import load_model
     from alignment.rollout.local import greedy
+    from alignment.settings.data import DataConfig
+    from alignment.settings.model import ModelConfig
 
     model = load_model(ModelConfig(path=str(folder)), DataConfig(path="none"), device=torch.device("cpu"), seed=0)
     asked = model.tokenizer.apply_chat_template(
@@ -179,9 +180,9 @@ def test_a_reward_models_adapter_keeps_its_score_head_and_statistics_when_it_is_
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from alignment.config import RunConfig
     from alignment.metrics import Silent
     from alignment.models.parallel import World
+    from alignment.settings.run import RunConfig
     from alignment.train import train
 
     monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from alignment.algorithms import Algorithm
 from alignment.batch import Batch
-from alignment.config import RunConfig
 from alignment.groups import Completion, Group
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
+from alignment.settings.run import RunConfig
 from alignment.step import annotate
 
 Settings = dict[str, Any]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from alignment.checkpoint import find_checkpoint
-from alignment.config import GuardsConfig, RunConfig
 from alignment.errors import GuardError
 from alignment.guards import LIMITS, Guards
 from alignment.metrics import FileReporter, read_metrics
 from alignment.models.parallel import World
 from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
+from alignment.settings.run import GuardsConfig, RunConfig
 from alignment.train import train
 
 Settings = dict[str, Any]

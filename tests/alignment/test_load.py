@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch._dynamo
 
-from alignment.config import ModelConfig, RolloutConfig
 from alignment.models.attention import limit_recompilations
 from alignment.models.load import DTYPES, number_format
 from alignment.rollout.vllm import EngineSettings
+from alignment.settings.model import ModelConfig
+from alignment.settings.run import RolloutConfig
 
 
 def seconds(dtype: torch.dtype) -> float:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.config import DataConfig, ModelConfig
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
 from alignment.models.attention import dense_mask
 from alignment.models.forward import linear_logprobs, outputs
 from alignment.models.load import LanguageModel, load_model
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
 
 
 def group(prompt: list[int], *completions: list[int], rewards: tuple[float, ...] = (1.0, 0.0, -1.0)) -> Group:

@@ -18,12 +18,13 @@ from torch import Tensor
 from alignment.algorithms import Algorithm
 from alignment.algorithms._policy_gradient import PolicyGradient
 from alignment.batch import Batch, Loss, Outputs
-from alignment.config import RunConfig, algorithm_class
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
 from alignment.metrics import Metrics
 from alignment.models.parallel import Replicated, World
 from alignment.models.roles import Roles
+from alignment.settings.plugins import algorithm_class
+from alignment.settings.run import RunConfig
 from alignment.step import StepSettings, train_step
 from tests.alignment.test_zero import Workers
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from alignment.algorithms import Algorithm
 from alignment.checkpoint import checkpoints_of, commit, find_checkpoint
-from alignment.config import algorithm_class
 from alignment.groups import Completion, Group
 from alignment.metrics import read_metrics
+from alignment.settings.plugins import algorithm_class
 from tests.alignment.test_train import assert_same_run, run, weights
 from tests.conftest import TEXT
 

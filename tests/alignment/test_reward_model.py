@@ -18,7 +18,6 @@ from alignment import checkpoint
 from alignment.algorithms import Algorithm
 from alignment.batch import Outputs
 from alignment.checkpoint import find_checkpoint
-from alignment.config import DataConfig, ModelConfig, RunConfig, algorithm_class
 from alignment.data.packing import pack
 from alignment.errors import DataError
 from alignment.groups import Completion, Group
@@ -28,6 +27,10 @@ from alignment.models.forward import scores
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
+from alignment.settings.plugins import algorithm_class
+from alignment.settings.run import RunConfig
 from alignment.step import evaluate
 from tests.alignment.test_packing import group, random_groups
 from tests.alignment.test_train import run

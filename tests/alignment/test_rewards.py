@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alignment.config import RunConfig, SourceConfig, check_config, json_schema
 from alignment.data.shapes import to_group
 from alignment.errors import ConfigError, DataError, RewardError
 from alignment.groups import Completion, Group, Message
@@ -28,6 +27,10 @@ from alignment.models.parallel import World
 from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable, scorer_class, scorer_names
 from alignment.rewards.rules import Rule
 from alignment.rollout.queue import scores_of
+from alignment.settings.data import SourceConfig
+from alignment.settings.load import check_config
+from alignment.settings.run import RunConfig
+from alignment.settings.schema import json_schema
 
 CPU = torch.device("cpu")
 CALLS: list[dict[str, Any]] = []

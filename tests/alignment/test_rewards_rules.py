@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
 from alignment.errors import RewardError
@@ -23,6 +22,7 @@ from alignment.rewards.ifeval import CHECKS, UNSUPPORTED, sentences
 from alignment.rewards.numbers import number_in
 from alignment.rewards.rules import contains_keyword, overlong_penalty, repeated_share
 from alignment.rewards.sentiment import NEGATIVE, POSITIVE
+from alignment.settings.data import SourceConfig
 from tests.conftest import read_data
 
 

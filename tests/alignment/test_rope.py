@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alignment.config import DataConfig, ModelConfig
 from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
 from alignment.models.forward import outputs
 from alignment.models.language_model import LanguageModel
 from alignment.models.load import load_model
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
 from tests.alignment.families import write_family
 
 ORIGINAL = 32

@@ -13,12 +13,12 @@ import torch
 
 from alignment import checkpoint
 from alignment.checkpoint import Progress, checkpoints_of, find_checkpoint
-from alignment.config import RunConfig
 from alignment.errors import CheckpointError, ConfigError
 from alignment.identity import Identity
 from alignment.metrics import Silent
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
+from alignment.settings.run import RunConfig
 from alignment.train import train
 from cluster.config import ClusterRunConfig
 from cluster.launch import run as launch

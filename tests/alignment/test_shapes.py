@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from alignment.config import SourceConfig
 from alignment.data.files import Cell
 from alignment.data.shapes import to_group
 from alignment.errors import DataError, NoPreference, WithoutWeight
 from alignment.groups import Completion, Group, Message
+from alignment.settings.data import SourceConfig
 from tests.conftest import read_data
 
 Row = dict[str, Any]

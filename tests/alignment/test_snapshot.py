@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from alignment.config import DataConfig
 from alignment.data.snapshot import keep_live_rows
 from alignment.errors import DataError
 from alignment.metrics import read_metrics
 from alignment.models.parallel import World
+from alignment.settings.data import DataConfig
 from tests.alignment.test_train import assert_same_run, run
 from tests.alignment.test_workers import train_with
 from tests.conftest import pair_rows

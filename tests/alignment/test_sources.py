@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from alignment.config import SourceConfig
 from alignment.data.files import Row
 from alignment.data.sources import read_rows
 from alignment.errors import DataError
+from alignment.settings.data import SourceConfig
 
 WriteRows = Callable[..., Path]
 ROWS: list[Row] = [{"prompt": f"question {i}", "chosen": "yes é", "rejected": "no"} for i in range(5)]
@@ -225,7 +225,7 @@ def test_a_file_that_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_a_short_error_and_no_wait(tmp_path: Path) -> None:
     code = (
-        "from alignment.config import SourceConfig\n"
+        "from alignment.settings.data import SourceConfig\n"
         "from alignment.data.sources import read_rows\n"
         "from alignment.errors import DataError\n"
         "import datasets, time\n"

@@ -13,11 +13,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from alignment.config import RunConfig, SourceConfig, check_config
 from alignment.data import sources
 from alignment.data.files import Row
 from alignment.data.sources import read_rows
 from alignment.errors import ConfigError, DataError
+from alignment.settings.data import SourceConfig
+from alignment.settings.load import check_config
+from alignment.settings.run import RunConfig
 from serving.store import Store
 from serving.store.records import Choice, Issued, IssuedAnswer, Judgement, UnknownId
 from tests.conftest import free_port

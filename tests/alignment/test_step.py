@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from alignment.algorithms import Algorithm
-from alignment.config import OptimConfig, RunConfig
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import GroupReader, load_data
 from alignment.errors import ConfigError, DivergenceError
@@ -17,6 +16,7 @@ from alignment.groups import Group
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles, reference_of
+from alignment.settings.run import OptimConfig, RunConfig
 from alignment.step import StepSettings, evaluate, learning_rate, train_step
 
 Settings = dict[str, Any]

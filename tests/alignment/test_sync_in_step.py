@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.config import ZeroConfig
 from alignment.errors import RolloutError
 from alignment.models.parallel import World, shard, together
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
 from alignment.rollout.pool import Pool
 from alignment.rollout.weights import Outbox, Update
+from alignment.settings.run import ZeroConfig
 from tests.alignment.test_pool import PaperSeat
 from tests.alignment.test_zero import Task, Workers
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
 from alignment.checkpoint import checkpoints_of, commit, find_checkpoint, newest_intact
-from alignment.config import RunConfig
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.metrics import FileReporter, read_metrics
 from alignment.models.parallel import World
+from alignment.settings.run import RunConfig
 from alignment.train import train
 from tests.conftest import pair_rows
 
@@ -310,7 +310,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(run_setting
     folder = run(run_settings)
     intact = find_checkpoint(folder)
     program = (
-        "import json, resource, signal, sys; from alignment.config import RunConfig;"
+        "import json, resource, signal, sys; from alignment.settings.run import RunConfig;"
         "from alignment.metrics import Silent; from alignment.models.parallel import World;"
         "from alignment.train import train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000));"

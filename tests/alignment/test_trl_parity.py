@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from alignment.config import RunConfig
 from alignment.metrics import Metrics, Silent
 from alignment.models.parallel import World
+from alignment.settings.run import RunConfig
 from alignment.train import train
 from tests.conftest import pair_rows
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 import alignment.rollout.weights as movement
-from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RolloutConfig
 from alignment.data.packing import pack
 from alignment.errors import ConfigError, RolloutError
 from alignment.groups import Completion, Group
@@ -30,6 +29,9 @@ from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
 from alignment.rollout.pool import Pool
 from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed_of
 from alignment.rollout.weights import Outbox
+from alignment.settings.data import DataConfig
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.run import OptimConfig, RolloutConfig
 from tests.conftest import make_tokenizer
 from tests.processes import engine_processes
 

@@ -22,11 +22,12 @@ import psutil
 import pytest
 import torch
 
-from alignment.config import LoraConfig, ModelConfig, RolloutConfig
 from alignment.errors import ConfigError, RolloutError
 from alignment.rollout import Weights
 from alignment.rollout.vllm import local_generator
 from alignment.rollout.weights import Outbox, Update
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.run import RolloutConfig
 from tests.alignment.test_vllm import (
     PROMPTS,
     REPOSITORY,
@@ -214,7 +215,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     assert not [each for each in importlib.metadata.distributions() if each.metadata["Name"] == "raylign"]
-    from alignment.config import ModelConfig, RolloutConfig
+    from alignment.settings.model import ModelConfig
+    from alignment.settings.run import RolloutConfig
     from alignment.rollout import Prompt, Sampling
     from alignment.rollout.vllm import EngineSettings, local_generator
     from alignment.rollout.weights import Update

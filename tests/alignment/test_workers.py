@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from alignment.config import RunConfig
 from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
 from alignment.failure import FAILURE, clear_failure, failure_of, telling_others
 from alignment.metrics import FileReporter, Silent, read_metrics
 from alignment.models.parallel import World, on_every_worker
 from alignment.rollout.pool import EngineLost
+from alignment.settings.run import RunConfig
 from tests.conftest import pair_rows
 from tests.workers import Ended, run_two
 

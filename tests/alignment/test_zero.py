@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from alignment import checkpoint
 from alignment.batch import Batch
-from alignment.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, ZeroConfig, check_config
 from alignment.data.packing import pack
 from alignment.errors import ConfigError
 from alignment.groups import Completion, Group
@@ -30,6 +29,10 @@ from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import Trained, World, shard, shard_frozen
 from alignment.models.roles import Roles
 from alignment.rollout.local import greedy
+from alignment.settings.data import DataConfig
+from alignment.settings.load import check_config
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.run import OptimConfig, RunConfig, ZeroConfig
 from tests.conftest import free_port, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -136,8 +136,8 @@ def write_rows(job: Job, data: Path) -> int:
 
     Returns their tokens, each prompt counted once and end tokens not.
     """
-    from alignment.config import ModelConfig
     from alignment.models.load import load_tokenizer
+    from alignment.settings.model import ModelConfig
 
     tokenizer = load_tokenizer(ModelConfig(path=job.model))
     kept: list[str] = []
@@ -167,11 +167,11 @@ def ours(job: Job) -> Run:
     import torch
 
     from alignment.algorithms.dpo import DPO
-    from alignment.config import RunConfig
     from alignment.data.chat import GroupTokenizer
     from alignment.data.stream import GroupReader, load_data
     from alignment.models.parallel import World
     from alignment.models.roles import Roles
+    from alignment.settings.run import RunConfig
     from alignment.step import StepSettings, train_step
 
     torch.set_num_threads(job.threads)

@@ -111,12 +111,13 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
     """Answers of the starting model to each prompt, with the rule's rewards: what DPO learns from."""
     import torch
 
-    from alignment.config import ModelConfig, RolloutConfig
     from alignment.groups import Completion, Group
     from alignment.models.load import load_tokenizer
     from alignment.rewards.sentiment import Sentiment
     from alignment.rollout import Prompt, Sampling
     from alignment.rollout.vllm import EngineSettings, local_generator
+    from alignment.settings.model import ModelConfig
+    from alignment.settings.run import RolloutConfig
 
     config = ModelConfig(path=model)
     tokenizer, rule = load_tokenizer(config), Sentiment()
@@ -148,10 +149,11 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
 
 def starting_weights(config: Any, device: Any) -> Any:
     """The starting model as weights for an engine."""
-    from alignment.config import DataConfig, OptimConfig
     from alignment.models.load import load_model
     from alignment.models.parallel import World, shard
     from alignment.models.roles import ActorWeights
+    from alignment.settings.data import DataConfig
+    from alignment.settings.run import OptimConfig
 
     actor = load_model(config, DataConfig(path="-", max_length=128), device=device, seed=0)
     return ActorWeights(actor=actor, trained=shard(actor.module, OptimConfig(), World()), version=0)

@@ -56,11 +56,11 @@ from tests.benchmarks.side_by_side import (
 )
 
 if TYPE_CHECKING:
-    from alignment.config import RunConfig
     from alignment.models.load import LanguageModel
     from alignment.models.roles import Roles
     from alignment.rollout import Generator
     from alignment.rollout.queue import RolloutQueue
+    from alignment.settings.run import RunConfig
 
 PROMPTS_PER_STEP = 4
 COMPLETIONS = 8
@@ -193,8 +193,8 @@ def told(run: Run) -> str:
 
 def write_rows(job: Job, data: Path) -> None:
     """Writes the first questions, in a fixed random order, after which there is room for the longest completion."""
-    from alignment.config import ModelConfig
     from alignment.models.load import load_tokenizer
+    from alignment.settings.model import ModelConfig
 
     tokenizer = load_tokenizer(ModelConfig(path=job.model))
     wanted, kept = job.steps * PROMPTS_PER_STEP, 0
@@ -231,7 +231,7 @@ def ours(job: Job) -> Run:
 
 
 def run_config(job: Job) -> RunConfig:
-    from alignment.config import RunConfig
+    from alignment.settings.run import RunConfig
 
     return RunConfig.model_validate(
         {

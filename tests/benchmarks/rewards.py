@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tests.benchmarks.side_by_side import dtype_of
 
 if TYPE_CHECKING:
-    from alignment.config import NumberFormat
+    from alignment.settings.section import NumberFormat
 
 PAIRS = Path("configs/data/short_answers.train.jsonl")
 MAX_LENGTH = 1024
@@ -90,9 +90,10 @@ def groups(count: int) -> list[Any]:
 
 def sequences(asked: list[Any]) -> list[tuple[list[int], int]]:
     """Of every answer the tokens with its prompt's, and the number of the latter."""
-    from alignment.config import DataConfig, ModelConfig
     from alignment.data.chat import GroupTokenizer
     from alignment.models.load import load_tokenizer
+    from alignment.settings.data import DataConfig
+    from alignment.settings.model import ModelConfig
 
     tokenizer = load_tokenizer(ModelConfig(path="smollm2-135m-instruct"))
     tokenise = GroupTokenizer(tokenizer, DataConfig(path="-", max_length=MAX_LENGTH), {tokenizer.eos_token_id})
@@ -107,7 +108,7 @@ def ours(asked: list[Any], adapter: Path, folder: Path, dtype: NumberFormat) -> 
     """As `serving.scoring` does it."""
     import torch
 
-    from alignment.config import ModelConfig
+    from alignment.settings.model import ModelConfig
     from serving.registry import Registry
     from serving.scoring import Policies
 

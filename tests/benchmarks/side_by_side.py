@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
-    from alignment.config import NumberFormat
+    from alignment.settings.section import NumberFormat
 
 STACK_EXCHANGE = Path("../shared/data/stack_exchange_paired/data/rl/train.jsonl.gz")
 

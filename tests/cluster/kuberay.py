@@ -24,8 +24,8 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from alignment.config import check_config
 from alignment.errors import ConfigError
+from alignment.settings.load import check_config
 from cluster.config import load_run
 from cluster.plan import plan
 from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS, application

@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from alignment.config import SourceConfig, check_config
 from alignment.data.sources import DATABASES, ENDPOINTS, is_data_file
 from alignment.models.folders import BUNDLED
+from alignment.settings.data import SourceConfig
+from alignment.settings.load import check_config
 from cluster.config import ClusterRunConfig, load_run
 from serving.config import ServeConfig
 

@@ -15,12 +15,14 @@ import pytest
 import ray
 
 import alignment.rollout.weights as movement
-from alignment.config import DataConfig, ModelConfig, RunConfig
 from alignment.errors import RolloutError
 from alignment.models.parallel import World
 from alignment.rollout import Rollouts
 from alignment.rollout.pool import Pool
 from alignment.rollout.vllm import EngineSettings
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
+from alignment.settings.run import RunConfig
 from cluster.engines import Engines, attach, running_engines
 from tests.alignment.test_vllm import (
     MAX_LENGTH,

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import ray
 
-from alignment.config import DataConfig, ModelConfig, RunConfig
 from alignment.models.parallel import World
 from alignment.rollout.pool import Pool
 from alignment.rollout.vllm import EngineSettings
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
+from alignment.settings.run import RunConfig
 from cluster.engines import attach, running_engines
 from tests.alignment.test_vllm import (
     MAX_LENGTH,

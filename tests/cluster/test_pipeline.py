@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from alignment.config import load_config
 from alignment.errors import ClusterError, ConfigError
 from alignment.metrics import read_metrics
+from alignment.settings.load import load_config
 from cluster.pipeline import PipelineConfig, check, pipeline
 from tests.conftest import pair_rows
 from tests.processes import descendants

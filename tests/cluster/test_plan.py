@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from alignment.config import check_config
 from alignment.errors import ConfigError
 from alignment.rollout.pool import HEARTBEAT_S
+from alignment.settings.load import check_config
 from cluster.config import ClusterRunConfig, load_run
 from cluster.plan import Plan, check_fits, check_machine, collective_timeout_s, most_workers, plan
 from tests.conftest import ALIGN

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.config import DataConfig, ModelConfig
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
 from alignment.models.attention import Layout, block_mask, dense_mask
 from alignment.models.forward import linear_logprobs, outputs
 from alignment.models.load import load_model
+from alignment.settings.data import DataConfig
+from alignment.settings.model import ModelConfig
 from tests.alignment.families import write_family
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.models.folders import BUNDLED, bundled
+from alignment.settings.data import SourceConfig
 from tests.serving.conftest import ALIGNED, Running
 from tests.serving.test_endpoint import MESSAGES, assert_openai_error
 from tests.serving.test_feedback_routes import exported, judge

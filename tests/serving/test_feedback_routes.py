@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
+from alignment.settings.data import SourceConfig
 from serving.routes.feedback import Said, to_compare
 from tests.serving.conftest import ALIGNED, Running
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from alignment.config import check_config
 from alignment.errors import ConfigError, DataError, RewardError, ServingError
+from alignment.settings.load import check_config
 from serving.client import Service
 from serving.gate import Figures, GateConfig, Margins, Verdict, evaluate, held_out, judge, load_gate
 from serving.registry import Registry

@@ -23,10 +23,10 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from alignment.config import SourceConfig
 from alignment.data.shapes import to_group
 from alignment.errors import ServingError
 from alignment.groups import Message
+from alignment.settings.data import SourceConfig
 from serving import store as stores
 from serving.store import Store
 from serving.store import writer as writing

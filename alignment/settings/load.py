@@ -1,0 +1,144 @@
+"""Reading a YAML file, with overrides from the command line, into a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from alignment.errors import ConfigError
+from alignment.settings.explain import explain
+from alignment.settings.plugins import search_for_modules
+from alignment.settings.section import Section, sections_of
+
+MERGE_KEY = "tag:yaml.org,2002:merge"
+"""YAML's `<<`, which a mapping may have several of."""
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, kind: type[Config]) -> Config:
+    """Reads a YAML file (None: nothing), applies `section.key=value` overrides and checks the result against `kind`.
+
+    Functions that it names are looked for in the file's folder too, by this process and by the Ray workers that it
+    starts.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
+    """
+    tree = {} if path is None else _read(path)
+    if path is not None:
+        search_for_modules(Path(path).parent)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return check_config(_with_nulls(tree, kind), kind=kind)
+    except ConfigError as error:
+        if path is None:
+            raise
+        raise ConfigError(f"{path}:\n{error}") from error
+
+
+def check_config(tree: dict[str, Any], *, kind: type[Config]) -> Config:
+    """Checks settings that are read already against `kind`.
+
+    Raises:
+        ConfigError: a key or value is wrong; the text has a line for every problem.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, kind, tree))) from error
+
+
+class _DuplicateKey(ValueError):
+    """A key that one mapping has twice."""
+
+    def __init__(self, key: yaml.ScalarNode, first: yaml.ScalarNode) -> None:
+        self.line: int = key.start_mark.line + 1
+        before = first.start_mark.line + 1
+        place = "the same line" if before == self.line else f"line {before}"
+        super().__init__(f"key {key.value!r} is given twice in one mapping, the other time in {place}; merge the two")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML keeps the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_KEY:
+                first = keys.setdefault((key.tag, key.value), key)
+                if first is not key:
+                    raise _DuplicateKey(key, first)
+        return node
+
+
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = _parsed(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except _DuplicateKey as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise ConfigError(f"override {override!r} must have the form section.key=value, as optim.lr=1e-6")
+    try:
+        value = _parsed(text)
+    except _DuplicateKey as error:
+        raise ConfigError(f"override {override!r}: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    place: Any = tree
+    for section in sections:
+        if isinstance(place, list):
+            place = place[_index(place, section, override)]
+        else:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+    place[_index(place, last, override) if isinstance(place, list) else last] = value
+
+
+def _index(items: list[Any], text: str, override: str) -> int:
+    if not text.isdecimal() or int(text) >= len(items):
+        raise ConfigError(f"override {override!r}: {text!r} is not an index below {len(items)}")
+    return int(text)
+
+
+def _with_nulls(value: Any, kind: type[Section]) -> Any:
+    """A section's tree with null for the word None, which is Python's null, and for none where a key may be null."""
+    if not isinstance(value, dict):
+        return value
+    tree = dict(value)
+    for name, field in kind.model_fields.items():
+        child = tree.get(name)
+        words = ("None", "none") if type(None) in get_args(field.annotation) else ("None",)
+        if child in words and isinstance(child, str):
+            tree[name] = None
+        elif sections := sections_of(field.annotation):
+            many = isinstance(child, list)
+            tree |= {name: [_with_nulls(item, sections[0]) for item in child or []]} if many else {}
+            tree |= {name: _with_nulls(child, sections[0])} if isinstance(child, dict) else {}
+    return tree

@@ -1,0 +1,131 @@
+"""Names in a configuration that stand for code: of an algorithm or a scorer that comes with raylign, or one's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+
+from alignment.errors import ConfigError
+from alignment.settings.explain import explain, nearest
+from alignment.settings.section import Positive, PositiveCount, Section
+
+MODULE_FOLDERS: list[str] = []
+"""Where modules are looked for beside what is installed: Ray's workers get the current folder by Ray, these by us."""
+
+
+def search_for_modules(folder: Path) -> None:
+    """Lets functions and classes that a configuration names be found in a folder, behind what is installed."""
+    if (path := str(folder.resolve())) not in sys.path:
+        sys.path.append(path)
+    if path not in MODULE_FOLDERS:
+        MODULE_FOLDERS.append(path)
+
+
+def imported(name: str, what: str) -> Any:
+    """What a dotted `package.module:attribute` names.
+
+    Args:
+        what: what it is the name of, for the error.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        folders = [folder for folder in sys.path if not folder.startswith((sys.prefix, sys.base_prefix))]
+        raise ConfigError(
+            f"{what} {name!r} cannot be imported: {error}. Modules are looked for in the current folder, in that of "
+            f"the configuration, on PYTHONPATH ({', '.join(folders) or 'none'}), and among the installed packages"
+        ) from error
+    except Exception as error:  # anything may come: the module's code is run, and its name may be malformed
+        kind = "" if isinstance(error, ImportError | AttributeError | TypeError | ValueError) else type(error).__name__
+        raise ConfigError(f"{what} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
+
+
+class AlgorithmConfig(Section):
+    """What to optimise."""
+
+    head: ClassVar[Literal["language", "score"]] = "language"
+    """What is trained: a language model, or a model that gives every completion a score."""
+    samples: ClassVar[bool] = False
+    """True if it learns from the model's own answers to the prompts, as the run's scorers judge them."""
+    min_completions: ClassVar[int] = 1
+    """Fewest completions of a prompt that it can learn from."""
+
+    name: str
+    """A module of `alignment.algorithms`, or a dotted `package.module:Class` of one's own."""
+
+
+def algorithm_names() -> list[str]:
+    """Names of the algorithms that come with raylign: the modules of `alignment.algorithms`."""
+    stems = (path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[a-z]*.py"))
+    return sorted(stem.replace("_plus_plus", "++") for stem in stems)
+
+
+def algorithm_class(name: str) -> type[AlgorithmConfig]:
+    """Finds the class behind an algorithm's name.
+
+    Raises:
+        ConfigError: no module of that name, or `package.module:Class` does not exist.
+    """
+    if ":" in name:
+        found = imported(name, "algorithm")
+        if not (isinstance(found, type) and issubclass(found, AlgorithmConfig)):
+            raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
+        return found
+    if name not in algorithm_names():
+        raise ConfigError(f"there is no algorithm {name!r}{nearest(name, algorithm_names())}")
+    return importlib.import_module(f"alignment.algorithms.{name.replace('++', '_plus_plus')}").ALGORITHM  # type: ignore[no-any-return]
+
+
+class ScorerConfig(Section):
+    """One source of rewards."""
+
+    name: str
+    """A ready-made rule, `model`, `http`, or a dotted `package.module:function` of one's own."""
+    weight: float = 1.0
+    """Factor of this reward in the sum; may be negative."""
+    clip: Positive | None = None
+    """Rewards are cut to -clip … clip before the weight; None never cuts."""
+    attempts: PositiveCount = 3
+    """Times that a reward is asked for which is missing, late or not a finite number, before the run stops."""
+    on_unreadable: Literal["fail"] | float = 0.0
+    """Reward of a text that the scorer cannot read, such as one that is too long for it, which a policy may write at
+    any time; `fail` stops the run instead. The first such text is told. What is wrong with a row is an error in either
+    case."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it compares with, which `data.keep` must name."""
+        return ()
+
+
+def load_scorers(value: Any) -> Any:
+    return tuple(_load_scorer(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+Scorers = Annotated[tuple[SerializeAsAny[ScorerConfig], ...], BeforeValidator(load_scorers)]
+"""Each with the settings of its own class, which its name decides."""
+
+
+def _load_scorer(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(value.get("name"), str):
+        raise ValueError("needs a name: that of a rule, model, http, or your own package.module:function")
+    from alignment.rewards import scorer_class  # here, because scorers are Sections themselves
+
+    try:
+        kind = scorer_class(value["name"])
+        return kind.model_validate(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    except ValidationError as error:  # pydantic would name the key, but not which of the scorers it belongs to
+        found = (problem.removeprefix("the whole file: ") for problem in explain(error, kind, value))
+        raise ValueError(f"{value['name']}: {'; '.join(found)}") from error

@@ -1,0 +1,39 @@
+"""The JSON Schema of a run's YAML file, which editors use to complete and explain keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from alignment.settings.plugins import AlgorithmConfig, ScorerConfig, algorithm_class, algorithm_names
+from alignment.settings.run import RunConfig
+from alignment.settings.section import Section
+
+
+def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
+    """JSON Schema of a run's YAML file, with one alternative per algorithm and per scorer."""
+    from alignment.rewards import scorer_class, scorer_names
+
+    schema = kind.model_json_schema()
+    algorithms = [algorithm_class(name) for name in algorithm_names()]
+    scorers = [scorer_class(name) for name in scorer_names()]
+    schema["properties"]["algorithm"] = {
+        "anyOf": _alternatives(schema, AlgorithmConfig, algorithms),
+        "description": RunConfig.model_fields["algorithm"].description,
+    }
+    for section in ("rewards", "judges"):
+        schema["properties"][section]["items"] = {"anyOf": _alternatives(schema, ScorerConfig, scorers)}
+    return schema
+
+
+def _alternatives(
+    schema: dict[str, Any], base: type[AlgorithmConfig | ScorerConfig], known: Sequence[type[Section]]
+) -> list[dict[str, Any]]:
+    """One's own, by a dotted name, or one of those known; the sections that they use join the schema's `$defs`."""
+    own = {"type": "string", "pattern": ":", "description": base.model_fields["name"].description}
+    choices: list[dict[str, Any]] = [{"type": "object", "properties": {"name": own}, "required": ["name"]}]
+    for section in known:
+        choice = section.model_json_schema()
+        schema["$defs"].update(choice.pop("$defs", {}))
+        choices.append({**choice, "required": ["name", *choice.get("required", [])]})
+    return choices

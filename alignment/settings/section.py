@@ -1,0 +1,51 @@
+"""What every section of a configuration is: a frozen pydantic model, and the types of its numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+NumberFormat = Literal["auto", "bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration; unknown keys are refused and every field's docstring reaches the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    is_run: ClassVar[bool] = False
+    """True of a whole run, whose unknown keys may be those of another trainer."""
+
+    @classmethod
+    def section_class(cls, key: str, value: Any) -> type[Section]:
+        """The class of the section under a key, of which `value` is what the file says."""
+        return sections_of(cls.model_fields[key].annotation)[0]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses `lr: yes` and `max_grad_norm: off`, which pydantic reads as the numbers 1 and 0."""
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and _is_number(field.annotation):
+            raise ValueError("Input should be a number; on, off, yes, no, true and false are none")
+        return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a type is that of a number, perhaps with others beside it, and not of true and false."""
+    kinds = {annotation, *get_args(annotation)}
+    kinds |= {kind for part in kinds for kind in get_args(part)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections among the alternatives of a type."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in sections_of(argument)]
