@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +55,6 @@ def train_step(
     Raises:
         DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`. That update changed nothing.
     """
-    started_at = time.perf_counter()
     batch = annotate(roles, groups, optim, world)
     batch = algorithm.prepare(dataclasses.replace(batch, kl_coefficient=settings.kl_coefficient))
     updates = [
@@ -70,7 +68,6 @@ def train_step(
         **algorithm.step_metrics(settings.kl_coefficient),
         "lr": settings.lr.get("actor", 0.0),
         "num_tokens": float(sum(group.num_tokens for group in groups)),
-        "perf/update_seconds": time.perf_counter() - started_at,
     }
 
 

@@ -49,11 +49,12 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
             step, step_started_at = progress.step + 1, time.perf_counter()
             batch = run.source.next_batch()
             check_step(batch.groups, step, world)
-            settings = run.step_settings(step, progress)
+            settings, update_started_at = run.step_settings(step, progress), time.perf_counter()
             metrics = batch.metrics | train_step(run.roles, run.algorithm, batch.groups, config.optim, world, settings)
+            metrics["perf/update_seconds"] = time.perf_counter() - update_started_at
             metrics |= run.source.publish(step)
-            seconds = time.perf_counter() - step_started_at
-            metrics |= {"perf/seconds": seconds, "perf/tokens_per_second": metrics["num_tokens"] / seconds}
+            metrics["perf/seconds"] = time.perf_counter() - step_started_at
+            metrics["perf/tokens_per_second"] = metrics["num_tokens"] / metrics["perf/seconds"]
             metrics |= run.evaluate_if_due(step)
             reporter.report(step, metrics)  # before the checkpoint, which never knows of a step that the metrics lack
             if (problems := run.guards.watch(metrics)) and (rolled_back := run.act_on(problems, step, batch.position)):

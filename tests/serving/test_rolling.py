@@ -321,7 +321,7 @@ def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(li
         played(registry, scene, replicas=0)
 
 
-@pytest.mark.slow  # Ray Serve says half a minute after it has begun, which itself may take 10 s, that something finds no place
+@pytest.mark.slow  # Ray Serve may take 40 s to say that something finds no place
 def test_where_there_is_no_room_for_a_candidate_it_is_said_in_time_and_why(light_ray: None, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
 
