@@ -1,1 +1,1 @@
-"""Data: rows of any shape become Groups, Groups become token ids, token ids become packed Batches."""
+"""Data: reads rows of any shape into Groups, tokenises the Groups, and packs them into Batches."""

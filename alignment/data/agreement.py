@@ -1,4 +1,4 @@
-"""Every worker reads the data itself; here they make sure, before anything is learned, that they have read the same."""
+"""Every worker reads the data by itself. Before training, the workers check here that all have read the same data."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ ADVICE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
-    """What a worker has read, in figures that can be compared."""
+class DataSummary:
+    """Figures about the data that one worker has read; those of two workers can be compared."""
 
     num_groups: int | None
-    """To train on; None for a stream."""
+    """Number of groups to train on; None for a stream."""
     num_held_out: int
+    """Number of held-out groups."""
     steps: int
+    """Number of optimizer steps of the run."""
     train: str
     """Hash of the training data."""
     held_out: str
+    """Hash of the held-out groups."""
 
     def __str__(self) -> str:
         groups = "a stream" if self.num_groups is None else f"{self.num_groups} groups to train on"
@@ -36,41 +39,42 @@ class View:
 
 
 def check_data(data: Data, steps: int, world: World) -> None:
-    """Refuses, on every worker, what the workers have not read alike.
+    """Checks that all workers have read the same data. Every worker must call this, and every worker gets the error.
 
     Raises:
-        DataError: with the figures, and which worker has which.
+        DataError: the workers have read different data; the text gives the figures of each worker.
     """
     if world.size == 1:
         return
-    view = View(
+    summary = DataSummary(
         num_groups=data.num_train,
         num_held_out=len(data.eval),
         steps=steps,
         train=data.fingerprint,
         held_out=digest(data.eval),
     )
-    views = world.gather(view)
-    _check_alike(views, list(map(str, views)), "have not read the same data")
+    summaries = world.gather(summary)
+    _check_alike(summaries, list(map(str, summaries)), "have not read the same data")
 
 
 def check_step(groups: Sequence[Group], step: int, world: World) -> None:
-    """Refuses, on every worker and before it is learned from, a step for which the workers hold other groups.
+    """Checks that all workers hold the same groups for a step, before the step is trained on.
 
-    So no stream can drift apart in silence, whatever its source does between two readings.
+    A streamed source may give other rows at its next reading; this check finds it at the first step that differs.
 
     Raises:
         DataError: as `check_data`.
     """
     if world.size > 1:
-        digests, shown = world.gather(digest(groups)), f"{len(groups)} groups from {groups[0].id} to {groups[-1].id}"
+        digests = world.gather(digest(groups))
+        description = f"{len(groups)} groups from {groups[0].id} to {groups[-1].id}"
         _check_alike(
-            digests, world.gather(shown) if len(set(digests)) > 1 else [], f"hold other groups for step {step}"
+            digests, world.gather(description) if len(set(digests)) > 1 else [], f"hold other groups for step {step}"
         )
 
 
 def digest(groups: Iterable[Group]) -> str:
-    """Hash of the groups' tokens, of which of them are learned, and of their rewards."""
+    """Returns a hash (hex digits) of the groups' tokens, loss masks and rewards."""
     total = hashlib.sha256()
     for group in groups:
         total.update(array("q", group.prompt_tokens).tobytes())
@@ -81,18 +85,20 @@ def digest(groups: Iterable[Group]) -> str:
     return total.hexdigest()
 
 
-def _check_alike(items: Sequence[object], texts: Sequence[str], problem: str) -> None:
-    """`items`: what each worker has, by rank; `texts`: the same for people."""
+def _check_alike(values: Sequence[object], descriptions: Sequence[str], problem: str) -> None:
+    """`values`: the value that each worker has, by rank; `descriptions`: the same as text for people."""
     ranks: dict[object, list[int]] = {}
-    for rank, item in enumerate(items):
-        ranks.setdefault(item, []).append(rank)
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
     if len(ranks) > 1:
-        shown = "; ".join(f"{_named(members)}: {texts[members[0]]}" for members in ranks.values())
-        raise DataError(f"the workers {problem}. {shown}. {ADVICE}")
+        details = "; ".join(
+            f"{_format_ranks(equal_ranks)}: {descriptions[equal_ranks[0]]}" for equal_ranks in ranks.values()
+        )
+        raise DataError(f"the workers {problem}. {details}. {ADVICE}")
 
 
-def _named(members: list[int]) -> str:
-    if len(members) == 1:
-        return f"worker {members[0]}"
-    shown = ", ".join(map(str, members[:8])) + (f" and {len(members) - 8} more" if len(members) > 8 else "")
-    return f"workers {shown}"
+def _format_ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"worker {ranks[0]}"
+    numbers = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"workers {numbers}"

@@ -1,4 +1,4 @@
-"""Groups become packed Batches: each prompt once, no padding; and the cutting of a step into micro-batches."""
+"""Packs groups into Batches, each prompt once and without padding, and divides a step into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,96 +12,117 @@ from alignment.groups import Group
 
 
 def pack(groups: list[Group]) -> Batch:
-    """Lays tokenised groups one after another, each as its prompt followed by its completions.
+    """Packs tokenised groups into one Batch: one group after another, each as its prompt followed by its completions.
 
-    `alignment.batch.Batch` draws the layout. Every prompt must have at least one token, which predicts the first token
-    of each of its completions.
+    `alignment.batch.Batch` draws the layout. Every prompt must have at least one token, because its last token predicts
+    the first token of each of its completions.
     """
     tokens: list[int] = []
     positions: list[int] = []
-    group_of: list[int] = []
-    branches: list[int] = []
-    parents: list[int] = []
-    learned: list[bool] = []
+    group_index: list[int] = []
+    completion_index: list[int] = []
+    predictor_index: list[int] = []
+    loss_mask: list[bool] = []
     rewards: list[float] = []
     pairs: list[tuple[int, int]] = []
-    truncated: list[bool] = []
-    references: list[float] = []
-    sampled: list[float] = []
+    truncation_flags: list[bool] = []
+    reference_logprobs: list[float] = []
+    sampled_logprobs: list[float] = []
 
     for number, group in enumerate(groups):
-        length = len(group.prompt_tokens)
+        prompt_length = len(group.prompt_tokens)
         first_completion = len(rewards)
         tokens += group.prompt_tokens
-        positions += range(length)
-        branches += [-1] * length
-        parents += [-1] * length
-        learned += [False] * length
-        references += [0.0] * length
-        sampled += [0.0] * length
-        last_of_prompt = len(tokens) - 1
+        positions += range(prompt_length)
+        completion_index += [-1] * prompt_length
+        predictor_index += [-1] * prompt_length
+        loss_mask += [False] * prompt_length
+        reference_logprobs += [0.0] * prompt_length
+        sampled_logprobs += [0.0] * prompt_length
+        last_prompt_token = len(tokens) - 1
         for completion in group.completions:
             start = len(tokens)
             tokens += completion.tokens
-            positions += range(length, length + len(completion.tokens))
-            branches += [len(rewards)] * len(completion.tokens)
-            parents += [last_of_prompt, *range(start, len(tokens) - 1)]
-            learned += completion.learned
+            positions += range(prompt_length, prompt_length + len(completion.tokens))
+            completion_index += [len(rewards)] * len(completion.tokens)
+            predictor_index += [last_prompt_token, *range(start, len(tokens) - 1)]
+            loss_mask += completion.learned
             rewards.append(math.nan if completion.reward is None else completion.reward)
-            truncated.append(completion.truncated)
+            truncation_flags.append(completion.truncated)
             reference = completion.reference_logprobs
-            references += [0.0] * len(completion.tokens) if reference is None else reference.tolist()
-            sampled += completion.sampled_logprobs or [0.0] * len(completion.tokens)
-        group_of += [number] * (len(tokens) - len(group_of))
-        pairs += [(first_completion + better, first_completion + worse) for better, worse in group.pairs]
+            reference_logprobs += [0.0] * len(completion.tokens) if reference is None else reference.tolist()
+            sampled_logprobs += completion.sampled_logprobs or [0.0] * len(completion.tokens)
+        group_index += [number] * (len(tokens) - len(group_index))
+        pairs += [
+            (first_completion + chosen_index, first_completion + rejected_index)
+            for chosen_index, rejected_index in group.pairs
+        ]
 
     completions = [completion for group in groups for completion in group.completions]
-    referenced = bool(groups) and all(completion.reference_logprobs is not None for completion in completions)
-    ours = bool(completions) and all(completion.sampled_logprobs is not None for completion in completions)
+    has_reference_logprobs = bool(groups) and all(
+        completion.reference_logprobs is not None for completion in completions
+    )
+    has_sampled_logprobs = bool(completions) and all(
+        completion.sampled_logprobs is not None for completion in completions
+    )
     return Batch(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
-        groups=torch.tensor(group_of),
-        branches=torch.tensor(branches),
-        parents=torch.tensor(parents),
-        learned=torch.tensor(learned),
+        groups=torch.tensor(group_index),
+        branches=torch.tensor(completion_index),
+        parents=torch.tensor(predictor_index),
+        learned=torch.tensor(loss_mask),
         rewards=torch.tensor(rewards),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        truncated=torch.tensor(truncated, dtype=torch.bool),
-        reference_logprobs=torch.tensor(references) if referenced else None,
-        sampled_logprobs=torch.tensor(sampled) if ours else None,
+        truncated=torch.tensor(truncation_flags, dtype=torch.bool),
+        reference_logprobs=torch.tensor(reference_logprobs) if has_reference_logprobs else None,
+        sampled_logprobs=torch.tensor(sampled_logprobs) if has_sampled_logprobs else None,
         group_ids=tuple(group.id for group in groups),
     )
 
 
 def share(lengths: Sequence[int], *, rank: int, size: int) -> list[int]:
-    """Indices of one of `size` workers' groups, chosen so that all have about the same number of tokens.
+    """Returns the indices of the groups of one worker, so that all workers have about the same number of tokens.
 
-    Every worker computes the same division: longest group first, each to the worker with the fewest tokens so far.
+    Every worker computes the same division: the longest group first, each to the worker with the fewest tokens so far.
+
+    Args:
+        lengths: number of tokens of each group.
+        rank: the worker, from 0 to `size` - 1.
+        size: number of workers.
     """
-    loads = [0] * size
-    mine = []
+    token_counts = [0] * size
+    indices = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        worker = loads.index(min(loads))
-        loads[worker] += lengths[index]
+        worker = token_counts.index(min(token_counts))
+        token_counts[worker] += lengths[index]
         if worker == rank:
-            mine.append(index)
-    return sorted(mine)
+            indices.append(index)
+    return sorted(indices)
 
 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Cuts groups, given by index, into forward passes of at most `max_tokens` tokens; a longer group goes alone.
+    """Divides groups, given by index, into micro-batches of at most `max_tokens` tokens; a longer group is alone.
 
-    First fit by falling length, so that few passes are needed and those are about equally full.
+    It uses first-fit-decreasing bin packing, so that the micro-batches are few and about equally full.
+
+    Args:
+        indices: the groups to divide.
+        lengths: number of tokens of each group, by the same index.
+
+    Returns:
+        The indices of each micro-batch's groups.
     """
-    passes: list[list[int]] = []
-    loads: list[int] = []
+    batches: list[list[int]] = []
+    token_counts: list[int] = []
     for index in sorted(indices, key=lambda i: -lengths[i]):
-        fitting = (number for number, load in enumerate(loads) if load + lengths[index] <= max_tokens)
-        number = next(fitting, len(passes))
-        if number == len(passes):
-            passes.append([])
-            loads.append(0)
-        passes[number].append(index)
-        loads[number] += lengths[index]
-    return passes
+        candidates = (
+            position for position, token_count in enumerate(token_counts) if token_count + lengths[index] <= max_tokens
+        )
+        position = next(candidates, len(batches))
+        if position == len(batches):
+            batches.append([])
+            token_counts.append(0)
+        batches[position].append(index)
+        token_counts[position] += lengths[index]
+    return batches

@@ -1,4 +1,4 @@
-"""Rows from files, hubs and endpoints: every row has its origin, and a broken one is an error in its place."""
+"""Reads rows from files, the hub, endpoints and databases. Every row has an origin; a broken row is an error object."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ DATABASES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
 KEY_VARIABLE = "RAYLIGN_KEY"
 """Environment variable with the bearer key for endpoints."""
 PAGE = 1000
-"""Rows that an endpoint is asked for at once."""
+"""Number of rows in one request to an endpoint, or one query to a database."""
 TIMEOUT_S = 60.0
-"""Longest silence of an endpoint."""
+"""Seconds after which an endpoint that sends nothing has failed."""
 
 
 def is_live(source: SourceConfig) -> bool:
-    """True if a source may have other rows each time that it is read."""
+    """True if the source may have different rows each time it is read: an endpoint or a database."""
     return source.path is not None and source.path.startswith(ENDPOINTS + DATABASES)
 
 
 def read_rows(source: SourceConfig) -> Rows:
-    """Yields (`file:line`, row) for every row between `skip` and `take`, or the error that stands in its place.
+    """Yields (`file:line`, row) for every row between `skip` and `take`; a broken row is yielded as its DataError.
 
-    What comes from an endpoint has the id of a judgement in place of the line.
+    A row of an endpoint has the id of its feedback in place of the line.
 
     Raises:
         DataError: the source itself cannot be opened.
@@ -61,7 +61,7 @@ def _read_files(path: Path, source: SourceConfig) -> Rows:
     if path.is_file():
         if not is_data_file(path):
             raise DataError(f"{path}: unknown kind of file; known are {KINDS}")
-        # data.name and data.data_dir of a recipe for the hub say nothing here: data.path alone is overridden then.
+        # data.name and data.data_dir are not used: a recipe for the hub has them, and only its data.path is overridden.
         if not says_split(path, source.split):
             raise DataError(
                 f"{path}: is one file, whose name says nothing of the split {source.split!r}; leave split out, or give "
@@ -75,7 +75,7 @@ def _read_files(path: Path, source: SourceConfig) -> Rows:
 
 
 def _read_pattern(pattern: str, source: SourceConfig) -> Rows:
-    """Files by a pattern of the shell, as `data/train-*.parquet`."""
+    """Reads all files that match a shell pattern, as `data/train-*.parquet`."""
     paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
     files = [path for path in paths if is_data_file(path) and path.is_file()]
     if not files:
@@ -90,9 +90,7 @@ def _read_hub(source: SourceConfig) -> Rows:
         rows = datasets.load_dataset(
             source.path, name=source.name, data_dir=source.data_dir, split=source.split, streaming=source.streaming
         )
-    except (
-        Exception
-    ) as error:  # datasets raises some twenty unrelated kinds, all of which mean that it cannot be loaded
+    except Exception as error:  # `datasets` raises some twenty unrelated kinds; each means that it cannot be loaded
         raise DataError(
             f"{source.path}: is neither a local file nor a dataset that can be loaded from the hub: {error}"
         ) from error
@@ -101,73 +99,73 @@ def _read_hub(source: SourceConfig) -> Rows:
 
 
 def _read_endpoint(url: str) -> Rows:
-    """What people said to an endpoint, page by page."""
+    """Reads the feedback of an endpoint, page by page."""
     import httpx
 
     from alignment.rewards.remote import key_from
 
     try:
-        place = httpx.URL(url).copy_merge_params({"limit": PAGE})
+        page_url = httpx.URL(url).copy_merge_params({"limit": PAGE})
     except httpx.InvalidURL as error:
         raise DataError(f"{url}: is no URL: {error}") from error
-    where = str(place.copy_with(query=None))
-    if not place.path.endswith("/feedback/export"):
-        raise DataError(f"{where}: over HTTP, only an endpoint's …/v1/feedback/export is read; download other data")
+    endpoint = str(page_url.copy_with(query=None))
+    if not page_url.path.endswith("/feedback/export"):
+        raise DataError(f"{endpoint}: over HTTP, only an endpoint's …/v1/feedback/export is read; download other data")
     headers = {"Authorization": f"Bearer {key_from(KEY_VARIABLE)}"} if KEY_VARIABLE in os.environ else {}
     with httpx.Client(headers=headers, timeout=TIMEOUT_S) as client:
-        while rows := [parse_line(line) for line in _page(client, place, where)]:
-            last = None
+        while rows := [parse_line(line) for line in _fetch_page(client, page_url, endpoint)]:
+            last_id = None
             for row in rows:
-                last = row.get("id") if isinstance(row, dict) else None
-                yield f"{where}:{last}", row
-            if not isinstance(last, str) or last == place.params.get("since"):
-                raise DataError(f"{where}: is no export of feedback: its last row has no new id")
-            place = place.copy_merge_params({"since": last})
+                last_id = row.get("id") if isinstance(row, dict) else None
+                yield f"{endpoint}:{last_id}", row
+            if not isinstance(last_id, str) or last_id == page_url.params.get("since"):
+                raise DataError(f"{endpoint}: is no export of feedback: its last row has no new id")
+            page_url = page_url.copy_merge_params({"since": last_id})
 
 
-def _page(client: httpx.Client, url: httpx.URL, where: str) -> list[bytes]:
+def _fetch_page(client: httpx.Client, url: httpx.URL, endpoint: str) -> list[bytes]:
     import httpx
 
     try:
         response = client.get(url)
     except httpx.HTTPError as error:
-        raise DataError(f"{where}: cannot be read: {error or type(error).__name__}") from error
+        raise DataError(f"{endpoint}: cannot be read: {error or type(error).__name__}") from error
     if response.status_code in (401, 403):
-        raise DataError(f"{where}: is for administrators, and ${KEY_VARIABLE} does not hold the key of one")
+        raise DataError(f"{endpoint}: is for administrators, and ${KEY_VARIABLE} does not hold the key of one")
     if response.status_code != 200:
-        raise DataError(f"{where}: answers with HTTP status {response.status_code}")
+        raise DataError(f"{endpoint}: answers with HTTP status {response.status_code}")
     return response.content.splitlines()
 
 
 def _read_database(url: str) -> Rows:
-    """What people said to an endpoint, from its database: the judgements that count, in the order of their numbers."""
+    """Reads the feedback of an endpoint from its database: the entries that are not superseded, in order of number."""
     import sqlalchemy as sa
 
-    place = sa.make_url(url)
-    if place.drivername == "sqlite":
-        file = Path(place.database or "").expanduser()
+    database_url = sa.make_url(url)
+    if database_url.drivername == "sqlite":
+        file = Path(database_url.database or "").expanduser()
         if not file.is_file():
             raise DataError(f"data file {file} does not exist (looked from {Path.cwd()})")
-        place = place.set(database=str(file))
+        database_url = database_url.set(database=str(file))
     number, row = sa.column("number", sa.BigInteger), sa.column("row", sa.Text)
     query = sa.select(number, row).select_from(sa.table("judgements")).order_by(number).limit(PAGE)
     query = query.where(row.is_not(None), sa.column("superseded_by").is_(None), number > sa.bindparam("last"))
-    engine, last = sa.create_engine(place), 0
+    engine, last_number = sa.create_engine(database_url), 0
     try:
-        while found := _select(engine, query, last):
-            last = found[-1].number
-            for each in found:
-                yield f"{place.render_as_string()}:jdg-{each.number}", parse_line(each.row.encode())
+        while records := _fetch_records(engine, query, last_number):
+            last_number = records[-1].number
+            for record in records:
+                yield f"{database_url.render_as_string()}:jdg-{record.number}", parse_line(record.row.encode())
     finally:
         engine.dispose()
 
 
-def _select(engine: sa.Engine, query: sa.Select[int, str], last: int) -> Sequence[sa.Row[int, str]]:
+def _fetch_records(engine: sa.Engine, query: sa.Select[int, str], last_number: int) -> Sequence[sa.Row[int, str]]:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with engine.connect() as connection:
-            return connection.execute(query, {"last": last}).all()
+            return connection.execute(query, {"last": last_number}).all()
     except SQLAlchemyError as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{engine.url.render_as_string()}: cannot be read: {reason}") from error

@@ -1,4 +1,4 @@
-"""Token ids that a model has embeddings for: a tokenizer may have been given more, and the model not been resized."""
+"""Refuses token ids without an embedding: somebody may add tokens to a tokenizer and not resize the model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from alignment.groups import Group
 
 
 class BoundedGroupTokenizer(GroupTokenizer):
-    """Refuses a group with an id that the model does not embed, while rows are read and can still be named."""
+    """Refuses token ids without an embedding while rows are read, when an error can still name the row."""
 
     def __init__(self, *arguments: Any, num_embeddings: int, **options: Any) -> None:
-        """`num_embeddings`: of the model; ids are 0 to that minus 1. All else is as in GroupTokenizer."""
+        """Takes GroupTokenizer's arguments, and `num_embeddings`, the number of token ids that the model embeds."""
         super().__init__(*arguments, **options)
         self.num_embeddings = num_embeddings
 
     def examples(self, group: Group) -> list[Group]:
-        """As GroupTokenizer.
+        """As `GroupTokenizer.examples`.
 
         Raises:
-            DataError: also for a token that the model has no embedding for.
+            DataError: as there, or a token id has no embedding in the model.
         """
         examples = super().examples(group)
         for example in examples:
