@@ -1,4 +1,4 @@
-"""Which files of a folder hold rows of the split that is asked for, and the rows of a file of any kind.
+"""Finds the files of a folder that hold the rows of a split, and reads the rows of a file of any known kind.
 
 path ─► data_files (split, hidden files, saved sets) ─► read_file ─┬─ JSON lines, JSON, CSV, TSV, compressed or not
                                                                     └─ parquet, folders of `datasets`' save_to_disk
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Cell(str):
-    """A text of a table, in which numbers, true and false, and lists as JSON are texts too."""
+    """The text of one cell of a table. A table has texts for numbers, for true and false, and for lists as JSON."""
 
 
 Row = dict[str, Any]
@@ -53,12 +53,12 @@ DECOMPRESS: dict[str, Callable[[Path], Any]] = {
 SUFFIXES = (*TEXTS, *(text + packed for text in TEXTS for packed in DECOMPRESS), ".parquet")
 KINDS = f"{', '.join(TEXTS)} (each also {', '.join(DECOMPRESS)}) and .parquet"
 DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError)
-"""What a damaged compressed file raises."""
+"""Exceptions that a damaged compressed file raises while it is read."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 SAVED_SET = ("dataset_info.json", "state.json")
-"""Files that a folder of `datasets`' save_to_disk has, beside its .arrow files."""
+"""Files beside the .arrow files in a folder written by `save_to_disk` of `datasets`."""
 NO_DATA = (*SAVED_SET, "dataset_infos.json", "dataset_dict.json", "config.json")
-"""Files that describe a set."""
+"""Files that describe a data set and hold no rows."""
 CONTAINERS = ("data", "rows", "examples", "instances", "records", "items")
 """Keys under which a JSON object keeps its rows."""
 SPLIT_WORDS = {
@@ -66,62 +66,66 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words in the names of files and folders, and the split that they mean, as in `datasets`."""
+"""Words in the names of files and folders, each with the split that it means, as in `datasets`."""
 SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 NO_SPLIT = ("part", "data", "shard", "chunk", "file", "output", "batch")
-"""What shards are called that belong to no split."""
+"""First words in the names of shards that name no split."""
 DEFAULT_SPLIT, DEFAULT_CONFIG = "train", "default"
 csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # by default a cell has 131,072 characters at most
 
 
 def data_files(folder: Path, split: str, config: str | None = None) -> list[Path]:
-    """Files, and folders of saved sets, that hold a split's rows, in the order of their names.
+    """Returns the files, and folders of saved sets, that hold the rows of a split, in the order of their names.
 
-    The README of a set from the hub says which files are a split's. Without one, names do: `train.jsonl`,
-    `train-00000-of-00001.parquet`, `my_test.csv`, `train/a.jsonl`. Where no name says any, the split `train` is
-    everything.
+    The README of a data set from the hub says which files belong to a split. Without one, the names do: `train.jsonl`,
+    `train-00000-of-00001.parquet`, `my_test.csv`, `train/a.jsonl`. If no name says a split, all files are the split
+    `train`.
 
     Args:
-        split: one of those, or several as `train+test`.
-        config: configuration of a set that has several, as `data.name` says it: one of the README's, or a folder.
+        split: the name of a split, or of several, as `train+test`.
+        config: the configuration (`data.name`) of a data set with several: one that the README names, or a folder.
 
     Raises:
-        DataError: there are no rows of that split; the text names the splits that there are.
+        DataError: the folder has no file of that split, no such configuration, or the same rows twice; the text names
+            the splits or configurations that there are.
     """
-    declared = _declared_splits(folder, config)
-    if not declared and config is not None:
+    splits_by_file = _declared_splits(folder, config)
+    if not splits_by_file and config is not None:
         if not (folder / config).is_dir() and config != DEFAULT_CONFIG:
             raise DataError(f"{folder}: has no configuration {config!r}: neither its README nor a folder is called so")
         folder = folder / config if (folder / config).is_dir() else folder
-    files = _data_files(folder)
+    files = _list_data_files(folder)
     if not files:
         raise DataError(f"{folder}: holds no file of a known kind ({KINDS})")
-    splits = {file: declared.get(file, []) if declared else _splits(file.relative_to(folder)) for file in files}
+    if splits_by_file:
+        splits = {file: splits_by_file.get(file, []) for file in files}
+    else:
+        splits = {file: _split_names(file.relative_to(folder)) for file in files}
     if not any(splits.values()):
         if split != DEFAULT_SPLIT:
             raise DataError(f"{folder}: has no split {split!r}: its files' names say no split")
-        return _of_one_form(folder, files)
-    wanted: set[Path] = set()
+        return _drop_duplicate_forms(folder, files)
+    selected_files: set[Path] = set()
     for name in split.split("+"):
-        matching = [file for file in files if name in splits[file]]
-        if not matching:
-            known = sorted({names[0] for names in splits.values() if names})
-            raise DataError(f"{folder}: has no split {name!r}; there are {', '.join(known)}. Choose one by split")
-        wanted.update(matching)
-    unnamed = [file.name for file in files if not splits[file]]
-    if unnamed:
-        logger.warning("%s: the names of %s say no split, so they are not read", folder, ", ".join(unnamed[:3]))
-    return _of_one_form(folder, [file for file in files if file in wanted])
+        split_files = [file for file in files if name in splits[file]]
+        if not split_files:
+            choices = ", ".join(sorted({names[0] for names in splits.values() if names}))
+            raise DataError(f"{folder}: has no split {name!r}; there are {choices}. Choose one by split")
+        selected_files.update(split_files)
+    skipped_names = [file.name for file in files if not splits[file]]
+    if skipped_names:
+        logger.warning("%s: the names of %s say no split, so they are not read", folder, ", ".join(skipped_names[:3]))
+    return _drop_duplicate_forms(folder, [file for file in files if file in selected_files])
 
 
 def read_file(path: Path, split: str = DEFAULT_SPLIT) -> Rows:
-    """The rows of a file, or of a saved set.
+    """Yields (`file:line`, row) for every row of a file or of a saved set; a broken row is yielded as its DataError.
 
     Args:
-        split: which of the splits of a JSON object that holds several.
+        split: the split to read from a JSON object that holds several.
 
     Raises:
-        DataError: it cannot be read at all.
+        DataError: the file cannot be read at all.
     """
     if path.is_dir():
         yield from _read_saved_set(path)
@@ -136,21 +140,21 @@ def read_file(path: Path, split: str = DEFAULT_SPLIT) -> Rows:
 
 
 def is_data_file(path: Path | str) -> bool:
-    """Whether a name is that of a file of a known kind."""
+    """True if the name has the suffix of a kind of file that can be read."""
     return str(path).endswith(SUFFIXES)
 
 
-def says_split(path: Path, split: str) -> bool:
-    """Whether a file that is given by itself can be read as a split: each as `train`, and a .json may hold several."""
-    names = [DEFAULT_SPLIT, *_splits(Path(path.name))]
-    return _kind(path) == ".json" or all(part in names for part in split.split("+"))
+def may_hold_split(path: Path, split: str) -> bool:
+    """True if a single file can be read as this split. Every file is `train`, and a .json may hold several splits."""
+    names = [DEFAULT_SPLIT, *_split_names(Path(path.name))]
+    return _kind(path) == ".json" or all(name in names for name in split.split("+"))
 
 
-def _data_files(folder: Path) -> list[Path]:
+def _list_data_files(folder: Path) -> list[Path]:
     files = []
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith((".", "__", "_delta_log")) for part in parts) or path.name in NO_DATA:
+        components = path.relative_to(folder).parts
+        if any(component.startswith((".", "__", "_delta_log")) for component in components) or path.name in NO_DATA:
             continue
         if _is_saved_set(path) or (path.is_file() and is_data_file(path)):
             files.append(path)
@@ -158,27 +162,32 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _declared_splits(folder: Path, config: str | None) -> dict[Path, list[str]]:
-    """Splits of files by the `configs` in the head of a README, as the hub reads it; empty if it says nothing.
+    """The splits of each file by the `configs` in the head of a README, as the hub reads it; empty if it has none.
 
     Raises:
-        DataError: it has several configurations, and `config` is none of them.
+        DataError: the README has several configurations, and `config` is none of them.
     """
     readme = folder / "README.md"
-    parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2) if readme.is_file() else []
+    sections = readme.read_text(encoding="utf-8", errors="replace").split("---", 2) if readme.is_file() else []
     try:
-        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+        head = yaml.safe_load(sections[1]) if len(sections) == 3 and not sections[0].strip() else None
     except yaml.YAMLError:
         return {}
     configs = head.get("configs") if isinstance(head, dict) else None
     entries = [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
-    named = {str(entry.get("config_name", DEFAULT_CONFIG)): entry for entry in entries if entry.get("data_files")}
-    if not named:
+    named_entries = {
+        str(entry.get("config_name", DEFAULT_CONFIG)): entry for entry in entries if entry.get("data_files")
+    }
+    if not named_entries:
         return {}
-    default = next((name for name, entry in named.items() if entry.get("default") or len(named) == 1), DEFAULT_CONFIG)
-    if (config or default) not in named:
-        asked = "none is named" if config is None else f"{config!r} is none of them"
-        raise DataError(f"{folder}: has the configurations {', '.join(named)}, and {asked}. Choose one by name")
-    files = named[config or default]["data_files"]
+    defaults = (name for name, entry in named_entries.items() if entry.get("default") or len(named_entries) == 1)
+    default = next(defaults, DEFAULT_CONFIG)
+    if (config or default) not in named_entries:
+        reason = "none is named" if config is None else f"{config!r} is none of them"
+        raise DataError(
+            f"{folder}: has the configurations {', '.join(named_entries)}, and {reason}. Choose one by name"
+        )
+    files = named_entries[config or default]["data_files"]
     splits: dict[Path, list[str]] = {}
     for entry in files if isinstance(files, list) else [files]:
         patterns = entry.get("path") if isinstance(entry, dict) else entry
@@ -193,8 +202,8 @@ def _is_saved_set(path: Path) -> bool:
     return path.is_dir() and all((path / name).is_file() for name in SAVED_SET)
 
 
-def _splits(path: Path) -> list[str]:
-    """What the split of a file may be called, from its path in the folder; nothing if no name says."""
+def _split_names(path: Path) -> list[str]:
+    """Names for the split of a file, from its path in the folder; an empty list if no name says one."""
     shard = SHARD.match(path.name)
     if shard and shard["split"] not in NO_SPLIT:
         return [shard["split"]]
@@ -205,8 +214,12 @@ def _splits(path: Path) -> list[str]:
     return []
 
 
-def _of_one_form(folder: Path, files: list[Path]) -> list[Path]:
-    """The files without those that keep the same rows in another form: tables beside JSON or parquet, and doubles."""
+def _drop_duplicate_forms(folder: Path, files: list[Path]) -> list[Path]:
+    """The files without tables, if there are JSON or parquet files that hold the same rows.
+
+    Raises:
+        DataError: two files differ in their suffixes alone, so that the same rows would be read twice.
+    """
     tables = [file for file in files if file.is_file() and _kind(file) in SEPARATORS]
     if tables and len(tables) < len(files):
         logger.warning("%s: holds JSON or parquet files, so %s is not read", folder, tables[0].name)
@@ -220,13 +233,13 @@ def _of_one_form(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _stem(path: Path) -> Path:
-    """A file without the suffixes of its kind and compression."""
+    """The path of a file without the suffixes of its kind and its compression."""
     plain = path.with_suffix("") if path.suffix in DECOMPRESS else path
     return plain.with_suffix("") if _kind(path) else plain
 
 
 def _kind(path: Path) -> str:
-    """Suffix of a file without that of its compression; empty for a saved set."""
+    """Suffix of a file, before the suffix of its compression; empty for a saved set."""
     kind = path.with_suffix("").suffix if path.suffix in DECOMPRESS else path.suffix
     return kind if kind in (*TEXTS, ".parquet") else ""
 
@@ -239,12 +252,12 @@ def _open(path: Path) -> BinaryIO:
 
 
 def parse_line(line: bytes) -> Row | DataError:
-    """The JSON object of a line."""
-    row = _parse(line)
+    """Parses one line of JSON; returns the object, or a DataError that says why the line is no JSON object."""
+    row = _parse_json(line)
     return row if isinstance(row, dict | DataError) else DataError(f"must be a JSON object, not {type(row).__name__}")
 
 
-def _parse(line: bytes) -> Any:
+def _parse_json(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -258,13 +271,13 @@ def _parse(line: bytes) -> Any:
 
 
 def _read_json(path: Path, file: BinaryIO, split: str) -> Rows:
-    """JSON lines, or one JSON value that holds all rows: which of them is seen in the first line, not in the name."""
-    head, lines = _peeked(file)
-    first = next((line for line in head if line.strip()), b"")
-    is_alone = len(head) < 2 or not head[-1].strip() or head[-1] is first
-    begins = first.lstrip()[:1]
-    value = _parse(first) if begins in (b"[", b"{") else None
-    is_list = begins == b"[" and (isinstance(value, DataError) or is_alone)
+    """Reads JSON lines, or one JSON value that holds all rows; the first line shows which, and not the name."""
+    first_lines, lines = _peek_lines(file)
+    first_line = next((line for line in first_lines if line.strip()), b"")
+    is_alone = len(first_lines) < 2 or not first_lines[-1].strip() or first_lines[-1] is first_line
+    first_byte = first_line.lstrip()[:1]
+    value = _parse_json(first_line) if first_byte in (b"[", b"{") else None
+    is_list = first_byte == b"[" and (isinstance(value, DataError) or is_alone)
     # In a .jsonl a broken first line is a broken row; in a .json it is the beginning of a value of many lines.
     if is_list or (_kind(path) == ".json" and (not isinstance(value, dict) or is_alone)):
         yield from _read_value(path, lines, split)
@@ -272,21 +285,21 @@ def _read_json(path: Path, file: BinaryIO, split: str) -> Rows:
         yield from _read_lines(path, lines)
 
 
-def _peeked(file: BinaryIO) -> tuple[list[bytes], Iterator[bytes]]:
-    """The lines of a file up to the second that is not blank, and all its lines, which raise what reading raises."""
-    head: list[bytes] = []
+def _peek_lines(file: BinaryIO) -> tuple[list[bytes], Iterator[bytes]]:
+    """The lines up to the second that is not blank, and an iterator of all lines, which raises what reading raised."""
+    first_lines: list[bytes] = []
     damage = None
     try:
         for line in file:
-            head.append(line if head else line.removeprefix(b"\xef\xbb\xbf"))
-            if sum(bool(line.strip()) for line in head) == 2:
+            first_lines.append(line if first_lines else line.removeprefix(b"\xef\xbb\xbf"))
+            if sum(bool(line.strip()) for line in first_lines) == 2:
                 break
     except DAMAGE as error:
         damage = error
-    return head, chain(head, _raising(damage) if damage else file)
+    return first_lines, chain(first_lines, _raise_on_iteration(damage) if damage else file)
 
 
-def _raising(error: Exception) -> Iterator[bytes]:
+def _raise_on_iteration(error: Exception) -> Iterator[bytes]:
     raise error
     yield b""
 
@@ -298,10 +311,10 @@ def _read_lines(path: Path, lines: Iterable[bytes]) -> Rows:
             if line.strip():
                 yield f"{path}:{number}", parse_line(line)
     except DAMAGE as error:
-        yield f"{path}:{number + 1}", _damaged(error)
+        yield f"{path}:{number + 1}", _damage_error(error)
 
 
-def _damaged(error: Exception) -> DataError:
+def _damage_error(error: Exception) -> DataError:
     return DataError(f"the compressed file is damaged from here on ({error})")
 
 
@@ -310,12 +323,12 @@ def _read_value(path: Path, lines: Iterable[bytes], split: str) -> Rows:
         value = json.loads(b"".join(lines).decode("utf-8-sig"))
     except (ValueError, RecursionError, *DAMAGE) as error:
         raise DataError(f"{path}: is not valid JSON: {error}") from error
-    for number, row in enumerate(_rows_of(value, path, split), start=1):
+    for number, row in enumerate(_extract_rows(value, path, split), start=1):
         yield f"{path}:{number}", row if isinstance(row, dict) else DataError("must be a JSON object")
 
 
-def _rows_of(value: Any, path: Path, split: str) -> list[Any]:
-    """The rows of a JSON value: a list, an object with the list, an object of columns, or a row alone."""
+def _extract_rows(value: Any, path: Path, split: str) -> list[Any]:
+    """The rows of a JSON value, which is a list, an object that holds the list, an object of columns, or one row."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
@@ -350,8 +363,8 @@ def _holds_mappings(column: list[Any]) -> bool:
 
 
 def _read_table(path: Path, file: BinaryIO, separator: str) -> Rows:
-    """Rows of a table with a header; every cell is a text, an empty one is null. A cell may hold line breaks."""
-    marks = chain(["\ufeff"], repeat(""))  # some programs begin a file with one
+    """Reads a table with a header. Every cell is a text, and an empty cell is None. A cell may hold line breaks."""
+    marks = chain(["\ufeff"], repeat(""))  # some programs write it at the beginning of a file
     texts = (line.decode("utf-8", "surrogateescape").removeprefix(mark) for line, mark in zip(file, marks))  # noqa: B905
     reader = csv.reader(texts, delimiter=separator, strict=True)
     header: list[str] = []
@@ -365,12 +378,12 @@ def _read_table(path: Path, file: BinaryIO, separator: str) -> Rows:
             yield f"{path}:{line}", DataError(f"is not a row of cells: {error}")
             continue
         except DAMAGE as error:
-            yield f"{path}:{line}", _damaged(error)
+            yield f"{path}:{line}", _damage_error(error)
             return
         if not any(cells):
             continue
         if header:
-            yield f"{path}:{line}", _row_of(header, cells)
+            yield f"{path}:{line}", _make_row(header, cells)
         else:
             header = _header(path, cells, separator)
 
@@ -379,19 +392,19 @@ def _header(path: Path, cells: list[str], separator: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not "".join(names).isprintable():
         raise DataError(f"{path}: does not begin with the names of columns in UTF-8; save it as UTF-8")
-    other = next((sign for sign in (";", "\t", "|", ",") if sign in cells[0] and len(cells) == 1), None)
-    if other is not None:
+    other_separator = next((sign for sign in (";", "\t", "|", ",") if sign in cells[0] and len(cells) == 1), None)
+    if other_separator is not None:
         raise DataError(
-            f"{path}: its first line, {cells[0]!r:.80}, seems to separate columns by {other!r}, and a {_kind(path)} "
-            f"file is read with {separator!r} between them; write it so, or as .jsonl"
+            f"{path}: its first line, {cells[0]!r:.80}, seems to separate columns by {other_separator!r}, and a "
+            f"{_kind(path)} file is read with {separator!r} between them; write it so, or as .jsonl"
         )
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None or "" in names[1:]:
-        raise DataError(f"{path}: the first line must name every column once, and {twice or ''!r} does not")
+    duplicate = next((name for name, count in Counter(names).items() if count > 1), None)
+    if duplicate is not None or "" in names[1:]:
+        raise DataError(f"{path}: the first line must name every column once, and {duplicate or ''!r} does not")
     return names
 
 
-def _row_of(header: list[str], cells: list[str]) -> Row | DataError:
+def _make_row(header: list[str], cells: list[str]) -> Row | DataError:
     if len(cells) != len(header):
         return DataError(f"has {len(cells)} cells, and the first line names {len(header)} columns")
     for name, cell in zip(header, cells, strict=True):

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.data.files import KINDS, Rows, data_files, is_data_file, parse_line, read_file, says_split
+from alignment.data.files import KINDS, Rows, data_files, is_data_file, may_hold_split, parse_line, read_file
 from alignment.errors import DataError
 from alignment.settings.data import SourceConfig
 
@@ -62,7 +62,7 @@ def _read_files(path: Path, source: SourceConfig) -> Rows:
         if not is_data_file(path):
             raise DataError(f"{path}: unknown kind of file; known are {KINDS}")
         # data.name and data.data_dir are not used: a recipe for the hub has them, and only its data.path is overridden.
-        if not says_split(path, source.split):
+        if not may_hold_split(path, source.split):
             raise DataError(
                 f"{path}: is one file, whose name says nothing of the split {source.split!r}; leave split out, or give "
                 "the folder"
