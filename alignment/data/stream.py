@@ -1,4 +1,4 @@
-"""The groups of a run in the order of training: read, checked and tokenised, with a cursor that can be put back."""
+"""Reads, checks and tokenises the groups of a run, and gives them in the order of training from any position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
-from alignment.data.shapes import ReadRow, has_equal_scores, to_group
+from alignment.data.shapes import TrackedRow, has_equal_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
 from alignment.groups import Group
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from alignment.rewards import BuildableScorer
 
 MAX_NAMES = 8
-"""Columns that a report names."""
+"""Number of columns that a report names at most."""
 MIN_ROWS_FOR_BUDGET = 100
-"""A streamed source may break the bad-row budget only after this many rows, when the fraction means something."""
+"""Rows that a streamed source must have before its bad-row budget is checked; the fraction of fewer says little."""
 
 
 class GroupReader:
-    """Reads sources into tokenised groups that an algorithm can learn from, and keeps the account of bad rows."""
+    """Reads sources into tokenised groups that an algorithm can train on, and counts the bad rows."""
 
     def __init__(
         self,
@@ -46,9 +46,9 @@ class GroupReader:
         judges: Sequence[BuildableScorer] = (),
     ) -> None:
         """Args:
-        bad_rows: file that names every skipped row, one JSON object per line; None keeps no such file.
-        rewards: scorers that will judge answers to these rows; a row whose columns one cannot read is a bad one.
-        judges: those that will judge answers to held-out rows alone.
+        bad_rows: file to which every skipped row is appended, as one JSON object per line; None writes no such file.
+        rewards: scorers that will rate answers to these rows; a row with columns that one of them cannot read is bad.
+        judges: scorers that will rate answers to held-out rows only.
         """
         self.data = data
         self.algorithm = algorithm
@@ -57,19 +57,20 @@ class GroupReader:
         self.rewards = rewards
         self.judges = judges
         self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = 0
-        self.left_out: Counter[str] = Counter()
+        self.skipped_counts: Counter[str] = Counter()
+        """Number of rows that are valid and have nothing to train on, by the reason."""
         self.unread_columns: Counter[str] = Counter()
-        """Rows that had something in a column that nothing reads, by the column's name."""
+        """Number of rows that have a value in a column that nothing reads, by the name of the column."""
         self.first_bad: list[str] = []
-        self._named: set[str] = set()
+        self._reported_origins: set[str] = set()
 
     @property
     def num_undecided(self) -> int:
-        """Rows that are in order and have nothing to learn from."""
-        return self.left_out.total()
+        """Number of rows that are valid and have nothing to train on."""
+        return self.skipped_counts.total()
 
     def read(self, source: SourceConfig) -> Iterator[Group]:
-        """Yields the usable groups of one source, in its order.
+        """Yields the usable groups of one source, in the order of the source.
 
         Raises:
             DataError: the source cannot be opened, or a row is bad and `on_bad_row` is `fail`.
@@ -79,10 +80,10 @@ class GroupReader:
             try:
                 if isinstance(row, DataError):
                     raise row
-                row = ReadRow(row)
+                row = TrackedRow(row)
                 group = to_group(row, origin, source)
-                self.unread_columns.update(row.unread)
-                group = self._selected(group, row)
+                self.unread_columns.update(row.unread_columns)
+                group = self._select_completions(group, row)
                 self._check_columns(group, source)
                 self.num_equal_scores += bool(group.pairs) and has_equal_scores(row)
                 if self._too_many_characters(group):
@@ -93,18 +94,26 @@ class GroupReader:
                     raise NoPreference("the answers are the same as far as data.max_length shows them")
                 yield from examples
             except NoPreference as error:
-                self.left_out[error.reason] += 1
+                self.skipped_counts[error.reason] += 1
             except DataError as error:
-                self._bad(origin, error)
+                self._handle_bad_row(origin, error)
 
     def note_on_weights(self) -> str:
-        """What to say where a source gives its fraction by its old name, as the end of a line."""
+        """The end of a line that says that a source names its fraction by the old key; empty if none does."""
         sources = (*self.data.sources, *([self.data.eval] if self.data.eval else []))
-        renamed = any(self.data.fraction_of(source) != source.fraction for source in sources)
-        return "; a weight without a streaming mixture is read as a fraction, which is its name now" if renamed else ""
+        has_old_names = any(self.data.fraction_of(source) != source.fraction for source in sources)
+        return (
+            "; a weight without a streaming mixture is read as a fraction, which is its name now"
+            if has_old_names
+            else ""
+        )
 
     def _check_columns(self, group: Group, source: SourceConfig) -> None:
-        """Raises DataError if a scorer could give no answer to this row a reward."""
+        """Checks that every scorer can read its columns, and that some scorer rates answers to this row.
+
+        Raises:
+            DataError: a scorer cannot read its columns, or every scorer would abstain.
+        """
         is_held_out = self.data.eval is None or source == self.data.eval
         for scorer in (*self.rewards, *(self.judges if is_held_out else ())):
             try:
@@ -116,7 +125,11 @@ class GroupReader:
             raise DataError(f"no scorer has a reward for this row: it has none of their columns ({names})")
 
     def check_budget(self) -> None:
-        """Raises DataError if more rows were bad than `bad_row_budget` allows."""
+        """Checks the number of bad rows so far.
+
+        Raises:
+            DataError: more rows are bad than `bad_row_budget` allows; the text has the first of them.
+        """
         if self.num_bad > self.data.bad_row_budget * self.num_rows:
             raise DataError(
                 f"{self.num_bad} of {self.num_rows} rows are bad, more than data.bad_row_budget "
@@ -124,11 +137,11 @@ class GroupReader:
             )
 
     def summary(self) -> str:
-        """One line about what was read and what was left out."""
+        """One line for people: how many rows were read, and how many were left out for which reason."""
         text = f"{self.num_rows} rows"
         if self.num_long:
             text += f", {self.num_long} longer than {self.data.max_characters} characters left out"
-        for reason, count in self.left_out.items():
+        for reason, count in self.skipped_counts.items():
             text += f", {count} {reason} left out"
         if self.num_equal_scores:
             text += f", {self.num_equal_scores} whose chosen and rejected have equal scores"
@@ -136,23 +149,29 @@ class GroupReader:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
         if self.unread_columns:
             names = [name for name, _ in self.unread_columns.most_common(MAX_NAMES)]
-            more = len(self.unread_columns) - len(names)
-            text += f"; columns that are not read: {', '.join(sorted(names))}" + (f" and {more} more" if more else "")
+            num_unnamed = len(self.unread_columns) - len(names)
+            text += f"; columns that are not read: {', '.join(sorted(names))}" + (
+                f" and {num_unnamed} more" if num_unnamed else ""
+            )
         notes = self.tokenizer.summary()
         return f"{text}; {notes}" if notes else text
 
-    def _selected(self, group: Group, row: ReadRow) -> Group:
-        """What the algorithm learns of a group. Where answers are missing, the error tells what else the row has."""
+    def _select_completions(self, group: Group, row: TrackedRow) -> Group:
+        """The group with the completions that the algorithm trains on.
+
+        Raises:
+            DataError: the algorithm cannot use the group; if answers are missing, the text names the unread columns.
+        """
         try:
             return self.algorithm.select(group)
         except NoPreference:
             raise
         except DataError as error:
-            if group.completions or not row.unread:
+            if group.completions or not row.unread_columns:
                 raise
             raise DataError(
-                f"{error}, and these columns are not read: {', '.join(map(repr, row.unread))}. Say by data.columns "
-                "what they are, as {completion: answer}, or {chosen: better, rejected: worse}"
+                f"{error}, and these columns are not read: {', '.join(map(repr, row.unread_columns))}. Say by "
+                "data.columns what they are, as {completion: answer}, or {chosen: better, rejected: worse}"
             ) from error
 
     def _too_many_characters(self, group: Group) -> bool:
@@ -164,7 +183,7 @@ class GroupReader:
         answers = (c.text + "".join(turn.content for turn in c.following) for c in group.completions)
         return prompt + max(map(len, answers)) > limit
 
-    def _bad(self, origin: str, error: DataError) -> None:
+    def _handle_bad_row(self, origin: str, error: DataError) -> None:
         if self.data.on_bad_row == "fail":
             raise DataError(
                 f"{origin}: {error}. Set data.on_bad_row=skip to leave such rows out (up to data.bad_row_budget)"
@@ -172,8 +191,9 @@ class GroupReader:
         self.num_bad += 1
         if len(self.first_bad) < 3:
             self.first_bad.append(f"{origin}: {error}")
-        if self.bad_rows is not None and origin not in self._named:  # a stream meets it again in every epoch
-            self._named.add(origin)
+        # A stream reads the same row again in every epoch.
+        if self.bad_rows is not None and origin not in self._reported_origins:
+            self._reported_origins.add(origin)
             with self.bad_rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"row": origin, "why": str(error)}, ensure_ascii=False) + "\n")
 
@@ -182,14 +202,14 @@ class GroupStream(Protocol):
     """An endless, repeatable sequence of groups."""
 
     position: int
-    """Groups taken since the beginning of the run. Setting it moves the cursor, which is all that resuming needs."""
+    """Number of groups taken since the beginning of the run. To resume, set it."""
 
     def take(self, count: int) -> list[Group]:
-        """The next `count` groups."""
+        """Returns the next `count` groups and moves the position."""
 
 
 class ListStream:
-    """Groups held in memory, in a new random order every epoch that depends on seed and epoch alone."""
+    """Groups in memory, in a new random order in every epoch, which depends only on the seed and the epoch."""
 
     def __init__(self, groups: list[Group], *, seed: int, shuffle: bool) -> None:
         self.groups = groups
@@ -198,17 +218,18 @@ class ListStream:
         self.position = 0
 
     def take(self, count: int) -> list[Group]:
-        picked = [self.groups[index] for index in self.indices(self.position, count)]
+        """Returns the next `count` groups and moves the position."""
+        groups = [self.groups[index] for index in self.indices(self.position, count)]
         self.position += count
-        return picked
+        return groups
 
     def indices(self, start: int, count: int) -> list[int]:
-        """Which groups are taken from position `start` on."""
-        taken: list[int] = []
-        while len(taken) < count:
-            epoch, offset = divmod(start + len(taken), len(self.groups))
-            taken += self._order(epoch)[offset : offset + count - len(taken)]
-        return taken
+        """Indices of the `count` groups from position `start` on."""
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, offset = divmod(start + len(indices), len(self.groups))
+            indices += self._order(epoch)[offset : offset + count - len(indices)]
+        return indices
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -218,96 +239,103 @@ class ListStream:
 
 
 class LiveStream:
-    """Groups read while training, each source shuffled through a buffer of its own.
+    """Groups that are read while the run trains; each source is shuffled through a buffer of its own.
 
-    Of several sources each group is drawn from one, by weight. A source goes on from its own place, and begins again in
-    another order when it ends. All of it depends on the seed and the position alone: moving the cursor back reads again
-    from the beginning, and a resumed run is exact.
+    With several sources, the source of each group is drawn at random by weight. Each source keeps its own position; at
+    its end it begins again, in another order. The order depends only on the seed and the position, so that a resumed
+    run is exact. Moving the position back reads the sources again from the beginning.
     """
 
     def __init__(self, reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: int, buffer: int) -> None:
-        """`buffer`: groups of each source held to shuffle from; 1 keeps their order."""
+        """`buffer`: number of groups of each source to shuffle from; 1 keeps the order of the source."""
         self.reader = reader
         self.sources = sources
         self.seed = seed
         self.buffer = buffer
         self.position = 0
-        self._read = 0
-        self._groups = self._drawn()
+        self._num_read = 0
+        self._groups = self._mix_sources()
 
     def take(self, count: int) -> list[Group]:
-        if self.position < self._read:
-            self._read, self._groups = 0, self._drawn()
-        while self._read < self.position:
-            self._next()
-        groups = [self._next() for _ in range(count)]
-        self.position = self._read
+        """Returns the next `count` groups and moves the position.
+
+        Raises:
+            DataError: a source cannot be read, has no usable group, or has too many bad rows.
+        """
+        if self.position < self._num_read:
+            self._num_read, self._groups = 0, self._mix_sources()
+        while self._num_read < self.position:
+            self._next_group()
+        groups = [self._next_group() for _ in range(count)]
+        self.position = self._num_read
         return groups
 
     @property
     def kind(self) -> str:
-        """What its order depends on, but for the rows: a resumed run must have the same."""
+        """All that the order depends on besides the rows, as text; a resumed run must have the same."""
         weights = [source.weight for source in self.sources]
         fractions = [self.reader.data.fraction_of(source) for source in self.sources]
         return repr((weights, fractions, [(source.skip, source.take) for source in self.sources], self.buffer))
 
     def summary(self) -> str:
-        """One line about what was read so far, in every epoch, and what was left out."""
+        """One line for people about the rows that were read so far, over all epochs, and those that were left out."""
         return self.reader.summary()
 
-    def _next(self) -> Group:
+    def _next_group(self) -> Group:
         group = next(self._groups)
-        self._read += 1
+        self._num_read += 1
         if self.reader.num_rows >= MIN_ROWS_FOR_BUDGET:
             self.reader.check_budget()
         return group
 
-    def _drawn(self) -> Iterator[Group]:
-        """The groups of all sources, mixed."""
-        streams = [self._endless(number, source) for number, source in enumerate(self.sources)]
+    def _mix_sources(self) -> Iterator[Group]:
+        """Yields the groups of all sources without end, each from a source that is drawn by weight."""
+        streams = [self._repeat_source(number, source) for number, source in enumerate(self.sources)]
         weights = [source.weight for source in self.sources]
-        chance = random.Random(f"{self.seed}-mixture")
+        rng = random.Random(f"{self.seed}-mixture")
         while True:
-            (stream,) = chance.choices(streams, weights) if len(streams) > 1 else streams
+            (stream,) = rng.choices(streams, weights) if len(streams) > 1 else streams
             yield next(stream)
 
-    def _endless(self, number: int, source: SourceConfig) -> Iterator[Group]:
-        """The groups of one source, over and over."""
+    def _repeat_source(self, number: int, source: SourceConfig) -> Iterator[Group]:
+        """Yields the groups of one source without end, in another order in every epoch."""
         fraction = self.reader.data.fraction_of(source)
         epoch = 0
         while True:
-            chance = random.Random(f"{self.seed}-{epoch}" + (f"-{number}" if number else ""))
-            lot = random.Random(f"{self.seed}-{number}")  # the same groups in every epoch
-            held: list[Group] = []
-            empty = True
+            shuffle_rng = random.Random(f"{self.seed}-{epoch}" + (f"-{number}" if number else ""))
+            sampling_rng = random.Random(f"{self.seed}-{number}")  # the same groups in every epoch
+            buffered_groups: list[Group] = []
+            is_empty = True
             for group in self.reader.read(source):
-                if lot.random() >= fraction:
+                if sampling_rng.random() >= fraction:
                     continue
-                empty = False
-                held.append(group)
-                if len(held) >= self.buffer:
-                    yield held.pop(chance.randrange(len(held)))
-            chance.shuffle(held)
-            yield from held
-            if empty:
+                is_empty = False
+                buffered_groups.append(group)
+                if len(buffered_groups) >= self.buffer:
+                    yield buffered_groups.pop(shuffle_rng.randrange(len(buffered_groups)))
+            shuffle_rng.shuffle(buffered_groups)
+            yield from buffered_groups
+            if is_empty:
                 raise DataError(f"the streamed data {source.path} holds no usable group: {self.reader.summary()}")
             epoch += 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a run learns from and what it is measured on."""
+    """The groups that a run trains on, and the held-out groups that it is evaluated on."""
 
     train: GroupStream
+    """The groups to train on, in order."""
     num_train: int | None
-    """Groups in one epoch; None for a stream."""
+    """Number of groups in one epoch; None for a stream."""
     eval: list[Group]
+    """The held-out groups."""
     report: str
-    """What was read and left out, for people."""
+    """One line for people: what was read and what was left out."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all training tokens and rewards, in the file's order; for a stream, of what its order depends on."""
+        """Hash of all training tokens and rewards in the order of the sources; for a stream, of `LiveStream.kind`."""
         digest = hashlib.sha256(self.train.kind.encode() if isinstance(self.train, LiveStream) else b"")
         for group in self.train.groups if isinstance(self.train, ListStream) else []:
             answers = [(c.tokens, c.learned, c.reward) for c in group.completions]
@@ -316,7 +344,11 @@ class Data:
 
 
 def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
-    """Reads everything that does not stream, checks the bad-row budget, and separates what is held out.
+    """Reads all sources that do not stream, checks the bad-row budget, and separates the held-out groups.
+
+    Args:
+        seed: decides which groups are held out and the order of training.
+        progress: whether to show a progress bar.
 
     Raises:
         DataError: a source cannot be read, has no usable group, or has too many bad rows.
@@ -337,9 +369,9 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
     if not groups:
         raise DataError(f"no usable group is left to train on: {reader.summary()}")
     train = ListStream(groups, seed=seed, shuffle=data.shuffle)
-    trained = {group.prompt_tokens for group in groups} if data.eval else set()
-    shared = sum(group.prompt_tokens in trained for group in held_out)
-    overlap = f" ({shared} of them with prompts that are trained on)" if shared else ""
+    training_prompts = {group.prompt_tokens for group in groups} if data.eval else set()
+    num_shared = sum(group.prompt_tokens in training_prompts for group in held_out)
+    overlap = f" ({num_shared} of them with prompts that are trained on)" if num_shared else ""
     report = f"{len(groups)} groups to train on, {len(held_out)} held out{overlap}, from {reader.summary()}"
     report += reader.note_on_weights()
     return Data(train=train, num_train=len(groups), eval=held_out, report=report)
@@ -351,29 +383,29 @@ def hold_out(
     """Separates whole prompts, so that no held-out prompt is trained on, until `count` groups are held out.
 
     Args:
-        by: what counts as the same prompt; `first_turn` is the first message of a user.
+        by: which groups have the same prompt: those with equal prompts, or those with an equal first user message.
 
     Returns:
-        The rest and the held-out groups, each in the given order.
+        The groups to train on and the held-out groups, each in the given order.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: no group would be left to train on.
     """
-    by_prompt: dict[object, list[int]] = {}
-    begins: dict[str, object] = {}  # a conversation of several examples, of one id, is not torn apart
+    indices_by_prompt: dict[object, list[int]] = {}
+    prompt_by_id: dict[str, object] = {}  # keeps the examples of one conversation, which share an id, together
     for index, group in enumerate(groups):
-        prompt = begins.setdefault(group.id, group.prompt if by == "prompt" else _first_turn(group))
-        by_prompt.setdefault(prompt, []).append(index)
-    prompts = list(by_prompt)
+        prompt = prompt_by_id.setdefault(group.id, group.prompt if by == "prompt" else _first_turn(group))
+        indices_by_prompt.setdefault(prompt, []).append(index)
+    prompts = list(indices_by_prompt)
     random.Random(seed).shuffle(prompts)
-    chosen: set[int] = set()
-    while prompts and len(chosen) < count:
-        chosen.update(by_prompt[prompts.pop()])
+    held_out: set[int] = set()
+    while prompts and len(held_out) < count:
+        held_out.update(indices_by_prompt[prompts.pop()])
     if not prompts:
         raise DataError(f"data.eval_groups ({count}) leaves nothing to train on: there are {len(groups)} groups")
     return (
-        [group for index, group in enumerate(groups) if index not in chosen],
-        [group for index, group in enumerate(groups) if index in chosen],
+        [group for index, group in enumerate(groups) if index not in held_out],
+        [group for index, group in enumerate(groups) if index in held_out],
     )
 
 
@@ -393,12 +425,12 @@ def _read_all(reader: GroupReader, sources: tuple[SourceConfig, ...], *, seed: i
             disable=None if progress else True,
             leave=False,
         )
-        read = list(bar)
+        source_groups = list(bar)
         fraction = reader.data.fraction_of(source)
         if fraction < 1:
             if reader.data.shuffle:
-                random.Random(seed).shuffle(read)
-            read = read[: round(len(read) * fraction)]
-        groups += read
+                random.Random(seed).shuffle(source_groups)
+            source_groups = source_groups[: round(len(source_groups) * fraction)]
+        groups += source_groups
     reader.check_budget()
     return groups
