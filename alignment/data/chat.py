@@ -1,4 +1,4 @@
-"""Text to token ids: chat templates, the border between prompt and completion, end tokens and truncation."""
+"""Turns text into token ids: chat templates, the border between prompt and completion, end tokens, truncation."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ ZEPHYR = """{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + me
 CHAT_TEMPLATES = {"chatml": CHATML, "zephyr": ZEPHYR}
 
 
-def chat_template(name: str | None, named: Mapping[str, str] | None = None) -> str | None:
-    """Resolves `model.chat_template`: the name of one of the tokenizer's several, a known name, a path, or Jinja text.
+def chat_template(name: str | None, tokenizer_templates: Mapping[str, str] | None = None) -> str | None:
+    """Returns the Jinja text of a `model.chat_template`.
 
     Args:
-        named: the tokenizer's templates, if it has several.
+        name: the name of one of the tokenizer's templates or of `CHAT_TEMPLATES`, a path, Jinja text, or None.
+        tokenizer_templates: the tokenizer's templates by name, if it has several.
+
+    Returns:
+        The Jinja text; None for None.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the name is none of these.
     """
     if name is None:
         return None
-    if name in (known := {**CHAT_TEMPLATES, **(named or {})}):
-        return known[name]
+    if name in (templates_by_name := {**CHAT_TEMPLATES, **(tokenizer_templates or {})}):
+        return templates_by_name[name]
     if "{%" in name or "{{" in name:
         return name
     if Path(name).is_file():
@@ -48,10 +52,10 @@ def chat_template(name: str | None, named: Mapping[str, str] | None = None) -> s
 
 
 def with_kwargs(template: str, kwargs: Mapping[str, Any]) -> str:
-    """A chat template that has `model.chat_template_kwargs` as defaults; a caller's own values win.
+    """Returns a chat template in which `model.chat_template_kwargs` are defaults; values of a caller override them.
 
     Raises:
-        ConfigError: the template never mentions one of them.
+        ConfigError: the template does not mention one of these variables.
     """
     for name in kwargs:
         if not re.search(rf"\b{re.escape(name)}\b", template):
@@ -59,52 +63,52 @@ def with_kwargs(template: str, kwargs: Mapping[str, Any]) -> str:
                 f"model.chat_template_kwargs: the chat template knows no {name!r}, so it would do nothing"
             )
     defaults = (
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja_literal(value)} %}}{{%- endif %}}"
         for name, value in kwargs.items()
     )
     return "".join(defaults) + template
 
 
-def _literal(value: Any) -> str:
-    """A value of YAML in Jinja's words, which are those of JSON but for null."""
+def _jinja_literal(value: Any) -> str:
+    """A value of YAML as a Jinja literal, which is JSON except for null."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_jinja_literal(key)}: {_jinja_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_literal, value)) + "]"
+        return "[" + ", ".join(map(_jinja_literal, value)) + "]"
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 DATE_OF_RUN: ContextVar[datetime.date | None] = ContextVar("DATE_OF_RUN", default=None)
-"""The date that templates print in this process, for scorers too, which nobody tells the run's folder."""
+"""The date that templates print in this process; scorers use it too, because they do not know the run's folder."""
 DATE_FILE = "date"
-"""In a run's folder: the day on which it began, for templates that print today's date."""
+"""Name of the file, in a run's folder, with the date on which the run began, for templates that print a date."""
 
 
 def run_date(folder: Path) -> datetime.date:
-    """The date of a run: the one that its folder keeps, or today, which it keeps from now on.
+    """Returns the date on which a run began, from its folder; the first call writes today's date there.
 
-    Templates that print the date print this one on every day of the run, so that its prompts stay the same.
+    Chat templates that print today's date print this one, so that the prompts of a run stay the same on every day.
     """
     file = folder / DATE_FILE
     if file.is_file():
         return datetime.date.fromisoformat(file.read_text(encoding="utf-8").strip())
     today = datetime.date.today()
-    part = file.with_suffix(".part")
-    part.write_text(f"{today.isoformat()}\n", encoding="utf-8")
-    part.replace(file)
+    partial_file = file.with_suffix(".part")
+    partial_file.write_text(f"{today.isoformat()}\n", encoding="utf-8")
+    partial_file.replace(file)
     return today
 
 
 class GroupTokenizer:
-    """Fills in the token ids of groups, by one set of rules.
+    """Computes the token ids of groups.
 
-    The border between prompt and completion is found in the tokens of the whole text, so that a merge across it is
-    seen as the model will see it. All completions of a group share the prompt's tokens. The prompt of messages is the
-    one that generation has; what is learned is each answer as the template writes it behind that prompt, with the end
-    token and the white space behind it.
+    The border between prompt and completion is found in the tokens of the whole text, because a token may span the
+    border. All completions of a group share the tokens of the prompt. For messages, the prompt is exactly the one that
+    generation uses; the tokens that are trained on are those of each answer, as the template writes it after that
+    prompt, with its end token.
 
-    A conversation of several answers is one example if its one rendering holds each answer behind exactly the prompt
-    that generation has, ended as the last one is; else it becomes one example per answer (see
+    A conversation with several answers becomes one example, if one rendering holds every answer after exactly the
+    prompt that generation uses, with the same end as the last answer. Otherwise it becomes one example per answer (see
     `Renderer.conversation`).
     """
 
@@ -117,12 +121,16 @@ class GroupTokenizer:
         date: datetime.date | None = None,
         checks_answers: bool = True,
     ) -> None:
-        """`end_tokens` are ids that end an answer; the first completion without one gets the tokenizer's own.
+        """Makes a tokenizer of groups.
 
         Args:
-            date: what templates that print today's date print; None is the date of this process's run, or today.
-            checks_answers: refuse an answer of which the template drops a part. False takes it as its model wrote it,
-                for answers that are only scored.
+            end_tokens: token ids that end an answer; a completion without one gets the tokenizer's EOS token.
+            date: the date that templates print as today's; None is the date of this process's run, or today.
+            checks_answers: refuse an answer if the template drops a part of it. With False, such an answer is used as
+                its model wrote it; this is for answers that are only scored.
+
+        Raises:
+            DataError: the tokenizer is not a fast one.
         """
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; character offsets are needed")
@@ -132,20 +140,22 @@ class GroupTokenizer:
         ids: list[int] = tokenizer("a")["input_ids"]
         self.ends_by_itself = ids[-1:] == [tokenizer.eos_token_id]
         self.control = ControlTokens(tokenizer)
-        end_texts = frozenset(tokenizer.decode([index]) for index in end_tokens) - {""}  # of an id that it has not
+        # The text of an id that the tokenizer does not have is empty.
+        end_texts = frozenset(tokenizer.decode([index]) for index in end_tokens) - {""}
         self.renderer = Renderer(tokenizer, self.control, end_texts, date or DATE_OF_RUN.get() or datetime.date.today())
         self.checks_answers = checks_answers
         self.num_with_control = 0
-        """Groups seen whose texts hold control tokens."""
-        self.num_divided = 0
-        """Conversations seen that became one example per answer."""
+        """Number of groups so far whose texts hold control tokens."""
+        self.num_split_conversations = 0
+        """Number of conversations so far that became one example per answer."""
 
     def __call__(self, group: Group) -> Group:
         """Returns the group with token ids.
 
         Raises:
-            DataError: the prompt fills the window, no token is left to learn, a message list meets a tokenizer
-                without a chat template, the template drops a part of the row, or one group is not enough (`examples`).
+            DataError: the prompt fills the window, no token is left to train on, the prompt is a list of messages and
+                the tokenizer has no chat template, the template drops a part of the row, or the group needs several
+                examples (see `examples`).
         """
         groups = self.examples(group)
         if len(groups) > 1:
@@ -156,57 +166,61 @@ class GroupTokenizer:
         return groups[0]
 
     def examples(self, group: Group) -> list[Group]:
-        """The group with token ids; several if a conversation needs one for each of its answers.
+        """Returns the group with token ids; several groups if a conversation needs one for each of its answers.
 
         Raises:
-            DataError: as for a call.
+            DataError: the group cannot be tokenised, for the reasons that `__call__` names.
         """
-        shielded = self._shielded(group)
-        if isinstance(shielded.prompt, str):
-            return [self._filled(group, self._text_layout(shielded))]
+        shielded_group = self._shield_group(group)
+        if isinstance(shielded_group.prompt, str):
+            return [self._fill_tokens(group, self._text_layout(shielded_group))]
         if not any(completion.following for completion in group.completions):
-            return [self._filled(group, self._chat_layout(shielded))]
-        layout = self._conversation_layout(shielded)
+            return [self._fill_tokens(group, self._chat_layout(shielded_group))]
+        layout = self._conversation_layout(shielded_group)
         if layout is not None:
-            return [self._filled(group, layout)]
-        self.num_divided += 1
-        examples: list[Group] = []
-        for part, shielded_part in zip(_divided(group), _divided(shielded), strict=True):
+            return [self._fill_tokens(group, layout)]
+        self.num_split_conversations += 1
+        tokenised_examples: list[Group] = []
+        for example, shielded_example in zip(_split_by_answer(group), _split_by_answer(shielded_group), strict=True):
             try:
-                examples.append(self._filled(part, self._chat_layout(shielded_part)))
-            except _WindowIsFull:
-                if not examples:
+                tokenised_examples.append(self._fill_tokens(example, self._chat_layout(shielded_example)))
+            except _PromptTooLong:
+                if not tokenised_examples:
                     raise
-                break  # as the end of a long conversation is cut where it is one example
-        return examples
+                break  # a long conversation that is one example loses its end in the same way
+        return tokenised_examples
 
     def summary(self) -> str:
-        """What people should know of the rows that were read; empty if there is nothing."""
+        """Notes for people about the rows that were read; empty if there are none."""
         notes = []
         if self.num_with_control:
-            how = "read as such" if self.data.control_tokens == "control" else "read as text in messages"
-            notes.append(f"{self.num_with_control} with control tokens in their texts, {how}")
-        if self.num_divided:
-            notes.append(f"{self.num_divided} conversations learned as one example per answer")
+            interpretation = "read as such" if self.data.control_tokens == "control" else "read as text in messages"
+            notes.append(f"{self.num_with_control} with control tokens in their texts, {interpretation}")
+        if self.num_split_conversations:
+            notes.append(f"{self.num_split_conversations} conversations learned as one example per answer")
         if self.renderer.unread_fields:
             names = ", ".join(sorted(self.renderer.unread_fields))
             notes.append(f"fields that the chat template does not read: {names}")
         return "; ".join(notes)
 
     def render(self, turns: tuple[Message, ...], *, answer_next: bool) -> str:
-        """The turns through the chat template, ending where an answer would begin if `answer_next`."""
+        """The turns as the chat template writes them; with `answer_next`, the text ends where an answer would begin.
+
+        Raises:
+            DataError: there is no chat template, or it refuses these messages.
+        """
         return self.renderer.render(turns, answer_next=answer_next)
 
-    def _shielded(self, group: Group) -> Group:
-        """The group with control tokens in its texts shielded, if these are to be read as text; counts it."""
+    def _shield_group(self, group: Group) -> Group:
+        """The group with its control tokens shielded, if they are to be read as text; counts groups that have some."""
         turns = [*_turns(group.prompt)]
         for completion in group.completions:
             turns += [_turn(completion), *completion.following]
-        others = (value for values in ([turn.fields for turn in turns if turn.fields], group.tools) for value in values)
+        other_values = [*(turn.fields for turn in turns if turn.fields), *group.tools]
         if not (
             any(self.control.holds(turn.content, role=turn.role) for turn in turns)
             or any(self.control.holds(turn.role) for turn in turns if not turn.role.isidentifier())
-            or any(self.control.holds(text) for value in others for text in _texts(value))
+            or any(self.control.holds(text) for value in other_values for text in _texts(value))
         ):
             return group
         self.num_with_control += 1
@@ -215,19 +229,19 @@ class GroupTokenizer:
             return group
         shield, shield_role = self.control.shield, self.control.shield_role
 
-        def shielded(turn: Message) -> Message:
+        def shield_turn(turn: Message) -> Message:
             content, fields = shield(turn.content, role=turn.role), shield(turn.fields, role=turn.role)
             return dataclasses.replace(turn, role=shield_role(turn.role), content=content, fields=fields)
 
         return dataclasses.replace(
             group,
-            prompt=shield(group.prompt) if isinstance(group.prompt, str) else tuple(map(shielded, group.prompt)),
+            prompt=shield(group.prompt) if isinstance(group.prompt, str) else tuple(map(shield_turn, group.prompt)),
             completions=tuple(
                 dataclasses.replace(
                     completion,
                     text=shield(completion.text, role="assistant"),
                     fields=shield(completion.fields, role="assistant"),
-                    following=tuple(map(shielded, completion.following)),
+                    following=tuple(map(shield_turn, completion.following)),
                 )
                 for completion in group.completions
             ),
@@ -236,82 +250,88 @@ class GroupTokenizer:
 
     def _text_layout(self, group: Group) -> _Layout:
         assert isinstance(group.prompt, str)
-        wholes = [self._plain(group.prompt + completion.text) for completion in group.completions]
-        return _Layout(prompt=self._plain(group.prompt), wholes=[(ids, [True] * len(ids)) for ids in wholes])
+        sequences = [self._encode_text(group.prompt + completion.text) for completion in group.completions]
+        return _Layout(
+            prompt=self._encode_text(group.prompt), sequences=[(ids, [True] * len(ids)) for ids in sequences]
+        )
 
     def _chat_layout(self, group: Group) -> _Layout:
-        """Every completion is the next turn after the prompt, or goes on with its last one."""
+        """The layout of a chat in which every completion is the turn after the prompt, or continues its last turn."""
         assert not isinstance(group.prompt, str)
-        begun = _is_begun(group.prompt)
-        prompt = self.renderer.prompt(group.prompt, inputs=_inputs(group), begun=begun)
+        continues_answer = _continues_answer(group.prompt)
+        prompt = self.renderer.prompt(group.prompt, inputs=_inputs(group), continues_answer=continues_answer)
         self.renderer.check_prompt(prompt, group.prompt, _inputs(group))
-        wholes = []
+        sequences = []
         for completion in group.completions:
-            answer = self._answer(group, completion, prompt, begun)
+            answer = self._answer(group, completion, prompt, continues_answer)
             encoding = self.control.encode(answer.text)
             _, answer_stop = answer.span
-            wholes.append((encoding.ids, [start < answer_stop for start, _ in encoding.spans]))
-        return self._layout(prompt, group, wholes)
+            sequences.append((encoding.ids, [start < answer_stop for start, _ in encoding.spans]))
+        return self._layout(prompt, group, sequences)
 
-    def _answer(self, group: Group, completion: Completion, prompt: str, begun: bool) -> Answer:
+    def _answer(self, group: Group, completion: Completion, prompt: str, continues_answer: bool) -> Answer:
         assert not isinstance(group.prompt, str)
         try:
-            answer = _turn(completion)
-            return self.renderer.answer(group.prompt, answer, inputs=_inputs(group), prompt=prompt, begun=begun)
+            turn = _turn(completion)
+            return self.renderer.answer(
+                group.prompt, turn, inputs=_inputs(group), prompt=prompt, continues_answer=continues_answer
+            )
         except DataError:
             if self.checks_answers:
                 raise
             return self.renderer.as_generated(group.prompt, _turn(completion), inputs=_inputs(group), prompt=prompt)
 
     def _conversation_layout(self, group: Group) -> _Layout | None:
-        """All answers of a conversation in one text; None if its template needs one example per answer."""
+        """The layout of a conversation with all its answers in one text; None if it needs one example per answer."""
         assert not isinstance(group.prompt, str)
         if len(group.completions) != 1:
             raise DataError("a conversation of several answers needs exactly one completion")
         (completion,) = group.completions
         turns = (*group.prompt, _turn(completion), *completion.following)
-        answers = _answers(turns, len(group.prompt))
-        begun = _is_begun(group.prompt)
-        if self.data.train_on_prompt:  # every token is learned, wherever the answers are
-            answers = answers[-1:]
-            begun = begun and len(answers) == 1
-        conversation = self.renderer.conversation(turns, answers, inputs=_inputs(group), begun=begun)
+        answer_indices = _answer_indices(turns, len(group.prompt))
+        continues_answer = _continues_answer(group.prompt)
+        if self.data.train_on_prompt:  # every token is trained on, so the positions of the answers do not matter
+            answer_indices = answer_indices[-1:]
+            continues_answer = continues_answer and len(answer_indices) == 1
+        conversation = self.renderer.conversation(
+            turns, answer_indices, inputs=_inputs(group), continues_answer=continues_answer
+        )
         if conversation is None:
             return None
-        context = turns[: answers[-1]]
+        context = turns[: answer_indices[-1]]
         self.renderer.check_prompt(conversation.text, context, _inputs(group))
         encoding = self.control.encode(conversation.text)
-        # Spans may overlap a border (a merge over it) or be empty (some tokenizers leave white space out of them).
-        learned = [
+        # A token may overlap a border, and its span may be empty (some tokenizers leave white space out of it).
+        loss_mask = [
             any(start < end and stop > begin for begin, end in conversation.spans) for start, stop in encoding.spans
         ]
-        return self._layout(conversation.prompt, group, [(encoding.ids, learned)])
+        return self._layout(conversation.prompt, group, [(encoding.ids, loss_mask)])
 
-    def _layout(self, prompt: str, group: Group, wholes: list[tuple[list[int], list[bool]]]) -> _Layout:
+    def _layout(self, prompt: str, group: Group, sequences: list[tuple[list[int], list[bool]]]) -> _Layout:
         encoding = self.control.encode(prompt)
         limit = self.data.max_prompt_length
-        too_long = limit is not None and len(encoding.ids) > limit
-        cuttable = self._cuttable(prompt, group, encoding.spans) if too_long else None
-        return _Layout(prompt=encoding.ids, wholes=wholes, cuttable=cuttable)
+        is_too_long = limit is not None and len(encoding.ids) > limit
+        cut_mask = self._cut_mask(prompt, group, encoding.spans) if is_too_long else None
+        return _Layout(prompt=encoding.ids, sequences=sequences, cut_mask=cut_mask)
 
-    def _cuttable(self, prompt: str, group: Group, spans: list[Span]) -> list[bool]:
-        """Which tokens of a rendered prompt are people's own text, which may be cut: never a header or the system's.
+    def _cut_mask(self, prompt: str, group: Group, spans: list[Span]) -> list[bool]:
+        """For each token of a rendered prompt, whether it may be cut: it must be text of a user or of a tool.
 
         Raises:
-            DataError: the template does not print these texts as they are.
+            DataError: the template does not print these texts unchanged.
         """
         assert not isinstance(group.prompt, str)
-        places = self.renderer.places(prompt, group.prompt, inputs=_inputs(group), roles=("user", "tool"))
-        return [any(start >= begin and begin < stop <= end for begin, end in places) for start, stop in spans]
+        text_spans = self.renderer.find_texts(prompt, group.prompt, inputs=_inputs(group), roles=("user", "tool"))
+        return [any(start >= begin and begin < stop <= end for begin, end in text_spans) for start, stop in spans]
 
-    def _filled(self, group: Group, layout: _Layout) -> Group:
+    def _fill_tokens(self, group: Group, layout: _Layout) -> Group:
         border = _border(layout)
-        wholes = layout.wholes
+        sequences = layout.sequences
         completions = [
-            (ids[border:], learned[border:], completion)
-            for (ids, learned), completion in zip(wholes, group.completions, strict=True)
+            (ids[border:], loss_mask[border:], completion)
+            for (ids, loss_mask), completion in zip(sequences, group.completions, strict=True)
         ]
-        prompt = (wholes[0][0] if wholes else layout.prompt)[:border]
+        prompt = (sequences[0][0] if sequences else layout.prompt)[:border]
         if self.data.train_on_prompt or not prompt:
             if len(completions) != 1:
                 raise DataError(
@@ -320,77 +340,84 @@ class GroupTokenizer:
                     if layout.prompt and not self.data.train_on_prompt
                     else "an empty prompt, or train_on_prompt, needs exactly one completion"
                 )
-            (ids, learned, completion) = completions[0]
-            whole = prompt + ids
-            learned = [True] * len(whole) if self.data.train_on_prompt else learned
-            prompt, completions = whole[:1], [(whole[1:], learned[1:], completion)]
-        prompt = self._cut_prompt(prompt, layout.cuttable)
-        room = self.data.max_length - len(prompt)
+            (ids, loss_mask, completion) = completions[0]
+            sequence = prompt + ids
+            loss_mask = [True] * len(sequence) if self.data.train_on_prompt else loss_mask
+            prompt, completions = sequence[:1], [(sequence[1:], loss_mask[1:], completion)]
+        prompt = self._cut_prompt(prompt, layout.cut_mask)
+        max_tokens = self.data.max_length - len(prompt)
         return dataclasses.replace(
             group,
             prompt_tokens=tuple(prompt),
-            completions=tuple(self._finish(ids, learned, completion, room) for ids, learned, completion in completions),
+            completions=tuple(
+                self._finish_completion(ids, loss_mask, completion, max_tokens)
+                for ids, loss_mask, completion in completions
+            ),
         )
 
-    def _plain(self, text: str) -> list[int]:
-        """Ids with the tokenizer's own beginning (BOS), but without an end token that some add by themselves."""
+    def _encode_text(self, text: str) -> list[int]:
+        """Token ids with the BOS token that the tokenizer adds, and without the end token that some tokenizers add."""
         if self.control.is_shielded(text):
-            return self._beginning() + self.control.encode(text).ids
+            return self._bos_tokens() + self.control.encode(text).ids
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        doubled = ids[:2] == [self.tokenizer.bos_token_id] * 2  # the text has already a BOS of its own
-        return ids[int(doubled) : len(ids) - int(self.ends_by_itself)]
+        has_two_bos = ids[:2] == [self.tokenizer.bos_token_id] * 2  # the text begins with a BOS token itself
+        return ids[int(has_two_bos) : len(ids) - int(self.ends_by_itself)]
 
-    def _beginning(self) -> list[int]:
-        """What the tokenizer writes before every text by itself."""
+    def _bos_tokens(self) -> list[int]:
+        """The tokens that the tokenizer adds before every text."""
         ids: list[int] = self.tokenizer("")["input_ids"]
         return ids[: len(ids) - int(self.ends_by_itself)]
 
-    def _cut_prompt(self, prompt: list[int], cuttable: list[bool] | None) -> list[int]:
-        """A prompt of at most `max_prompt_length`. Of plain text its beginning-of-sequence token stays, of messages
-        all that is not people's own text.
+    def _cut_prompt(self, prompt: list[int], cut_mask: list[bool] | None) -> list[int]:
+        """The prompt cut to at most `max_prompt_length` tokens. Its BOS token stays; of messages, only text is cut.
 
         Raises:
-            DataError: too little of it may be cut, or it fills the window.
+            DataError: too few of its tokens may be cut, or it fills the window.
         """
         limit = self.data.max_prompt_length
         if limit is not None and len(prompt) > limit:
             excess = len(prompt) - limit
             keeps_end = self.data.truncate_prompt == "keep_end"
-            if cuttable is not None:
-                indices = [index for index in range(len(prompt)) if cuttable[index]]
+            if cut_mask is not None:
+                indices = [index for index in range(len(prompt)) if cut_mask[index]]
                 if excess >= len(indices):
                     raise DataError(
                         f"the prompt ({len(prompt)} tokens) is longer than data.max_prompt_length ({limit}), and only "
                         f"{len(indices)} of its tokens are a user's text, which could be cut"
                     )
-                removed = set(indices[:excess] if keeps_end else indices[-excess:])
-                prompt = [token for index, token in enumerate(prompt) if index not in removed]
+                cut_indices = set(indices[:excess] if keeps_end else indices[-excess:])
+                prompt = [token for index, token in enumerate(prompt) if index not in cut_indices]
             elif not keeps_end:
                 prompt = prompt[:limit]
             else:
                 num_kept = int(limit > 1 and prompt[0] == self.tokenizer.bos_token_id)
                 prompt = prompt[:num_kept] + prompt[len(prompt) - limit + num_kept :]
         if len(prompt) >= self.data.max_length:
-            raise _WindowIsFull(
+            raise _PromptTooLong(
                 f"the prompt ({len(prompt)} tokens) fills the window (data.max_length {self.data.max_length})"
             )
         return prompt
 
-    def _finish(self, ids: list[int], learned: list[bool], completion: Completion, room: int) -> Completion:
-        """Appends the end token where the answer ends and has none, and cuts what does not fit."""
-        was_cut = _is_cut(completion)
-        end = len(ids) if was_cut else self._end(ids)
+    def _finish_completion(
+        self, ids: list[int], loss_mask: list[bool], completion: Completion, max_tokens: int
+    ) -> Completion:
+        """The completion with its tokens: with an end token unless the answer was cut off, and at most `max_tokens`."""
+        is_cut = _is_cut(completion)
+        end = len(ids) if is_cut else self._end_length(ids)
         if end is None:
-            ids, learned = [*ids, self.tokenizer.eos_token_id], [*learned, True]
+            ids, loss_mask = [*ids, self.tokenizer.eos_token_id], [*loss_mask, True]
             end = len(ids)
-        if not any(learned[:room]):
+        if not any(loss_mask[:max_tokens]):
             raise DataError("no token of the answer is left to learn")
         return dataclasses.replace(
-            completion, tokens=tuple(ids[:room]), learned=tuple(learned[:room]), truncated=end > room or was_cut
+            completion,
+            tokens=tuple(ids[:max_tokens]),
+            learned=tuple(loss_mask[:max_tokens]),
+            truncated=end > max_tokens or is_cut,
         )
 
-    def _end(self, ids: list[int]) -> int | None:
-        """Number of tokens up to and with the end token, after which templates write at most white space."""
+    def _end_length(self, ids: list[int]) -> int | None:
+        """Number of tokens up to and including the end token, which only white space may follow; None without one."""
         for length in range(len(ids), 0, -1):
             if ids[length - 1] in self.end_tokens:
                 return length
@@ -399,30 +426,30 @@ class GroupTokenizer:
         return None
 
 
-class _WindowIsFull(DataError):
-    """A prompt leaves no token for an answer."""
+class _PromptTooLong(DataError):
+    """The prompt fills the window, so that no token is left for an answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """The tokens of a group before its border is found."""
+    """The tokens of a group before the border between prompt and completions is found."""
 
     prompt: list[int]
-    """Ids of the prompt alone, as generation has them."""
-    wholes: list[tuple[list[int], list[bool]]]
-    """Ids of prompt and completion together, and which are learned, for each completion."""
-    cuttable: list[bool] | None = None
-    """Which of the prompt's tokens may be cut; None if it need not be, or is plain text."""
+    """Token ids of the prompt alone, as generation uses them."""
+    sequences: list[tuple[list[int], list[bool]]]
+    """For each completion, token ids of prompt and completion together, and their loss mask."""
+    cut_mask: list[bool] | None = None
+    """For each token of the prompt, whether it may be cut; None if nothing must be cut, or the prompt is plain text."""
 
 
 def _border(layout: _Layout) -> int:
-    """Number of leading tokens that the prompt and every whole text have in common; their texts agree as far."""
-    together = zip(layout.prompt, *(ids for ids, _ in layout.wholes), strict=False)
-    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, together))
+    """Number of tokens at the beginning that the prompt and all sequences have in common."""
+    aligned_ids = zip(layout.prompt, *(ids for ids, _ in layout.sequences), strict=False)
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, aligned_ids))
 
 
-def _is_begun(prompt: tuple[Message, ...]) -> bool:
-    """Whether a prompt ends with an answer that is to be continued. An answer that is marked as context is over."""
+def _continues_answer(prompt: tuple[Message, ...]) -> bool:
+    """True if a prompt ends with an answer that is to be continued. An answer that is marked as context is complete."""
     return prompt[-1].role == "assistant" and prompt[-1].trained
 
 
@@ -438,38 +465,38 @@ def _turn(completion: Completion) -> Message:
     return Message(role="assistant", content=completion.text, fields=completion.fields, truncated=completion.truncated)
 
 
-def _answers(turns: tuple[Message, ...], first: int) -> list[int]:
-    """Which turns from the first answer on are the assistant's and trained on."""
-    indices = range(first, len(turns))
+def _answer_indices(turns: tuple[Message, ...], first_index: int) -> list[int]:
+    """Indices, from `first_index` on, of the assistant's turns that are trained on."""
+    indices = range(first_index, len(turns))
     return [index for index in indices if turns[index].role == "assistant" and turns[index].trained]
 
 
 def _is_cut(completion: Completion) -> bool:
-    """Whether the last answer of a completion was cut off where it was sampled; nothing at all is not cut."""
-    last = next((turn for turn in reversed(completion.following) if turn.role == "assistant"), _turn(completion))
-    return last.truncated and bool(last.content)
+    """True if the last answer of a completion was cut off when it was sampled, and is not empty."""
+    last_answer = next((turn for turn in reversed(completion.following) if turn.role == "assistant"), _turn(completion))
+    return last_answer.truncated and bool(last_answer.content)
 
 
-def _divided(group: Group) -> list[Group]:
-    """One group per answer of a conversation, with all turns before it as the prompt."""
+def _split_by_answer(group: Group) -> list[Group]:
+    """One group for each answer of a conversation, with all turns before the answer as the prompt."""
     assert not isinstance(group.prompt, str)
     (completion,) = group.completions
     turns = (*group.prompt, _turn(completion), *completion.following)
-    parts = []
-    for index in _answers(turns, len(group.prompt)):
+    groups = []
+    for index in _answer_indices(turns, len(group.prompt)):
         context = turns[:index]
         if index > len(group.prompt) and context[-1].role == "assistant":
-            context = (*context[:-1], dataclasses.replace(context[-1], trained=False))  # it is over
+            context = (*context[:-1], dataclasses.replace(context[-1], trained=False))  # it is complete
         answer = turns[index]
-        part = dataclasses.replace(
+        answer_completion = dataclasses.replace(
             completion, text=answer.content, fields=answer.fields, truncated=answer.truncated, following=()
         )
-        parts.append(dataclasses.replace(group, prompt=context, completions=(part,)))
-    return parts
+        groups.append(dataclasses.replace(group, prompt=context, completions=(answer_completion,)))
+    return groups
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a nest of lists and mappings."""
+    """Yields every text in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

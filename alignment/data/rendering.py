@@ -1,7 +1,7 @@
-"""Conversations as a chat template writes them: the prompt that generation has, and where each answer stands behind it.
+"""Renders conversations by a chat template, and finds each answer after the prompt that generation would use.
 
-Nothing here trusts lengths of partial renderings: an answer is where its text is, behind exactly the prompt that it
-would be generated from, and a rendering in which it is not is refused or not used.
+An answer is found by its text, after exactly the prompt that it would be generated from, and never by the lengths of
+partial renderings. A rendering in which an answer is not found there is refused or not used.
 """
 
 from __future__ import annotations
@@ -17,71 +17,73 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from alignment.data.control_tokens import THOUGHTS, ControlTokens, Span
+from alignment.data.control_tokens import REASONING_MARKS, ControlTokens, Span
 from alignment.errors import DataError
 from alignment.groups import Message
 
 Turns = tuple[Message, ...]
 
 SENTINEL = "\ufdd3text\ufdd3"
-"""Stands for a text to find where the template puts it; noncharacters of Unicode, which no text holds."""
+"""Replaces a text to find where the template writes it; it has noncharacters of Unicode, which no text holds."""
 MAX_TAILS = 16
-"""Ends of turns that are remembered. A template has one or two, unless it prints something of its messages there."""
-LONGEST_BY_CHANCE = 40
-"""Characters of a text that may stand in another, or in the template's own words, without being printed."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields that hold the thought before an answer, by the names that templates and servers have for it."""
-CALLS = ("tool_calls", "function_call")
+"""Number of ends of turns to remember. A template has one or two, unless it prints a part of the messages there."""
+MAX_CHANCE_LENGTH = 40
+"""A text of at most this many characters may occur in a rendered prompt by chance, as a part of another text."""
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Fields that hold the reasoning before an answer, by the names of chat templates and servers."""
+CALL_FIELDS = ("tool_calls", "function_call")
+"""Fields that hold the function calls of a message."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemplateInputs:
-    """What a template is given beside the messages."""
+    """Arguments of a chat template besides the messages."""
 
     tools: Sequence[Mapping[str, Any]] = ()
     """JSON schemas of the functions that may be called."""
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The row's own `chat_template_kwargs`, which win over the configured ones."""
+    """The row's own `chat_template_kwargs`, which override the configured ones."""
 
 
-NOTHING = TemplateInputs()
+NO_INPUTS = TemplateInputs()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer behind its prompt: `body + end` is what a model writes after it."""
+    """One answer after its prompt; a model would write `body + end`."""
 
     prompt: str
-    """The rendered turns before it, ending exactly where generation would begin."""
+    """The rendered turns before the answer, up to exactly where generation would begin."""
     body: str
-    """The answer, with what the template writes before it and generation does not (an empty thought, a channel)."""
+    """The answer, with the text that the template writes before it and generation does not (an empty reasoning)."""
     content: str
-    """The end of `body` that is the answer's own text."""
+    """The part of `body`, at its end, that is the answer's own text."""
     end: str
-    """What ends the turn, up to and with its end token; empty if the answer was cut."""
+    """The end of the turn, up to and including its end token; empty if the answer was cut off."""
     space: str = ""
-    """The white space that the template writes behind the end token, and no model does."""
+    """White space that the template writes after the end token; a model does not write it."""
 
     @property
     def text(self) -> str:
-        """All that the template writes."""
+        """The whole rendered text, with the prompt."""
         return self.prompt + self.body + self.end + self.space
 
     @property
     def span(self) -> Span:
-        """Characters of `text` that a model writes."""
+        """Start and stop of the characters of `text` that a model writes."""
         return len(self.prompt), len(self.text) - len(self.space)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One rendering of several answers, each behind exactly the prompt that it would be generated from."""
+    """One rendering with several answers, each after exactly the prompt that it would be generated from."""
 
     text: str
+    """The whole rendered text."""
     prompt: str
-    """What stands before the first answer."""
+    """The text before the first answer."""
     spans: tuple[Span, ...]
-    """Characters of each answer that is trained on, with its end."""
+    """Start and stop (characters of `text`) of each answer that is trained on, with its end."""
 
 
 class Renderer:
@@ -90,56 +92,68 @@ class Renderer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens, end_texts: frozenset[str], date: datetime.date
     ) -> None:
-        """`end_texts`: the end tokens, as templates write them. `date`: what templates print that ask for today's."""
+        """Makes a renderer.
+
+        Args:
+            control: the control tokens of the tokenizer.
+            end_texts: the texts of the end tokens, as templates write them.
+            date: the date that templates print as today's.
+        """
         self.tokenizer = tokenizer
         self.control = control
         self.end_texts = end_texts
         self.unread_fields: Counter[str] = Counter()
-        self._now = datetime.datetime.combine(date, datetime.time())
+        """How often a message has a field that the template does not read, by the name of the field."""
+        self._date_time = datetime.datetime.combine(date, datetime.time())
         self._tails: dict[str, None] = {}
-        # Role, role before, whether it is the last turn and has calls, of turns that the template was seen to print.
-        self._printed_places: set[tuple[str, str | None, bool, bool]] = set()
-        self._takes_parts: bool | None = None
+        # Positions whose turns the template prints: role, previous role, whether it is the last turn, whether it calls.
+        self._printed_positions: set[tuple[str, str | None, bool, bool]] = set()
+        self._needs_content_parts: bool | None = None
 
-    def render(self, turns: Turns, *, inputs: TemplateInputs = NOTHING, answer_next: bool) -> str:
-        """The turns through the chat template, ending where an answer would begin if `answer_next`.
+    def render(self, turns: Turns, *, inputs: TemplateInputs = NO_INPUTS, answer_next: bool) -> str:
+        """The turns as the chat template writes them; with `answer_next`, the text ends where an answer would begin.
 
         Raises:
             DataError: there is no template, or it refuses these messages.
         """
-        if self._takes_parts is None:
-            self._source(inputs)
-            self._takes_parts = False
-            self._takes_parts = self._needs_parts()
-        # Templates take a call's arguments as a mapping; a few join them to text, and fail with a mapping.
-        messages = self._messages(turns)
+        if self._needs_content_parts is None:
+            self._template_source(inputs)
+            self._needs_content_parts = False
+            self._needs_content_parts = self._probe_content_parts()
+        # Most templates take the arguments of a call as a mapping; a few take a text, and fail with a mapping.
+        messages = self._template_messages(turns)
         try:
-            return self._apply(messages, inputs, answer_next)
+            return self._apply_template(messages, inputs, answer_next)
         except DataError:
             if not any(turn.fields.get("tool_calls") for turn in turns):
                 raise
-            return self._apply(self._messages(turns, arguments_as_text=True), inputs, answer_next)
+            return self._apply_template(self._template_messages(turns, arguments_as_text=True), inputs, answer_next)
 
-    def prompt(self, turns: Turns, *, inputs: TemplateInputs = NOTHING, begun: bool = False) -> str:
-        """What generation begins behind: the turns and the opening of an answer, or an answer that is begun already.
+    def prompt(self, turns: Turns, *, inputs: TemplateInputs = NO_INPUTS, continues_answer: bool = False) -> str:
+        """The prompt of generation: the turns and the beginning of an answer, up to where the model continues.
 
         Args:
-            begun: the last turn is an answer to be continued, so that nothing stands behind its text.
+            continues_answer: the last turn is an answer to be continued, so that the prompt ends with its text.
+
+        Raises:
+            DataError: the template refuses these messages, or does not print the answer to be continued unchanged.
         """
-        if not begun:
+        if not continues_answer:
             return self.render(turns, inputs=inputs, answer_next=True)
-        last = turns[-1]
-        marked = dataclasses.replace(last, content=last.content + SENTINEL)
-        text, found, _ = self.render((*turns[:-1], marked), inputs=inputs, answer_next=False).rpartition(SENTINEL)
-        if not found or not text.endswith(last.content.lstrip()):
-            raise DataError(f"the chat template does not print the begun answer {last.content!r:.50} as it stands")
+        last_turn = turns[-1]
+        marked_turn = dataclasses.replace(last_turn, content=last_turn.content + SENTINEL)
+        text, separator, _ = self.render((*turns[:-1], marked_turn), inputs=inputs, answer_next=False).rpartition(
+            SENTINEL
+        )
+        if not separator or not text.endswith(last_turn.content.lstrip()):
+            raise DataError(f"the chat template does not print the begun answer {last_turn.content!r:.50} as it stands")
         return text
 
     def check_prompt(self, prompt: str, turns: Turns, inputs: TemplateInputs) -> None:
-        """Checks that the template prints every turn's text, every call and the tools.
+        """Checks that the template prints the text of every turn, every call and the tools.
 
         Raises:
-            DataError: something of the row would be lost; the text says what.
+            DataError: a part of the row would be lost; the text says which.
         """
         for index, turn in enumerate(turns):
             content = turn.content.strip()
@@ -148,56 +162,61 @@ class Renderer:
                     f"the chat template leaves out what role {turn.role!r} says ({content!r:.50}); "
                     "take another model.chat_template, or leave such turns out of the data"
                 )
-            self._note_fields(turn)
+            self._count_unread_fields(turn)
         for name in inputs.kwargs:
-            if not re.search(rf"\b{re.escape(name)}\b", self._source(inputs)):
+            if not re.search(rf"\b{re.escape(name)}\b", self._template_source(inputs)):
                 self.unread_fields[f"chat_template_kwargs.{name}"] += 1
-        if inputs.tools and self._is_same(turns, inputs, turns, dataclasses.replace(inputs, tools=())):
+        if inputs.tools and self._renders_equally(turns, inputs, turns, dataclasses.replace(inputs, tools=())):
             raise DataError(
                 "the chat template does not print tools, so the model would not learn what it may call; take a "
                 "model.chat_template that does"
             )
-        names = [name for turn in turns for name in _calls(turn)]
-        without = tuple(_without(turn, CALLS) for turn in turns)
-        if names and (self._is_same(turns, inputs, without, inputs) or not all(name in prompt for name in names)):
-            raise _calls_are_lost()
+        names = [name for turn in turns for name in _called_names(turn)]
+        turns_without_calls = tuple(_drop_fields(turn, CALL_FIELDS) for turn in turns)
+        if names and (
+            self._renders_equally(turns, inputs, turns_without_calls, inputs)
+            or not all(name in prompt for name in names)
+        ):
+            raise _lost_calls_error()
 
-    def _is_same(
+    def _renders_equally(
         self,
         turns: Turns,
         inputs: TemplateInputs,
-        others: Turns,
+        other_turns: Turns,
         other_inputs: TemplateInputs,
         answer_next: bool = True,
     ) -> bool:
-        """Whether the template writes the same without something. If it refuses that, it reads it."""
+        """True if the template writes the same text for both inputs; False if it refuses the second."""
         try:
-            without = self.render(others, inputs=other_inputs, answer_next=answer_next)
+            other_text = self.render(other_turns, inputs=other_inputs, answer_next=answer_next)
         except DataError:
             return False
-        return without == self.render(turns, inputs=inputs, answer_next=answer_next)
+        return other_text == self.render(turns, inputs=inputs, answer_next=answer_next)
 
-    def places(self, prompt: str, turns: Turns, *, inputs: TemplateInputs, roles: Sequence[str]) -> list[Span]:
-        """Where the texts of some roles stand in a rendered prompt.
+    def find_texts(self, prompt: str, turns: Turns, *, inputs: TemplateInputs, roles: Sequence[str]) -> list[Span]:
+        """Start and stop (characters) of the texts of some roles in a rendered prompt.
 
         Raises:
-            DataError: the template does not print them as they are.
+            DataError: the template does not print these texts unchanged.
         """
-        marked = tuple(
+        marked_turns = tuple(
             dataclasses.replace(turn, content=SENTINEL) if turn.role in roles and turn.content.strip() else turn
             for turn in turns
         )
-        begun = turns[-1].role == "assistant" and turns[-1].trained
-        around = self.prompt(marked, inputs=inputs, begun=begun).split(SENTINEL)
-        contents = [turn.content for turn, mark in zip(turns, marked, strict=True) if mark is not turn]
-        spans, position = [], len(around[0])
-        for content, after in zip(contents, around[1:], strict=False):
-            form = next((f for f in _forms(content) if prompt.startswith(f + after, position)), None)
+        continues_answer = turns[-1].role == "assistant" and turns[-1].trained
+        separators = self.prompt(marked_turns, inputs=inputs, continues_answer=continues_answer).split(SENTINEL)
+        contents = [
+            turn.content for turn, marked_turn in zip(turns, marked_turns, strict=True) if marked_turn is not turn
+        ]
+        spans, position = [], len(separators[0])
+        for content, separator in zip(contents, separators[1:], strict=False):
+            form = next((f for f in _whitespace_forms(content) if prompt.startswith(f + separator, position)), None)
             if form is None:
                 break
             spans.append((position, position + len(form)))
-            position += len(form) + len(after)
-        if len(spans) != len(contents) or position != len(prompt) or not prompt.startswith(around[0]):
+            position += len(form) + len(separator)
+        if len(spans) != len(contents) or position != len(prompt) or not prompt.startswith(separators[0]):
             raise DataError(
                 "the prompt is longer than data.max_prompt_length, and the chat template does not print its texts as "
                 "they are, so that they cannot be cut"
@@ -205,132 +224,153 @@ class Renderer:
         return spans
 
     def answer(
-        self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NOTHING, prompt: str, begun: bool = False
+        self,
+        turns: Turns,
+        answer: Message,
+        *,
+        inputs: TemplateInputs = NO_INPUTS,
+        prompt: str,
+        continues_answer: bool = False,
     ) -> Answer:
-        """An answer behind the prompt of `turns`, found by its text.
+        """An answer after the prompt of `turns`, found by its text.
 
         Args:
-            prompt: as `prompt` gives it for these turns.
-            begun: the answer continues the last of `turns`.
+            prompt: the prompt of these turns, as `prompt` returns it.
+            continues_answer: the answer continues the last of `turns`.
 
         Raises:
-            DataError: the template drops a part of the answer, or writes the prompt otherwise before an answer.
+            DataError: the template drops a part of the answer, or changes the prompt when an answer follows.
         """
-        turn, before = answer, turns
-        if begun:
+        turn, context = answer, turns
+        if continues_answer:
             fields = {**turns[-1].fields, **answer.fields}
-            turn, before = (
+            turn, context = (
                 dataclasses.replace(answer, content=turns[-1].content + answer.content, fields=fields),
                 turns[:-1],
             )
-        self._note_fields(answer)
-        whole = self.render((*before, turn), inputs=inputs, answer_next=False)
-        opened = None if begun else _opened_thought(prompt)
-        thought, content = _thought_and_content(answer)
-        if whole.startswith(prompt):
-            rest = whole[len(prompt) :]
-        elif opened is not None and whole.startswith(prompt[: prompt.rindex(opened[0])]):
-            if not (thought or "").strip():
-                raise _no_thought(opened)
-            return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
+        self._count_unread_fields(answer)
+        full_text = self.render((*context, turn), inputs=inputs, answer_next=False)
+        open_marks = None if continues_answer else _open_reasoning_marks(prompt)
+        reasoning_text, content = _split_reasoning(answer)
+        if full_text.startswith(prompt):
+            rest = full_text[len(prompt) :]
+        elif open_marks is not None and full_text.startswith(prompt[: prompt.rindex(open_marks[0])]):
+            if not (reasoning_text or "").strip():
+                raise _missing_reasoning_error(open_marks)
+            return self._answer_as_generated(context, turn, inputs, prompt, open_marks, reasoning_text or "", content)
         else:
-            behind = None if begun or opened else self._behind_last_turn(before, turn, inputs, prompt, whole)
-            if behind is None:
-                raise _moved(prompt, whole)
-            rest = behind
-        if _calls(answer):
-            return self._with_calls(before, turn, inputs, prompt, rest)
-        body, tail = self._body(before, turn, inputs, rest, content)
-        printed = next((form for form in _forms(content) if body.endswith(form)), None)
-        if printed is None and thought is None:
+            continuation = (
+                None
+                if continues_answer or open_marks
+                else self._text_after_last_turn(context, turn, inputs, prompt, full_text)
+            )
+            if continuation is None:
+                raise _prompt_changes_error(prompt, full_text)
+            rest = continuation
+        if _called_names(answer):
+            return self._answer_with_calls(context, turn, inputs, prompt, rest)
+        body, tail = self._split_body(context, turn, inputs, rest, content)
+        printed_form = next((form for form in _whitespace_forms(content) if body.endswith(form)), None)
+        if printed_form is None and reasoning_text is None:
             raise DataError(f"the chat template does not print the answer {content!r:.50} as it stands")
-        wrapper = body[: len(body) - len(printed or "")]
-        if thought is not None and (printed is None or thought.strip() not in wrapper):
-            return self._generated(before, turn, inputs, prompt, opened, thought, content)
-        if opened is not None and not _closes(wrapper, opened[1]) and not answer.truncated:
-            if not (thought or "").strip():
-                raise _no_thought(opened)
-            return self._generated(before, turn, inputs, prompt, opened, thought or "", content)
-        end, space = ("", "") if answer.truncated and answer.content else self._end(tail)
-        return Answer(prompt=prompt, body=body, content=printed or "", end=end, space=space)
+        wrapper = body[: len(body) - len(printed_form or "")]
+        if reasoning_text is not None and (printed_form is None or reasoning_text.strip() not in wrapper):
+            return self._answer_as_generated(context, turn, inputs, prompt, open_marks, reasoning_text, content)
+        if open_marks is not None and not _closes_reasoning(wrapper, open_marks[1]) and not answer.truncated:
+            if not (reasoning_text or "").strip():
+                raise _missing_reasoning_error(open_marks)
+            return self._answer_as_generated(context, turn, inputs, prompt, open_marks, reasoning_text or "", content)
+        end, space = ("", "") if answer.truncated and answer.content else self._split_end(tail)
+        return Answer(prompt=prompt, body=body, content=printed_form or "", end=end, space=space)
 
-    def _behind_last_turn(
-        self, before: Turns, turn: Message, inputs: TemplateInputs, prompt: str, whole: str
+    def _text_after_last_turn(
+        self, context: Turns, turn: Message, inputs: TemplateInputs, prompt: str, full_text: str
     ) -> str | None:
-        """What a template that writes earlier turns otherwise, once an answer follows, writes behind the last of them.
+        """The text after the last turn, for a template that changes earlier turns when an answer follows.
 
-        That turn's text and all that the prompt has behind it must stand alike before the answer, so that the answer
-        goes on from there as it does from the prompt. None if it does not.
+        The last turn's text, and all that the prompt has after it, must stand unchanged before the answer, so that the
+        answer follows them as it follows the prompt. None if they do not.
         """
-        last = before[-1].content.strip()
-        start = prompt.rfind(last) if last else -1
-        marked = _without(dataclasses.replace(turn, content=SENTINEL), CALLS)
-        head = self.render((*before, marked), inputs=inputs, answer_next=False).partition(SENTINEL)[0]
-        stop = head.rfind(prompt[start:]) if start >= 0 and whole.startswith(head) else -1
-        return whole[stop + len(prompt) - start :] if stop >= 0 else None
+        last_content = context[-1].content.strip()
+        start = prompt.rfind(last_content) if last_content else -1
+        marked_turn = _drop_fields(dataclasses.replace(turn, content=SENTINEL), CALL_FIELDS)
+        head = self.render((*context, marked_turn), inputs=inputs, answer_next=False).partition(SENTINEL)[0]
+        stop = head.rfind(prompt[start:]) if start >= 0 and full_text.startswith(head) else -1
+        return full_text[stop + len(prompt) - start :] if stop >= 0 else None
 
-    def as_generated(self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NOTHING, prompt: str) -> Answer:
-        """An answer that a model wrote, behind the prompt as it stands, whatever the template makes of it.
+    def as_generated(self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NO_INPUTS, prompt: str) -> Answer:
+        """An answer after the prompt with the text that a model wrote, even if the template would change that text.
 
         Raises:
-            DataError: the template refuses it.
+            DataError: the template refuses these messages.
         """
         self.render((*turns, answer), inputs=inputs, answer_next=False)
-        tail = self._tail(turns, answer, inputs)
+        tail = self._find_tail(turns, answer, inputs)
         is_cut = tail is None or (answer.truncated and answer.content)
-        end, space = ("", "") if is_cut else self._end(tail or "")
+        end, space = ("", "") if is_cut else self._split_end(tail or "")
         return Answer(prompt=prompt, body=answer.content, content=answer.content, end=end, space=space)
 
     def conversation(
-        self, turns: Turns, answers: Sequence[int], *, inputs: TemplateInputs = NOTHING, begun: bool
+        self, turns: Turns, answer_indices: Sequence[int], *, inputs: TemplateInputs = NO_INPUTS, continues_answer: bool
     ) -> Conversation | None:
-        """All answers in one rendering, if each stands there behind exactly the prompt that generation has.
+        """All answers in one rendering, if each stands there after exactly the prompt that generation would use.
 
-        The template's text of the turns before an answer must be the beginning of the whole; there must stand the
-        answer, and then the end that it has where it is the last. An empty thought that the template writes only before
-        the last answer may be missing before the others. None if this does not hold: templates that leave earlier
-        thoughts out, move the system's text or end the last turn otherwise need one example per answer.
+        For every answer, the rendered turns before it must be the beginning of the whole text; the answer must follow,
+        and then the same end as if it were the last answer. An empty reasoning that the template writes only before the
+        last answer may be missing before the others. Templates that leave out earlier reasoning, move the system text
+        or end the last turn in another way need one example per answer.
 
         Args:
-            answers: which of the turns are trained on.
-            begun: the first of them continues the turn before it.
+            answer_indices: indices of the turns that are trained on.
+            continues_answer: the first of them continues the turn before it.
+
+        Returns:
+            The conversation; None if it needs one example per answer.
 
         Raises:
             DataError: the last answer cannot be found.
         """
-        *earlier, last_index = answers
-        continues = begun and not earlier
-        last_prompt = self.prompt(turns[:last_index], inputs=inputs, begun=continues)
-        last = self.answer(turns[:last_index], turns[last_index], inputs=inputs, prompt=last_prompt, begun=continues)
-        if earlier and last.end and not self.control.find(last.end):
-            return None  # nothing would end the earlier answers
-        text, spans = last.text, []
-        for index in earlier:
-            continues = begun and index == answers[0]
-            prompt = self.prompt(turns[:index], inputs=inputs, begun=continues)
-            stop = self._stop(text, prompt, turns[: index + 1], last, inputs, continues)
+        *earlier_indices, last_index = answer_indices
+        continues_turn = continues_answer and not earlier_indices
+        last_prompt = self.prompt(turns[:last_index], inputs=inputs, continues_answer=continues_turn)
+        last_answer = self.answer(
+            turns[:last_index], turns[last_index], inputs=inputs, prompt=last_prompt, continues_answer=continues_turn
+        )
+        if earlier_indices and last_answer.end and not self.control.find(last_answer.end):
+            return None  # the earlier answers would have no end token
+        text, spans = last_answer.text, []
+        for index in earlier_indices:
+            continues_turn = continues_answer and index == answer_indices[0]
+            prompt = self.prompt(turns[:index], inputs=inputs, continues_answer=continues_turn)
+            stop = self._answer_stop(text, prompt, turns[: index + 1], last_answer, inputs, continues_turn)
             if stop is None:
                 return None
             spans.append((len(prompt), stop))
-        first = text[: spans[0][0]] if spans else last_prompt
-        return Conversation(text=text, prompt=first, spans=(*spans, last.span))
+        first_prompt = text[: spans[0][0]] if spans else last_prompt
+        return Conversation(text=text, prompt=first_prompt, spans=(*spans, last_answer.span))
 
-    def _stop(
-        self, text: str, prompt: str, turns: Turns, last: Answer, inputs: TemplateInputs, begun: bool
+    def _answer_stop(
+        self, text: str, prompt: str, turns: Turns, last_answer: Answer, inputs: TemplateInputs, continues_answer: bool
     ) -> int | None:
-        """Where the last of `turns`, an answer, ends in the whole text; None if it is not found there."""
+        """Where the last of `turns`, which is an answer, ends in the whole text; None if it is not found there."""
         if not text.startswith(prompt):
             return None
         turn, start = turns[-1], len(prompt)
-        if last.end and not turn.truncated and not _calls(turn) and _thought_and_content(turn)[0] is None and not begun:
-            for form in _forms(turn.content):  # the common case, without rendering it
-                if text.startswith(form + last.end, start) and not _opened_thought(prompt):
-                    return start + len(form + last.end)
-        answer = self.answer(turns[:-1], turn, inputs=inputs, prompt=prompt, begun=begun)
+        if (
+            last_answer.end
+            and not turn.truncated
+            and not _called_names(turn)
+            and _split_reasoning(turn)[0] is None
+            and not continues_answer
+        ):
+            for form in _whitespace_forms(turn.content):  # the common case, which needs no rendering
+                if text.startswith(form + last_answer.end, start) and not _open_reasoning_marks(prompt):
+                    return start + len(form + last_answer.end)
+        answer = self.answer(turns[:-1], turn, inputs=inputs, prompt=prompt, continues_answer=continues_answer)
         wrapper = answer.body[: len(answer.body) - len(answer.content)]
         if text.startswith(answer.body, start):
             stop = start + len(answer.body)
-        elif _is_empty_thought(wrapper) and text.startswith(answer.content, start):
+        elif _is_empty_reasoning(wrapper) and text.startswith(answer.content, start):
             stop = start + len(answer.content)
         else:
             return None
@@ -341,133 +381,151 @@ class Renderer:
             return None
         return stop + len(end)
 
-    def _body(self, before: Turns, turn: Message, inputs: TemplateInputs, rest: str, content: str) -> tuple[str, str]:
-        """`rest` without what the template writes behind an answer, and that."""
-        forms = _forms(content)
+    def _split_body(
+        self, context: Turns, turn: Message, inputs: TemplateInputs, rest: str, content: str
+    ) -> tuple[str, str]:
+        """Divides `rest`, the text after the prompt, into the answer and what the template writes after an answer.
+
+        Raises:
+            DataError: the template does not print the answer unchanged.
+        """
+        forms = _whitespace_forms(content)
         for tail in sorted(self._tails, key=len, reverse=True):
             body = rest[: len(rest) - len(tail)]
             if rest.endswith(tail) and body.endswith(forms):
                 return body, tail
-        found = self._tail(before, turn, inputs)
-        if found is None or not rest.endswith(found):
+        new_tail = self._find_tail(context, turn, inputs)
+        if new_tail is None or not rest.endswith(new_tail):
             raise DataError(f"the chat template does not print the answer {content!r:.50} as it stands")
         if len(self._tails) >= MAX_TAILS:
             self._tails.clear()
-        self._tails[found] = None
-        return rest[: len(rest) - len(found)], found
+        self._tails[new_tail] = None
+        return rest[: len(rest) - len(new_tail)], new_tail
 
-    def _tail(self, before: Turns, turn: Message, inputs: TemplateInputs) -> str | None:
-        """What the template writes behind an answer; None if it does not print answers."""
-        marked = _without(dataclasses.replace(turn, content=SENTINEL), CALLS)
-        _, found, tail = self.render((*before, marked), inputs=inputs, answer_next=False).rpartition(SENTINEL)
-        return tail if found else None
+    def _find_tail(self, context: Turns, turn: Message, inputs: TemplateInputs) -> str | None:
+        """The text that the template writes after an answer; None if it does not print answers."""
+        marked_turn = _drop_fields(dataclasses.replace(turn, content=SENTINEL), CALL_FIELDS)
+        _, separator, tail = self.render((*context, marked_turn), inputs=inputs, answer_next=False).rpartition(SENTINEL)
+        return tail if separator else None
 
-    def _end(self, tail: str) -> tuple[str, str]:
-        """The tail up to and with the first end token, and the white space behind it; all of it if there is none."""
+    def _split_end(self, tail: str) -> tuple[str, str]:
+        """The tail up to and including its first end token, and the white space after that; all of it without one."""
         stop = min((tail.index(end) + len(end) for end in self.end_texts if end in tail), default=len(tail))
         return tail[:stop], tail[stop : len(tail) - len(tail[stop:].lstrip())]
 
-    def _with_calls(self, before: Turns, turn: Message, inputs: TemplateInputs, prompt: str, rest: str) -> Answer:
+    def _answer_with_calls(
+        self, context: Turns, turn: Message, inputs: TemplateInputs, prompt: str, rest: str
+    ) -> Answer:
         content = turn.content.strip()
         stop = rest.find(content) + len(content) if content else 0
-        thought, _ = _thought_and_content(turn)
-        is_lost = self._is_same((*before, turn), inputs, (*before, _without(turn, CALLS)), inputs, answer_next=False)
-        if is_lost or content not in rest or not all(name in rest for name in _calls(turn)):
-            raise _calls_are_lost()
-        if thought is not None and thought.strip() not in rest:
-            raise _thought_is_lost(thought)
+        reasoning_text, _ = _split_reasoning(turn)
+        is_lost = self._renders_equally(
+            (*context, turn), inputs, (*context, _drop_fields(turn, CALL_FIELDS)), inputs, answer_next=False
+        )
+        if is_lost or content not in rest or not all(name in rest for name in _called_names(turn)):
+            raise _lost_calls_error()
+        if reasoning_text is not None and reasoning_text.strip() not in rest:
+            raise _lost_reasoning_error(reasoning_text)
         end_stops = [rest.index(end, stop) + len(end) for end in self.end_texts if end in rest[stop:]]
         if not end_stops:
             return Answer(prompt=prompt, body=rest, content=rest, end="")
         body_stop = max(start for end in self.end_texts if (start := rest.find(end, stop, min(end_stops))) >= 0)
         body, tail = rest[:body_stop], rest[body_stop:]
-        end, space = ("", "") if turn.truncated else self._end(tail)
+        end, space = ("", "") if turn.truncated else self._split_end(tail)
         return Answer(prompt=prompt, body=body, content=body, end=end, space=space)
 
-    def _generated(
+    def _answer_as_generated(
         self,
-        before: Turns,
+        context: Turns,
         turn: Message,
         inputs: TemplateInputs,
         prompt: str,
-        opened: tuple[str, str] | None,
-        thought: str,
+        open_marks: tuple[str, str] | None,
+        reasoning_text: str,
         content: str,
     ) -> Answer:
-        """An answer with a thought that the template does not print, written as a model generates it."""
-        marks = opened or next((pair for pair in THOUGHTS if pair[1] in turn.content), None)
-        if marks is None or _calls(turn):
-            raise _thought_is_lost(thought)
+        """An answer whose reasoning the template does not print, written as a model would generate it.
+
+        Raises:
+            DataError: the answer has calls, or the marks of the reasoning are not known.
+        """
+        marks = open_marks or next((pair for pair in REASONING_MARKS if pair[1] in turn.content), None)
+        if marks is None or _called_names(turn):
+            raise _lost_reasoning_error(reasoning_text)
         if marks[1] in turn.content:  # the text is as the model writes it, but for the mark that the prompt ends with
             body = turn.content
-            if opened is not None and body.lstrip().startswith(opened[0].strip()):
-                body = body.lstrip()[len(opened[0].strip()) :].lstrip("\n")
+            if open_marks is not None and body.lstrip().startswith(open_marks[0].strip()):
+                body = body.lstrip()[len(open_marks[0].strip()) :].lstrip("\n")
         else:
-            body = f"{thought.strip()}\n{marks[1]}\n\n{content}"
-        tail = self._tail(before, turn, inputs)
-        end, space = ("", "") if turn.truncated or tail is None else self._end(tail)
+            body = f"{reasoning_text.strip()}\n{marks[1]}\n\n{content}"
+        tail = self._find_tail(context, turn, inputs)
+        end, space = ("", "") if turn.truncated or tail is None else self._split_end(tail)
         return Answer(prompt=prompt, body=body, content=body, end=end, space=space)
 
     def _is_printed(self, prompt: str, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
-        """Whether a turn's text is in the prompt. A short one may stand there by chance, as a part of another."""
+        """True if the text of a turn is in the prompt. A short text may be there by chance, as a part of another."""
         content = turns[index].content.strip()
-        if len(content) > LONGEST_BY_CHANCE and prompt.count(content) == sum(content in turn.content for turn in turns):
+        if len(content) > MAX_CHANCE_LENGTH and prompt.count(content) == sum(content in turn.content for turn in turns):
             return True
-        before = turns[index - 1].role if index else None
-        place = (turns[index].role, before, index == len(turns) - 1, bool(_calls(turns[index])))
-        if content in prompt and place in self._printed_places:
+        previous_role = turns[index - 1].role if index else None
+        position_key = (turns[index].role, previous_role, index == len(turns) - 1, bool(_called_names(turns[index])))
+        if content in prompt and position_key in self._printed_positions:
             return True
-        is_printed = self._prints(turns, index, inputs)
+        is_printed = self._renders_content(turns, index, inputs)
         if is_printed:
-            self._printed_places.add(place)
+            self._printed_positions.add(position_key)
         return is_printed
 
-    def _prints(self, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
-        """Whether the template prints the text of a turn, perhaps in other characters (as JSON, without a thought)."""
-        marked = dataclasses.replace(turns[index], content=SENTINEL)
-        return SENTINEL in self.render((*turns[:index], marked, *turns[index + 1 :]), inputs=inputs, answer_next=True)
+    def _renders_content(self, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
+        """True if the template prints the text of a turn, perhaps changed (as JSON, or without its reasoning)."""
+        marked_turn = dataclasses.replace(turns[index], content=SENTINEL)
+        return SENTINEL in self.render(
+            (*turns[:index], marked_turn, *turns[index + 1 :]), inputs=inputs, answer_next=True
+        )
 
-    def _needs_parts(self) -> bool:
-        """Whether the template takes a content only as a list of parts, as those of some image models do."""
+    def _probe_content_parts(self) -> bool:
+        """True if the template accepts a content only as a list of parts, as the templates of some image models do."""
         parts = [{"type": "text", "text": SENTINEL}]
-        return not self._shows_sentinel(SENTINEL) and self._shows_sentinel(parts)
+        return not self._prints_sentinel(SENTINEL) and self._prints_sentinel(parts)
 
-    def _shows_sentinel(self, content: str | list[dict[str, str]]) -> bool:
+    def _prints_sentinel(self, content: str | list[dict[str, str]]) -> bool:
         try:
-            return SENTINEL in self._apply([{"role": "user", "content": content}], NOTHING, answer_next=True)
+            return SENTINEL in self._apply_template([{"role": "user", "content": content}], NO_INPUTS, answer_next=True)
         except DataError:
             return False
 
-    def _note_fields(self, turn: Message) -> None:
+    def _count_unread_fields(self, turn: Message) -> None:
         for name in turn.fields:
-            if name not in REASONING and not self._reads(name):
+            if name not in REASONING_FIELDS and not self._template_reads(name):
                 self.unread_fields[name] += 1
 
-    def _messages(self, turns: Turns, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
+    def _template_messages(self, turns: Turns, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
         messages = []
         for turn in turns:
             message = turn.template_fields()
             if turn.fields:
                 self._rename_reasoning(message)
                 if message.get("tool_calls"):
-                    message["tool_calls"] = [_call(call, as_text=arguments_as_text) for call in message["tool_calls"]]
-            if self._takes_parts:
+                    message["tool_calls"] = [
+                        _convert_call(call, as_text=arguments_as_text) for call in message["tool_calls"]
+                    ]
+            if self._needs_content_parts:
                 message["content"] = [{"type": "text", "text": turn.content}]
             messages.append(message)
         return messages
 
     def _rename_reasoning(self, message: dict[str, Any]) -> None:
-        """Gives a thought the name that the template has for it, if that is another."""
-        name = next((name for name in REASONING if message.get(name)), None)
-        if name is not None and not self._reads(name):
-            known = next((other for other in REASONING if self._reads(other)), name)
-            message[known] = message.pop(name)
+        """Renames the field of the reasoning to the name that the template reads, if that is another one."""
+        name = next((name for name in REASONING_FIELDS if message.get(name)), None)
+        if name is not None and not self._template_reads(name):
+            template_name = next((field for field in REASONING_FIELDS if self._template_reads(field)), name)
+            message[template_name] = message.pop(name)
 
-    def _reads(self, field: str) -> bool:
-        """Whether the template reads a field of messages, as `message.field` or `message['field']`."""
-        return re.search(rf"[.'\"]{re.escape(field)}\b", self._source()) is not None
+    def _template_reads(self, field: str) -> bool:
+        """True if the template reads a field of messages, as `message.field` or `message['field']`."""
+        return re.search(rf"[.'\"]{re.escape(field)}\b", self._template_source()) is not None
 
-    def _apply(self, messages: list[dict[str, Any]], inputs: TemplateInputs, answer_next: bool) -> str:
+    def _apply_template(self, messages: list[dict[str, Any]], inputs: TemplateInputs, answer_next: bool) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -475,16 +533,16 @@ class Renderer:
                     tools=list(inputs.tools) or None,
                     tokenize=False,
                     add_generation_prompt=answer_next,
-                    strftime_now=self._now.strftime,
+                    strftime_now=self._date_time.strftime,
                     **inputs.kwargs,
                 )
             )
         except TemplateError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from error
-        except Exception as error:  # a template is a program of somebody else's, and may fail in any way
+        except Exception as error:  # a template is a program that may fail in any way
             raise DataError(f"the chat template fails on these messages: {type(error).__name__}: {error}") from error
 
-    def _source(self, inputs: TemplateInputs = NOTHING) -> str:
+    def _template_source(self, inputs: TemplateInputs = NO_INPUTS) -> str:
         template = self.tokenizer.chat_template
         if template is None:
             raise DataError(
@@ -500,48 +558,48 @@ class Renderer:
         return str(template)
 
 
-def _forms(content: str) -> tuple[str, ...]:
-    """A text as templates print it: as it stands, or trimmed."""
+def _whitespace_forms(content: str) -> tuple[str, ...]:
+    """The forms in which templates print a text: unchanged, or without white space at an end."""
     return content, content.lstrip(), content.rstrip(), content.strip()
 
 
-def _opened_thought(prompt: str) -> tuple[str, str] | None:
-    """The marks of a thought that the prompt opens at its end, and that the answer has to close."""
-    stripped = prompt.rstrip()
-    return next((pair for pair in THOUGHTS if stripped.endswith(pair[0].rstrip())), None)
+def _open_reasoning_marks(prompt: str) -> tuple[str, str] | None:
+    """The marks of the reasoning that the prompt opens at its end, and that the answer must close; None without."""
+    text = prompt.rstrip()
+    return next((pair for pair in REASONING_MARKS if text.endswith(pair[0].rstrip())), None)
 
 
-def _closes(wrapper: str, close: str) -> bool:
-    """Whether what stands before an answer is a thought that is not empty, and its end."""
-    thought, found, _ = wrapper.partition(close)
-    return bool(found) and bool(thought.strip())
+def _closes_reasoning(wrapper: str, close_mark: str) -> bool:
+    """True if the text before an answer is a reasoning that is not empty and that ends with its mark."""
+    reasoning_text, separator, _ = wrapper.partition(close_mark)
+    return bool(separator) and bool(reasoning_text.strip())
 
 
-def _is_empty_thought(wrapper: str) -> bool:
-    return any(wrapper.split() in ([open_.strip(), close], [open_.strip() + close]) for open_, close in THOUGHTS)
+def _is_empty_reasoning(wrapper: str) -> bool:
+    return any(wrapper.split() in ([start.strip(), end], [start.strip() + end]) for start, end in REASONING_MARKS)
 
 
-def _thought_and_content(turn: Message) -> tuple[str | None, str]:
-    """An answer's thought, from a field or from its text, where it may be empty, and the text behind it."""
-    named = next((turn.fields[name] for name in REASONING if turn.fields.get(name)), None)
-    if isinstance(named, str) and named.strip():
-        return named, turn.content
-    for open_, close in THOUGHTS:
-        thought, found, content = turn.content.partition(close)
-        if found:
-            return thought.rpartition(open_.strip())[2], content
+def _split_reasoning(turn: Message) -> tuple[str | None, str]:
+    """The reasoning of an answer, from a field or from its text, and the text after it; None without a reasoning."""
+    field_value = next((turn.fields[name] for name in REASONING_FIELDS if turn.fields.get(name)), None)
+    if isinstance(field_value, str) and field_value.strip():
+        return field_value, turn.content
+    for open_mark, close_mark in REASONING_MARKS:
+        reasoning_text, separator, content = turn.content.partition(close_mark)
+        if separator:
+            return reasoning_text.rpartition(open_mark.strip())[2], content
     return None, turn.content
 
 
-def _calls(turn: Message) -> list[str]:
+def _called_names(turn: Message) -> list[str]:
     """Names of the functions that a message calls."""
     calls = [*(turn.fields.get("tool_calls") or ()), *filter(None, [turn.fields.get("function_call")])]
     functions = [call.get("function", call) if isinstance(call, Mapping) else {} for call in calls]
     return [str(function.get("name", "")) for function in functions]
 
 
-def _call(call: Any, *, as_text: bool) -> Any:
-    """A call whose arguments are a mapping, as templates and servers have them; clients send its JSON text.
+def _convert_call(call: Any, *, as_text: bool) -> Any:
+    """A call with its arguments as a mapping, or with `as_text` as JSON text; clients send either.
 
     Raises:
         DataError: the arguments are a text that is not JSON.
@@ -549,7 +607,7 @@ def _call(call: Any, *, as_text: bool) -> Any:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _call(call["function"], as_text=as_text)}
+        return {**call, "function": _convert_call(call["function"], as_text=as_text)}
     arguments = call.get("arguments")
     if as_text and isinstance(arguments, Mapping):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
@@ -561,36 +619,39 @@ def _call(call: Any, *, as_text: bool) -> Any:
     return call
 
 
-def _without(turn: Message, names: Sequence[str]) -> Message:
+def _drop_fields(turn: Message, names: Sequence[str]) -> Message:
     return dataclasses.replace(turn, fields={k: v for k, v in turn.fields.items() if k not in names})
 
 
-def _moved(prompt: str, whole: str) -> DataError:
-    common = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(whole))
-    lost = prompt[common:]
+def _prompt_changes_error(prompt: str, full_text: str) -> DataError:
+    common = next(
+        (i for i, pair in enumerate(zip(prompt, full_text, strict=False)) if pair[0] != pair[1]), len(full_text)
+    )
+    prompt_rest = prompt[common:]
     return DataError(
-        f"the text of the prompt changes when an answer follows ({len(lost)} of its last characters differ: generation "
-        f"has {lost!r:.60}, a given answer {whole[common:]!r:.60}), so training would see another prompt than is asked "
-        "later; take another model.chat_template, or set model.chat_template_kwargs"
+        f"the text of the prompt changes when an answer follows ({len(prompt_rest)} of its last characters differ: "
+        f"generation has {prompt_rest!r:.60}, a given answer {full_text[common:]!r:.60}), so training would see "
+        "another prompt than is asked later; take another model.chat_template, or set model.chat_template_kwargs"
     )
 
 
-def _no_thought(opened: tuple[str, str]) -> DataError:
+def _missing_reasoning_error(open_marks: tuple[str, str]) -> DataError:
     return DataError(
-        f"the chat template's prompt opens a thought ({opened[0].strip()}), and the answer has none, so training would "
-        "see another prompt than is asked later, or teach not to think; give the answers a reasoning_content, or take "
-        "a prompt without it, as by model.chat_template_kwargs: {enable_thinking: false} if the template knows that"
+        f"the chat template's prompt opens a thought ({open_marks[0].strip()}), and the answer has none, so training "
+        "would see another prompt than is asked later, or teach not to think; give the answers a reasoning_content, or "
+        "take a prompt without it, as by model.chat_template_kwargs: {enable_thinking: false} if the template knows "
+        "that"
     )
 
 
-def _thought_is_lost(thought: str) -> DataError:
+def _lost_reasoning_error(reasoning_text: str) -> DataError:
     return DataError(
-        f"the chat template does not print the answer's reasoning ({thought.strip()!r:.50}), so the model would learn "
-        "not to think; take a model.chat_template that does, or leave the reasoning out of the data"
+        f"the chat template does not print the answer's reasoning ({reasoning_text.strip()!r:.50}), so the model would "
+        "learn not to think; take a model.chat_template that does, or leave the reasoning out of the data"
     )
 
 
-def _calls_are_lost() -> DataError:
+def _lost_calls_error() -> DataError:
     return DataError(
         "the chat template does not print tool_calls, so the model would learn not to call; take a "
         "model.chat_template that does, or leave such rows out"
