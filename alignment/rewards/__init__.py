@@ -1,4 +1,4 @@
-"""Rewards: what a completion is worth. The port for scorers, and the one way from a configuration to rated groups.
+"""Rewards of completions: the port for scorers, and the one way from a configuration to rated groups.
 
 Rollout ─► Rewards.score ─┬─► rules, functions (on this machine)   ─┐
                           ├─► a reward model (on this device)       ├─► weighted sum ─► Completion.reward ─► pack
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     from alignment.groups import Completion, Group
     from alignment.models.parallel import World
 
-READY_MADE = {
+BUILTIN_SCORERS = {
     "regex": "alignment.rewards.rules:Regex",
     "length": "alignment.rewards.rules:Length",
     "exact_number": "alignment.rewards.numbers:ExactNumber",
@@ -36,10 +36,10 @@ READY_MADE = {
     "model": "alignment.rewards.model:RewardModel",
     "http": "alignment.rewards.remote:RewardService",
 }
-LARGEST = 3.4e38
-"""Rewards become fp32."""
+MAX_REWARD = 3.4e38
+"""Largest absolute value of a reward, because rewards become fp32."""
 Reward = float | None
-"""What a scorer gives a completion; None if it abstains: the row is not its business."""
+"""The reward that a scorer gives a completion; None if it abstains, because it does not rate rows of this kind."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,40 +48,41 @@ class Scorer(Protocol):
     """Gives rewards to completions."""
 
     def score(self, groups: list[Group]) -> Sequence[Sequence[Reward]]:
-        """One reward for each completion of each group; higher is better.
+        """Returns one reward for each completion of each group; higher is better.
 
-        None abstains: the sum is that of the other scorers. A group with a reward that is NaN, infinite or missing is
-        asked about again, whole, as often as the configuration allows.
+        With None the scorer abstains: the completion's reward is the sum over the other scorers. If a reward is NaN,
+        infinite or missing, the whole group is scored again, as often as the configuration allows.
 
         Raises:
-            AskAgain: nothing came of this attempt, but another may succeed.
-            RewardError: trying again would not help, or has not helped.
+            AskAgain: this attempt failed, and another one may succeed.
+            RewardError: another attempt would not help.
         """
 
     def close(self) -> None:
-        """Frees what it holds."""
+        """Frees the resources of the scorer."""
 
 
 class AskAgain(RewardError):
-    """An attempt to get rewards that failed in a way that may pass."""
+    """An attempt to get rewards failed for a reason that may pass, so that another attempt makes sense."""
 
 
 class Unreadable(RewardError):
-    """A text that a scorer cannot read, where its configuration asks for an error."""
+    """A scorer cannot read a text, and its configuration asks for an error then."""
 
 
 class UnreadableTexts:
-    """What a scorer gives the texts that it cannot read. The first is told, all are counted."""
+    """The reward of texts that a scorer cannot read. The first such text is logged, and all are counted."""
 
     def __init__(self, config: ScorerConfig) -> None:
         self.config = config
         self.num_texts = 0
+        """Number of unreadable texts so far."""
 
     def reward(self, problem: str) -> float:
-        """The reward that the configuration names.
+        """Returns the reward that the configuration gives to an unreadable text.
 
         Args:
-            problem: what cannot be read, and why, without quoting it.
+            problem: says which text cannot be read, and why, without quoting it.
 
         Raises:
             Unreadable: the configuration asks for an error.
@@ -96,175 +97,182 @@ class UnreadableTexts:
 
 
 class BuildableScorer(ScorerConfig):
-    """The configuration of a scorer, which can make it.
+    """The configuration of a scorer, which can build the scorer.
 
-    A subclass named as `package.module:Class` in a run's `rewards` is a scorer like those that come with raylign.
+    A user's subclass, named as `package.module:Class` in a run's `rewards`, is a scorer like the built-in ones.
     """
 
     def abstains(self, columns: Mapping[str, Any]) -> bool:
-        """True if the scorer abstains from every answer to a row, because the row has nothing to compare with."""
+        """True if the scorer abstains from every answer to a row, because the row lacks the column to compare with."""
         return bool(self.columns) and columns.get(self.columns[0]) is None
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
-        """Checks the kept columns of a row, while rows are read; a row without a column is one that it abstains from.
+        """Checks the kept columns of a row while rows are read. The scorer abstains from a row without its column.
 
         Raises:
-            RewardError: the scorer could give no answer to this row a reward; the text says why, without the row.
+            RewardError: the scorer could not rate any answer to this row; the text says why, without naming the row.
         """
 
     def build(self, device: torch.device) -> Scorer:
-        """Makes the scorer; called once in every training worker.
+        """Builds the scorer. It is called once in every training worker.
 
         Raises:
-            AlignmentError: what it needs is not there.
+            AlignmentError: something that the scorer needs is missing.
         """
         raise NotImplementedError
 
 
 def scorer_names() -> list[str]:
-    """Names of the scorers that come with raylign."""
-    return list(READY_MADE)
+    """Names of the built-in scorers."""
+    return list(BUILTIN_SCORERS)
 
 
 def scorer_class(name: str) -> type[BuildableScorer]:
-    """Finds the class behind a scorer's name.
+    """Returns the configuration class of a scorer.
 
-    Names are those of `scorer_names`, or a dotted `package.module:function` (see `alignment.rewards.functions` for what
-    such a function gets and returns) or `package.module:Class` with a subclass of `BuildableScorer`.
+    Args:
+        name: a name of `scorer_names`; or `package.module:function` (`alignment.rewards.functions` says what such a
+            function gets and returns); or `package.module:Class` with a subclass of `BuildableScorer`.
 
     Raises:
-        ConfigError: there is no such scorer; the nearest known one is named.
+        ConfigError: there is no such scorer; the text names the nearest known one.
     """
     if ":" not in name:
-        if name not in READY_MADE:
+        if name not in BUILTIN_SCORERS:
             raise ConfigError(f"there is no scorer {name!r}{nearest(name, scorer_names())}")
-        name = READY_MADE[name]
-    found = callable_named(name)
-    if isinstance(found, type):
-        if not issubclass(found, BuildableScorer):
+        name = BUILTIN_SCORERS[name]
+    scorer = callable_named(name)
+    if isinstance(scorer, type):
+        if not issubclass(scorer, BuildableScorer):
             raise ConfigError(f"scorer {name!r} is neither a function nor a subclass of {__name__}.BuildableScorer")
-        return found
+        return scorer
     from alignment.rewards.functions import RewardFunction
 
     return RewardFunction
 
 
 def callable_named(name: str) -> Any:
-    """The function or class that a dotted `package.module:attribute` names.
+    """Returns the function or class that a dotted `package.module:attribute` names.
 
     Raises:
-        ConfigError: there is none, or it is neither.
+        ConfigError: there is no such attribute, or it is neither a function nor a class.
     """
-    found = imported(name, "scorer")
-    if not callable(found):
-        raise ConfigError(f"scorer {name!r} is a {type(found).__name__}, not a function")
-    return found
+    target = imported(name, "scorer")
+    if not callable(target):
+        raise ConfigError(f"scorer {name!r} is a {type(target).__name__}, not a function")
+    return target
 
 
 class Rewards:
-    """All scorers of a run together: the one entry that the training loop uses."""
+    """All scorers of a run; the training loop uses this class alone."""
 
     def __init__(self, configs: Iterable[ScorerConfig], device: torch.device) -> None:
-        """Makes every scorer, in the order given; none is left open if one cannot be made.
+        """Builds every scorer, in the given order; if one cannot be built, the others are closed.
 
         Raises:
-            AlignmentError: a scorer needs something that is not there.
+            AlignmentError: something that a scorer needs is missing.
         """
-        self._asked: list[_Asked] = []
+        self._entries: list[_ConfiguredScorer] = []
         try:
             for config in configs:
                 assert isinstance(config, BuildableScorer), "configurations are loaded through scorer_class"
-                self._asked.append(_Asked(self._free_name(config.name), config, config.build(device)))
+                self._entries.append(_ConfiguredScorer(self._unused_name(config.name), config, config.build(device)))
         except BaseException:
             self.close()
             raise
 
     @property
     def names(self) -> list[str]:
-        """The scorers' names as `Completion.scores` has them: a function's without its module, a second one with -2."""
-        return [asked.name for asked in self._asked]
+        """Names of the scorers in `Completion.scores`: functions without their module, an equal second name with -2."""
+        return [entry.name for entry in self._entries]
 
     def score(self, groups: list[Group], *, world: World | None = None, may_abstain: bool = False) -> list[Group]:
-        """Asks every scorer about every completion.
+        """Rates every completion by every scorer.
 
-        Called by all workers of `world` with the same groups: each asks about its share, and all get the whole. The
-        same error is raised by all, whichever of them it happened to.
+        All workers of `world` must call this with the same groups. Each worker scores its share, and all get the
+        rewards of all groups. If one worker has an error, all workers raise it.
 
         Args:
             may_abstain: whether all scorers may abstain from a completion, which then has no reward.
 
         Returns:
             The groups in the given order, with `reward` = Σ weight · clipped reward over the scorers that did not
-            abstain, and `scores` as these gave them. Without scorers, the groups as they are.
+            abstain, and with their unweighted rewards in `scores`. Without scorers, the groups are unchanged.
 
         Raises:
-            RewardError: a reward is missing, late or not a finite number after all attempts, or all scorers abstain;
+            RewardError: after all attempts, a reward is missing, late or not a finite number, or all scorers abstain;
                 the text names the scorer, the group and the completion.
         """
-        if not self._asked or not groups:
+        if not self._entries or not groups:
             return groups
-        rewards = self._ask(groups) if world is None or world.size == 1 else self._ask_together(groups, world)
-        rated = [self._rated(group, given) for group, given in zip(groups, rewards, strict=True)]
+        rewards = self._score_groups(groups) if world is None or world.size == 1 else self._score_shares(groups, world)
+        rated_groups = [
+            self._attach_rewards(group, group_rewards) for group, group_rewards in zip(groups, rewards, strict=True)
+        ]
         if not may_abstain:
-            for group in rated:
-                self._check_rated(group)
-        return rated
+            for group in rated_groups:
+                self._check_rewards(group)
+        return rated_groups
 
     def close(self) -> None:
-        """Frees what the scorers hold."""
-        for asked in self._asked:
-            asked.scorer.close()
-        self._asked.clear()
+        """Closes all scorers."""
+        for entry in self._entries:
+            entry.scorer.close()
+        self._entries.clear()
 
-    def _free_name(self, name: str) -> str:
-        short = name.rpartition(":")[2]
-        numbered = (f"{short}-{number}" for number in itertools.count(2))
-        return next(free for free in itertools.chain([short], numbered) if free not in self.names)
+    def _unused_name(self, name: str) -> str:
+        short_name = name.rpartition(":")[2]
+        numbered_names = (f"{short_name}-{number}" for number in itertools.count(2))
+        return next(
+            candidate for candidate in itertools.chain([short_name], numbered_names) if candidate not in self.names
+        )
 
-    def _ask_together(self, groups: list[Group], world: World) -> list[list[list[Reward]]]:
-        """As `_ask`, each worker about its share."""
+    def _score_shares(self, groups: list[Group], world: World) -> list[list[list[Reward]]]:
+        """As `_score_groups`, divided between the workers: each scores its share."""
         from alignment.data.packing import share
 
-        lengths = [1 + group.num_tokens for group in groups]  # texts without tokens are divided by their number
-        mine = share(lengths, rank=world.rank, size=world.size)
-        outcome, cause = _Outcome(), None
+        lengths = [1 + group.num_tokens for group in groups]  # groups without tokens are divided by their number
+        indices = share(lengths, rank=world.rank, size=world.size)
+        result, cause = _WorkerRewards(), None
         try:
-            given = self._ask([groups[index] for index in mine])
-            outcome = _Outcome(rewards=dict(zip(mine, given, strict=True)))
-        except Exception as error:  # whatever it is: the other workers wait in the collective below
-            outcome, cause = _Outcome(problem=str(error) if isinstance(error, RewardError) else repr(error)), error
-        outcomes = world.gather(outcome)
-        for rank, problem in ((rank, outcome.problem) for rank, outcome in enumerate(outcomes)):
+            group_rewards = self._score_groups([groups[index] for index in indices])
+            result = _WorkerRewards(rewards=dict(zip(indices, group_rewards, strict=True)))
+        except Exception as error:  # any error: the other workers wait in the collective below
+            result, cause = _WorkerRewards(problem=str(error) if isinstance(error, RewardError) else repr(error)), error
+        results = world.gather(result)
+        for rank, problem in ((rank, result.problem) for rank, result in enumerate(results)):
             if problem is not None:
                 raise RewardError(f"worker {rank}: {problem}") from cause
-        rewards = {index: given for outcome in outcomes for index, given in outcome.rewards.items()}
+        rewards = {index: group_rewards for result in results for index, group_rewards in result.rewards.items()}
         return [rewards[index] for index in range(len(groups))]
 
-    def _ask(self, groups: list[Group]) -> list[list[list[Reward]]]:
-        """What each scorer gave: by group, scorer and completion."""
+    def _score_groups(self, groups: list[Group]) -> list[list[list[Reward]]]:
+        """The reward of each scorer, by group, scorer and completion."""
         if not groups:
             return []
-        by_scorer = [asked.about(groups) for asked in self._asked]
-        return [list(given) for given in zip(*by_scorer, strict=True)]
+        rewards_by_scorer = [entry.score_groups(groups) for entry in self._entries]
+        return [list(group_rewards) for group_rewards in zip(*rewards_by_scorer, strict=True)]
 
-    def _rated(self, group: Group, given: list[list[Reward]]) -> Group:
+    def _attach_rewards(self, group: Group, rewards_by_scorer: list[list[Reward]]) -> Group:
         return replace(
             group,
             completions=tuple(
-                self._rated_completion(completion, [rewards[number] for rewards in given])
+                self._attach_completion_rewards(completion, [rewards[number] for rewards in rewards_by_scorer])
                 for number, completion in enumerate(group.completions)
             ),
         )
 
-    def _rated_completion(self, completion: Completion, given: list[Reward]) -> Completion:
-        parts = [(asked, reward) for asked, reward in zip(self._asked, given, strict=True) if reward is not None]
+    def _attach_completion_rewards(self, completion: Completion, rewards: list[Reward]) -> Completion:
+        scored_rewards = [
+            (entry, reward) for entry, reward in zip(self._entries, rewards, strict=True) if reward is not None
+        ]
         return replace(
             completion,
-            reward=math.fsum(asked.worth(reward) for asked, reward in parts) if parts else None,
-            scores={asked.name: reward for asked, reward in parts},
+            reward=math.fsum(entry.weigh(reward) for entry, reward in scored_rewards) if scored_rewards else None,
+            scores={entry.name: reward for entry, reward in scored_rewards},
         )
 
-    def _check_rated(self, group: Group) -> None:
+    def _check_rewards(self, group: Group) -> None:
         for number, completion in enumerate(group.completions, start=1):
             if completion.reward is None:
                 raise RewardError(
@@ -273,76 +281,84 @@ class Rewards:
                 )
 
     def _missing_columns(self, group: Group) -> str:
-        missing = [name for asked in self._asked for name in asked.config.columns if group.columns.get(name) is None]
-        if not missing:
+        column_names = [
+            name for entry in self._entries for name in entry.config.columns if group.columns.get(name) is None
+        ]
+        if not column_names:
             return "; leave such rows out, or add a scorer for them"
-        return f"; the row has no column {', '.join(map(repr, missing))}: name it in data.keep, as [{missing[0]}]"
+        names = ", ".join(map(repr, column_names))
+        return f"; the row has no column {names}: name it in data.keep, as [{column_names[0]}]"
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A scorer, and how it is asked."""
+class _ConfiguredScorer:
+    """A scorer with its name and its configuration."""
 
     name: str
     config: ScorerConfig
     scorer: Scorer
 
-    def worth(self, reward: float) -> float:
-        """The part of the sum that a reward makes."""
-        bound = math.inf if self.config.clip is None else self.config.clip
-        return self.config.weight * max(-bound, min(bound, reward))
+    def weigh(self, reward: float) -> float:
+        """The reward after clipping and weighting, as it is added to the sum."""
+        limit = math.inf if self.config.clip is None else self.config.clip
+        return self.config.weight * max(-limit, min(limit, reward))
 
-    def about(self, groups: list[Group]) -> list[list[Reward]]:
-        """Sound rewards of every group, or a RewardError."""
-        sound: dict[int, list[Reward]] = {}
+    def score_groups(self, groups: list[Group]) -> list[list[Reward]]:
+        """The valid rewards of every group, after as many attempts as the configuration allows.
+
+        Raises:
+            RewardError: a group has no valid rewards after all attempts.
+        """
+        valid_rewards: dict[int, list[Reward]] = {}
         problem = ""
         for _ in range(self.config.attempts):
-            waiting = [index for index in range(len(groups)) if index not in sound]
-            if not waiting:
+            pending_indices = [index for index in range(len(groups)) if index not in valid_rewards]
+            if not pending_indices:
                 break
-            problem = self._attempt(groups, waiting, sound)
-        if len(sound) < len(groups):
+            problem = self._attempt(groups, pending_indices, valid_rewards)
+        if len(valid_rewards) < len(groups):
             raise RewardError(f"scorer {self.name}: {problem}, after {self.config.attempts} attempts")
-        return [sound[index] for index in range(len(groups))]
+        return [valid_rewards[index] for index in range(len(groups))]
 
-    def _attempt(self, groups: list[Group], waiting: list[int], sound: dict[int, list[Reward]]) -> str:
-        """Asks once about the waiting groups and keeps what is sound; says what is wrong with the first that is not."""
-        asked = [groups[index] for index in waiting]
+    def _attempt(self, groups: list[Group], pending_indices: list[int], valid_rewards: dict[int, list[Reward]]) -> str:
+        """Scores the pending groups once and stores the valid rewards; returns the first problem, or an empty text."""
+        pending_groups = [groups[index] for index in pending_indices]
         try:
-            given = self.scorer.score(asked)
+            group_rewards = self.scorer.score(pending_groups)
         except AskAgain as error:
-            return f"{described(asked)}: {error}"
+            return f"{describe_groups(pending_groups)}: {error}"
         except RewardError as error:
             raise RewardError(f"scorer {self.name}: {error}") from error
-        if len(given) != len(asked):
-            return f"{described(asked)}: it rated {len(given)} groups instead of {len(asked)}"
+        if len(group_rewards) != len(pending_groups):
+            count = f"{len(group_rewards)} groups instead of {len(pending_groups)}"
+            return f"{describe_groups(pending_groups)}: it rated {count}"
         problems = []
-        for index, rewards in zip(waiting, given, strict=True):
+        for index, rewards in zip(pending_indices, group_rewards, strict=True):
             problem, numbers = checked(groups[index], rewards)
             if problem:
                 problems.append(problem)
             else:
-                sound[index] = numbers
+                valid_rewards[index] = numbers
         return problems[0] if problems else ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """What became of one worker's share."""
+class _WorkerRewards:
+    """The rewards of one worker's share of the groups, or the error that it raised."""
 
     rewards: dict[int, list[list[Reward]]] = field(default_factory=dict)
-    """By the index of the group: what each scorer gave."""
+    """By the index of the group: the rewards of each scorer."""
     problem: str | None = None
-    """Text of the error that ended it."""
+    """Text of the error; None if there was none."""
 
 
-def described(groups: list[Group]) -> str:
-    """Which groups an error is about, in a few words."""
+def describe_groups(groups: list[Group]) -> str:
+    """The groups of an error, in a few words: the first one and the number of the others."""
     return f"group {groups[0].id}" + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
 
 
 def checked(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
-    """What is wrong with a group's rewards ("" if nothing is), and the rewards as numbers, or None of who abstains."""
+    """Checks the rewards of a group; returns the problem ("" if there is none), and the rewards as numbers or None."""
     count = len(group.completions)
     if len(rewards) != count:
         return f"group {group.id}: {len(rewards)} rewards for {count} completions", []
@@ -353,9 +369,9 @@ def checked(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
             continue
         try:
             value = float(reward) if isinstance(reward, SupportsFloat) else math.nan
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of more than one number
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: of a tensor with several numbers
             value = math.nan
-        if not abs(value) <= LARGEST:
+        if not abs(value) <= MAX_REWARD:
             return f"group {group.id}, completion {number} of {count}: the reward is {reward!r:.40}, not a number", []
         numbers.append(value)
     return "", numbers

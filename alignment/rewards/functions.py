@@ -1,4 +1,4 @@
-"""Rewards from a Python function of one's own, named in the configuration as `package.module:function`.
+"""Rewards from a user's Python function, named in the configuration as `package.module:function`.
 
     def politeness(prompts, completions, answer, *, factor):
         return [factor * ("please" in text) for text in completions]
@@ -6,21 +6,21 @@
     rewards: [{name: "my.rewards:politeness", kwargs: {factor: 2}}]
     data: {keep: [answer], …}
 
-The function is called with keyword arguments: once for all completions of a step (of this worker's share), in lists of
-equal length, one entry per completion.
+The function is called with keyword arguments, once for all completions of a step (of this worker's share). The first
+three are lists of equal length, with one entry per completion:
 
-- `prompts`: the prompt as text, or, of a conversation, a list of `{"role", "content"}`.
-- `completions`: the answer's text.
-- every column that `data.keep` names, under its own name; None where a row has no such column. A nested one, as
+- `prompts`: the prompt as text, or, for a conversation, as a list of `{"role", "content"}`.
+- `completions`: the text of the answer.
+- every column that `data.keep` names, under its own name; None if the row has no such column. A nested column, as
   `reward_model.ground_truth`, goes to a parameter `ground_truth`, or under its whole name into `**kwargs`.
-- what `kwargs` of the configuration holds, as it stands.
+- the entries of the configuration's `kwargs`, unchanged.
 
-Columns that it has no parameter for are left out, unless it takes `**kwargs`. It returns one number per completion.
-None abstains: the row is not its business, and the reward is that of the other scorers. NaN or an infinity mean that
-the reward is missing: the group is asked about again, and after `attempts` times the run stops. So it is with what the
-function raises; with a number in `on_unreadable`, completions for which it raises something, or gives NaN or an
-infinity, get that number at once. It may be `async`, and then always runs in the same event loop, so that clients may
-be kept.
+Columns without a parameter are left out, unless the function takes `**kwargs`. The function returns one number per
+completion. With None it abstains, and the completion gets the reward of the other scorers. NaN and the infinities mean
+that the reward is missing: the group is scored again, and after `attempts` times the run stops. The same is true if the
+function raises an exception. With a number in `on_unreadable`, a completion for which the function raises an exception,
+or returns NaN or an infinity, gets that number at once. The function may be `async`; all calls then run in the same
+event loop, so that it may keep its clients.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ if TYPE_CHECKING:
     from alignment.groups import Group
 
 Result = TypeVar("Result")
-OURS = ("prompts", "completions")
+STANDARD_ARGUMENTS = ("prompts", "completions")
+"""Arguments that every function gets."""
 GRACE_S = 1.0
-"""Seconds that an event loop gets beyond a deadline, to cancel what is late."""
+"""Seconds that an event loop has after a deadline to cancel a late coroutine."""
 
 
 class RewardFunction(BuildableScorer):
-    """A function of one's own, called with lists of prompts, completions and kept columns."""
+    """A user's function, called with lists of prompts, completions and kept columns."""
 
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the function."""
@@ -64,10 +65,10 @@ class RewardFunction(BuildableScorer):
     `attempts` times, and then stops the run."""
 
     @model_validator(mode="after")
-    def _takes_its_arguments(self) -> Self:
+    def _check_arguments(self) -> Self:
         signature = inspect.signature(callable_named(self.name))
         try:
-            signature.bind_partial(**dict.fromkeys(OURS), **self.kwargs)
+            signature.bind_partial(**dict.fromkeys(STANDARD_ARGUMENTS), **self.kwargs)
         except TypeError as error:
             raise ValueError(
                 f"{self.name}{signature} cannot be called with prompts=, completions= and kwargs: {error}"
@@ -75,9 +76,14 @@ class RewardFunction(BuildableScorer):
         return self
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Checks that the function can be called with these columns.
+
+        Raises:
+            RewardError: it has a parameter that nothing fills, or a column would fill one that is filled already.
+        """
         arguments = self.arguments(columns)
         try:
-            self.signature.bind(**dict.fromkeys([*OURS, *arguments]), **self.kwargs)
+            self.signature.bind(**dict.fromkeys([*STANDARD_ARGUMENTS, *arguments]), **self.kwargs)
         except TypeError as error:
             raise RewardError(
                 f"{error}: the function gets prompts, completions, kwargs, and the columns that data.keep names "
@@ -86,81 +92,88 @@ class RewardFunction(BuildableScorer):
 
     @property
     def signature(self) -> inspect.Signature:
-        """Parameters of the function."""
+        """The signature of the function."""
         return inspect.signature(callable_named(self.name))
 
     def arguments(self, columns: Iterable[str]) -> dict[str, str]:
-        """The parameters that kept columns go to, each with its column.
+        """Returns the parameters that get kept columns, each with the name of its column.
 
         Raises:
-            RewardError: one is taken already.
+            RewardError: a column would go to a parameter that gets its value from elsewhere.
         """
         arguments: dict[str, str] = {}
         signature = self.signature
         for column in sorted(columns):
-            last = column.rpartition(".")[2]
-            name = last if column not in signature.parameters and last in signature.parameters else column
-            if name in (*OURS, *self.kwargs, *arguments):
+            last_name = column.rpartition(".")[2]
+            name = last_name if column not in signature.parameters and last_name in signature.parameters else column
+            if name in (*STANDARD_ARGUMENTS, *self.kwargs, *arguments):
                 raise RewardError(f"data.keep names the column {column!r}, which the function gets from elsewhere")
-            if _takes(signature, name):
+            if _accepts(signature, name):
                 arguments[name] = column
         return arguments
 
     def build(self, device: torch.device) -> FunctionScorer:
+        """Builds the scorer; the device is not used."""
         return FunctionScorer(self)
 
 
 class FunctionScorer:
-    """Calls the function, in a thread beside this one, so that a late one cannot hold up the run for ever."""
+    """Calls the function in another thread, so that a late call cannot block the run for ever."""
 
     def __init__(self, config: RewardFunction) -> None:
         self.config = config
         self.function: Callable[..., Any] = callable_named(config.name)
-        self.loop = Loop(f"{config.name} event loop")
+        self.loop = EventLoopThread(f"{config.name} event loop")
         self.unreadable = UnreadableTexts(config)
 
     def score(self, groups: list[Group]) -> list[list[Reward]]:
-        """As the port says; what the function raises is an attempt that failed."""
-        if self.config.on_unreadable == "fail":
-            return self._ask(groups)
-        return self._ask_apart(groups)
+        """Scores as `Scorer.score` says; an exception of the function is a failed attempt.
 
-    def _ask_apart(self, groups: list[Group]) -> list[list[Reward]]:
-        """Asks about all at once; if that fails, group by group and then one by one, to find what is at fault."""
+        Raises:
+            AskAgain: the function failed, was late, or returned something else than one number per completion.
+            RewardError: the columns do not fit the parameters of the function.
+        """
+        if self.config.on_unreadable == "fail":
+            return self._score_together(groups)
+        return self._score_separately(groups)
+
+    def _score_separately(self, groups: list[Group]) -> list[list[Reward]]:
+        """Scores all groups at once; if that fails, group by group and then one by one, to find the bad completion."""
         try:
-            rewards = self._ask(groups)
+            rewards = self._score_together(groups)
         except _FunctionError as error:
             if len(groups) > 1:
-                return [rewards for group in groups for rewards in self._ask_apart([group])]
+                return [rewards for group in groups for rewards in self._score_separately([group])]
             (group,) = groups
             if len(group.completions) <= 1:
                 return [[self.unreadable.reward(str(error)) for _ in group.completions]]
-            apart = (dataclasses.replace(group, completions=(completion,)) for completion in group.completions)
-            return [[reward for part in apart for (reward,) in self._ask_apart([part])]]
-        return [[self._finite(reward) for reward in of_group] for of_group in rewards]
+            single_groups = (dataclasses.replace(group, completions=(completion,)) for completion in group.completions)
+            return [[reward for single_group in single_groups for (reward,) in self._score_separately([single_group])]]
+        return [[self._finite_reward(reward) for reward in group_rewards] for group_rewards in rewards]
 
-    def _finite(self, reward: Any) -> Reward:
+    def _finite_reward(self, reward: Any) -> Reward:
         if isinstance(reward, SupportsFloat):
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 if not math.isfinite(reward):
                     return self.unreadable.reward(f"it gives {reward!r:.40}")
-        return reward  # type: ignore[no-any-return]  # what is no number is told by who asks
+        return reward  # type: ignore[no-any-return]  # `Rewards` refuses what is not a number
 
-    def _ask(self, groups: list[Group]) -> list[list[Reward]]:
+    def _score_together(self, groups: list[Group]) -> list[list[Reward]]:
         counts = [len(group.completions) for group in groups]
-        rewards = self._call(self._arguments(groups))
+        rewards = self._call_function(self._arguments(groups))
         if not isinstance(rewards, Collection) or isinstance(rewards, str | dict):
             raise AskAgain(f"it returned a {type(rewards).__name__} instead of a list of numbers")
         if len(rewards) != sum(counts):
             raise AskAgain(f"it returned {len(rewards)} rewards for {sum(counts)} completions")
-        remaining = iter(rewards)
-        return [[next(remaining) for _ in range(count)] for count in counts]
+        reward_iterator = iter(rewards)
+        return [[next(reward_iterator) for _ in range(count)] for count in counts]
 
     def close(self) -> None:
+        """Ends the event loop."""
         self.loop.close()
 
     def _arguments(self, groups: list[Group]) -> dict[str, Any]:
-        """Lists with one entry per completion, and the configuration's own."""
+        """The keyword arguments of the function: lists with one entry per completion, and the configured `kwargs`."""
         entries = [(group, completion) for group in groups for completion in group.completions]
         arguments: dict[str, Any] = {
             "prompts": [prompt_of(group) for group, _ in entries],
@@ -172,36 +185,36 @@ class FunctionScorer:
             arguments[name] = [group.columns.get(column) for group, _ in entries]
         return {**arguments, **self.config.kwargs}
 
-    def _call(self, arguments: dict[str, Any]) -> Any:
+    def _call_function(self, arguments: dict[str, Any]) -> Any:
         try:
-            result = in_thread(lambda: self.function(**arguments), timeout_s=self.config.timeout_s)
+            result = run_in_thread(lambda: self.function(**arguments), timeout_s=self.config.timeout_s)
             if inspect.isawaitable(result):
-                result = self.loop.run(_awaited(result), timeout_s=self.config.timeout_s)
+                result = self.loop.run(_await_result(result), timeout_s=self.config.timeout_s)
             return result
         except TimeoutError as error:
             raise AskAgain(f"it was not done after {self.config.timeout_s:g} s") from error
         except RewardError:
             raise
-        except Exception as error:  # the function is not ours: anything may come, and the next attempt may be better
+        except Exception as error:  # a user's function may raise anything, and the next attempt may succeed
             raise _FunctionError(f"it raised {type(error).__name__}: {error!s:.200}") from error
 
 
 class _FunctionError(AskAgain):
-    """What the function raised."""
+    """The function raised an exception."""
 
 
-class Loop:
-    """An event loop in a thread of its own, for coroutines that must not meet the caller's."""
+class EventLoopThread:
+    """An event loop in a thread of its own, apart from any event loop of the caller."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
 
     def run(self, coroutine: Coroutine[Any, Any, Result], *, timeout_s: float | None = None) -> Result:
-        """The coroutine's result; it is cancelled if it takes too long.
+        """Returns the result of the coroutine, which is cancelled after `timeout_s` seconds.
 
         Raises:
-            TimeoutError: it did.
+            TimeoutError: the coroutine took longer.
         """
         if not self._thread.is_alive():
             self._thread.start()
@@ -210,7 +223,7 @@ class Loop:
         return future.result(None if timeout_s is None else timeout_s + GRACE_S)
 
     def close(self) -> None:
-        """Ends the thread and frees the loop; a blocked one is left to the end of the process."""
+        """Ends the thread and frees the loop; a blocked thread stays until the process ends."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(GRACE_S)
@@ -218,35 +231,35 @@ class Loop:
             self._loop.close()
 
 
-def in_thread(function: Callable[[], Result], *, timeout_s: float) -> Result:
-    """The function's result, from a new thread that is left alone if it takes too long: threads cannot be stopped.
+def run_in_thread(function: Callable[[], Result], *, timeout_s: float) -> Result:
+    """Calls a function in a new thread and returns its result. A thread cannot be stopped, so a late one goes on.
 
     Raises:
-        TimeoutError: it did.
+        TimeoutError: the function took longer than `timeout_s` seconds.
     """
     future: Future[Result] = Future()
 
-    def run() -> None:
+    def call() -> None:
         try:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=call, daemon=True).start()
     return future.result(timeout_s)
 
 
 def prompt_of(group: Group) -> str | list[dict[str, Any]]:
-    """A group's prompt as plain Python: text, or the turns of a conversation with all their fields."""
+    """The prompt of a group as a text, or as a list of the turns of a conversation with all their fields."""
     if isinstance(group.prompt, str):
         return group.prompt
     return [turn.template_fields() for turn in group.prompt]
 
 
-async def _awaited(result: Awaitable[Result]) -> Result:
+async def _await_result(result: Awaitable[Result]) -> Result:
     return await result
 
 
-def _takes(signature: inspect.Signature, name: str) -> bool:
+def _accepts(signature: inspect.Signature, name: str) -> bool:
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds

@@ -1,11 +1,11 @@
-"""The rule for checkable instructions, in the form of IFEval (arXiv 2311.07911): which share of them is followed.
+"""The rule for checkable instructions, in the form of IFEval (arXiv 2311.07911): the share of them that is followed.
 
-A row says what is asked in two columns: `instruction_id_list`, and `kwargs` with one mapping per instruction. 24 of the
-25 kinds are checked as the benchmark's strict score does, with what Python has. Where the benchmark asks a package that
-we do not, the rule here is our own and may differ at the edges: `number_sentences` (a sentence ends with . ! or ? and
-white space, abbreviations apart), `capital_word_frequency` (words between white space), and the two `english_…` of
-`change_case` (nine of ten letters are those of English). `language:response_language` needs a language detector and
-is not known here; such rows are refused, or the instruction is left out with `unsupported: ignore`.
+Two columns of a row hold the instructions: `instruction_id_list`, and `kwargs` with one mapping per instruction. 24 of
+the 25 kinds are checked as in the strict score of the benchmark, with Python alone. Where the benchmark uses a package,
+the rule here is our own and may differ in rare cases: `number_sentences` (a sentence ends with . ! or ? and white
+space, but not after an abbreviation), `capital_word_frequency` (words are divided by white space), and the two
+`english_…` of `change_case` (nine of ten letters are English). `language:response_language` needs a language detector
+and is not supported; such rows are refused, or the instruction is left out with `unsupported: ignore`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from alignment.groups import Completion, Group
 
 Arguments = Mapping[str, Any]
-UNSUPPORTED = frozenset({"language:response_language"})
-CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+UNSUPPORTED_KINDS = frozenset({"language:response_language"})
+CONSTRAINED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 ENGLISH_SHARE = 0.9
 SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)")
-LONGEST_WORD = 50
-"""Characters within which the word before a sentence's end is looked for."""
+MAX_WORD_LENGTH = 50
+"""Characters before the end of a sentence in which its last word is searched."""
 ABBREVIATIONS = frozenset(
     word
     for line in ("mr mrs ms dr prof st sr jr vs etc e.g i.e cf no fig inc ltd co dept approx p.s p.p.s",)
@@ -48,21 +48,32 @@ class IFEval(Rule):
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that hold the instructions."""
         return ("instruction_id_list", "kwargs")
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Checks that the instructions of a row can be checked.
+
+        Raises:
+            RewardError: one of them cannot, or its arguments are not those that it needs.
+        """
         if columns.get("instruction_id_list") is not None:
             self._instructions(columns["instruction_id_list"], columns.get("kwargs"))
 
     def reward(self, completion: Completion, group: Group) -> Reward:
+        """Returns the share of instructions that the text follows, 0 to 1; None if the row has no instructions.
+
+        Raises:
+            RewardError: an instruction cannot be checked.
+        """
         kinds = kept_column(group, "instruction_id_list")
         if kinds is None:
             return None
         instructions = self._instructions(kinds, kept_column(group, "kwargs"))
         if not completion.text.strip():
             return 0.0
-        followed = [CHECKS[kind](completion.text, arguments) for kind, arguments in instructions]
-        return sum(followed) / len(followed)
+        results = [CHECKS[kind](completion.text, arguments) for kind, arguments in instructions]
+        return sum(results) / len(results)
 
     def _instructions(self, kinds: Any, arguments: Any) -> list[tuple[str, Arguments]]:
         if not (
@@ -71,126 +82,132 @@ class IFEval(Rule):
             raise RewardError("instruction_id_list and kwargs are not lists of equal length")
         for kind in kinds:
             if not isinstance(kind, str) or (
-                kind not in CHECKS and not (kind in UNSUPPORTED and self.unsupported == "ignore")
+                kind not in CHECKS and not (kind in UNSUPPORTED_KINDS and self.unsupported == "ignore")
             ):
                 raise RewardError(f"the instruction {kind!r:.60} cannot be checked here; known are {', '.join(CHECKS)}")
-        known = [
-            (kind, _arguments(kind, given)) for kind, given in zip(kinds, arguments, strict=True) if kind in CHECKS
+        instructions = [
+            (kind, _arguments(kind, kind_arguments))
+            for kind, kind_arguments in zip(kinds, arguments, strict=True)
+            if kind in CHECKS
         ]
-        if not known:
+        if not instructions:
             raise RewardError(f"none of its instructions {list(kinds)} can be checked here; leave the row out")
-        return known
+        return instructions
 
 
 def _arguments(kind: str, arguments: Any) -> Arguments:
-    """The arguments of an instruction that are not None.
+    """The arguments of an instruction, without those that are None.
 
     Raises:
-        RewardError: they are not those that it needs.
+        RewardError: an argument that this kind of instruction needs is missing or wrong.
     """
     if arguments is not None and not isinstance(arguments, Mapping):
         raise RewardError(f"the arguments {arguments!r:.100} of {kind} are no mapping")
-    stated = {name: value for name, value in (arguments or {}).items() if value is not None}
+    values = {name: value for name, value in (arguments or {}).items() if value is not None}
     for name, need in NEEDS.get(kind, {}).items():
-        if not ARGUMENTS[need](stated.get(name)):
+        if not ARGUMENTS[need](values.get(name)):
             raise RewardError(
-                f"the arguments {stated!r:.100} of {kind} are not those it needs: {name} must be {need}, and is "
-                f"{stated.get(name)!r:.40}"
+                f"the arguments {values!r:.100} of {kind} are not those it needs: {name} must be {need}, and is "
+                f"{values.get(name)!r:.40}"
             )
-    return stated
+    return values
 
 
-def compared(count: int, relation: str, bound: int) -> bool:
-    """`less than` or `at least`, the two relations of the benchmark."""
-    return {"less than": count < bound, "at least": count >= bound}[relation]
+def satisfies_relation(count: int, relation: str, threshold: int) -> bool:
+    """True if a count is `less than` or `at least` a threshold; these are the two relations of the benchmark."""
+    return {"less than": count < threshold, "at least": count >= threshold}[relation]
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences: they end with . ! ? or …, perhaps in quotes or brackets, before white space or the end of the text."""
-    parts: list[str] = []
+    """The sentences of a text. A sentence ends with . ! ? or …, perhaps in quotes or brackets, before white space."""
+    pieces: list[str] = []
     begin = 0
     for match in SENTENCE_END.finditer(text):
-        before = text[max(begin, match.start() - LONGEST_WORD) : match.start()].split()
-        word = before[-1].lstrip("(\"'“‘[") if before else ""
-        shortened = word.lower() in ABBREVIATIONS or re.fullmatch(r"[B-HJ-Z]", word)  # the initial of a name
-        if match.group() != "." or not shortened:
-            parts.append(text[begin : match.end()].strip())
+        preceding_words = text[max(begin, match.start() - MAX_WORD_LENGTH) : match.start()].split()
+        word = preceding_words[-1].lstrip("(\"'“‘[") if preceding_words else ""
+        is_abbreviation = word.lower() in ABBREVIATIONS or re.fullmatch(r"[B-HJ-Z]", word)  # the initial of a name
+        if match.group() != "." or not is_abbreviation:
+            pieces.append(text[begin : match.end()].strip())
             begin = match.end()
-    return [part for part in [*parts, text[begin:].strip()] if part]
+    return [piece for piece in [*pieces, text[begin:].strip()] if piece]
 
 
 def paragraphs_between_stars(text: str) -> int | None:
-    """Number of paragraphs divided by `***`; None if one of them, not at an end, is empty."""
-    parts = re.split(r"\s?\*\*\*\s?", text)
-    inner = [bool(part.strip()) for part in parts[1:-1]]
-    return sum(bool(part.strip()) for part in parts) if all(inner) else None
+    """Number of paragraphs between `***`; None if one of them, except the first and the last, is empty."""
+    paragraphs = re.split(r"\s?\*\*\*\s?", text)
+    inner = [bool(paragraph.strip()) for paragraph in paragraphs[1:-1]]
+    return sum(bool(paragraph.strip()) for paragraph in paragraphs) if all(inner) else None
 
 
 def _contains(text: str, phrase: str) -> bool:
     return phrase.lower() in text.lower()
 
 
-def _keyword_frequency(text: str, given: Arguments) -> bool:
-    count = len(re.findall(re.escape(given["keyword"].strip()), text, re.IGNORECASE))
-    return compared(count, given["relation"], given["frequency"])
+def _keyword_frequency(text: str, arguments: Arguments) -> bool:
+    count = len(re.findall(re.escape(arguments["keyword"].strip()), text, re.IGNORECASE))
+    return satisfies_relation(count, arguments["relation"], arguments["frequency"])
 
 
-def _letter_frequency(text: str, given: Arguments) -> bool:
-    return compared(text.lower().count(given["letter"].lower()), given["let_relation"], given["let_frequency"])
+def _letter_frequency(text: str, arguments: Arguments) -> bool:
+    return satisfies_relation(
+        text.lower().count(arguments["letter"].lower()), arguments["let_relation"], arguments["let_frequency"]
+    )
 
 
-def _number_paragraphs(text: str, given: Arguments) -> bool:
-    return paragraphs_between_stars(text) == int(given["num_paragraphs"])
+def _number_paragraphs(text: str, arguments: Arguments) -> bool:
+    return paragraphs_between_stars(text) == int(arguments["num_paragraphs"])
 
 
-def _nth_paragraph_first_word(text: str, given: Arguments) -> bool:
-    paragraphs, number = text.split("\n\n"), int(given["nth_paragraph"])
+def _nth_paragraph_first_word(text: str, arguments: Arguments) -> bool:
+    paragraphs, number = text.split("\n\n"), int(arguments["nth_paragraph"])
     count = sum(bool(paragraph.strip()) for paragraph in paragraphs)
     if number > count or not paragraphs[number - 1].strip():
         return False
     word = paragraphs[number - 1].split()[0].lstrip("'").lstrip('"')
-    first = re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower()
-    return count == int(given["num_paragraphs"]) and first == str(given["first_word"]).lower()
+    first_word = re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower()
+    return count == int(arguments["num_paragraphs"]) and first_word == str(arguments["first_word"]).lower()
 
 
-def _placeholders(text: str, given: Arguments) -> bool:
-    return sum(map(_brackets, text.split("\n"))) >= int(given["num_placeholders"])
+def _placeholders(text: str, arguments: Arguments) -> bool:
+    return sum(map(_brackets, text.split("\n"))) >= int(arguments["num_placeholders"])
 
 
 def _brackets(line: str) -> int:
-    """Number of `[…]` in a line. Not by a regular expression, which looks for an end behind every `[`."""
-    count, place = 0, -1
-    while (begin := line.find("[", place + 1)) >= 0 and (place := line.find("]", begin)) >= 0:
+    """Number of `[…]` in a line. A regular expression would be slow, because it searches an end after every `[`."""
+    count, position = 0, -1
+    while (begin := line.find("[", position + 1)) >= 0 and (position := line.find("]", begin)) >= 0:
         count += 1
     return count
 
 
-def _postscript(text: str, given: Arguments) -> bool:
-    marker = given["postscript_marker"].strip()
-    spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-    return re.search(spaced.get(marker, re.escape(marker.lower())), text.lower()) is not None
+def _postscript(text: str, arguments: Arguments) -> bool:
+    marker = arguments["postscript_marker"].strip()
+    patterns = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    return re.search(patterns.get(marker, re.escape(marker.lower())), text.lower()) is not None
 
 
-def _bullets(text: str, given: Arguments) -> bool:
-    return len(re.findall(r"^[^\S\n]*+(?:\*[^*\n]|-)", text, re.MULTILINE)) == int(given["num_bullets"])
+def _bullets(text: str, arguments: Arguments) -> bool:
+    return len(re.findall(r"^[^\S\n]*+(?:\*[^*\n]|-)", text, re.MULTILINE)) == int(arguments["num_bullets"])
 
 
-def _highlights(text: str, given: Arguments) -> bool:
-    single = re.findall(r"\*([^\n*]*)\*", text)
-    double = re.findall(r"\*\*([^\n*]*)\*\*", text)
-    return sum(bool(part.strip()) for part in single + double) >= int(given["num_highlights"])
+def _highlights(text: str, arguments: Arguments) -> bool:
+    single_star_spans = re.findall(r"\*([^\n*]*)\*", text)
+    double_star_spans = re.findall(r"\*\*([^\n*]*)\*\*", text)
+    return sum(bool(text_span.strip()) for text_span in single_star_spans + double_star_spans) >= int(
+        arguments["num_highlights"]
+    )
 
 
-def _sections(text: str, given: Arguments) -> bool:
-    splitter = re.escape(given["section_spliter"].strip())  # the benchmark's spelling
-    return len(re.findall(rf"\s?{splitter}\s?\d+\s?", text)) >= int(given["num_sections"])
+def _sections(text: str, arguments: Arguments) -> bool:
+    splitter = re.escape(arguments["section_spliter"].strip())  # the benchmark's spelling
+    return len(re.findall(rf"\s?{splitter}\s?\d+\s?", text)) >= int(arguments["num_sections"])
 
 
 def _json(text: str, _: Arguments) -> bool:
-    fenced = re.fullmatch(r"(?:```(?:json|Json|JSON)?)?(.*?)(?:```)?", text.strip(), re.DOTALL)
-    assert fenced is not None, "everything in it is optional"
+    match = re.fullmatch(r"(?:```(?:json|Json|JSON)?)?(.*?)(?:```)?", text.strip(), re.DOTALL)
+    assert match is not None, "everything in it is optional"
     try:
-        json.loads(fenced.group(1).strip())
+        json.loads(match.group(1).strip())
     except (ValueError, RecursionError):
         return False
     return True
@@ -205,18 +222,18 @@ def _title(text: str, _: Arguments) -> bool:
 
 
 def _two_responses(text: str, _: Arguments) -> bool:
-    parts = [part.strip() for part in text.split("******")]
-    if not all(parts[1:-1]):
+    sections = [section.strip() for section in text.split("******")]
+    if not all(sections[1:-1]):
         return False
-    responses = [part for part in parts if part]
+    responses = [section for section in sections if section]
     return len(responses) == 2 and responses[0] != responses[1]
 
 
-def _ends_with(text: str, given: Arguments) -> bool:
-    return text.strip().strip('"').lower().endswith(str(given["end_phrase"]).strip().lower())
+def _ends_with(text: str, arguments: Arguments) -> bool:
+    return text.strip().strip('"').lower().endswith(str(arguments["end_phrase"]).strip().lower())
 
 
-def _quoted(text: str, _: Arguments) -> bool:
+def _is_quoted(text: str, _: Arguments) -> bool:
     text = text.strip()
     return len(text) > 1 and text.startswith('"') and text.endswith('"')
 
@@ -226,9 +243,9 @@ def _mostly_english(text: str) -> bool:
     return sum(letter.isascii() for letter in letters) >= ENGLISH_SHARE * len(letters)
 
 
-def _capital_words(text: str, given: Arguments) -> bool:
+def _capital_words(text: str, arguments: Arguments) -> bool:
     count = sum(word.isupper() for word in text.split())
-    return compared(count, given["capital_relation"], given["capital_frequency"])
+    return satisfies_relation(count, arguments["capital_relation"], arguments["capital_frequency"])
 
 
 def _is_number(value: Any) -> bool:
@@ -246,7 +263,7 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     NUMBER: _is_number,
     RELATION: lambda value: value in ("less than", "at least"),
 }
-"""What arguments can be, and how that is told."""
+"""Kinds of arguments, each with a function that checks a value."""
 NEEDS: dict[str, dict[str, str]] = {
     "keywords:existence": {"keywords": WORDS},
     "keywords:frequency": {"keyword": WORD, "relation": RELATION, "frequency": NUMBER},
@@ -271,32 +288,32 @@ NEEDS: dict[str, dict[str, str]] = {
 }
 """Arguments that each kind of instruction needs; the other kinds need none."""
 CHECKS: dict[str, Callable[[str, Arguments], bool]] = {
-    "keywords:existence": lambda text, given: all(_contains(text, keyword) for keyword in given["keywords"]),
+    "keywords:existence": lambda text, arguments: all(_contains(text, keyword) for keyword in arguments["keywords"]),
     "keywords:frequency": _keyword_frequency,
-    "keywords:forbidden_words": lambda text, given: not contains_keyword(text, given["forbidden_words"]),
+    "keywords:forbidden_words": lambda text, arguments: not contains_keyword(text, arguments["forbidden_words"]),
     "keywords:letter_frequency": _letter_frequency,
-    "length_constraints:number_sentences": lambda text, given: compared(
-        len(sentences(text)), given["relation"], given["num_sentences"]
+    "length_constraints:number_sentences": lambda text, arguments: satisfies_relation(
+        len(sentences(text)), arguments["relation"], arguments["num_sentences"]
     ),
     "length_constraints:number_paragraphs": _number_paragraphs,
-    "length_constraints:number_words": lambda text, given: compared(
-        len(re.findall(r"\w+", text)), given["relation"], given["num_words"]
+    "length_constraints:number_words": lambda text, arguments: satisfies_relation(
+        len(re.findall(r"\w+", text)), arguments["relation"], arguments["num_words"]
     ),
     "length_constraints:nth_paragraph_first_word": _nth_paragraph_first_word,
     "detectable_content:number_placeholders": _placeholders,
     "detectable_content:postscript": _postscript,
     "detectable_format:number_bullet_lists": _bullets,
-    "detectable_format:constrained_response": lambda text, _: any(answer in text for answer in CONSTRAINED),
+    "detectable_format:constrained_response": lambda text, _: any(answer in text for answer in CONSTRAINED_ANSWERS),
     "detectable_format:number_highlighted_sections": _highlights,
     "detectable_format:multiple_sections": _sections,
     "detectable_format:json_format": _json,
     "detectable_format:title": _title,
     "combination:two_responses": _two_responses,
-    "combination:repeat_prompt": lambda text, given: (
-        text.strip().lower().startswith(given["prompt_to_repeat"].strip().lower())
+    "combination:repeat_prompt": lambda text, arguments: (
+        text.strip().lower().startswith(arguments["prompt_to_repeat"].strip().lower())
     ),
     "startend:end_checker": _ends_with,
-    "startend:quotation": _quoted,
+    "startend:quotation": _is_quoted,
     "change_case:english_capital": lambda text, _: text.isupper() and _mostly_english(text),
     "change_case:english_lowercase": lambda text, _: text.islower() and _mostly_english(text),
     "change_case:capital_word_frequency": _capital_words,

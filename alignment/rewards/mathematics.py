@@ -1,8 +1,8 @@
-"""The rule for answers that are mathematics: formulas, sets, intervals, matrices, compared by what they are worth.
+"""The rule for mathematical answers: formulas, sets, intervals and matrices, compared by their values.
 
-It asks Hugging Face's library for it, math-verify, in processes of its own: their time and memory are bounded, since
-whoever computes with what a policy writes computes 10^{10^{10}} one day. (The library's own limit is a signal, which
-only a process's main thread can have.)
+Hugging Face's library math-verify compares them, in separate processes with limited time and memory, because a policy
+may write a formula such as 10^{10^{10}}. (The library's own time limit is a signal, which works only in the main thread
+of a process.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignment.errors import ConfigError, RewardError
 from alignment.rewards import BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.numbers import marked_text
-from alignment.rewards.quantities import LONGEST, formula, only_number
+from alignment.rewards.quantities import MAX_LENGTH, formula, only_number
 from alignment.rewards.rules import kept_column
 from alignment.settings.section import Positive, PositiveCount
 
@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from alignment.groups import Completion, Group
 
 START_S = 120.0
-"""Seconds that a process may take to begin, on a machine where others compute."""
+"""Seconds in which a process must start, also on a busy machine."""
 GRACE_S = 1.0
+"""Seconds after the timeout of a pair in which the process must have ended itself."""
 SIGNS = {"π": "\\pi ", "×": "\\times ", "·": "\\cdot ", "÷": "\\div ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge "}
 SIGNS |= {"±": "\\pm ", "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "–": "-", "−": "-", "—": "-"}
-RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+SUPERSCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 
 
 class Math(BuildableScorer):
@@ -65,20 +66,27 @@ class Math(BuildableScorer):
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The column that the rule compares with."""
         return (self.column,)
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
-        if (value := columns.get(self.column)) is None:
-            return
-        right = self.right(value)
-        if not (only_number(right) or self.verifier().is_readable(_latex(right))):
-            raise RewardError(self.unread(right))
-
-    def right(self, value: Any) -> str:
-        """The right answer in a column.
+        """Checks that the column holds a formula that can be read.
 
         Raises:
-            RewardError: it holds none.
+            RewardError: it does not.
+            ConfigError: the library math-verify is not installed.
+        """
+        if (value := columns.get(self.column)) is None:
+            return
+        right_answer = self.right_answer(value)
+        if not (only_number(right_answer) or self.verifier().is_readable(_latex(right_answer))):
+            raise RewardError(self.unreadable_text(right_answer))
+
+    def right_answer(self, value: Any) -> str:
+        """Returns the right answer in the value of a column.
+
+        Raises:
+            RewardError: it holds no formula, or one that is too long.
         """
         if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
             raise RewardError(
@@ -86,16 +94,18 @@ class Math(BuildableScorer):
                 f"mapping is kept by its dotted name, as {self.column}.NAME"
             )
         text = marked_text(str(value)) or str(value)
-        if not text.strip() or len(text) > LONGEST:
-            raise RewardError(f"column {self.column!r} holds no formula of at most {LONGEST} characters: {value!r:.50}")
+        if not text.strip() or len(text) > MAX_LENGTH:
+            raise RewardError(
+                f"column {self.column!r} holds no formula of at most {MAX_LENGTH} characters: {value!r:.50}"
+            )
         return text
 
-    def unread(self, right: str) -> str:
-        """What is said about a right answer that cannot be read."""
-        return f"column {self.column!r} holds no formula that can be read: {right!r:.50}"
+    def unreadable_text(self, right_answer: str) -> str:
+        """The text of an error about a right answer that cannot be read."""
+        return f"column {self.column!r} holds no formula that can be read: {right_answer!r:.50}"
 
     def verifier(self) -> Verifier:
-        """The processes that compare, the same at every call.
+        """Returns the processes that compare answers, the same at every call.
 
         Raises:
             ConfigError: the library is not installed.
@@ -103,14 +113,19 @@ class Math(BuildableScorer):
         return verifier(self.processes, self.timeout_s)
 
     def build(self, device: torch.device) -> MathScorer:
+        """Builds the scorer; the device is not used.
+
+        Raises:
+            ConfigError: the library math-verify is not installed.
+        """
         return MathScorer(self)
 
 
 class MathScorer:
-    """Compares answers, in processes beside this one."""
+    """Compares answers in separate processes."""
 
     def __init__(self, config: Math) -> None:
-        """Starts no process yet.
+        """Makes the scorer; processes are started later.
 
         Raises:
             ConfigError: the library is not installed.
@@ -120,72 +135,81 @@ class MathScorer:
         self.verifier = config.verifier()
 
     def score(self, groups: list[Group]) -> list[list[Reward]]:
-        """As the port says."""
+        """Scores as `Scorer.score` says.
+
+        Raises:
+            RewardError: a right answer cannot be read; or an answer cannot, and the configuration asks for an error.
+        """
         tasks = [[self._task(completion, group) for completion in group.completions] for group in groups]
-        pairs = {task for of_group in tasks for task in of_group if isinstance(task, Pair)}
+        pairs = {task for group_tasks in tasks for task in group_tasks if isinstance(task, AnswerPair)}
         verdicts = self.verifier.verdicts(pairs)
         return [
-            [self._reward(group, task, verdicts) if isinstance(task, Pair) else task for task in of_group]
-            for group, of_group in zip(groups, tasks, strict=True)
+            [self._reward(group, task, verdicts) if isinstance(task, AnswerPair) else task for task in group_tasks]
+            for group, group_tasks in zip(groups, tasks, strict=True)
         ]
 
     def close(self) -> None:
         """Ends the processes."""
         self.verifier.close()
 
-    def _task(self, completion: Completion, group: Group) -> Pair | Reward:
-        """What is to be compared, or the reward where nothing is."""
+    def _task(self, completion: Completion, group: Group) -> AnswerPair | Reward:
+        """The pair to be compared; or the reward, if no comparison is needed."""
         value = kept_column(group, self.config.column)
         if value is None:
             return None
         try:
-            right = self.config.right(value)
+            right_answer = self.config.right_answer(value)
         except RewardError as error:
             raise RewardError(f"group {group.id}: {error}") from error
         answer = marked_text(completion.text)
         if answer is None:
-            text = completion.text[-LONGEST:]
-            return Pair(right=_latex(right), answer=_signs(text)) if text.strip() and not self.config.marked else 0.0
-        if not answer.strip() or len(answer) > LONGEST:
+            text = completion.text[-MAX_LENGTH:]
+            return (
+                AnswerPair(right_answer=_latex(right_answer), answer=_signs(text))
+                if text.strip() and not self.config.marked
+                else 0.0
+            )
+        if not answer.strip() or len(answer) > MAX_LENGTH:
             return 0.0
-        if _is_same(right, answer):
+        if _is_same(right_answer, answer):
             return 1.0
-        return Pair(right=_latex(right), answer=f"\\boxed{{{_latex(answer)}}}")
+        return AnswerPair(right_answer=_latex(right_answer), answer=f"\\boxed{{{_latex(answer)}}}")
 
-    def _reward(self, group: Group, pair: Pair, verdicts: Mapping[Pair, Verdict | None]) -> float:
+    def _reward(self, group: Group, pair: AnswerPair, verdicts: Mapping[AnswerPair, MathVerdict | None]) -> float:
         verdict = verdicts[pair]
         if verdict is None:
             return self.unreadable.reward(
                 f"group {group.id}: an answer was not compared after {self.config.timeout_s:g} s, or took all memory"
             )
         if not verdict.is_readable:
-            raise RewardError(f"group {group.id}: {self.config.unread(pair.right)}")
+            raise RewardError(f"group {group.id}: {self.config.unreadable_text(pair.right_answer)}")
         return float(verdict.is_equal)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """What is compared."""
+class AnswerPair:
+    """Two answers to be compared."""
 
-    right: str
+    right_answer: str
     answer: str | None
-    """None only tries to read the right answer."""
+    """The answer; None only tests whether the right answer can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What came of a comparison."""
+class MathVerdict:
+    """The result of a comparison."""
 
     is_readable: bool
     """Whether the right answer can be read."""
     is_equal: bool
+    """Whether the answer equals it."""
 
 
 class Verifier:
-    """Processes that compare answers; one that takes too long is killed, and another takes its place."""
+    """Processes that compare answers; one that takes too long is killed and replaced."""
 
     def __init__(self, processes: int, timeout_s: float) -> None:
-        """Starts none yet.
+        """Makes the pool; processes are started when they are needed.
 
         Raises:
             ConfigError: the library is not installed.
@@ -199,27 +223,27 @@ class Verifier:
         for _ in range(processes):
             self._idle.put(None)
 
-    def is_readable(self, right: str) -> bool:
-        """True if a right answer can be read, and compared with itself, in time."""
-        if right not in self._readable:
-            verdict = self._compare(Pair(right=right, answer=None))
-            self._readable[right] = verdict is not None and verdict.is_readable and verdict.is_equal
-        return self._readable[right]
+    def is_readable(self, right_answer: str) -> bool:
+        """True if a right answer can be read and compared with itself in time."""
+        if right_answer not in self._readable:
+            verdict = self._compare(AnswerPair(right_answer=right_answer, answer=None))
+            self._readable[right_answer] = verdict is not None and verdict.is_readable and verdict.is_equal
+        return self._readable[right_answer]
 
-    def verdicts(self, pairs: Collection[Pair]) -> dict[Pair, Verdict | None]:
-        """What came of every pair; None of one that took too long or too much memory."""
+    def verdicts(self, pairs: Collection[AnswerPair]) -> dict[AnswerPair, MathVerdict | None]:
+        """Returns the result of every pair; None for a pair that took too long or too much memory."""
         with ThreadPoolExecutor(self.num_processes) as threads:
             return dict(zip(pairs, threads.map(self._compare, pairs), strict=True))
 
     def close(self) -> None:
-        """Ends the processes; a later comparison starts others."""
+        """Ends the processes; a later comparison starts new ones."""
         for _ in range(self.num_processes):
             process = self._idle.get()
             if process is not None:
                 process.end()
             self._idle.put(None)
 
-    def _compare(self, pair: Pair) -> Verdict | None:
+    def _compare(self, pair: AnswerPair) -> MathVerdict | None:
         process = self._idle.get()
         try:
             if process is None or not process.is_alive:
@@ -233,16 +257,16 @@ class Verifier:
 
 
 class _Process:
-    """One process that compares."""
+    """One process that compares answers."""
 
     def __init__(self, timeout_s: float) -> None:
-        """Starts it and waits until it is ready.
+        """Starts the process and waits until it is ready.
 
         Raises:
-            RewardError: it does not begin.
+            RewardError: it did not start in time.
         """
         self.timeout_s = timeout_s
-        # -P: this folder has a module `numbers`, which would stand before that of Python.
+        # -P: this folder has a module `numbers`, which would hide that of Python.
         command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(timeout_s)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -253,22 +277,23 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
+        """True if the process runs."""
         return self._process.poll() is None
 
-    def compare(self, pair: Pair) -> Verdict | None:
-        """What came of a pair; None if it took too long or too much memory, and the process with it."""
+    def compare(self, pair: AnswerPair) -> MathVerdict | None:
+        """Returns the result of a pair; None if it took too long or too much memory, which ends the process."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps([pair.right, pair.answer]).encode() + b"\n")
+            self._process.stdin.write(json.dumps([pair.right_answer, pair.answer]).encode() + b"\n")
             self._process.stdin.flush()
         line = self._line(self.timeout_s + GRACE_S)
         if not line:
             return None
         is_readable, is_equal = json.loads(line)
-        return Verdict(is_readable=is_readable, is_equal=is_equal)
+        return MathVerdict(is_readable=is_readable, is_equal=is_equal)
 
     def end(self) -> None:
-        """Kills it, and frees what it held."""
+        """Kills the process and closes its pipes."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -284,20 +309,24 @@ class _Process:
 
 @functools.cache
 def verifier(processes: int, timeout_s: float) -> Verifier:
-    """The processes of a configuration, which reading rows and rating answers share."""
+    """Returns the processes of a configuration; reading rows and rating answers use the same ones."""
     return Verifier(processes, timeout_s)
 
 
-def _is_same(right: str, answer: str) -> bool:
-    """True if nobody needs to be asked: one number, one formula or one word on both sides."""
-    if only_number(right) & only_number(answer):
+def _is_same(right_answer: str, answer: str) -> bool:
+    """True if no comparison is needed: both are the same number, the same formula or the same words."""
+    if only_number(right_answer) & only_number(answer):
         return True
-    words = [re.sub(r"\\(?:text|mathrm|textbf|mbox)\b|[\s{}$.]", "", text).casefold() for text in (right, answer)]
-    return (formula(right) != "" and formula(right) == formula(answer)) or (words[0] != "" and words[0] == words[1])
+    words = [
+        re.sub(r"\\(?:text|mathrm|textbf|mbox)\b|[\s{}$.]", "", text).casefold() for text in (right_answer, answer)
+    ]
+    return (formula(right_answer) != "" and formula(right_answer) == formula(answer)) or (
+        words[0] != "" and words[0] == words[1]
+    )
 
 
 def _latex(text: str) -> str:
-    """A formula as LaTeX; a single number without its units and words."""
+    """A formula as LaTeX; of a single number, the number without its units and words."""
     values = only_number(text)
     if len(values) == 1:
         (value,) = values
@@ -306,8 +335,8 @@ def _latex(text: str) -> str:
 
 
 def _signs(text: str) -> str:
-    """A text with LaTeX in place of the signs that people type."""
-    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda raised: f"^{{{raised.group().translate(RAISED)}}}", text)
+    """The text with LaTeX commands in place of signs such as π, √ and superscripts."""
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda match: f"^{{{match.group().translate(SUPERSCRIPT_DIGITS)}}}", text)
     text = re.sub(r"(?:√|(?<![\\A-Za-z])sqrt) ?\(([^()]{0,200})\)", r"\\sqrt{\1}", text)
     text = re.sub(r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)

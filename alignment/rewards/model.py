@@ -1,4 +1,4 @@
-"""Rewards from a reward model on this device, which may have another tokenizer and template than the actor.
+"""Rewards from a reward model on this device; its tokenizer and chat template may differ from the actor's.
 
 groups ─► its own GroupTokenizer ─► cut to its window ─► pack ─► scores ─► (score - mean) / std
 """
@@ -25,8 +25,9 @@ if TYPE_CHECKING:  # a configuration with a reward model is checked by processes
 logger = logging.getLogger(__name__)
 
 MEAN, STD = "raylign_reward_mean", "raylign_reward_std"
-"""Keys of a reward model's config.json: its scores on the data it was trained on."""
-UNLIMITED = 1 << 30
+"""Keys of a reward model's config.json: mean and standard deviation of its scores on its training data."""
+UNLIMITED_LENGTH = 1 << 30
+"""A maximum length (tokens) that no text reaches."""
 
 
 class RewardModel(BuildableScorer):
@@ -55,11 +56,17 @@ class RewardModel(BuildableScorer):
     instead. Of a normalised reward, -3 is what one in a thousand answers gets."""
 
     def build(self, device: torch.device) -> ModelScorer:
+        """Loads the model onto a device.
+
+        Raises:
+            ModelError: it cannot be loaded, or has no trained score head.
+            CheckpointError: the checkpoint is damaged, or the run has none.
+        """
         return ModelScorer(self, device)
 
 
 class ModelScorer:
-    """Holds a reward model and asks it."""
+    """Scores groups by a reward model."""
 
     def __init__(self, config: RewardModel, device: torch.device) -> None:
         """Loads the model.
@@ -73,11 +80,12 @@ class ModelScorer:
         self.config = config
         self.device = device
         self.num_cut = 0
+        """Number of completions so far whose prompt was cut."""
         self.unreadable = UnreadableTexts(config)
         path = checkpoint_or_path(config.path)
         self.max_length = config.max_length or longest_input(path, config.revision)
         self.model = _load(config, path, self.max_length, device)
-        data = DataConfig(path=path, max_length=UNLIMITED)  # the cutting is done here, by another rule
+        data = DataConfig(path=path, max_length=UNLIMITED_LENGTH)  # `fit_to_window` cuts the prompts instead
         self.tokenise = BoundedGroupTokenizer(
             self.model.tokenizer,
             data,
@@ -85,53 +93,60 @@ class ModelScorer:
             num_embeddings=self.model.num_embeddings,
             checks_answers=False,
         )
-        known = self.model.network.config.to_dict()
-        self.mean: float = known.get(MEAN, 0.0) if config.normalise else 0.0
-        self.std: float = known.get(STD, 1.0) if config.normalise else 1.0
+        config_values = self.model.network.config.to_dict()
+        self.mean: float = config_values.get(MEAN, 0.0) if config.normalise else 0.0
+        self.std: float = config_values.get(STD, 1.0) if config.normalise else 1.0
         if not self.std > 0:
             raise ModelError(f"{config.path}: {STD} is {self.std} in config.json, and must be above 0")
 
     def score(self, groups: list[Group]) -> list[list[float]]:
-        """As the port says; the groups' own tokens, which are the actor's, are not looked at."""
+        """Scores as `Scorer.score` says. The tokens of the groups, which are the actor's, are not used.
+
+        Raises:
+            RewardError: a prompt cannot be rendered.
+            Unreadable: an answer cannot be read, and the configuration asks for an error then.
+        """
         from alignment.data.packing import micro_batches
 
-        parts = [part for index, group in enumerate(groups) for part in self._parts(group, index)]
+        slices = [group_slice for index, group in enumerate(groups) for group_slice in self._slices(group, index)]
         rewards: list[list[float | None]] = [[None] * len(group.completions) for group in groups]
-        lengths = [part.group.num_tokens for part in parts]
-        for chosen in micro_batches(range(len(parts)), lengths, max_tokens=self.config.micro_batch_tokens):
-            places = [(parts[i].index, number) for i in chosen for number in parts[i].numbers]
-            scores = self._scores([parts[i].group for i in chosen])
-            for (index, number), score in zip(places, scores, strict=True):
+        lengths = [group_slice.group.num_tokens for group_slice in slices]
+        for micro_batch in micro_batches(range(len(slices)), lengths, max_tokens=self.config.micro_batch_tokens):
+            positions = [(slices[i].index, number) for i in micro_batch for number in slices[i].numbers]
+            scores = self._scores([slices[i].group for i in micro_batch])
+            for (index, number), score in zip(positions, scores, strict=True):
                 rewards[index][number] = (score - self.mean) / self.std
         return [
             [
-                self._unread(group, number) if reward is None else reward
-                for number, reward in enumerate(of_group, start=1)
+                self._unreadable_reward(group, number) if reward is None else reward
+                for number, reward in enumerate(group_rewards, start=1)
             ]
-            for group, of_group in zip(groups, rewards, strict=True)
+            for group, group_rewards in zip(groups, rewards, strict=True)
         ]
 
     def close(self) -> None:
-        """Lets go of the model."""
+        """Frees the model."""
         del self.model
 
-    def _unread(self, group: Group, number: int) -> float:
+    def _unreadable_reward(self, group: Group, number: int) -> float:
         length = len(group.completions[number - 1].text)
         return self.unreadable.reward(
             f"group {group.id}, completion {number} of {len(group.completions)}: its {length} characters do not fit "
             f"into the {self.max_length} tokens that the reward model reads, or its chat template refuses them"
         )
 
-    def _parts(self, group: Group, index: int) -> Iterator[Part]:
-        for numbers, tokenised in self._tokenised(group):
+    def _slices(self, group: Group, index: int) -> Iterator[GroupSlice]:
+        for numbers, tokenised_group in self._tokenise_completions(group):
             bos = self.model.tokenizer.bos_token_id
-            for part in fitted(tokenised, index, max_length=self.max_length, bos=bos):
-                if part.group.prompt_tokens != tokenised.prompt_tokens:
-                    self._count_cut(len(part.numbers))
-                yield replace(part, numbers=[numbers[number] for number in part.numbers])
+            for group_slice in fit_to_window(tokenised_group, index, max_length=self.max_length, bos=bos):
+                if group_slice.group.prompt_tokens != tokenised_group.prompt_tokens:
+                    self._count_cut(len(group_slice.numbers))
+                yield replace(group_slice, numbers=[numbers[number] for number in group_slice.numbers])
 
-    def _tokenised(self, group: Group) -> Iterator[tuple[list[int], Group]]:
-        """The group in this model's tokens, and the numbers of its completions; in parts if one cannot be rendered.
+    def _tokenise_completions(self, group: Group) -> Iterator[tuple[list[int], Group]]:
+        """Yields the group with this model's tokens, and the indices of its completions.
+
+        If a completion cannot be rendered, it yields every other completion as a group of its own.
 
         Raises:
             RewardError: the prompt cannot be rendered.
@@ -147,9 +162,9 @@ class ModelScorer:
         except DataError as error:
             raise RewardError(f"group {group.id}: {error}") from error
         for number in numbers:
-            alone = replace(group, completions=group.completions[number : number + 1])
+            single_group = replace(group, completions=group.completions[number : number + 1])
             try:
-                yield [number], self.tokenise(alone)
+                yield [number], self.tokenise(single_group)
             except DataError:
                 logger.debug("group %s, completion %d: %s", group.id, number + 1, cause)
 
@@ -174,46 +189,53 @@ class ModelScorer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Completions of one group that see equally much of its prompt."""
+class GroupSlice:
+    """The completions of one group that have the same number of tokens of its prompt before them."""
 
     group: Group
+    """The group with these completions, and with the prompt that fits."""
     index: int
     """Index of the whole group."""
     numbers: list[int]
-    """Which of its completions these are."""
+    """Indices of these completions in the whole group."""
 
 
-def fitted(group: Group, index: int, *, max_length: int, bos: int | None) -> list[Part]:
-    """Divides a tokenised group so that every completion is whole, and no prompt is cut for another's sake.
+def fit_to_window(group: Group, index: int, *, max_length: int, bos: int | None) -> list[GroupSlice]:
+    """Divides a tokenised group so that every completion is whole and has as much of the prompt as fits.
 
-    A prompt loses tokens at its beginning, except for a beginning-of-text token `bos`. A completion that leaves no room
-    for even one token of the prompt is in no part.
+    A prompt loses tokens at its beginning, except for the beginning-of-sequence token `bos`. A completion that leaves
+    no room for one token of the prompt is in no slice.
+
+    Args:
+        group: with tokens.
+        index: index of the group, for `GroupSlice.index`.
+        max_length: most tokens of prompt and completion together.
+        bos: id of the beginning-of-sequence token; None if the tokenizer has none.
     """
-    prompt, by_room = group.prompt_tokens, dict[int, list[int]]()
+    prompt, numbers_by_room = group.prompt_tokens, dict[int, list[int]]()
     for number, completion in enumerate(group.completions):
         room = min(len(prompt), max_length - len(completion.tokens))
         if room >= 1:
-            by_room.setdefault(room, []).append(number)
+            numbers_by_room.setdefault(room, []).append(number)
     return [
-        Part(
+        GroupSlice(
             group=replace(
                 group,
-                prompt_tokens=_end_of(prompt, room, bos),
+                prompt_tokens=_cut_prompt(prompt, room, bos),
                 completions=tuple(group.completions[number] for number in numbers),
             ),
             index=index,
             numbers=numbers,
         )
-        for room, numbers in by_room.items()
+        for room, numbers in numbers_by_room.items()
     ]
 
 
 def longest_input(path: str, revision: str | None) -> int:
-    """Tokens that a reward model has positions for, `UNLIMITED` if it does not say.
+    """Returns the number of tokens that a reward model has positions for, `UNLIMITED_LENGTH` if it does not say.
 
     Raises:
-        ModelError: it cannot be read, or is no model with a trained score head.
+        ModelError: the configuration of the model cannot be read, or it has no trained score head.
     """
     from transformers import AutoConfig
 
@@ -232,7 +254,7 @@ def longest_input(path: str, revision: str | None) -> int:
             f"reward model {path!r} is a {', '.join(kinds) or 'model'} without a trained score head, so its rewards "
             "would be random; train one with algorithm reward_model"
         )
-    return longest_positions(settings) or UNLIMITED
+    return longest_positions(settings) or UNLIMITED_LENGTH
 
 
 def _load(config: RewardModel, path: str, max_length: int, device: torch.device) -> Any:
@@ -242,14 +264,14 @@ def _load(config: RewardModel, path: str, max_length: int, device: torch.device)
 
     settings = ModelConfig(path=path, revision=config.revision, dtype=config.dtype, chat_template=config.chat_template)
     data = DataConfig(path=path, max_length=max_length)
-    # Loading seeds the process's random numbers, which belong to the run.
+    # Loading a model seeds the random numbers of the process; those belong to the run and must not change.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = load_model(settings, data, device=device, seed=0, head="score")
     freeze(model.module)
     return model
 
 
-def _end_of(prompt: tuple[int, ...], length: int, bos: int | None) -> tuple[int, ...]:
+def _cut_prompt(prompt: tuple[int, ...], length: int, bos: int | None) -> tuple[int, ...]:
     if length < len(prompt) and length > 1 and prompt[0] == bos:
         return prompt[:1] + prompt[len(prompt) - length + 1 :]
     return prompt[len(prompt) - length :]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import RewardError
 from alignment.rewards import Reward
-from alignment.rewards.quantities import Reading, first_number, formula, has_words, last_number, only_number
+from alignment.rewards.quantities import ParsedAnswer, first_number, formula, has_words, last_number, only_number
 from alignment.rewards.rules import Rule, kept_column
 from alignment.settings.section import NonNegative
 
@@ -23,7 +23,7 @@ BOX = re.compile(r"\\(?:boxed|fbox) ?(?=\{|\d)")
 
 
 class ExactNumber(Rule):
-    """1 for an answer whose number equals the row's, else 0.
+    """Gives 1 to an answer whose number equals that of the row, else 0.
 
     The answer's number stands after the last `####`, in the last `\\boxed{}`, or is the last of the text; the row's
     column is read in the same way, so that GSM8K's whole solutions serve. Commas, signs, currencies, units, decimals,
@@ -43,100 +43,115 @@ class ExactNumber(Rule):
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The column that the rule compares with."""
         return (self.column,)
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Checks that the column holds a number.
+
+        Raises:
+            RewardError: it holds none.
+        """
         if (value := columns.get(self.column)) is not None:
-            self._right(value)
+            self._right_answer(value)
 
     def reward(self, completion: Completion, group: Group) -> Reward:
+        """Returns 1.0 if the answer is right, 0.0 if it is wrong, and None if the row has no such column.
+
+        Raises:
+            RewardError: the column holds no number.
+        """
         value = kept_column(group, self.column)
         if value is None:
             return None
-        right = self._right(value)
-        answer = reading(completion.text, marked=self.marked)
+        right = self._right_answer(value)
+        answer = read_answer(completion.text, needs_mark=self.marked)
         is_right = equal(answer.values, right.values, tolerance=self.tolerance) or (
             answer.formula != "" and answer.formula == right.formula
         )
         return float(is_right)
 
-    def _right(self, value: Any) -> Reading:
+    def _right_answer(self, value: Any) -> ParsedAnswer:
         if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
             raise RewardError(
                 f"column {self.column!r} holds no number but a {type(value).__name__}: {value!r:.50}. A part of a "
                 f"mapping is kept by its dotted name, as {self.column}.NAME"
             )
-        right = right_reading(str(value))
+        right = read_right_answer(str(value))
         if not (right.values or right.formula):
             raise RewardError(f"column {self.column!r} holds no number: {value!r:.50}")
         return right
 
 
-def number_in(text: str, *, marked: bool = False) -> frozenset[Fraction]:
-    """The number that a text gives as its answer: one reading, two for a percentage, none if there is no number.
+def number_in(text: str, *, needs_mark: bool = False) -> frozenset[Fraction]:
+    """The values of the number that a text gives as its answer: one, two for a percentage, none without a number.
 
     Args:
-        marked: read only what stands after `####` or in `\\boxed{}`.
+        needs_mark: read only what stands after `####` or in `\\boxed{}`.
     """
-    return reading(text, marked=marked).values
+    return read_answer(text, needs_mark=needs_mark).values
 
 
-def reading(text: str, *, marked: bool = False) -> Reading:
-    """What a text gives as its answer.
+def read_answer(text: str, *, needs_mark: bool = False) -> ParsedAnswer:
+    """Reads the answer that a text gives.
 
     Args:
-        marked: read only what stands after `####` or in `\\boxed{}`.
+        needs_mark: read only what stands after `####` or in `\\boxed{}`.
     """
     mark = _mark(text)
     if mark is not None:
         values = only_number(mark.text) or (frozenset() if mark.is_boxed else first_number(mark.text))
-        return Reading(values=values) if values else Reading(formula=formula(mark.text))
-    return Reading() if marked else last_number(text)
+        return ParsedAnswer(values=values) if values else ParsedAnswer(formula=formula(mark.text))
+    return ParsedAnswer() if needs_mark else last_number(text)
 
 
-def right_reading(text: str) -> Reading:
-    """What a column gives as the right answer: read as a marked answer is, or, if it has words, as a text is."""
+def read_right_answer(text: str) -> ParsedAnswer:
+    """Reads the right answer in a column, as a marked answer, or as a text if it has words."""
     if _mark(text) is not None:
-        return reading(text)
+        return read_answer(text)
     values = only_number(text)
     if not values and has_words(text):
-        return reading(text)
-    return Reading(values=values) if values else Reading(formula=formula(text))
+        return read_answer(text)
+    return ParsedAnswer(values=values) if values else ParsedAnswer(formula=formula(text))
 
 
-def equal(answer: frozenset[Fraction], right: frozenset[Fraction], *, tolerance: float = 0.0) -> bool:
-    """True if any reading of the one is any reading of the other, but for a relative error of `tolerance`."""
-    return any(abs(one - other) <= Fraction(tolerance) * abs(other) for one in answer for other in right)
+def equal(answer_values: frozenset[Fraction], right_values: frozenset[Fraction], *, tolerance: float = 0.0) -> bool:
+    """True if a value of the answer equals a value of the right answer, up to a relative error of `tolerance`."""
+    return any(
+        abs(answer_value - right_value) <= Fraction(tolerance) * abs(right_value)
+        for answer_value in answer_values
+        for right_value in right_values
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Mark:
-    """What stands after the last `####`, or in the last `\\boxed{}`."""
+    """The text after the last `####`, or in the last `\\boxed{}`."""
 
     text: str
     is_boxed: bool
 
 
 def marked_text(text: str) -> str | None:
-    """What stands after the last `####`, or in the last `\\boxed{}`; None without either."""
+    """The text after the last `####`, or in the last `\\boxed{}`; None without either."""
     mark = _mark(text)
     return mark.text if mark else None
 
 
 def _mark(text: str) -> _Mark | None:
-    hashes = text.rfind("####")
-    line = text[hashes + 4 :].strip().partition("\n")[0]
-    boxed = max((match.end() for match in BOX.finditer(text)), default=-1)
-    if hashes > boxed and re.search(r"\d", line):  # else it is a heading of Markdown
+    hashes_start = text.rfind("####")
+    line = text[hashes_start + 4 :].strip().partition("\n")[0]
+    box_end = max((match.end() for match in BOX.finditer(text)), default=-1)
+    if hashes_start > box_end and re.search(r"\d", line):  # without a digit it is a heading of Markdown
         return _Mark(text=line, is_boxed=False)
-    if boxed < 0:
+    if box_end < 0:
         return None
-    inner = _balanced(text[boxed + 1 :]) if text[boxed] == "{" else text[boxed]
+    inner = _braced_text(text[box_end + 1 :]) if text[box_end] == "{" else text[box_end]
     return _Mark(text=inner, is_boxed=True)
 
 
-def _balanced(text: str) -> str:
-    """The text up to the brace that closes it."""
+def _braced_text(text: str) -> str:
+    """The text up to its closing brace."""
     depth = 1
     for brace in re.finditer(r"[{}]", text):
         depth += 1 if brace.group() == "{" else -1

@@ -1,9 +1,9 @@
-"""Rewards from a service over HTTP, and the one schema that asker and answerer share (`serving.rewards` answers).
+"""Rewards from a service over HTTP, and the schema of its requests and replies (`serving.rewards` is such a service).
 
 POST {"items": [{"id", "prompt" or "messages", "completion", "truncated"?, "columns"?}]}
   ─► {"items": [{"id", "reward"} or {"id", "error"}]}                    in any order; an item may fail by itself
 
-A reward that is null abstains: the item is not the service's business.
+With a reward of null the service abstains, because it does not rate items of this kind.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticSerializationError
 
 from alignment.errors import ConfigError, RewardError
-from alignment.rewards import LARGEST, BuildableScorer, Reward, UnreadableTexts
-from alignment.rewards.functions import Loop, prompt_of
+from alignment.rewards import MAX_REWARD, BuildableScorer, Reward, UnreadableTexts
+from alignment.rewards.functions import EventLoopThread, prompt_of
 from alignment.settings.section import NonNegative, Positive, PositiveCount
 
 if TYPE_CHECKING:
@@ -31,28 +31,30 @@ if TYPE_CHECKING:
     from alignment.groups import Group
 
 MAX_PAUSE_S = 30.0
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+"""Longest pause (seconds) before another attempt."""
+RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 """HTTP statuses after which the same request may succeed."""
 ERROR_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
-UNREADABLE = frozenset({"too_long", "unreadable"})
-"""Codes of a service about a text that it will not read at any attempt."""
+"""Form of an error code, which cannot quote a text."""
+UNREADABLE_CODES = frozenset({"too_long", "unreadable"})
+"""Error codes of a service for a text that it cannot read at any attempt."""
 NO_JSON = "its text cannot be written as JSON"
 
 
-class Wire(BaseModel):
-    """A part of the schema; what is not in it is refused."""
+class WireModel(BaseModel):
+    """Base of the models of the schema; it refuses fields that are not in the schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ChatMessage(Wire):
+class ChatMessage(WireModel):
     """One turn of a conversation."""
 
     role: str
     content: str
 
 
-class ScoreItem(Wire):
+class ScoreItem(WireModel):
     """One completion to be rated."""
 
     id: str = Field(max_length=200)
@@ -68,27 +70,27 @@ class ScoreItem(Wire):
     """What `data.keep` kept of the row."""
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
+    def _check_prompt(self) -> Self:
         if (self.prompt is None) == (not self.messages):
             raise ValueError("an item has either a prompt or messages")
         return self
 
 
-class ScoreRequest(Wire):
-    """What is asked."""
+class ScoreRequest(WireModel):
+    """The body of a request: the completions to be rated."""
 
     items: tuple[ScoreItem, ...] = Field(min_length=1)
 
     @field_validator("items")
     @classmethod
-    def _unique(cls, items: tuple[ScoreItem, ...]) -> tuple[ScoreItem, ...]:
+    def _check_ids(cls, items: tuple[ScoreItem, ...]) -> tuple[ScoreItem, ...]:
         if len({item.id for item in items}) < len(items):
             raise ValueError("two items have the same id")
         return items
 
 
-class ScoredItem(Wire):
-    """What came of one item: exactly one of a reward and an error."""
+class ScoredItem(WireModel):
+    """The result of one item: either a reward or an error."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -100,8 +102,8 @@ class ScoredItem(Wire):
     cannot be rated, at no attempt."""
 
 
-class ScoreReply(Wire):
-    """What is answered."""
+class ScoreReply(WireModel):
+    """The body of a reply: the results of the items, in any order."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -133,7 +135,7 @@ class RewardService(BuildableScorer):
 
     @field_validator("url")
     @classmethod
-    def _plain(cls, url: str) -> str:
+    def _check_url(cls, url: str) -> str:
         from urllib.parse import urlsplit
 
         parts = urlsplit(url)
@@ -142,22 +144,32 @@ class RewardService(BuildableScorer):
         return url
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Checks that the columns can be sent.
+
+        Raises:
+            RewardError: they cannot be written as JSON.
+        """
         item = ScoreItem(id="0", prompt="", completion="", columns=dict(columns))
         if not _is_json(item):
             raise RewardError(f"the kept columns ({', '.join(sorted(columns))}) cannot be written as JSON")
 
     def build(self, device: torch.device) -> ServiceScorer:
+        """Builds the scorer; the device is not used.
+
+        Raises:
+            ConfigError: the environment variable of the key is not set, or holds no key.
+        """
         return ServiceScorer(self)
 
 
 class ServiceScorer:
-    """Asks a reward service, and again about what it did not answer."""
+    """Asks a reward service for rewards, and again for the items that it did not rate."""
 
     def __init__(self, config: RewardService) -> None:
-        """Opens no connection yet.
+        """Makes the client; connections are opened later.
 
         Raises:
-            ConfigError: the key's environment variable is not set, or holds no key.
+            ConfigError: the environment variable of the key is not set, or holds no key.
         """
         import httpx
 
@@ -165,34 +177,41 @@ class ServiceScorer:
         headers = {"Content-Type": "application/json"}
         if config.key_env:
             headers["Authorization"] = f"Bearer {key_from(config.key_env)}"
-        # The deadline is set around each whole request: httpx's own are for each packet.
         self.unreadable = UnreadableTexts(config)
+        # `_request_scores` has a timeout for the whole request; httpx has timeouts for single packets.
         self._client = httpx.AsyncClient(headers=headers, timeout=None)
-        self._places = asyncio.Semaphore(config.concurrency)
-        self._chance = random.Random()  # not the run's: a pause must not change what is learned
-        self._loop = Loop("reward service")
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._rng = random.Random()  # not the run's generator: a pause must not change what is trained on
+        self._loop = EventLoopThread("reward service")
 
     def score(self, groups: list[Group]) -> list[list[Reward]]:
-        """As the port says; an item is asked about again here, by itself."""
-        answers = self._loop.run(self._ask(items_of(groups)))
-        remaining = iter(answers)
-        given = [[next(remaining) for _ in group.completions] for group in groups]
-        for group, of_group in zip(groups, given, strict=True):
-            for number, answer in enumerate(of_group, start=1):
-                if answer.problem:
-                    without = sum(bool(answer.problem) for answer in answers)
+        """Scores as `Scorer.score` says; this class itself asks again for single items.
+
+        Raises:
+            RewardError: the service refuses requests, or a completion has no reward after all attempts.
+        """
+        results = self._loop.run(self._score_items(items_of(groups)))
+        result_iterator = iter(results)
+        results_by_group = [[next(result_iterator) for _ in group.completions] for group in groups]
+        for group, group_results in zip(groups, results_by_group, strict=True):
+            for number, result in enumerate(group_results, start=1):
+                if result.problem:
+                    num_failed = sum(bool(result.problem) for result in results)
                     raise RewardError(
-                        f"group {group.id}, completion {number} of {len(of_group)}: {answer.problem} ({without} of "
-                        f"{len(answers)} completions are without a reward after {self.config.attempts} attempts)"
+                        f"group {group.id}, completion {number} of {len(group_results)}: {result.problem} "
+                        f"({num_failed} of {len(results)} completions are without a reward after "
+                        f"{self.config.attempts} attempts)"
                     )
         return [
             [
-                self.unreadable.reward(f"group {group.id}, completion {number} of {len(of_group)}: {answer.unreadable}")
-                if answer.unreadable
-                else answer.reward
-                for number, answer in enumerate(of_group, start=1)
+                self.unreadable.reward(
+                    f"group {group.id}, completion {number} of {len(group_results)}: {result.unreadable}"
+                )
+                if result.unreadable
+                else result.reward
+                for number, result in enumerate(group_results, start=1)
             ]
-            for group, of_group in zip(groups, given, strict=True)
+            for group, group_results in zip(groups, results_by_group, strict=True)
         ]
 
     def close(self) -> None:
@@ -200,102 +219,107 @@ class ServiceScorer:
         self._loop.run(self._client.aclose())
         self._loop.close()
 
-    async def _ask(self, items: list[ScoreItem]) -> list[Answer]:
-        """What came of every item, in their order, after as many attempts as they took."""
-        answers = [
-            Answer(unreadable=NO_JSON) if _is_lone(item.completion) else Answer(problem="it was not asked about")
+    async def _score_items(self, items: list[ScoreItem]) -> list[ItemResult]:
+        """The results of all items, in their order, after as many attempts as needed and allowed."""
+        results = [
+            ItemResult(unreadable=NO_JSON)
+            if _has_lone_surrogate(item.completion)
+            else ItemResult(problem="it was not asked about")
             for item in items
         ]
         for attempt in range(self.config.attempts):
-            waiting = [index for index, answer in enumerate(answers) if answer.problem]
-            if not waiting:
+            pending_indices = [index for index, result in enumerate(results) if result.problem]
+            if not pending_indices:
                 break
             if attempt:
                 await asyncio.sleep(self._pause(attempt))
             size = self.config.batch_size
-            batches = [waiting[start : start + size] for start in range(0, len(waiting), size)]
-            asked = [self._ask_once([items[index] for index in batch]) for batch in batches]
-            # All come to an end before an error of one is raised, so that none is left behind in the loop.
-            for batch, given in zip(batches, await asyncio.gather(*asked, return_exceptions=True), strict=True):
-                if isinstance(given, BaseException):
-                    raise given
-                for index, answer in zip(batch, given, strict=True):
-                    answers[index] = answer
-        return answers
+            batches = [pending_indices[start : start + size] for start in range(0, len(pending_indices), size)]
+            requests = [self._request_scores([items[index] for index in batch]) for batch in batches]
+            # All requests end before an error of one is raised, so that none is left in the event loop.
+            for batch, batch_results in zip(
+                batches, await asyncio.gather(*requests, return_exceptions=True), strict=True
+            ):
+                if isinstance(batch_results, BaseException):
+                    raise batch_results
+                for index, result in zip(batch, batch_results, strict=True):
+                    results[index] = result
+        return results
 
-    async def _ask_once(self, items: list[ScoreItem]) -> list[Answer]:
+    async def _request_scores(self, items: list[ScoreItem]) -> list[ItemResult]:
         try:
-            async with self._places, asyncio.timeout(self.config.timeout_s):
+            async with self._slots, asyncio.timeout(self.config.timeout_s):
                 replies = await self._post(ScoreRequest(items=tuple(items)))
         except TimeoutError:
-            return [Answer(problem=f"there was no answer within {self.config.timeout_s:g} s")] * len(items)
-        except _PassingError as error:
-            return [Answer(problem=str(error))] * len(items)
+            return [ItemResult(problem=f"there was no answer within {self.config.timeout_s:g} s")] * len(items)
+        except _RetryableError as error:
+            return [ItemResult(problem=str(error))] * len(items)
         by_id: dict[str, list[ScoredItem]] = {}
         for reply in replies.items:
             by_id.setdefault(reply.id, []).append(reply)
-        return [Answer.of(by_id.get(item.id, [])) for item in items]
+        return [ItemResult.of(by_id.get(item.id, [])) for item in items]
 
     async def _post(self, request: ScoreRequest) -> ScoreReply:
         import httpx
 
         try:
             body = request.model_dump_json(exclude_none=True).encode()
-        except (PydanticSerializationError, UnicodeEncodeError):  # which quote the text
+        except (PydanticSerializationError, UnicodeEncodeError):  # these errors quote the text
             raise RewardError("a prompt or a kept column cannot be written as JSON") from None
         try:
             response = await self._client.post(self.config.url, content=body)
         except httpx.RequestError as error:
-            raise _PassingError(f"the connection failed ({type(error).__name__})") from error
-        if response.status_code in PASSING:
-            raise _PassingError(f"the service answered with HTTP status {response.status_code}")
+            raise _RetryableError(f"the connection failed ({type(error).__name__})") from error
+        if response.status_code in RETRYABLE_STATUSES:
+            raise _RetryableError(f"the service answered with HTTP status {response.status_code}")
         if response.status_code != 200:
             raise RewardError(f"the service refuses requests with HTTP status {response.status_code}")
         try:
             return ScoreReply.model_validate_json(response.content)
         except ValidationError as error:
-            # Without the cause: it quotes what came, and what came may quote what was asked.
-            raise _PassingError(f"the answer is not in the schema ({error.error_count()} problems)") from None
+            # Without the cause: it quotes the reply, and the reply may quote the request.
+            raise _RetryableError(f"the answer is not in the schema ({error.error_count()} problems)") from None
 
     def _pause(self, attempt: int) -> float:
         longest = min(MAX_PAUSE_S, self.config.backoff_s * 2.0 ** (attempt - 1))
-        return longest * self._chance.uniform(0.5, 1.0)
+        return longest * self._rng.uniform(0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What came of an item."""
+class ItemResult:
+    """The result of an item, after its reply was checked."""
 
     reward: Reward = None
+    """The reward; None if the service abstains, or there is a problem."""
     problem: str = ""
-    """Why there is no reward, in words that quote nothing of the item."""
+    """Why there is no reward yet, in words that do not quote the item; empty without a problem."""
     unreadable: str = ""
-    """Why there will be none at any attempt."""
+    """Why no attempt can give a reward; empty if one may."""
 
     @classmethod
-    def of(cls, replies: list[ScoredItem]) -> Answer:
-        """Judges what a service said about one item."""
+    def of(cls, replies: list[ScoredItem]) -> ItemResult:
+        """Checks the replies of a service to one item, of which there must be exactly one."""
         if len(replies) != 1:
             return cls(problem="the service left it out" if not replies else "the service answered it twice")
         (reply,) = replies
         if reply.error is not None:
-            if reply.error in UNREADABLE:
+            if reply.error in UNREADABLE_CODES:
                 return cls(unreadable=f"the service says {reply.error}")
-            known = ERROR_CODE.fullmatch(reply.error)
-            return cls(problem=f"the service says {reply.error}" if known else "the service refused it")
+            is_code = ERROR_CODE.fullmatch(reply.error)
+            return cls(problem=f"the service says {reply.error}" if is_code else "the service refused it")
         if reply.reward is None:
             return cls() if "reward" in reply.model_fields_set else cls(problem="the service left its reward out")
-        if not abs(reply.reward) <= LARGEST:
+        if not abs(reply.reward) <= MAX_REWARD:
             return cls(problem=f"the reward is {reply.reward}, not a number")
         return cls(reward=reply.reward)
 
 
-class _PassingError(Exception):
-    """A request that failed in a way that may pass."""
+class _RetryableError(Exception):
+    """A request failed for a reason that may pass."""
 
 
 def items_of(groups: list[Group]) -> list[ScoreItem]:
-    """All completions of all groups, numbered in order."""
+    """All completions of all groups as items, numbered in order."""
     entries = [(group, completion) for group in groups for completion in group.completions]
     return [
         ScoreItem(
@@ -310,10 +334,10 @@ def items_of(groups: list[Group]) -> list[ScoreItem]:
 
 
 def key_from(variable: str) -> str:
-    """The bearer key in an environment variable.
+    """Returns the bearer key in an environment variable.
 
     Raises:
-        ConfigError: it is not set, or holds what no header can; the text does not quote it.
+        ConfigError: it is not set, or holds characters that no header can have; the text does not quote them.
     """
     key = os.environ.get(variable, "").strip()
     if not re.fullmatch(r"[!-~]+", key):
@@ -321,8 +345,8 @@ def key_from(variable: str) -> str:
     return key
 
 
-def _is_lone(text: str) -> bool:
-    """True if half a character stands in the text alone, which no JSON can hold."""
+def _has_lone_surrogate(text: str) -> bool:
+    """True if the text has a lone surrogate, which JSON cannot hold."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -1,4 +1,4 @@
-"""Ready-made rules: rewards that are read from the text itself, or from a comparison with a kept column."""
+"""Built-in rules: rewards from the text itself, or from a comparison with a kept column."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Unit = Literal["tokens", "words", "characters"]
 Shape = Literal["linear", "quadratic", "step"]
 TEXT_ERRORS = (ValueError, ArithmeticError, IndexError, RecursionError)
-"""What Python raises where a text is not as code expects; other errors are faults of the code."""
+"""Exceptions that code raises for an unexpected text; other exceptions are faults of the code."""
 
 
 class Rule(BuildableScorer):
@@ -30,15 +30,16 @@ class Rule(BuildableScorer):
 
     @abstractmethod
     def reward(self, completion: Completion, group: Group) -> Reward:
-        """What the completion is worth; None if the row is not the rule's business.
+        """Returns the reward of the completion; None to abstain, because the rule does not rate rows of this kind.
 
         Raises:
-            Unreadable: the rule cannot read the completion's text; so do ValueError, ArithmeticError, IndexError and
-                RecursionError.
-            RewardError: the group has not what the rule needs; the text says what, without the group.
+            Unreadable: the rule cannot read the completion's text; ValueError, ArithmeticError, IndexError and
+                RecursionError mean the same.
+            RewardError: the group lacks something that the rule needs; the text says what, without naming the group.
         """
 
     def build(self, device: torch.device) -> RuleScorer:
+        """Builds the scorer; the device is not used."""
         return RuleScorer(self)
 
 
@@ -50,19 +51,24 @@ class RuleScorer:
         self.unreadable = UnreadableTexts(rule)
 
     def score(self, groups: list[Group]) -> list[list[Reward]]:
-        """As the port says."""
-        return [self._of_group(group) for group in groups]
+        """Scores as `Scorer.score` says.
+
+        Raises:
+            RewardError: a group lacks something that the rule needs, or a text is unreadable and the configuration
+                asks for an error then.
+        """
+        return [self._score_group(group) for group in groups]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: a rule holds no resources."""
 
-    def _of_group(self, group: Group) -> list[Reward]:
+    def _score_group(self, group: Group) -> list[Reward]:
         try:
-            return [self._of_completion(completion, group) for completion in group.completions]
+            return [self._score_completion(completion, group) for completion in group.completions]
         except RewardError as error:
             raise RewardError(f"group {group.id}: {error}") from error
 
-    def _of_completion(self, completion: Completion, group: Group) -> Reward:
+    def _score_completion(self, completion: Completion, group: Group) -> Reward:
         try:
             return self.rule.reward(completion, group)
         except Unreadable as error:
@@ -88,7 +94,7 @@ class Regex(Rule):
 
     @field_validator("pattern")
     @classmethod
-    def _compiles(cls, pattern: str) -> str:
+    def _check_pattern(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
             regex.compile(pattern)
@@ -97,6 +103,11 @@ class Regex(Rule):
         return pattern
 
     def reward(self, completion: Completion, group: Group) -> float:
+        """Returns 1.0 for a text that matches (or does not, with `forbid`), else 0.0.
+
+        Raises:
+            Unreadable: the search took longer than `timeout_s`.
+        """
         find = regex.search if self.match == "search" else regex.fullmatch
         try:  # the package regex, because `re` cannot be stopped
             match = find(self.pattern, completion.text, timeout=self.timeout_s)
@@ -127,7 +138,7 @@ class Length(Rule):
     """Length before `max_length` over which the penalty grows from 0; 0 is a cliff."""
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
+    def _check_targets(self) -> Self:
         if self.target is None and self.max_length is None:
             raise ValueError("length needs target, max_length or both")
         if self.max_length is not None and self.buffer > self.max_length:
@@ -135,6 +146,11 @@ class Length(Rule):
         return self
 
     def reward(self, completion: Completion, group: Group) -> float:
+        """Returns the closeness to the target length plus the penalty (≤ 0) of an overlong text.
+
+        Raises:
+            RewardError: the unit is tokens and the completion has none.
+        """
         length = length_of(completion, self.unit)
         reward = 0.0
         if self.target is not None:
@@ -156,20 +172,31 @@ class Keywords(Rule):
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The column that the rule compares with."""
         return (self.column,)
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Checks that the column holds words.
+
+        Raises:
+            RewardError: it does not.
+        """
         if (value := columns.get(self.column)) is not None:
             self._keywords(value)
 
     def reward(self, completion: Completion, group: Group) -> Reward:
+        """Returns 1.0 or 0.0, or the share of the words that are in the text; None if the row has no such column.
+
+        Raises:
+            RewardError: the column does not hold words.
+        """
         value = kept_column(group, self.column)
         if value is None:
             return None
-        found = [contains_keyword(completion.text, [keyword]) for keyword in self._keywords(value)]
+        matches = [contains_keyword(completion.text, [keyword]) for keyword in self._keywords(value)]
         if self.need == "share":
-            return sum(found) / len(found)
-        return float(any(found) if self.need == "any" else all(found))
+            return sum(matches) / len(matches)
+        return float(any(matches) if self.need == "any" else all(matches))
 
     def _keywords(self, value: Any) -> list[str]:
         keywords = [value] if isinstance(value, str) else value
@@ -183,7 +210,7 @@ class Keywords(Rule):
 
 
 class Repetition(Rule):
-    """Minus the share of n-grams that have been there before: 0 for a text that never repeats, down to -1."""
+    """Minus the share of n-grams that occur earlier in the text: 0 for a text without repetitions, down to -1."""
 
     name: Literal["repetition"] = "repetition"
     """A penalty for repeated n-grams."""
@@ -193,8 +220,13 @@ class Repetition(Rule):
     """What they are made of: lower-case words, or the actor's tokens (for languages without spaces)."""
 
     def reward(self, completion: Completion, group: Group) -> float:
-        parts: Sequence[Any] = _tokens(completion) if self.unit == "tokens" else completion.text.lower().split()
-        return -repeated_share(parts, n=self.n)
+        """Returns minus the share of repeated n-grams, between -1 and 0.
+
+        Raises:
+            RewardError: the unit is tokens and the completion has none.
+        """
+        items: Sequence[Any] = _tokens(completion) if self.unit == "tokens" else completion.text.lower().split()
+        return -repeated_share(items, n=self.n)
 
 
 def contains_keyword(text: str, keywords: list[str]) -> bool:
@@ -203,15 +235,15 @@ def contains_keyword(text: str, keywords: list[str]) -> bool:
 
 
 def kept_column(group: Group, column: str) -> Any:
-    """A column of the group's row, by the name that `data.keep` has for it; None if the row has none."""
+    """The value of a column of the group's row, by its name in `data.keep`; None if the row has no such column."""
     return group.columns.get(column)
 
 
 def length_of(completion: Completion, unit: Unit) -> int:
-    """Number of tokens, words or characters.
+    """Returns the length of a completion in tokens, words or characters.
 
     Raises:
-        RewardError: tokens are asked for and the completion has none.
+        RewardError: the unit is tokens and the completion has none.
     """
     if unit == "tokens":
         return len(_tokens(completion))
@@ -219,7 +251,7 @@ def length_of(completion: Completion, unit: Unit) -> int:
 
 
 def closeness(length: int, *, target: int, tolerance: int, shape: Shape) -> float:
-    """1 within `tolerance` of `target`, and less beyond, down to 0; see `Length.shape`."""
+    """Returns 1 for a length within `tolerance` of `target`, and less for others, down to 0; see `Length.shape`."""
     distance = max(0, abs(length - target) - tolerance) / target
     if shape == "step":
         return float(distance == 0)
@@ -227,16 +259,16 @@ def closeness(length: int, *, target: int, tolerance: int, shape: Shape) -> floa
 
 
 def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
-    """0 up to max_length - buffer, then falling in a line to -1 at max_length (arXiv 2503.14476, equation 13)."""
-    beyond = length - (max_length - buffer)
-    if beyond <= 0:
+    """Returns 0 up to max_length - buffer, then falls linearly to -1 at max_length (arXiv 2503.14476, equation 13)."""
+    excess = length - (max_length - buffer)
+    if excess <= 0:
         return 0.0
-    return -1.0 if length > max_length else -beyond / buffer
+    return -1.0 if length > max_length else -excess / buffer
 
 
-def repeated_share(parts: Sequence[Any], *, n: int) -> float:
-    """Share of n-grams that stand further in front already, 0 to 1; 0 if there is none."""
-    ngrams = [tuple(parts[start : start + n]) for start in range(len(parts) - n + 1)]
+def repeated_share(items: Sequence[Any], *, n: int) -> float:
+    """Returns the share of n-grams that occur earlier already, 0 to 1; 0 without n-grams."""
+    ngrams = [tuple(items[start : start + n]) for start in range(len(items) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 

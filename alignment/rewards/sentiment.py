@@ -1,6 +1,7 @@
-"""A rule for a friendly tone: common English words counted for and against. Simple, quick, and easily hacked.
+"""A rule for a friendly tone, which counts positive and negative English words: simple, quick, and easily hacked.
 
-It is meant for experiments on how far a reward rises for how much divergence, where a reward model would be too slow.
+It is meant for experiments that measure how much a reward rises with the divergence from the reference, where a reward
+model would be too slow.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NEGATIVE = frozenset(
 )
 NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "without", "cannot", "hardly"})
 REACH = 3
-"""Words over which a negation turns what follows."""
+"""Number of words after a negation that count for the other side."""
 
 
 class Sentiment(Rule):
@@ -54,16 +55,17 @@ class Sentiment(Rule):
     """How slowly the reward approaches its bounds, > 0: s = √softness gives 0.71."""
 
     def reward(self, completion: Completion, group: Group) -> float:
+        """Returns the friendliness of the text, between -1 and 1."""
         balance = sentiment_balance(completion.text)
         return float(balance / (balance**2 + self.softness) ** 0.5)
 
 
 def sentiment_balance(text: str) -> int:
-    """Positive minus negative words of a text."""
+    """Number of positive words minus number of negative words of a text."""
     balance, last_negation = 0, -REACH - 1
-    for place, word in enumerate(re.findall(r"[a-z]+(?:['’][a-z]+)?", text.lower())):
+    for index, word in enumerate(re.findall(r"[a-z]+(?:['’][a-z]+)?", text.lower())):
         if word in NEGATIONS or word.endswith(("n't", "n’t")):
-            last_negation = place
+            last_negation = index
         value = (word in POSITIVE) - (word in NEGATIVE)
-        balance += -value if place - last_negation <= REACH else value
+        balance += -value if index - last_negation <= REACH else value
     return balance

@@ -23,7 +23,7 @@ from transformers import (
 from alignment.errors import CheckpointError, ModelError, RewardError
 from alignment.groups import Completion, Group, Message
 from alignment.rewards import Rewards, scorer_class
-from alignment.rewards.model import fitted
+from alignment.rewards.model import fit_to_window
 
 TEMPLATE = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' </s>' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"  # noqa: E501
 WORDS = "[user] [assistant] [system] what is the capital of france paris lyon it and or so very".split()  # noqa: SIM905
@@ -191,13 +191,16 @@ def test_a_cut_answer_is_judged_without_an_end_as_reward_training_has_it(judge: 
 def test_every_completion_keeps_as_much_of_the_prompt_as_fits() -> None:
     answers = tuple(Completion(text="a", tokens=(9,) * n, learned=(True,) * n) for n in (2, 5, 2, 8))
     whole = Group(id="1", prompt="p", prompt_tokens=(0, 1, 2, 3, 4, 5), completions=answers)
-    parts = fitted(whole, 3, max_length=9, bos=None)
+    parts = fit_to_window(whole, 3, max_length=9, bos=None)
     assert [(part.group.prompt_tokens, part.numbers, part.index) for part in parts] == [
         ((0, 1, 2, 3, 4, 5), [0, 2], 3),
         ((2, 3, 4, 5), [1], 3),
         ((5,), [3], 3),
     ]
-    assert [part.group.prompt_tokens for part in fitted(whole, 0, max_length=9, bos=0)][1:] == [(0, 3, 4, 5), (5,)]
+    assert [part.group.prompt_tokens for part in fit_to_window(whole, 0, max_length=9, bos=0)][1:] == [
+        (0, 3, 4, 5),
+        (5,),
+    ]
 
 
 def test_rewards_are_normalised_by_what_the_model_keeps(judge: Path, tmp_path: Path) -> None:

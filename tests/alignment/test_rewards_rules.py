@@ -18,7 +18,7 @@ from alignment.data.sources import read_rows
 from alignment.errors import RewardError
 from alignment.groups import Completion, Group
 from alignment.rewards import BuildableScorer, Rewards, scorer_class
-from alignment.rewards.ifeval import CHECKS, UNSUPPORTED, sentences
+from alignment.rewards.ifeval import CHECKS, UNSUPPORTED_KINDS, sentences
 from alignment.rewards.numbers import number_in
 from alignment.rewards.rules import contains_keyword, overlong_penalty, repeated_share
 from alignment.rewards.sentiment import NEGATIVE, POSITIVE
@@ -432,9 +432,9 @@ def test_every_row_of_ifeval_is_judged_except_those_of_the_one_unknown_kind() ->
     rows = read_data("ifeval")
     kinds = {kind for row in rows for kind in row["instruction_id_list"]}
     assert len(kinds) == 25
-    assert kinds - CHECKS.keys() == UNSUPPORTED
+    assert kinds - CHECKS.keys() == UNSUPPORTED_KINDS
     assert CHECKS.keys() <= kinds
-    judged = [row for row in rows if not UNSUPPORTED & set(row["instruction_id_list"])]
+    judged = [row for row in rows if not UNSUPPORTED_KINDS & set(row["instruction_id_list"])]
     assert len(judged) == 70
     for row in judged:
         rule("ifeval").check_row(row)
