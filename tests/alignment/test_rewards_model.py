@@ -144,7 +144,7 @@ def test_a_long_prompt_loses_its_beginning_and_no_answer_its_end(
         ))  # fmt: skip
         tail = tokens.tokenize(answer + " </s>")
         assert reward == pytest.approx(reference(judge, " ".join((prompt + tail)[-64:])), abs=1e-4)
-    assert rewards._asked[0].scorer.num_cut == 2  # type: ignore[attr-defined]
+    assert rewards._entries[0].scorer.num_cut == 2  # type: ignore[attr-defined]
     assert [record.message for record in caplog.records] == [
         f"reward model {judge}: some conversations are longer than its 64 tokens; it does not see how they begin"
     ]
@@ -229,7 +229,7 @@ def test_loading_does_not_touch_the_runs_random_numbers(judge: Path) -> None:
 
 
 def test_the_model_needs_no_gradient(judge: Path) -> None:
-    scorer: Any = rewards_of(judge)._asked[0].scorer
+    scorer: Any = rewards_of(judge)._entries[0].scorer
     assert not any(weight.requires_grad for weight in scorer.model.module.parameters())
     assert not scorer.model.module.training
 
@@ -259,7 +259,7 @@ def test_messages_without_a_template_are_an_error_that_names_the_group(judge: Pa
 
 def test_a_model_that_gives_nan_is_an_error_that_names_the_completion(judge: Path) -> None:
     rewards = rewards_of(judge)
-    scorer: Any = rewards._asked[0].scorer
+    scorer: Any = rewards._entries[0].scorer
     scorer.model.module.score.weight.data.fill_(float("nan"))
     with pytest.raises(RewardError, match="scorer model: group rows:7, completion 1 of 2: the reward is nan"):
         rewards.score(GROUPS)
