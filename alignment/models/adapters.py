@@ -1,4 +1,4 @@
-"""Adapters and the models below them: what an adapter needs of its base, and the whole model that both are together."""
+"""Adapters and their base models: fitting a base to its adapter, and merging the two into one model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from alignment.models.saving import mend_generation_settings
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-"""Of every name in an adapter's file; the rest is the name in the base."""
-WHOLE = ("weight", "base_layer.weight", "modules_to_save.weight")
-"""Names, after a layer's own, of the layer's whole weight in an adapter's file."""
+"""Prefix of every tensor's name in an adapter's file; the rest is the name in the base model."""
+FULL_WEIGHTS = ("weight", "base_layer.weight", "modules_to_save.weight")
+"""Suffixes by which an adapter's file holds the full weight of a layer."""
 
 
 def merge(adapter: Path, source: str, folder: Path) -> None:
-    """Writes a base with an adapter merged in, in the base's number format, with the tokenizer of the two.
+    """Merges an adapter into its base and writes the result, in the base's number format, with a tokenizer.
 
-    A base whose vocabulary has another size than the one that the adapter was trained with is resized first.
+    If the base's vocabulary has another size than the adapter was trained with, the base is resized first.
 
     Args:
-        source: folder or hub id of the whole base.
+        source: folder or hub id of the base model.
+        folder: where the merged model is written.
 
     Raises:
-        ModelError: the vocabularies differ in a way that the adapter does not make good.
+        ModelError: the vocabularies differ, and the adapter does not hold the missing embeddings.
     """
     from peft import PeftModel
 
@@ -44,15 +45,15 @@ def merge(adapter: Path, source: str, folder: Path) -> None:
     base = _base(adapter, settings, source)
     dtype = base.dtype
     fit_vocabulary(base, adapter)
-    merged = PeftModel.from_pretrained(base.to(torch.float32), str(adapter)).merge_and_unload()
-    mend_generation_settings(merged, source)
-    merged.to(dtype).save_pretrained(folder)
+    model = PeftModel.from_pretrained(base.to(torch.float32), str(adapter)).merge_and_unload()
+    mend_generation_settings(model, source)
+    model.to(dtype).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(adapter) if has_tokenizer(adapter) else source)
     tokenizer.save_pretrained(folder)
 
 
 def fit_vocabulary(base: PreTrainedModel, adapter: Path) -> None:
-    """Gives a base as many embeddings as the adapter was trained with.
+    """Resizes a base to the number of embeddings that the adapter was trained with.
 
     Raises:
         ModelError: the adapter does not hold the embeddings that its base lacks.
@@ -63,8 +64,8 @@ def fit_vocabulary(base: PreTrainedModel, adapter: Path) -> None:
     size = base.get_input_embeddings().weight.shape[0]
     if sizes <= {size}:
         return
-    whole = [name for name in layers if any(f"{PREFIX}{name}.{kind}" in shapes for kind in WHOLE)]
-    if len(sizes) > 1 or not whole or (len(whole) < len(layers) and not _is_tied(base)):
+    saved_layers = [name for name in layers if any(f"{PREFIX}{name}.{kind}" in shapes for kind in FULL_WEIGHTS)]
+    if len(sizes) > 1 or not saved_layers or (len(saved_layers) < len(layers) and not _is_tied(base)):
         raise ModelError(
             f"the adapter {adapter} was trained with a vocabulary of {' and '.join(map(str, sorted(sizes)))} tokens, "
             f"its base {base.name_or_path} has {size}, and the adapter does not hold the embeddings that are missing. "
@@ -75,17 +76,17 @@ def fit_vocabulary(base: PreTrainedModel, adapter: Path) -> None:
 
 
 def tensor_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an adapter's file, by its name there."""
+    """The shape of each tensor in an adapter's file, by its name there."""
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def _base(adapter: Path, settings: dict[str, Any], source: str) -> PreTrainedModel:
-    """The model below an adapter, with a classifier's head if the adapter is one's."""
+    """Loads the base model of an adapter, with a score head if the adapter belongs to a classifier."""
     if settings.get("task_type") != "SEQ_CLS":
         causal: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         return causal
-    # Ours keep the settings of the whole model beside the adapter, which know the head; peft by itself does not.
+    # Our adapters keep the model's own settings beside them, which describe the head; peft does not keep them.
     model_settings = AutoConfig.from_pretrained(str(adapter) if (adapter / "config.json").is_file() else source)
     model_settings.num_labels = next(
         (shape[0] for name, shape in tensor_shapes(adapter).items() if name.startswith(f"{PREFIX}score.")), 1
@@ -97,24 +98,25 @@ def _base(adapter: Path, settings: dict[str, Any], source: str) -> PreTrainedMod
 
 
 def _vocabulary_layers(base: PreTrainedModel) -> list[str]:
-    """Names of the token embeddings and of the output head, where the model has one."""
-    wanted = (base.get_input_embeddings(), base.get_output_embeddings())
-    return [name for name, layer in base.named_modules() if any(layer is module for module in wanted)]
+    """The names of the token embeddings and of the output head, if the model has one."""
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [name for name, layer in base.named_modules() if any(layer is module for module in modules)]
 
 
 def _rows(layer: str, shapes: dict[str, tuple[int, ...]]) -> set[int]:
-    """Sizes of the vocabulary that an adapter's tensors of one layer have."""
+    """The vocabulary sizes of an adapter's tensors for one layer."""
     sizes = set()
     for name, shape in shapes.items():
         if name.startswith(f"{PREFIX}{layer}."):
             kind = name.removeprefix(f"{PREFIX}{layer}.")
             if kind.endswith("lora_embedding_A"):  # [rank, vocabulary]
                 sizes.add(shape[1])
-            elif kind in (*WHOLE, "lora_B.weight"):
+            elif kind in (*FULL_WEIGHTS, "lora_B.weight"):
                 sizes.add(shape[0])
     return sizes
 
 
 def _is_tied(base: PreTrainedModel) -> bool:
+    """Whether the output head shares its weight with the embeddings; also true without a head."""
     head = base.get_output_embeddings()
     return head is None or head.weight is base.get_input_embeddings().weight

@@ -1,13 +1,13 @@
-"""Attention over a packed batch: what each token sees, in the three forms that a model's attention can take it.
+"""Attention over a packed batch: which tokens each token sees, in the three forms in which a model can apply that.
 
-transformers asks for one mask per kind of layer (full, sliding, chunked), as a function of two indices. It is asked
-here about positions inside a sequence instead, so that a window reaches back through an answer into its prompt,
-whatever lies between them in the batch.
+transformers makes one mask for each kind of layer (full, sliding, chunked) from a function of two indices. This module
+calls that function with positions inside a sequence instead of indices in the batch. So a window reaches back through
+an answer into its prompt, whatever lies between them in the batch.
 
-* grouped (`blocks`): every group by itself, every branch over its prompt. On a CPU this does only the work that is
-  needed.
-* dense (`sdpa`): one [T, T] mask.
-* flex: a block mask for flex_attention, which skips the same blocks inside one CUDA kernel.
+* grouped (`blocks`): attention is computed group by group, and each completion attends to its prompt and to itself.
+  On a CPU this does only the work that is needed.
+* dense (`sdpa`): there is one [T, T] mask.
+* flex: there is a block mask for flex_attention, which skips the same blocks inside one CUDA kernel.
 """
 
 from __future__ import annotations
@@ -36,85 +36,88 @@ IMPLEMENTATIONS: dict[Attention, str] = {
     "sdpa": "raylign_packed_dense",
     "flex": "raylign_packed_flex",
 }
-"""Names under which transformers finds them."""
+"""Names by which transformers finds the three forms."""
 BLOCK = 128
-"""Tokens of a block of flex_attention."""
+"""Number of tokens in a block of flex_attention."""
 RECOMPILE_LIMIT = 64
-"""Shapes of attention that one process may compile; torch's own limit, 8, is met by three models."""
-HARMLESS = frozenset({"sliding_window", "position_ids", "cache_position", "position_embeddings", "use_cache"})
-"""Keywords that change nothing here: masks hold the window already, and positions were applied to queries and keys."""
+"""Number of attention shapes that one process may compile. Three models already reach torch's own limit of 8."""
+IGNORED_KEYWORDS = frozenset({"sliding_window", "position_ids", "cache_position", "position_embeddings", "use_cache"})
+"""Keywords that change nothing here: the masks already hold the window, and queries and keys hold the positions."""
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Where the groups of a packed batch and their branches lie."""
+    """The prompts and completions of a packed batch as segments of its tokens."""
 
     batch: Batch
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """The batch's tokens in order, a run for each prompt and each branch."""
+    def segments(self) -> list[Segment]:
+        """One segment for each prompt and each completion, in the order of the batch's tokens."""
         keys = torch.stack([self.batch.groups, self.batch.branches])
         kinds, counts = torch.unique_consecutive(keys, dim=1, return_counts=True)
-        runs: list[Run] = []
-        prompt = Run(start=0, end=0, prompt=None)
+        segments: list[Segment] = []
+        prompt = Segment(start=0, end=0, prompt=None)
         end = 0
         for branch, length in zip(kinds[1].tolist(), counts.tolist(), strict=True):
             start, end = end, end + length
-            runs.append(Run(start=start, end=end, prompt=None if branch == -1 else prompt))
+            segments.append(Segment(start=start, end=end, prompt=None if branch == -1 else prompt))
             if branch == -1:
-                prompt = runs[-1]
-        return runs
+                prompt = segments[-1]
+        return segments
 
     @cached_property
     def num_positions(self) -> int:
+        """Number of positions that the longest sequence of the batch has."""
         return int(self.batch.positions.max()) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Tokens of a packed batch that follow one another in one sequence."""
+class Segment:
+    """Tokens of a packed batch that follow one another: a prompt, or a completion."""
 
     start: int
     end: int
-    """Index after its last token."""
-    prompt: Run | None
-    """The prompt that a branch continues; None for a prompt."""
+    """Index after the segment's last token."""
+    prompt: Segment | None
+    """The prompt that a completion continues; None for a prompt."""
 
     @property
     def length(self) -> int:
+        """Number of tokens."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupedMask:
-    """What the runs of a packed batch see, in order; handed through the model to every layer of one kind."""
+    """What each segment of a packed batch sees. The model hands it on to every layer of one kind."""
 
     layout: Layout
-    branches: list[BranchMask | None]
-    """For each run: the mask of a branch over its prompt and itself, or of a prompt over itself; None for a prompt
-    that is seen causally."""
+    segment_masks: list[SegmentMask | None]
+    """The mask of each segment: a completion's mask covers its prompt and itself, a prompt's covers itself. None stands
+    for a prompt with plain causal attention."""
 
     @property
     def lengths(self) -> list[int]:
-        return [run.length for run in self.layout.runs]
+        """Number of tokens in each segment."""
+        return [segment.length for segment in self.layout.segments]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BranchMask:
-    """What the tokens of one run see."""
+class SegmentMask:
+    """What the tokens of one segment see."""
 
     skip: int
-    """Tokens at the prompt's beginning that none of them sees."""
+    """Number of tokens at the prompt's beginning that no token of the segment sees."""
     scores: Tensor
-    """[queries, keys] added to the scores: 0 for what is seen, -inf for the rest."""
+    """[queries, keys] is added to the attention scores: 0 where a key is visible, -inf elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unusable:
-    """A mask that no packed attention can take, and why."""
+class UnsupportedMask:
+    """Stands for a mask that no packed attention can apply, and holds the reason."""
 
     reason: str
 
@@ -124,7 +127,7 @@ _LAYOUT: ContextVar[Layout | None] = ContextVar("raylign_layout", default=None)
 
 @contextlib.contextmanager
 def packed_layout(batch: Batch) -> Iterator[None]:
-    """While this holds, models that were loaded with a packed attention attend as the batch is laid out."""
+    """Inside this context, models that were loaded with a packed attention use the masks of this batch."""
     token = _LAYOUT.set(Layout(batch=batch))
     try:
         yield
@@ -133,20 +136,21 @@ def packed_layout(batch: Batch) -> Iterator[None]:
 
 
 def limit_recompilations() -> None:
-    """Lets flex_attention compile as many shapes as models have, and fail instead of falling back to [T, T] scores."""
+    """Lets flex_attention compile all shapes of several models, and makes it fail rather than fall back to [T, T]."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def first_visible(mask_function: MaskFunction, num_positions: int, device: torch.device) -> Tensor | None:
-    """[num_positions] lowest position that a token at each position sees; None if that is 0 for all.
+def find_window_starts(mask_function: MaskFunction, num_positions: int, device: torch.device) -> Tensor | None:
+    """Finds the first position of each position's window: [num_positions] int64, or None if it is 0 for all of them.
 
-    Found by bisection: a causal, sliding or chunked mask shows every token an unbroken run of positions up to its own.
+    It searches by bisection, because a causal, sliding or chunked mask shows each token an unbroken range of positions
+    that ends with its own.
 
     Raises:
-        ModelError: tokens do not see themselves, or see what comes after them.
+        ModelError: tokens do not see themselves, or they see what comes after them.
     """
     if mask_function is causal_mask_function:
         return None
@@ -162,31 +166,37 @@ def first_visible(mask_function: MaskFunction, num_positions: int, device: torch
     return low if bool(low.any()) else None
 
 
-def grouped_mask(layout: Layout, first: Tensor | None, dtype: torch.dtype) -> GroupedMask:
-    """
-    Args:
-        first: as `first_visible` returns it.
-        dtype: that of the attention's queries.
-    """
-    return GroupedMask(layout=layout, branches=[_run_mask(layout.batch, run, first, dtype) for run in layout.runs])
-
-
-def dense_mask(batch: Batch, first: Tensor | None = None) -> Tensor:
-    """[T, T] bool, true where the row's token attends to the column's token.
+def grouped_mask(layout: Layout, window_starts: Tensor | None, dtype: torch.dtype) -> GroupedMask:
+    """Makes the mask of each segment of a packed batch.
 
     Args:
-        first: [P] lowest position that is visible from each; None if everything before is.
+        window_starts: as `find_window_starts` returns it.
+        dtype: number format of the attention's queries.
+    """
+    return GroupedMask(
+        layout=layout,
+        segment_masks=[_segment_mask(layout.batch, segment, window_starts, dtype) for segment in layout.segments],
+    )
+
+
+def dense_mask(batch: Batch, window_starts: Tensor | None = None) -> Tensor:
+    """Makes one mask of the whole batch: [T, T] bool, true where the row's token attends to the column's token.
+
+    Args:
+        window_starts: [P] lowest visible position of each position; None if all earlier positions are visible.
     """
     same_group = batch.groups[:, None] == batch.groups[None, :]
     visible = (batch.branches[None, :] == -1) | (batch.branches[:, None] == batch.branches[None, :])
     mask = (same_group & visible).tril()
-    return mask if first is None else mask & (batch.positions[None, :] >= first[batch.positions][:, None])
+    if window_starts is None:
+        return mask
+    return mask & (batch.positions[None, :] >= window_starts[batch.positions][:, None])
 
 
-def block_mask(layout: Layout, first: Tensor | None = None) -> BlockMask:
-    """The same mask for flex_attention, from the runs' boundaries alone: no [T, T] mask is ever made."""
+def block_mask(layout: Layout, window_starts: Tensor | None = None) -> BlockMask:
+    """Makes the same mask for flex_attention from the segments' boundaries alone, without a [T, T] mask."""
     batch = layout.batch
-    partial, full = _blocks(layout, first)
+    partial, full = _block_tables(layout, window_starts)
     device = batch.tokens.device
     groups, branches, positions = batch.groups, batch.branches, batch.positions
 
@@ -195,11 +205,11 @@ def block_mask(layout: Layout, first: Tensor | None = None) -> BlockMask:
         return (groups[query] == groups[key]) & (key <= query) & same_branch
 
     mask_function = visible
-    if first is not None:
-        lowest = first[positions]
+    if window_starts is not None:
+        lowest_visible = window_starts[positions]
 
         def visible_in_window(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return visible(_, __, query, key) & (positions[key] >= lowest[query])
+            return visible(_, __, query, key) & (positions[key] >= lowest_visible[query])
 
         mask_function = visible_in_window
     length = batch.tokens.shape[0]
@@ -212,67 +222,81 @@ def block_mask(layout: Layout, first: Tensor | None = None) -> BlockMask:
     )
 
 
-def _run_mask(batch: Batch, run: Run, first: Tensor | None, dtype: torch.dtype) -> BranchMask | None:
-    device = batch.tokens.device
-    if first is None:
-        if run.prompt is None:
+def _segment_mask(
+    batch: Batch, segment: Segment, window_starts: Tensor | None, dtype: torch.dtype
+) -> SegmentMask | None:
+    """The mask of one segment, or None if plain causal attention does the same."""
+    device, prompt = batch.tokens.device, segment.prompt
+    if window_starts is None:
+        if prompt is None:
             return None
-        mask = torch.full((run.length, run.prompt.length + run.length), float("-inf"), dtype=dtype, device=device)
-        return BranchMask(skip=0, scores=mask.triu_(diagonal=run.prompt.length + 1))
-    query = batch.positions[run.start : run.end]
-    key = query if run.prompt is None else torch.cat([batch.positions[run.prompt.start : run.prompt.end], query])
-    visible = (key[None, :] <= query[:, None]) & (key[None, :] >= first[query][:, None])
-    skip = 0 if run.prompt is None else int((key[: run.prompt.length] < first[query[0]]).sum())
+        shape = (segment.length, prompt.length + segment.length)
+        mask = torch.full(shape, float("-inf"), dtype=dtype, device=device)
+        return SegmentMask(skip=0, scores=mask.triu_(diagonal=prompt.length + 1))
+    query = batch.positions[segment.start : segment.end]
+    key = query if prompt is None else torch.cat([batch.positions[prompt.start : prompt.end], query])
+    visible = (key[None, :] <= query[:, None]) & (key[None, :] >= window_starts[query][:, None])
+    skip = 0 if prompt is None else int((key[: prompt.length] < window_starts[query[0]]).sum())
     mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
-    return BranchMask(skip=skip, scores=mask[:, skip:])
+    return SegmentMask(skip=skip, scores=mask[:, skip:])
 
 
-def _blocks(layout: Layout, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two [blocks, blocks] bool: where some token of a row's block sees some but not all of a column's, and all."""
+def _block_tables(layout: Layout, window_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two [blocks, blocks] bool tables for a row's block of queries and a column's block of keys.
+
+    The first is true where some query sees some key but not every query sees every key, the second where each query
+    sees each key.
+    """
     batch = layout.batch
     count = -(-batch.tokens.shape[0] // BLOCK)
-    some = torch.zeros(count, count, dtype=torch.bool)
+    visible = torch.zeros(count, count, dtype=torch.bool)
     full = torch.zeros(count, count, dtype=torch.bool)
     positions = batch.positions.tolist()
-    lowest = None if first is None else first.tolist()
+    starts = None if window_starts is None else window_starts.tolist()
 
-    def first_index(part: Run, query: int) -> int:
-        """Index of the first token of a run that the token at index `query` sees."""
-        return part.start if lowest is None else part.start + max(0, lowest[positions[query]] - positions[part.start])
+    def first_index(key_segment: Segment, query: int) -> int:
+        """Index of the first token of a segment that the token at index `query` sees."""
+        start = key_segment.start
+        return start if starts is None else start + max(0, starts[positions[query]] - positions[start])
 
-    for run in layout.runs:
-        for row in range(run.start // BLOCK, (run.end - 1) // BLOCK + 1):
-            begin, end = max(run.start, row * BLOCK), min(run.end, (row + 1) * BLOCK)
-            for part in (run,) if run.prompt is None else (run.prompt, run):
-                low, high = first_index(part, begin), min(part.end, end)
+    for segment in layout.segments:
+        for row in range(segment.start // BLOCK, (segment.end - 1) // BLOCK + 1):
+            start, end = max(segment.start, row * BLOCK), min(segment.end, (row + 1) * BLOCK)
+            for key_segment in (segment,) if segment.prompt is None else (segment.prompt, segment):
+                low, high = first_index(key_segment, start), min(key_segment.end, end)
                 if low < high:
-                    some[row, low // BLOCK : (high - 1) // BLOCK + 1] = True
-                if end - begin == BLOCK:
-                    full[row, -(-first_index(part, end - 1) // BLOCK) : min(part.end, begin) // BLOCK] = True
-    if lowest is None:
-        # A block of rows that holds the end of one branch and the beginning of the next sees their whole prompt too.
+                    visible[row, low // BLOCK : (high - 1) // BLOCK + 1] = True
+                if end - start == BLOCK:
+                    low, high = first_index(key_segment, end - 1), min(key_segment.end, start)
+                    full[row, -(-low // BLOCK) : high // BLOCK] = True
+    if starts is None:
+        # A block of rows that holds the end of one completion and the beginning of the next sees their whole prompt.
         for prompt, end in _spans(layout):
             for row in range(-(-prompt.start // BLOCK), end // BLOCK):
                 full[row, -(-prompt.start // BLOCK) : min(prompt.end, row * BLOCK) // BLOCK] = True
-    return some & ~full, full
+    return visible & ~full, full
 
 
-def _spans(layout: Layout) -> Iterator[tuple[Run, int]]:
-    """The prompt of each group, and the index after its last branch."""
-    prompts = [run for run in layout.runs if run.prompt is None]
+def _spans(layout: Layout) -> Iterator[tuple[Segment, int]]:
+    """The prompt of each group, and the index after its last completion."""
+    prompts = [segment for segment in layout.segments if segment.prompt is None]
     ends = [prompt.start for prompt in prompts[1:]] + [layout.batch.tokens.shape[0]]
     return zip(prompts, ends, strict=True)
 
 
 def _block_lists(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[1, 1, rows] int32 number of marked columns and [1, 1, rows, columns] int32 their indices, first."""
+    """A table as flex_attention takes it.
+
+    Returns:
+        [1, 1, rows] int32 number of marked columns, and [1, 1, rows, columns] int32 indices, the marked ones first.
+    """
     counts = table.sum(1, dtype=torch.int32)
     indices = torch.argsort(table.to(torch.int8), dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
 def _layer_mask(form: Attention) -> Callable[..., Any]:
-    """The function by which transformers makes the mask of one kind of layer."""
+    """Returns the function with which transformers makes the mask of one kind of layer."""
 
     def make(
         *,
@@ -288,12 +312,14 @@ def _layer_mask(form: Attention) -> Callable[..., Any]:
                 "the model by itself"
             )
         try:
-            first = first_visible(mask_function, layout.num_positions, layout.batch.tokens.device)
-        except ModelError as error:  # of a kind of layer that the model may not even have (Qwen2-MoE: a window of 0)
-            return Unusable(reason=str(error))
+            window_starts = find_window_starts(mask_function, layout.num_positions, layout.batch.tokens.device)
+        except ModelError as error:  # the model may have no layer of this kind (Qwen2-MoE: a window of 0)
+            return UnsupportedMask(reason=str(error))
         if form == "blocks":
-            return grouped_mask(layout, first, dtype)
-        return dense_mask(layout.batch, first)[None, None] if form == "sdpa" else block_mask(layout, first)
+            return grouped_mask(layout, window_starts, dtype)
+        if form == "sdpa":
+            return dense_mask(layout.batch, window_starts)[None, None]
+        return block_mask(layout, window_starts)
 
     return make
 
@@ -308,36 +334,36 @@ def grouped_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers calls in every layer, run by run.
+    """Computes the attention of a layer segment by segment; transformers calls this in every layer.
 
     Args:
         query: [1, heads, T, head size].
         key, value: [1, key-value heads, T, head size].
         softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
-        s_aux: [heads] score of a key that everybody sees and that says nothing: an attention sink (gpt-oss).
+        s_aux: [heads] score of an attention sink, which is a key that every query sees and that has no value (gpt-oss).
 
     Returns:
         [1, T, heads, head size], and no attention weights.
     """
-    _check(module, attention_mask, GroupedMask, others)
-    key, value = _for_every_head(query, key), _for_every_head(query, value)
-    # Split once: the gradient of a slice would be a whole tensor of zeros around it, for every slice.
-    runs = zip(*(torch.split(tensor, attention_mask.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    parts = []
-    for mask, run, (queries, keys, values) in zip(
-        attention_mask.branches, attention_mask.layout.runs, runs, strict=True
+    _check(module, attention_mask, GroupedMask, kwargs)
+    key, value = _repeat_for_heads(query, key), _repeat_for_heads(query, value)
+    # Split once: the gradient of each slice would be a whole tensor, zero outside the slice.
+    splits = zip(*(torch.split(tensor, attention_mask.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for mask, segment, (queries, keys, values) in zip(
+        attention_mask.segment_masks, attention_mask.layout.segments, splits, strict=True
     ):
-        if run.prompt is None:
+        if segment.prompt is None:
             prompt_keys, prompt_values = keys, values
         else:
             assert mask is not None
             keys = torch.cat([prompt_keys[:, :, mask.skip :], keys], dim=2)
             values = torch.cat([prompt_values[:, :, mask.skip :], values], dim=2)
         scores = None if mask is None else mask.scores
-        parts.append(_attend(queries, keys, values, scores, scaling, softcap, s_aux).transpose(1, 2))
-    return torch.cat(parts, dim=1), None
+        outputs.append(_attend(queries, keys, values, scores, scaling, softcap, s_aux).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 def dense_attention(
@@ -350,11 +376,11 @@ def dense_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same with one [1, 1, T, T] mask."""
-    _check(module, attention_mask, Tensor, others)
-    key, value = _for_every_head(query, key), _for_every_head(query, value)
+    """Computes the same with one [1, 1, T, T] mask."""
+    _check(module, attention_mask, Tensor, kwargs)
+    key, value = _repeat_for_heads(query, key), _repeat_for_heads(query, value)
     return _attend(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
 
 
@@ -368,35 +394,36 @@ def flex_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same with a block mask, in one compiled kernel."""
-    _check(module, attention_mask, BlockMask, others)
+    """Computes the same with a block mask, in one compiled kernel."""
+    _check(module, attention_mask, BlockMask, kwargs)
     return flex_attention_forward(  # type: ignore[no-any-return]
         module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux
     )
 
 
-def _check(module: nn.Module, mask: Any, kind: type, others: dict[str, Any]) -> None:
-    """Refuses what would be left out without a word."""
+def _check(module: nn.Module, mask: Any, kind: type, kwargs: dict[str, Any]) -> None:
+    """Raises ModelError for a mask or a keyword that the packed attention would silently ignore."""
     name = type(module).__name__
-    if isinstance(mask, Unusable):
+    if isinstance(mask, UnsupportedMask):
         raise ModelError(f"{name}: {mask.reason}")
     if not isinstance(mask, kind):
         raise ModelError(
             f"{name} attends without the mask that its model asked for; it cannot be run on packed batches"
         )
-    for keyword, value in others.items():
+    for keyword, value in kwargs.items():
         if keyword == "is_causal":
             if value is False:
                 raise ModelError(f"{name} attends to what comes after a token, so that answers cannot be packed")
-        elif keyword not in HARMLESS and (isinstance(value, Tensor) or value not in (None, False, 0)):
+        elif keyword not in IGNORED_KEYWORDS and (isinstance(value, Tensor) or value not in (None, False, 0)):
             raise ModelError(f"{name} attends with {keyword}, which the packed attention does not know")
 
 
-def _for_every_head(query: Tensor, shared: Tensor) -> Tensor:
-    repeats = query.shape[1] // shared.shape[1]
-    return shared if repeats == 1 else shared.repeat_interleave(repeats, dim=1)
+def _repeat_for_heads(query: Tensor, key: Tensor) -> Tensor:
+    """Repeats grouped keys or values so that each query head has its own."""
+    num_repeats = query.shape[1] // key.shape[1]
+    return key if num_repeats == 1 else key.repeat_interleave(num_repeats, dim=1)
 
 
 def _attend(
@@ -404,16 +431,16 @@ def _attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
+    scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention under one mask, bool or added to the scores; None is causal."""
+    """Computes attention under one mask, which is bool or is added to the scores; None means causal."""
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         mask = mask.to(query.dtype)
     if softcap is None and sinks is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:

@@ -1,4 +1,7 @@
-"""What a model says about a packed batch: log-probabilities and values, only where a completion token is predicted."""
+"""The packed forward pass: log-probabilities, values and scores of a packed batch.
+
+Logits are computed only where a completion token is predicted.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from alignment.models.attention import IMPLEMENTATIONS, packed_layout
 from alignment.models.language_model import LINEAR, LanguageModel, LogitTransform
 
 LOGITS_AT_ONCE = 1 << 24
-"""Logits held at a time (64 MiB in fp32); [T, vocab] never exists."""
+"""Number of logits in memory at once (64 MiB in fp32). A [T, vocab] tensor never exists."""
 
 
 def outputs(
@@ -29,13 +32,13 @@ def outputs(
 
     Args:
         temperature: divides the logits; > 0.
-        entropies: whether the entropy of every distribution is wanted too.
-        value_head: [H] → [1], applied to the hidden states that predict: a critic that shares the trunk.
+        entropies: whether to compute the entropy of each distribution too.
+        value_head: [H] → [1], the head of a critic that shares the trunk; it reads the states that predict tokens.
     """
     head = model.network.get_output_embeddings()
-    predicting = hidden_states(model, batch)[batch.parents[batch.learned]]
+    predicting_states = hidden_states(model, batch)[batch.parents[batch.learned]]
     logprobs, entropy = linear_logprobs(
-        predicting,
+        predicting_states,
         head.weight,
         batch.tokens[batch.learned],
         head.bias,
@@ -46,28 +49,28 @@ def outputs(
     return Outputs(
         logprobs=batch.on_learned(logprobs),
         entropies=batch.on_learned(entropy) if entropies else None,
-        values=None if value_head is None else batch.on_learned(value_head(predicting.float()).squeeze(1)),
+        values=None if value_head is None else batch.on_learned(value_head(predicting_states.float()).squeeze(1)),
     )
 
 
 def scores(model: LanguageModel, batch: Batch) -> Tensor:
-    """[N] fp32 score of every completion, read at its last token."""
-    last = torch.zeros(batch.num_completions, dtype=torch.int64, device=batch.tokens.device)
-    answer = (batch.branches >= 0).nonzero().squeeze(1)
-    last.scatter_reduce_(0, batch.branches[answer], answer, "amax")
-    return _scored(model, hidden_states(model, batch)[last])
+    """[N] fp32 score of each completion, read at its last token."""
+    last_tokens = torch.zeros(batch.num_completions, dtype=torch.int64, device=batch.tokens.device)
+    completion_tokens = (batch.branches >= 0).nonzero().squeeze(1)
+    last_tokens.scatter_reduce_(0, batch.branches[completion_tokens], completion_tokens, "amax")
+    return _score_states(model, hidden_states(model, batch)[last_tokens])
 
 
 def values(model: LanguageModel, batch: Batch) -> Tensor:
-    """[T] fp32 value of the state in which each learned token was chosen, read where it is predicted; 0 elsewhere."""
-    return batch.on_learned(_scored(model, hidden_states(model, batch)[batch.parents[batch.learned]]))
+    """[T] fp32 value of the state that predicts each trained token; 0 elsewhere."""
+    return batch.on_learned(_score_states(model, hidden_states(model, batch)[batch.parents[batch.learned]]))
 
 
 def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
-    """[T, H] last hidden states of the decoder over a packed batch.
+    """[T, H] last hidden states of the decoder for a packed batch.
 
     Raises:
-        ModelError: the network was given another attention, which knows nothing of groups.
+        ModelError: the network has another attention at this time, which does not handle groups.
     """
     attention = model.network.config._attn_implementation
     if attention not in IMPLEMENTATIONS.values():
@@ -75,19 +78,20 @@ def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
     with packed_layout(batch):
         return model.decoder(  # type: ignore[no-any-return]
             input_ids=batch.tokens[None],
-            # Ones say that nothing is padding; without them transformers looks for sequences in the positions.
+            # Ones mean that nothing is padding. Without them, transformers derives sequences from the positions.
             attention_mask=torch.ones_like(batch.tokens[None]),
             position_ids=batch.positions[None],
             use_cache=False,
         ).last_hidden_state[0]
 
 
-def _scored(model: LanguageModel, hidden: Tensor) -> Tensor:
-    return model.network.score(hidden.float()).squeeze(1)  # type: ignore[no-any-return]
+def _score_states(model: LanguageModel, states: Tensor) -> Tensor:
+    """[n] fp32 output of the score head for [n, H] hidden states."""
+    return model.network.score(states.float()).squeeze(1)  # type: ignore[no-any-return]
 
 
 def linear_logprobs(
-    hidden: Tensor,
+    hidden_states: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
@@ -96,31 +100,34 @@ def linear_logprobs(
     transform: LogitTransform = LINEAR,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(f(hidden · weightᵀ + bias) / temperature)[target], some rows at a time, in fp32 from the logits.
+    """log softmax(f(hidden · weightᵀ + bias) / temperature)[target], computed in chunks of rows, in fp32.
 
     Args:
-        hidden: [n, H] outputs of the decoder.
+        hidden_states: [n, H] outputs of the decoder.
         weight: [V, H] of the output head.
         targets: [n] int64 token ids.
         bias: [V] of the output head, or None.
         temperature: > 0.
-        transform: f, what the model does to its logits.
-        entropies: whether to compute the second result; it is zeros otherwise.
+        transform: f, the model's transform of its logits.
+        entropies: whether to compute the entropies; they are zeros otherwise.
 
     Returns:
-        [n] fp32 log-probabilities (nats) and [n] fp32 entropies of the whole distributions (nats), both differentiable
-        in hidden, weight and bias.
+        [n] fp32 log-probabilities (nats) and [n] fp32 entropies of the full distributions (nats), both differentiable
+        in hidden_states, weight and bias.
     """
-    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, transform, entropies)  # type: ignore[no-any-return,no-untyped-call]
+    return _LinearLogprobs.apply(hidden_states, weight, bias, targets, temperature, transform, entropies)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Keeps only hidden states and two numbers per row; the backward pass computes the logits again."""
+    """Keeps only hidden states and two numbers per row; the backward pass computes the logits again.
+
+    The methods are those of `torch.autograd.Function`, and their arguments are those of `linear_logprobs`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        hidden_states: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
@@ -128,32 +135,34 @@ class _LinearLogprobs(torch.autograd.Function):
         transform: LogitTransform,
         entropies: bool,
     ) -> tuple[Tensor, Tensor]:
-        chosen = torch.empty(len(targets), device=hidden.device)
-        log_normaliser, entropy = torch.empty_like(chosen), torch.zeros_like(chosen)
+        token_logprobs = torch.empty(len(targets), device=hidden_states.device)
+        log_normaliser, entropy = torch.empty_like(token_logprobs), torch.zeros_like(token_logprobs)
         for rows in _chunks(len(targets), weight.shape[0]):
-            logits = _logits(hidden[rows], weight, bias, temperature, transform)
-            picked = logits.gather(1, targets[rows, None]).squeeze(1)
+            logits = _logits(hidden_states[rows], weight, bias, temperature, transform)
+            token_logits = logits.gather(1, targets[rows, None]).squeeze(1)
             logprobs = torch.log_softmax(logits, dim=1)
-            chosen[rows] = logprobs.gather(1, targets[rows, None]).squeeze(1)
-            log_normaliser[rows] = picked - chosen[rows]
+            token_logprobs[rows] = logprobs.gather(1, targets[rows, None]).squeeze(1)
+            log_normaliser[rows] = token_logits - token_logprobs[rows]
             if entropies:
                 entropy[rows] = -torch.linalg.vecdot(torch.exp(logprobs, out=logits), logprobs)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, log_normaliser, entropy)
         ctx.temperature, ctx.transform = temperature, transform
         ctx.set_materialize_grads(False)
-        return chosen, entropy
+        return token_logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        hidden_states, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         grad = torch.zeros_like(log_normaliser) if grad is None else grad
         for rows in _chunks(len(targets), weight.shape[0]):
-            logits = _logits(hidden[rows], weight, bias, ctx.temperature, ctx.transform)
-            bend = ctx.transform.slope(logits * ctx.temperature) if ctx.transform.cap else ctx.transform.scale
+            logits = _logits(hidden_states[rows], weight, bias, ctx.temperature, ctx.transform)
+            transform_slope = (
+                ctx.transform.slope(logits * ctx.temperature) if ctx.transform.cap else ctx.transform.scale
+            )
             logprobs = logits.sub_(log_normaliser[rows, None])
             # d logprob / d logits = onehot(target) − p;  d entropy / d logits = −p (log p + entropy)
             if grad_entropy is None:
@@ -165,14 +174,14 @@ class _LinearLogprobs(torch.autograd.Function):
             if ctx.temperature != 1:
                 slope /= ctx.temperature
             if ctx.transform != LINEAR:
-                slope *= bend
+                slope *= transform_slope
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = slope @ weight
             if grad_weight is not None:
-                grad_weight += slope.T @ hidden[rows]
+                grad_weight += slope.T @ hidden_states[rows]
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -185,16 +194,18 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, transform: LogitTransform
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, transform: LogitTransform
 ) -> Tensor:
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    """[n, V] fp32 logits of some rows, divided by the temperature."""
+    if hidden_states.is_cuda and hidden_states.dtype != torch.float32:
+        logits = torch.mm(hidden_states, weight.T, out_dtype=torch.float32)
     else:
-        logits = (hidden @ weight.T).float()
+        logits = (hidden_states @ weight.T).float()
     logits = transform.apply_(logits if bias is None else logits + bias.float())
     return logits if temperature == 1 else logits / temperature
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _chunks(num_rows: int, vocabulary_size: int) -> list[slice]:
+    """Slices of the rows whose logits fit into memory together."""
+    size = max(1, LOGITS_AT_ONCE // vocabulary_size)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

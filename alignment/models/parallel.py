@@ -1,4 +1,4 @@
-"""One worker or many: the World a loop runs in, and the one function that decides how a module is trained in it."""
+"""One worker or many: the World of a training loop, and the function that decides how a module is trained in it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from alignment.settings.run import OptimConfig
 
 Item = TypeVar("Item")
 GRADIENT_BUCKET = 1 << 24
-"""Gradient elements (64 MiB in fp32) in one all-reduce."""
+"""Number of gradient elements in one all-reduce (64 MiB in fp32)."""
 ROUND_S = 30.0
-"""Longest that workers wait in one collective for what only the main worker does."""
+"""Longest time that workers wait in one collective while only the main worker is working."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This worker's place among the workers; alone, every collective is the identity."""
+    """A worker's position among all workers. For a single worker, every collective is the identity."""
 
     rank: int = 0
+    """This worker's number, from 0."""
     size: int = 1
+    """Number of workers."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """The device that this worker computes on."""
 
     @property
     def is_main(self) -> bool:
-        """True on the one worker that writes and talks."""
+        """True on the one worker that writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ class World:
         return values
 
     def from_main(self, item: Item) -> Item:
-        """What the main worker has, on every worker."""
+        """Sends the main worker's item to every worker, and returns it."""
         if self.size == 1:
             return item
         box = [item]
@@ -52,7 +55,7 @@ class World:
         return box[0]
 
     def gather(self, item: Item) -> list[Item]:
-        """One item of every worker, by rank, on every worker."""
+        """Collects one item from each worker; returns all of them, by rank, on every worker."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -60,24 +63,25 @@ class World:
         return items
 
     def wait(self) -> None:
-        """Returns when every worker has come here."""
+        """Waits until every worker has called this."""
         if self.size > 1:
             dist.barrier()
 
     def leave(self) -> None:
         """Closes this worker's connections after an error, so that the others' collectives fail instead of waiting.
 
-        NCCL's would wait for what is under way: there, whoever started the processes ends them all when one has failed,
-        as Ray Train and torchrun do.
+        This is for gloo only. NCCL would wait for the collectives in progress. With NCCL the launcher, such as Ray
+        Train or torchrun, ends all processes when one has failed.
         """
         if self.size > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
 
 
 def on_every_worker(work: Callable[[], Item] | None, world: World) -> Item:
-    """What the main worker's `work` returns, on every worker; what it raises is raised everywhere, so none waits.
+    """Runs `work` on the main worker, and returns its result on every worker.
 
-    However long it takes, no collective waits longer than `ROUND_S`. It runs in a thread, and must use no collective.
+    An AlignmentError that it raises is raised on every worker, so that no worker waits for another. `work` runs in a
+    thread and must not use collectives. However long it takes, no collective waits longer than `ROUND_S`.
 
     Args:
         work: None on the other workers.
@@ -86,16 +90,16 @@ def on_every_worker(work: Callable[[], Item] | None, world: World) -> Item:
         assert work is not None
         return work()
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(work) if work is not None else None
-        while not world.from_main(running is not None and bool(wait([running], ROUND_S).done)):
+        future = thread.submit(work) if work is not None else None
+        while not world.from_main(future is not None and bool(wait([future], ROUND_S).done)):
             pass
     result: Item | None = None
     error: AlignmentError | None = None
-    if running is not None:
+    if future is not None:
         try:
-            result = running.result()
-        except AlignmentError as raised:
-            error = raised
+            result = future.result()
+        except AlignmentError as failure:
+            error = failure
     result, error = world.from_main((result, error))
     if error is not None:
         raise error
@@ -103,13 +107,16 @@ def on_every_worker(work: Callable[[], Item] | None, world: World) -> Item:
 
 
 def together(work: Callable[[], Item], world: World) -> Item:
-    """Does `work` on every worker; what one raises is raised by all, so that none waits for another."""
+    """Runs `work` on every worker, and returns each worker's own result.
+
+    An AlignmentError that one worker raises is raised on every worker, so that no worker waits for another.
+    """
     result: Item | None = None
     error: AlignmentError | None = None
     try:
         result = work()
-    except AlignmentError as raised:
-        error = raised
+    except AlignmentError as failure:
+        error = failure
     for problem in world.gather(error):
         if problem is not None:
             raise problem
@@ -117,63 +124,65 @@ def together(work: Callable[[], Item], world: World) -> Item:
 
 
 class Trained(ABC):
-    """A module, the fp32 master copy of its trained weights, and the optimizer over them.
+    """A module in training: its weights, fp32 master copies of the trained ones, and the optimizer over them.
 
-    Gradients of all micro-batches and of all workers are summed, never averaged: a loss must already be divided by
+    Gradients are summed over micro-batches and over workers and never averaged. So a loss must already be divided by
     global counts.
     """
 
     module: nn.Module
-    """What forward passes use."""
+    """The module that forward passes use."""
     world: World
+    """The workers that train it together."""
     lockstep = False
-    """True if forward and backward passes are collectives, so that every worker must run equally many of them."""
+    """True if forward and backward passes are collectives, so that every worker must run the same number of them."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds this loss's gradient to that of the step."""
+        """Adds the gradient of a loss to the gradient of the step."""
 
     @abstractmethod
     def step(self, lr: float) -> float:
-        """Updates the weights from the summed gradients and clears them. Called by every worker.
+        """Updates the weights with the summed gradients, and clears the gradients. Every worker must call this.
 
-        Returns the global L2 norm of the gradient before clipping. If it is not finite, nothing is changed.
+        Returns:
+            The global L2 norm of the gradient before clipping. If it is not finite, no weight is changed.
         """
 
     @abstractmethod
     def discard(self) -> float:
-        """Clears the step's gradients unused; returns NaN in place of their norm. Called by every worker."""
+        """Clears the gradients of the step without using them; returns NaN. Every worker must call this."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Masters and optimizer moments by name, for a checkpoint: whole on the main worker, empty on the others.
+        """Master weights and optimizer moments by name, for a checkpoint: all on the main worker, none on the others.
 
-        Called by every worker. The names depend neither on the number of workers nor on how the weights lie on them:
-        `master.NAME`, and `optimizer.MOMENT.NAME` once a step has been taken.
+        Every worker must call this. The names are `master.NAME` and, after the first step, `optimizer.MOMENT.NAME`.
+        They do not depend on the number of workers or on how the weights are spread over them.
         """
 
     @abstractmethod
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `state` returned, from the same tensors on every worker.
+        """Restores what `state` returned. Every worker must call this with the same tensors.
 
         Raises:
             KeyError: a trained weight is missing.
         """
 
     def full(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the module as the module computes with it, under its name in the module.
+        """Yields each weight of the module by name, in the number format in which the module computes.
 
-        A tied weight comes once. Called, and iterated to the end, by every worker; never is the whole model gathered
-        at once. A tensor is good until the next one is asked for: who keeps it must copy it.
+        A tied weight comes once. Every worker must call this and iterate to the end. Sharded weights are gathered one
+        at a time, so a tensor is valid only until the next one is taken, and must be copied to be kept.
         """
         for name, weight in named_weights(self.module):
             if weight.requires_grad or not only_trained:
                 yield name, weight.detach()
 
     def gathered(self, *, only_trained: bool = False) -> dict[str, Tensor]:
-        """What `full` gives, together and on the CPU, for a file: on the main worker; empty on the others.
+        """Collects all weights that `full` yields on the CPU of the main worker; empty on the others.
 
-        Called by every worker.
+        Every worker must call this.
         """
         weights = {}
         for name, weight in self.full(only_trained=only_trained):
@@ -183,10 +192,10 @@ class Trained(ABC):
 
 
 class Replicated(Trained):
-    """Every worker holds the whole module.
+    """Data parallelism in which every worker holds the full module.
 
-    Gradients are summed in fp32 into the masters as soon as a backward pass has finished with a weight, however many
-    micro-batches make a step, and over all workers once per step.
+    The gradient of each micro-batch is added in fp32 to the master weight's gradient as soon as the backward pass has
+    computed it. The sums are then added up over the workers once per step.
     """
 
     def __init__(self, module: nn.Module, optim: OptimConfig, world: World) -> None:
@@ -197,7 +206,7 @@ class Replicated(Trained):
         self.masters = {name: _master(weight) for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             if self.masters[name] is not weight:
-                weight.register_post_accumulate_grad_hook(_into(self.masters[name]))  # type: ignore[no-untyped-call]
+                weight.register_post_accumulate_grad_hook(_accumulate_into(self.masters[name]))  # type: ignore[no-untyped-call]
         self.optimizer = optimizer_over(list(self.masters.values()), optim)
 
     def backward(self, loss: Tensor) -> None:
@@ -244,7 +253,7 @@ class Replicated(Trained):
         self._publish()
 
     def _gradient(self, master: nn.Parameter) -> Tensor:
-        # A weight that no token of this worker's share touched still takes part in the all-reduce.
+        # A weight that no token of this worker used still takes part in the all-reduce.
         if master.grad is None:
             master.grad = torch.zeros_like(master)
         return master.grad
@@ -254,22 +263,22 @@ class Replicated(Trained):
             return
         for bucket in _buckets(gradients):
             flat = self.world.sum(torch.cat([gradient.flatten() for gradient in bucket]))
-            parts = torch.split(flat, [gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            chunks = torch.split(flat, [gradient.numel() for gradient in bucket])
+            for gradient, chunk in zip(bucket, chunks, strict=True):
+                gradient.copy_(chunk.view_as(gradient))
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Copies the masters into the weights that compute."""
+        """Copies the master weights into the weights that the module computes with."""
         torch._foreach_copy_(
             [weight.data for weight in self.weights.values()], [master.data for master in self.masters.values()]
         )
 
 
 def shard(module: nn.Module, optim: OptimConfig, world: World) -> Trained:
-    """Decides how a module is trained in this world. Nothing else knows."""
-    # A head by itself is too small to be worth spreading.
-    if optim.zero.stage == 0 or not any(isinstance(part, PreTrainedModel) for part in module.modules()):
+    """Chooses the backend that trains a module in this world. No other code makes this choice."""
+    # A single head is too small to be worth sharding.
+    if optim.zero.stage == 0 or not any(isinstance(submodule, PreTrainedModel) for submodule in module.modules()):
         return Replicated(module, optim, world)
     from alignment.models.zero import Partitioned
 
@@ -277,9 +286,9 @@ def shard(module: nn.Module, optim: OptimConfig, world: World) -> Trained:
 
 
 def shard_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
-    """Makes a module a constant, spreads it over the workers as a trained one would be, and returns it.
+    """Freezes a module, shards it over the workers as a trained module would be, and returns it.
 
-    At ZeRO stage 3 its forward pass is then a collective, to be run by every worker equally often.
+    At ZeRO stage 3, its forward pass is a collective, which every worker must run equally often.
     """
     module.requires_grad_(False).eval()
     if optim.zero.stage < 3:
@@ -290,21 +299,21 @@ def shard_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Modu
 
 
 def loading_device(optim: OptimConfig, world: World) -> torch.device:
-    """Where a model is loaded before it is sharded: where it computes, unless it may not fit there whole."""
+    """The device on which a model is loaded: the worker's device, or the CPU if the model is sharded after loading."""
     return torch.device("cpu") if optim.zero.stage == 3 else world.device
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name; a tied one once, under the first of its names."""
-    seen: set[int] = set()
+    """Parameters and persistent buffers by name. A tied one comes once, under the first of its names."""
+    seen_ids: set[int] = set()
     for name, weight in module.state_dict(keep_vars=True).items():
-        if id(weight) not in seen:
-            seen.add(id(weight))
+        if id(weight) not in seen_ids:
+            seen_ids.add(id(weight))
             yield name, weight
 
 
 def optimizer_over(weights: list[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer."""
+    """Makes the configured optimizer over some weights."""
     if optim.name == "rmsprop":
         return torch.optim.RMSprop(weights, lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(
@@ -313,10 +322,13 @@ def optimizer_over(weights: list[nn.Parameter], optim: OptimConfig) -> torch.opt
 
 
 def _master(weight: nn.Parameter) -> nn.Parameter:
+    """The fp32 master copy of a weight; the weight itself if it is fp32 already."""
     return weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
 
 
-def _into(master: nn.Parameter) -> Any:
+def _accumulate_into(master: nn.Parameter) -> Any:
+    """Returns a hook that moves a weight's gradient into its master weight's gradient."""
+
     def add(weight: nn.Parameter) -> None:
         assert weight.grad is not None
         if master.grad is None:
@@ -329,6 +341,7 @@ def _into(master: nn.Parameter) -> Any:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Groups tensors into buckets of about GRADIENT_BUCKET elements."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

@@ -89,17 +89,17 @@ class Roles:
         reference = reference_of(config)
         device = loading_device(config.optim, world)
         actor = load_model(config.model, config.data, device=device, seed=config.seed, head=algorithm.head)
-        copy = None
+        reference_model = None
         if reference == "copy":
-            plain = config.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
-            copy = load_model(plain, config.data, device=device, seed=config.seed)
-            shard_frozen(copy.module, config.optim, world)
+            reference_config = config.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+            reference_model = load_model(reference_config, config.data, device=device, seed=config.seed)
+            shard_frozen(reference_model.module, config.optim, world)
         return cls(
             algorithm=algorithm,
             actor=actor,
             trained=shard(actor.module, config.optim, world),
             reference=reference,
-            copy=copy,
+            copy=reference_model,
             critic=_critic(config, actor, world) if algorithm.needs_critic else None,
             temperature=config.rollout.temperature if algorithm.tempered else 1.0,
         )
@@ -113,7 +113,7 @@ class Roles:
     @property
     def in_lockstep(self) -> bool:
         """True if every worker must make as many passes as the others."""
-        return any(trained.lockstep for trained in self.trained_by_role.values())
+        return any(backend.lockstep for backend in self.trained_by_role.values())
 
     def outputs(self, batch: Batch) -> Outputs:
         """What the trained models say about a batch, with gradients if they are enabled."""
@@ -121,7 +121,7 @@ class Roles:
             return Outputs(logprobs=torch.empty(0), scores=scores(self.actor, batch))
         critic = self.critic
         head = None if critic is None else critic.head
-        said = outputs(
+        actor_outputs = outputs(
             self.actor,
             batch,
             temperature=self.temperature,
@@ -129,24 +129,24 @@ class Roles:
             value_head=head,
         )
         if critic is None or critic.model is None:
-            return said
-        worth = values(critic.model, batch) + critic.offset * batch.learned
-        return Outputs(logprobs=said.logprobs, entropies=said.entropies, values=worth)
+            return actor_outputs
+        critic_values = values(critic.model, batch) + critic.offset * batch.learned
+        return Outputs(logprobs=actor_outputs.logprobs, entropies=actor_outputs.entropies, values=critic_values)
 
     @torch.no_grad()
     def annotations(self, batch: Batch) -> dict[str, Tensor]:
         """What must be known of a batch before it is learned from, by the name of the Batch's field, each [T]."""
-        found: dict[str, Tensor] = {}
+        fields: dict[str, Tensor] = {}
         if self.has_reference and batch.reference_logprobs is None:
-            found |= self.under_reference(batch)
+            fields |= self.under_reference(batch)
         if self.algorithm.needs_old or self.critic is not None:
-            with _evaluating(self.actor.module):
-                old = self.outputs(batch)
+            with _eval_mode(self.actor.module):
+                old_outputs = self.outputs(batch)
             if self.algorithm.needs_old:
-                found["old_logprobs"] = old.logprobs
-            if old.values is not None:
-                found["old_values"] = old.values
-        return found
+                fields["old_logprobs"] = old_outputs.logprobs
+            if old_outputs.values is not None:
+                fields["old_values"] = old_outputs.values
+        return fields
 
     @property
     def has_reference(self) -> bool:
@@ -161,9 +161,9 @@ class Roles:
         """
         module = self.actor.module
         # The adapter's dropout, and gradient checkpointing, belong to training only.
-        with _evaluating(module), module.disable_adapter() if self.actor.has_adapter else contextlib.nullcontext():
-            said = outputs(self.copy or self.actor, batch, temperature=self.temperature)
-        return {"reference_logprobs": said.logprobs}
+        with _eval_mode(module), module.disable_adapter() if self.actor.has_adapter else contextlib.nullcontext():
+            reference_outputs = outputs(self.copy or self.actor, batch, temperature=self.temperature)
+        return {"reference_logprobs": reference_outputs.logprobs}
 
     def weights(self, version: int) -> ActorWeights:
         """The actor's weights, for the engines."""
@@ -190,16 +190,16 @@ def reference_of(config: RunConfig) -> Reference:
     """
     if not isinstance(config.algorithm, ReferencedAlgorithm):
         return "none"
-    wish: Any = config.algorithm.reference
-    if wish == "auto":
+    setting: Any = config.algorithm.reference
+    if setting == "auto":
         return "adapter_off" if config.model.lora else "copy"
-    if wish == "adapter_off" and config.model.lora is None:
+    if setting == "adapter_off" and config.model.lora is None:
         raise ConfigError(
             "algorithm.reference adapter_off needs model.lora: without an adapter nothing can be taken off"
         )
-    if wish == "precomputed" and any(source.streaming for source in config.data.sources):
+    if setting == "precomputed" and any(source.streaming for source in config.data.sources):
         raise ConfigError("algorithm.reference precomputed needs data that is read before training, not a stream")
-    return wish  # type: ignore[no-any-return]
+    return setting  # type: ignore[no-any-return]
 
 
 def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
@@ -208,10 +208,10 @@ def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
         lora = config.model.lora
         if lora is not None:
             lora = lora.model_copy(update={"start": None})  # an actor's adapter, which says nothing of values
-        own = config.model.model_copy(update={"path": config.critic.path or config.model.path, "lora": lora})
+        critic_config = config.model.model_copy(update={"path": config.critic.path or config.model.path, "lora": lora})
         device = loading_device(config.optim, world)
-        model = load_model(own, config.data, device=device, seed=config.seed + 1, head="score")
-        offset = _in_units_of_rewards(model, config)
+        model = load_model(critic_config, config.data, device=device, seed=config.seed + 1, head="score")
+        offset = _scale_to_rewards(model, config)
         return Critic(model=model, head=None, trained=shard(model.module, optim, world), offset=offset)
     size = actor.network.get_output_embeddings().weight.shape[1]
     torch.manual_seed(config.seed + 1)
@@ -222,7 +222,7 @@ def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
 
 
 @torch.no_grad()
-def _in_units_of_rewards(model: LanguageModel, config: RunConfig) -> float:
+def _scale_to_rewards(model: LanguageModel, config: RunConfig) -> float:
     """Lets a critic that was a reward model begin with the rewards that it gives as a scorer, and not with raw scores.
 
     A scorer's rewards are weight · (score - mean) / std. The factor goes into the head's weights; returned is the rest,
@@ -246,7 +246,7 @@ def _in_units_of_rewards(model: LanguageModel, config: RunConfig) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
+def _eval_mode(module: Any) -> Iterator[None]:
     training = module.training
     module.eval()
     try:

@@ -39,7 +39,7 @@ class Partitioned(Trained):
         self.world = world
         self.weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.optimizer = optimizer_over(list(self.weights.values()), optim)
-        self.engine = _engine(module, optim, world, self.optimizer)
+        self.engine = _start_engine(module, optim, world, self.optimizer)
         self.gathering = _Gathering(module, self.engine) if optim.zero.stage == 3 else None
         self.num_updates = 0
         if self.gathering:
@@ -66,7 +66,7 @@ class Partitioned(Trained):
     def discard(self) -> float:
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
-        if self._accumulates_apart():
+        if self._accumulates_separately():
             optimizer.micro_step_id = -1
             optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
             optimizer.all_grad_tensors.update(dict.fromkeys(optimizer.all_grad_tensors))
@@ -80,13 +80,13 @@ class Partitioned(Trained):
         tensors: dict[str, Tensor] = {}
         moments = MOMENTS[self.optim.name] if self.num_updates else ()
         for name, weight in self.weights.items():
-            whole = {f"master.{name}": safe_get_full_fp32_param(weight)}
+            full_tensors = {f"master.{name}": safe_get_full_fp32_param(weight)}
             for moment in moments:
-                whole[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(weight, moment)
+                full_tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(weight, moment)
             if self.num_updates:
-                whole[f"optimizer.step.{name}"] = torch.tensor(float(self.num_updates))
+                full_tensors[f"optimizer.step.{name}"] = torch.tensor(float(self.num_updates))
             if self.world.is_main:
-                tensors.update((key, value.cpu()) for key, value in whole.items())
+                tensors.update((key, value.cpu()) for key, value in full_tensors.items())
         return tensors
 
     @torch.no_grad()
@@ -114,29 +114,29 @@ class Partitioned(Trained):
                 with self.gathering.whole(weight):
                     yield name, weight.detach()
 
-    def _accumulates_apart(self) -> bool:
+    def _accumulates_separately(self) -> bool:
         """Whether the optimizer keeps the sum of the micro-batches' gradients where `zero_grad` does not look."""
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         return isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer)
 
-    def _restore_weight(self, weight: nn.Parameter, whole: Tensor) -> None:
+    def _restore_weight(self, weight: nn.Parameter, full_tensor: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         if self.gathering:
-            share = self.gathering.share(weight, whole, self.world)
+            share = self.gathering.share(weight, full_tensor, self.world)
             safe_set_local_fp32_param(weight, share)
             weight.ds_tensor.data.copy_(share)  # type: ignore[attr-defined]
         else:
-            safe_set_full_fp32_param(weight, whole)
+            safe_set_full_fp32_param(weight, full_tensor)
 
-    def _restore_moment(self, weight: nn.Parameter, moment: str, whole: Tensor) -> None:
+    def _restore_moment(self, weight: nn.Parameter, moment: str, full_tensor: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.gathering:
-            safe_set_local_optimizer_state(weight, self.gathering.share(weight, whole, self.world), moment)
+            safe_set_local_optimizer_state(weight, self.gathering.share(weight, full_tensor, self.world), moment)
         else:
-            safe_set_full_optimizer_state(weight, whole, moment)
+            safe_set_full_optimizer_state(weight, full_tensor, moment)
 
     def _prepare_moments(self) -> None:
         """Makes the moments that the first step would make, to be filled, and sets their counters."""
@@ -157,7 +157,7 @@ class Partitioned(Trained):
 
 def partition_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
     """Leaves a worker its share of a frozen module's weights, from which forward passes gather layer by layer."""
-    _Gathering(module, _engine(module, optim, world, None))
+    _Gathering(module, _start_engine(module, optim, world, None))
     return module
 
 
@@ -169,7 +169,7 @@ class _Gathering:
     """
 
     def __init__(self, module: nn.Module, engine: Any) -> None:
-        network = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+        network = next(submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel))
         head = network.get_output_embeddings()
         self.held: list[Any] = [] if head is None else list(head.parameters(recurse=False))
         for weight in self.held:
@@ -194,16 +194,18 @@ class _Gathering:
         """A context in which a weight is whole; a collective."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        partitioned = isinstance(weight, nn.Parameter) and not any(weight is held for held in self.held)
-        return GatheredParameters([weight] if partitioned else [])
+        is_partitioned = isinstance(weight, nn.Parameter) and not any(
+            weight is head_weight for head_weight in self.held
+        )
+        return GatheredParameters([weight] if is_partitioned else [])
 
-    def share(self, weight: Any, whole: Tensor, world: World) -> Tensor:
+    def share(self, weight: Any, full_tensor: Tensor, world: World) -> Tensor:
         """This worker's share of a tensor of the weight's shape, flat and padded with zeros as DeepSpeed cuts it."""
         size = weight.ds_tensor.numel()
-        return pad(whole.flatten(), (0, size * world.size - whole.numel()))[world.rank * size :][:size]
+        return pad(full_tensor.flatten(), (0, size * world.size - full_tensor.numel()))[world.rank * size :][:size]
 
 
-def _engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torch.optim.Optimizer | None) -> Any:
+def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torch.optim.Optimizer | None) -> Any:
     # Read when DeepSpeed is imported; a worker without a GPU may sit on a machine that has some.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     # DeepSpeed takes its device from here. The launcher's number is wrong where each worker sees its own GPU only.
@@ -214,8 +216,8 @@ def _engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torc
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    settings = _settings(module, optim, world)
-    _in_one_dtype(module, next(module.parameters()).dtype)
+    settings = _engine_settings(module, optim, world)
+    _use_one_dtype(module, next(module.parameters()).dtype)
     if world.device.type == "cpu":
         # DeepSpeed would compile a sum over workers that only its tensor-parallel inference uses, for 40 s, under a
         # lock that is a file. The file of a build that was killed stays, and every later run would wait for ever.
@@ -223,12 +225,12 @@ def _engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torc
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what belongs into a log
         deepspeed.init_distributed(dist_init_required=False)
         if optim.zero.stage == 3:
-            _spread(module, settings, world)
+            _partition_weights(module, settings, world)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 
-def _spread(module: nn.Module, settings: dict[str, Any], world: World) -> None:
+def _partition_weights(module: nn.Module, settings: dict[str, Any], world: World) -> None:
     """Cuts weight after weight into the workers' shares, from wherever the module lies: it may not fit on one GPU."""
     import deepspeed
 
@@ -237,18 +239,18 @@ def _spread(module: nn.Module, settings: dict[str, Any], world: World) -> None:
         buffer.data = buffer.data.to(world.device)
 
 
-def _in_one_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+def _use_one_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     """DeepSpeed keeps a module's weights in one number format; layers that were kept in fp32 still compute in it."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear) and part.weight.dtype == torch.float32 != dtype:
-            part.to(dtype).forward = functools.partial(_linear_in_fp32, part)  # type: ignore[method-assign]
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32 != dtype:
+            layer.to(dtype).forward = functools.partial(_linear_in_fp32, layer)  # type: ignore[method-assign]
 
 
-def _linear_in_fp32(part: nn.Linear, values: Tensor) -> Tensor:
-    return linear(values.float(), part.weight.float(), None if part.bias is None else part.bias.float())
+def _linear_in_fp32(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    return linear(inputs.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
-def _settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[str, Any]:
+def _engine_settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[str, Any]:
     """DeepSpeed's own configuration: sums of fp32 gradients, updated whenever `step` is called."""
     is_bf16 = next(module.parameters()).dtype == torch.bfloat16
     return {

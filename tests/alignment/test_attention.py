@@ -24,7 +24,7 @@ from alignment.models.attention import (
     block_mask,
     dense_attention,
     dense_mask,
-    first_visible,
+    find_window_starts,
     grouped_attention,
     grouped_mask,
 )
@@ -68,20 +68,20 @@ def seen_by_definition(batch: Batch, lowest: Tensor | None) -> Tensor:
 
 
 def test_a_causal_mask_shows_everything_before() -> None:
-    assert first_visible(causal_mask_function, 9, CPU) is None
-    assert first_visible(sliding_window_causal_mask_function(9), 9, CPU) is None, "a window that nothing reaches beyond"
+    assert find_window_starts(causal_mask_function, 9, CPU) is None
+    assert find_window_starts(sliding_window_causal_mask_function(9), 9, CPU) is None, "a window that nothing reaches beyond"
 
 
 def test_windows_and_chunks_begin_where_transformers_masks_say() -> None:
-    window = first_visible(sliding_window_causal_mask_function(3), 7, CPU)
+    window = find_window_starts(sliding_window_causal_mask_function(3), 7, CPU)
     assert window is not None and window.tolist() == [0, 0, 0, 1, 2, 3, 4]
-    chunk = first_visible(chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64)), 7, CPU)
+    chunk = find_window_starts(chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64)), 7, CPU)
     assert chunk is not None and chunk.tolist() == [0, 0, 0, 3, 3, 3, 6]
 
 
 def test_a_mask_that_looks_ahead_is_refused() -> None:
     with pytest.raises(ModelError, match="not causal"):
-        first_visible(bidirectional_mask_function, 7, CPU)
+        find_window_starts(bidirectional_mask_function, 7, CPU)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 7])
@@ -90,7 +90,7 @@ def test_a_window_is_counted_in_positions_and_reaches_from_an_answer_into_its_pr
     layout = Layout(batch=batch)
     first = None
     if window is not None:
-        first = first_visible(sliding_window_causal_mask_function(window), layout.num_positions, CPU)
+        first = find_window_starts(sliding_window_causal_mask_function(window), layout.num_positions, CPU)
     assert torch.equal(dense_mask(batch, first), seen_by_definition(batch, first))
 
 
@@ -105,7 +105,7 @@ def test_grouped_and_dense_attention_agree_with_the_formula(
     layout = Layout(batch=batch)
     first = None
     if window is not None:
-        first = first_visible(sliding_window_causal_mask_function(window), layout.num_positions, CPU)
+        first = find_window_starts(sliding_window_causal_mask_function(window), layout.num_positions, CPU)
     size = len(batch.tokens)
     query = torch.randn(1, 4, size, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(1, 2, size, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -156,7 +156,7 @@ def test_a_block_mask_from_the_runs_has_the_blocks_of_one_from_all_pairs(window:
     layout = Layout(batch=batch)
     first = None
     if window is not None:
-        first = first_visible(sliding_window_causal_mask_function(window), layout.num_positions, CPU)
+        first = find_window_starts(sliding_window_causal_mask_function(window), layout.num_positions, CPU)
     mask = block_mask(layout, first)
     size = len(batch.tokens)
     visible = dense_mask(batch, first)

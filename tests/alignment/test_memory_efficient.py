@@ -1,4 +1,4 @@
-"""Lean parts say what transformers' own say, forward and backward, and remember less."""
+"""The memory-efficient layers compute what transformers' own compute, forward and backward, and keep less."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.models.lean import _Gated, make_lean
+from alignment.models.memory_efficient import _MemoryEfficientGate, patch_memory_efficient
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -58,33 +58,33 @@ def remembered(model: LlamaForCausalLM) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
     plain = decoder(dtype)
-    lean = copy.deepcopy(plain)
-    make_lean(lean)
+    patched = copy.deepcopy(plain)
+    patch_memory_efficient(patched)
     with torch.no_grad():
-        assert torch.equal(lean(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        assert torch.equal(patched(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_gradients_are_the_same_within_rounding(dtype: torch.dtype, tolerance: float) -> None:
     plain = decoder(dtype)
-    lean = copy.deepcopy(plain)
-    make_lean(lean)
+    patched = copy.deepcopy(plain)
+    patch_memory_efficient(patched)
     expected = gradients(plain)
-    for name, gradient in gradients(lean).items():
+    for name, gradient in gradients(patched).items():
         scale = expected[name].abs().max()
         torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=tolerance, rtol=0, msg=name)
 
 
 def test_less_is_remembered() -> None:
     plain = decoder(torch.bfloat16)
-    lean = copy.deepcopy(plain)
-    make_lean(lean)
-    assert remembered(lean) < 0.8 * remembered(plain)
+    patched = copy.deepcopy(plain)
+    patch_memory_efficient(patched)
+    assert remembered(patched) < 0.8 * remembered(plain)
 
 
 def test_what_is_not_known_is_left_alone() -> None:
     part = nn.RMSNorm(8)
-    make_lean(nn.Sequential(part))
+    patch_memory_efficient(nn.Sequential(part))
     assert "forward" not in vars(part)
 
 
@@ -93,9 +93,9 @@ def test_the_gated_mlps_gradients_are_as_exact_as_transformers_own() -> None:
     torch.manual_seed(0)
     gate, up, grad = (torch.randn(512, 256, dtype=torch.bfloat16) for _ in range(3))
 
-    def slopes(dtype: torch.dtype, lean: bool) -> tuple[Tensor, ...]:
+    def slopes(dtype: torch.dtype, patched: bool) -> tuple[Tensor, ...]:
         inputs = [tensor.to(dtype).requires_grad_() for tensor in (gate, up)]
-        result = _Gated.apply(*inputs) if lean else nn.functional.silu(inputs[0]) * inputs[1]  # type: ignore[no-untyped-call]
+        result = _MemoryEfficientGate.apply(*inputs) if patched else nn.functional.silu(inputs[0]) * inputs[1]  # type: ignore[no-untyped-call]
         return torch.autograd.grad(result, inputs, grad.to(dtype))
 
     exact = slopes(torch.float64, False)
