@@ -88,9 +88,9 @@ def save(
 
     random_states = world.gather(_random_state(world.device))
     tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
-    for role, trained in roles.trained_by_role.items():
+    for role, trained in roles.backends_by_role.items():
         tensors |= {f"{PREFIXES[role]}{name}": tensor for name, tensor in trained.state().items()}
-    weights = roles.trained.gathered(only_trained=roles.actor.has_adapter)
+    weights = roles.actor_backend.gather_weights(only_trained=roles.actor.has_adapter)
 
     def write() -> None:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
@@ -159,7 +159,7 @@ def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World
     adjustable = state.get("adjustable", {})
     check_same_run(folder, state["identity"], identity, adjustable.get("data", {}).get("groups"))
     tensors = load_file(folder / TENSORS)
-    for role, trained in roles.trained_by_role.items():
+    for role, trained in roles.backends_by_role.items():
         prefix = PREFIXES[role]
         trained.restore({name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
     mine = tensors.get(f"random.{world.rank}")
@@ -340,7 +340,7 @@ def _note_of_room(config: RunConfig, needed: int, free: int) -> str | None:
 def _num_bytes(config: RunConfig, roles: Roles) -> int:
     """Size of a checkpoint: the model as it computes, and fp32 masters and moments of all that is trained."""
     model = sum(_numel(tensor) * tensor.element_size() for tensor in _saved(roles.actor).values())
-    modules = [trained.module for trained in roles.trained_by_role.values()]
+    modules = [trained.module for trained in roles.backends_by_role.values()]
     trained = sum(_numel(weight) for module in modules for weight in module.parameters() if weight.requires_grad)
     num_moments = {"adamw": 2, "rmsprop": 1}[config.optim.name]
     return model + 4 * (1 + num_moments) * trained

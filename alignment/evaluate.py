@@ -75,7 +75,7 @@ class Evaluator:
 
     def _evaluate_loss(self, step: int) -> Metrics:
         metrics = evaluate(self.roles, self.algorithm, self.groups, self.config.optim, self.world)
-        self.roles.remember(metrics)
+        self.roles.store_reward_statistics(metrics)
         return metrics
 
     def _evaluate_answers(self, step: int) -> Metrics:

@@ -236,7 +236,7 @@ class Run:
         return (
             f"{self.num_steps - progress.step} steps are to be done, after {progress.step}; the next one has "
             f"{len(num_tokens)} groups of {min(num_tokens)} to {max(num_tokens)} tokens. Trained: "
-            f"{', '.join(self.roles.trained_by_role)}; reference: {self.roles.reference}"
+            f"{', '.join(self.roles.backends_by_role)}; reference: {self.roles.reference}"
         )
 
     def _begin(self, progress: Progress) -> None:

@@ -93,7 +93,7 @@ def annotate(roles: Roles, groups: list[Group], optim: OptimConfig, world: World
 def reference_logprobs(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> Tensor:
     """[L] log-probability (nats) of every completion token under the reference, group after group; on the CPU."""
     batch = pack(groups).to(world.device)
-    outputs = _gather_outputs(batch, roles.under_reference, roles, optim, world)
+    outputs = _gather_outputs(batch, roles.reference_annotations, roles, optim, world)
     return outputs["reference_logprobs"][batch.branches >= 0].cpu()
 
 
@@ -190,7 +190,7 @@ def optimizer_step(
     metrics = totals.reduce()
     is_finite = math.isfinite(metrics["loss"])
     norms: dict[Role, float] = {}
-    for role, backend in reversed(roles.trained_by_role.items()):  # an actor does not follow a critic that has failed
+    for role, backend in reversed(roles.backends_by_role.items()):  # an actor does not follow a critic that has failed
         is_finite = is_finite and all(math.isfinite(norm) for role_done, norm in norms.items() if role_done in lr)
         norms[role] = backend.step(lr[role]) if is_finite and role in lr else backend.discard()
     is_skipped = any(not math.isfinite(norms[role]) for role in lr)
@@ -209,7 +209,7 @@ def _backward(roles: Roles, losses: dict[Role, Tensor]) -> None:
     if roles.critic is not None and roles.critic.model is None:
         losses = {"actor": torch.stack(list(losses.values())).sum()}
     for role, loss in losses.items():
-        roles.trained_by_role[role].backward(loss)
+        roles.backends_by_role[role].backward(loss)
 
 
 def _zero_loss(loss: Loss) -> dict[Role, Tensor]:

@@ -135,6 +135,7 @@ class _LinearLogprobs(torch.autograd.Function):
         transform: LogitTransform,
         entropies: bool,
     ) -> tuple[Tensor, Tensor]:
+        """Computes log-probabilities and entropies in chunks of rows."""
         token_logprobs = torch.empty(len(targets), device=hidden_states.device)
         log_normaliser, entropy = torch.empty_like(token_logprobs), torch.zeros_like(token_logprobs)
         for rows in _chunks(len(targets), weight.shape[0]):
@@ -153,6 +154,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Computes the logits again, in chunks of rows, and the gradients from them."""
         hidden_states, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

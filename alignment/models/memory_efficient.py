@@ -48,6 +48,7 @@ class _MemoryEfficientRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Computes weight · x / √(mean x² + ε)."""
         fp32_states = hidden_states.float()
         scale = torch.rsqrt(fp32_states.square().mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(hidden_states, weight, scale)
@@ -56,6 +57,7 @@ class _MemoryEfficientRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the gradients of the input and of the weight."""
         hidden_states, weight, scale = ctx.saved_tensors
         unit_states = hidden_states.float() * scale  # their mean square is 1
         grad_weight = None
@@ -73,12 +75,14 @@ class _MemoryEfficientGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_output: Tensor, up_output: Tensor) -> Tensor:
+        """Computes silu(gate) · up."""
         ctx.save_for_backward(gate_output, up_output)
         return nn.functional.silu(gate_output) * up_output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the gradients of the gate's and of the up-projection's output."""
         gate_output, up_output = ctx.saved_tensors
         # d silu = σ + silu·(1 − σ), computed in fp32 and rounded once, as torch does in its own backward pass of silu.
         fp32_gate = gate_output.float()

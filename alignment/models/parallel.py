@@ -123,7 +123,7 @@ def together(work: Callable[[], Item], world: World) -> Item:
     return result  # type: ignore[return-value]
 
 
-class Trained(ABC):
+class TrainableModule(ABC):
     """A module in training: its weights, fp32 master copies of the trained ones, and the optimizer over them.
 
     Gradients are summed over micro-batches and over workers and never averaged. So a loss must already be divided by
@@ -134,7 +134,7 @@ class Trained(ABC):
     """The module that forward passes use."""
     world: World
     """The workers that train it together."""
-    lockstep = False
+    needs_lockstep = False
     """True if forward and backward passes are collectives, so that every worker must run the same number of them."""
 
     @abstractmethod
@@ -169,7 +169,7 @@ class Trained(ABC):
             KeyError: a trained weight is missing.
         """
 
-    def full(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yields each weight of the module by name, in the number format in which the module computes.
 
         A tied weight comes once. Every worker must call this and iterate to the end. Sharded weights are gathered one
@@ -179,19 +179,19 @@ class Trained(ABC):
             if weight.requires_grad or not only_trained:
                 yield name, weight.detach()
 
-    def gathered(self, *, only_trained: bool = False) -> dict[str, Tensor]:
+    def gather_weights(self, *, only_trained: bool = False) -> dict[str, Tensor]:
         """Collects all weights that `full` yields on the CPU of the main worker; empty on the others.
 
         Every worker must call this.
         """
         weights = {}
-        for name, weight in self.full(only_trained=only_trained):
+        for name, weight in self.named_weights(only_trained=only_trained):
             if self.world.is_main:
                 weights[name] = weight.cpu()
         return weights
 
 
-class Replicated(Trained):
+class ReplicatedBackend(TrainableModule):
     """Data parallelism in which every worker holds the full module.
 
     The gradient of each micro-batch is added in fp32 to the master weight's gradient as soon as the backward pass has
@@ -210,9 +210,11 @@ class Replicated(Trained):
         self.optimizer = optimizer_over(list(self.masters.values()), optim)
 
     def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss to the master weights' gradients."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> float:
+        """Sums the gradients over the workers, clips them, updates the master weights and copies them into the module."""
         gradients = [self._gradient(master) for master in self.masters.values()]
         self._sum_over_workers(gradients)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -228,10 +230,12 @@ class Replicated(Trained):
         return float(norm)
 
     def discard(self) -> float:
+        """Clears the gradients of the step without using them."""
         self.optimizer.zero_grad(set_to_none=True)
         return math.nan
 
     def state(self) -> dict[str, Tensor]:
+        """Master weights and optimizer moments by name, on the main worker."""
         if not self.world.is_main:
             return {}
         tensors = {f"master.{name}": master.detach() for name, master in self.masters.items()}
@@ -241,6 +245,7 @@ class Replicated(Trained):
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Restores master weights and moments, and copies the masters into the module."""
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
@@ -275,17 +280,17 @@ class Replicated(Trained):
         )
 
 
-def shard(module: nn.Module, optim: OptimConfig, world: World) -> Trained:
+def wrap(module: nn.Module, optim: OptimConfig, world: World) -> TrainableModule:
     """Chooses the backend that trains a module in this world. No other code makes this choice."""
     # A single head is too small to be worth sharding.
     if optim.zero.stage == 0 or not any(isinstance(submodule, PreTrainedModel) for submodule in module.modules()):
-        return Replicated(module, optim, world)
-    from alignment.models.zero import Partitioned
+        return ReplicatedBackend(module, optim, world)
+    from alignment.models.zero import DeepSpeedBackend
 
-    return Partitioned(module, optim, world)
+    return DeepSpeedBackend(module, optim, world)
 
 
-def shard_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
+def wrap_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
     """Freezes a module, shards it over the workers as a trained module would be, and returns it.
 
     At ZeRO stage 3, its forward pass is a collective, which every worker must run equally often.

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO behind `parallel.shard`: of a model's moments, gradients and weights a worker holds only its share.
+"""The DeepSpeed backend of `parallel.wrap`: ZeRO shards moments, gradients and weights over the workers.
 
-Nothing outside this module knows DeepSpeed. Forward passes call decoder and head by themselves, not DeepSpeed's engine,
-so what the engine's own forward pass would prepare is done in `Partitioned.backward` and in `_Gathering`.
+No other module knows DeepSpeed. Forward passes call the decoder and the head directly rather than DeepSpeed's engine.
+So `DeepSpeedBackend.backward` and `Stage3Hooks` do what the engine's own forward pass would prepare.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
-from alignment.models.parallel import GRADIENT_BUCKET, Trained, World, named_weights, optimizer_over
+from alignment.models.parallel import GRADIENT_BUCKET, TrainableModule, World, named_weights, optimizer_over
 from alignment.settings.run import OptimConfig
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
-"""Optimizer state of the shape of a weight, by the optimizer's name."""
+"""The parts of an optimizer's state that have the shape of a weight, by the optimizer's name."""
 
 
-class Partitioned(Trained):
-    """A module whose fp32 masters and moments (stage 1), gradients (2) and weights (3) lie in shares on the workers."""
+class DeepSpeedBackend(TrainableModule):
+    """Trains a module whose fp32 masters and moments (stage 1), gradients (2) and weights (3) are sharded."""
 
-    lockstep = True
+    needs_lockstep = True
 
     def __init__(self, module: nn.Module, optim: OptimConfig, world: World) -> None:
         self.module = module
@@ -40,30 +40,33 @@ class Partitioned(Trained):
         self.weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.optimizer = optimizer_over(list(self.weights.values()), optim)
         self.engine = _start_engine(module, optim, world, self.optimizer)
-        self.gathering = _Gathering(module, self.engine) if optim.zero.stage == 3 else None
+        self.stage3_hooks = Stage3Hooks(module, self.engine) if optim.zero.stage == 3 else None
         self.num_updates = 0
-        if self.gathering:
-            # Stage 3 only knows the mean over the workers. The loss cannot be scaled: other modules may share it.
+        if self.stage3_hooks:
+            # Stage 3 averages gradients over the workers. The loss cannot be scaled, as other modules may share it.
             for weight in self.weights.values():
                 weight.register_hook(lambda gradient: gradient * world.size)  # type: ignore[no-untyped-call]
 
     def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss to the sharded gradient of the step."""
         self.engine.optimizer.clear_backward_seen_flag()
         self.engine._backward_prologue()
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
+        """Lets DeepSpeed sum, clip and apply the gradients; inf if they are not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        if self.gathering:
-            self.gathering.hold()
+        if self.stage3_hooks:
+            self.stage3_hooks.gather_head()
         if not self.engine.was_step_applied():
             return math.inf
         self.num_updates += 1
         return float(self.engine.get_global_grad_norm())
 
     def discard(self) -> float:
+        """Clears all of DeepSpeed's gradient buffers."""
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
         if self._accumulates_separately():
@@ -75,6 +78,7 @@ class Partitioned(Trained):
         return math.nan
 
     def state(self) -> dict[str, Tensor]:
+        """Master weights and moments by name, gathered weight by weight on the main worker."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
@@ -91,6 +95,7 @@ class Partitioned(Trained):
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Cuts full tensors into shards, and restores this worker's."""
         steps = {int(value) for key, value in tensors.items() if key.startswith("optimizer.step.")}
         self.num_updates = max(steps, default=0)
         if self.num_updates:
@@ -99,116 +104,119 @@ class Partitioned(Trained):
             self._restore_weight(weight, tensors[f"master.{name}"])
             for moment in MOMENTS[self.optim.name] if self.num_updates else ():
                 self._restore_moment(weight, moment, tensors[f"optimizer.{moment}.{name}"])
-        if self.gathering:
-            self.engine.empty_partition_cache()  # what is whole just now, is as it was before
-            self.gathering.hold()
+        if self.stage3_hooks:
+            self.engine.empty_partition_cache()  # weights that are gathered at this time still hold old values
+            self.stage3_hooks.gather_head()
         else:
             self.engine.optimizer.update_lp_params()
 
-    def full(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        if not self.gathering:
-            yield from super().full(only_trained=only_trained)
+    def named_weights(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yields each weight by name; at stage 3, it gathers them one at a time."""
+        if not self.stage3_hooks:
+            yield from super().named_weights(only_trained=only_trained)
             return
         for name, weight in named_weights(self.module):
             if weight.requires_grad or not only_trained:
-                with self.gathering.whole(weight):
+                with self.stage3_hooks.gather(weight):
                     yield name, weight.detach()
 
     def _accumulates_separately(self) -> bool:
-        """Whether the optimizer keeps the sum of the micro-batches' gradients where `zero_grad` does not look."""
+        """Whether the optimizer sums gradients of micro-batches in buffers that `zero_grad` does not clear."""
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         return isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer)
 
     def _restore_weight(self, weight: nn.Parameter, full_tensor: Tensor) -> None:
+        """Writes a weight and its master, or this worker's share of them."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        if self.gathering:
-            share = self.gathering.share(weight, full_tensor, self.world)
+        if self.stage3_hooks:
+            share = self.stage3_hooks.share(weight, full_tensor, self.world)
             safe_set_local_fp32_param(weight, share)
             weight.ds_tensor.data.copy_(share)  # type: ignore[attr-defined]
         else:
             safe_set_full_fp32_param(weight, full_tensor)
 
     def _restore_moment(self, weight: nn.Parameter, moment: str, full_tensor: Tensor) -> None:
+        """Writes an optimizer moment, or this worker's share of it."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self.gathering:
-            safe_set_local_optimizer_state(weight, self.gathering.share(weight, full_tensor, self.world), moment)
+        if self.stage3_hooks:
+            safe_set_local_optimizer_state(weight, self.stage3_hooks.share(weight, full_tensor, self.world), moment)
         else:
             safe_set_full_optimizer_state(weight, full_tensor, moment)
 
     def _prepare_moments(self) -> None:
-        """Makes the moments that the first step would make, to be filled, and sets their counters."""
+        """Creates the empty moments that the first step would create, and sets their step counters."""
         for share in self._master_shares():
             state = self.optimizer.state[share]
             for moment in MOMENTS[self.optim.name]:
                 state.setdefault(moment, torch.zeros_like(share))
             state["step"] = torch.tensor(float(self.num_updates), device=share.device)
-        if not self.gathering:
+        if not self.stage3_hooks:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _master_shares(self) -> list[Tensor]:
-        """This worker's flat shares of the masters, to which the optimizer's state belongs."""
-        if self.gathering:  # stage 3 hands them to the optimizer one after the other, and only while it updates
+        """This worker's flat shares of the master weights, which are the keys of the optimizer's state."""
+        if self.stage3_hooks:  # stage 3 hands them to the optimizer one at a time, and only during an update
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [share for group in self.optimizer.param_groups for share in group["params"]]
 
 
 def partition_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
-    """Leaves a worker its share of a frozen module's weights, from which forward passes gather layer by layer."""
-    _Gathering(module, _start_engine(module, optim, world, None))
+    """Shards the weights of a frozen module; a forward pass gathers them layer by layer."""
+    Stage3Hooks(module, _start_engine(module, optim, world, None))
     return module
 
 
-class _Gathering:
-    """What stage 3 needs around decoder and head: where a pass begins, and a head that can be read from outside.
+class Stage3Hooks:
+    """The hooks that stage 3 needs around the decoder and the head.
 
-    The output head is not called but read, by a function that chunks over tokens and reads it again in its backward
-    pass. It therefore stays whole on every worker. At the peak of a pass it would have to be whole anyway.
+    They tell DeepSpeed where a forward pass begins, and they keep the output head's weights gathered on every worker.
+    The head is never called. A function that works in chunks of tokens reads its weights, and reads them again in the
+    backward pass. At the peak of a pass they would have to be gathered anyway.
     """
 
     def __init__(self, module: nn.Module, engine: Any) -> None:
         network = next(submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel))
         head = network.get_output_embeddings()
-        self.held: list[Any] = [] if head is None else list(head.parameters(recurse=False))
-        for weight in self.held:
-            # Either mark alone is overlooked: while DeepSpeed records the order of modules, and once it knows it.
+        self.head_weights: list[Any] = [] if head is None else list(head.parameters(recurse=False))
+        for weight in self.head_weights:
+            # DeepSpeed heeds one mark while it records the order of modules, and the other one after that.
             weight.ds_persist = weight.is_external_param = True
-        self.hold()
+        self.gather_head()
 
-        def begin(*_: Any) -> None:
-            # The engine lives as long as this hook: when it goes, it takes its own hooks along.
+        def reset_pass(*_: Any) -> None:
+            # This hook also keeps the engine alive; a deleted engine would remove its own hooks.
             offload = engine.optimizer if engine.basic_optimizer is None else engine.optimizer.parameter_offload
             offload.get_param_coordinator().reset_step()
 
-        # Before DeepSpeed's own hook of the decoder, which would still count it to the pass before.
-        network.get_decoder().register_forward_pre_hook(begin, prepend=True)
+        # It must run before DeepSpeed's own hook, which would count the decoder as a part of the previous pass.
+        network.get_decoder().register_forward_pre_hook(reset_pass, prepend=True)
 
-    def hold(self) -> None:
-        """Makes the head whole again after every weight was given back to its owners."""
-        for weight in self.held:
+    def gather_head(self) -> None:
+        """Gathers the head again, after DeepSpeed has released all gathered weights."""
+        for weight in self.head_weights:
             weight.all_gather()
 
-    def whole(self, weight: Any) -> Any:
-        """A context in which a weight is whole; a collective."""
+    def gather(self, weight: Any) -> Any:
+        """A context in which a weight is gathered. Entering it is a collective."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        is_partitioned = isinstance(weight, nn.Parameter) and not any(
-            weight is head_weight for head_weight in self.held
-        )
-        return GatheredParameters([weight] if is_partitioned else [])
+        is_head = any(weight is head_weight for head_weight in self.head_weights)
+        return GatheredParameters([weight] if isinstance(weight, nn.Parameter) and not is_head else [])
 
     def share(self, weight: Any, full_tensor: Tensor, world: World) -> Tensor:
-        """This worker's share of a tensor of the weight's shape, flat and padded with zeros as DeepSpeed cuts it."""
+        """This worker's flat share of a tensor of the weight's shape, padded with zeros as DeepSpeed does it."""
         size = weight.ds_tensor.numel()
         return pad(full_tensor.flatten(), (0, size * world.size - full_tensor.numel()))[world.rank * size :][:size]
 
 
 def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torch.optim.Optimizer | None) -> Any:
-    # Read when DeepSpeed is imported; a worker without a GPU may sit on a machine that has some.
+    """Makes DeepSpeed's engine over a module; without an optimizer for a frozen one."""
+    # DeepSpeed reads this when it is imported. A worker on the CPU may run on a machine that has GPUs.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    # DeepSpeed takes its device from here. The launcher's number is wrong where each worker sees its own GPU only.
+    # DeepSpeed takes its device from here. The launcher's number is wrong if each worker sees only its own GPU.
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -219,10 +227,10 @@ def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer
     settings = _engine_settings(module, optim, world)
     _use_one_dtype(module, next(module.parameters()).dtype)
     if world.device.type == "cpu":
-        # DeepSpeed would compile a sum over workers that only its tensor-parallel inference uses, for 40 s, under a
-        # lock that is a file. The file of a build that was killed stays, and every later run would wait for ever.
+        # DeepSpeed would spend 40 s to compile a sum over workers that only its tensor-parallel inference uses. It
+        # locks that build with a file. If a build is killed, the file stays, and every later run would wait forever.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what belongs into a log
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints messages that belong in a log
         deepspeed.init_distributed(dist_init_required=False)
         if optim.zero.stage == 3:
             _partition_weights(module, settings, world)
@@ -231,7 +239,7 @@ def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer
 
 
 def _partition_weights(module: nn.Module, settings: dict[str, Any], world: World) -> None:
-    """Cuts weight after weight into the workers' shares, from wherever the module lies: it may not fit on one GPU."""
+    """Shards a module weight by weight. The module may lie on the CPU, because it may not fit on one GPU."""
     import deepspeed
 
     deepspeed.zero.Init(module=module, config_dict_or_path=settings)
@@ -240,18 +248,19 @@ def _partition_weights(module: nn.Module, settings: dict[str, Any], world: World
 
 
 def _use_one_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """DeepSpeed keeps a module's weights in one number format; layers that were kept in fp32 still compute in it."""
+    """Gives all linear layers one number format, as DeepSpeed requires. Layers that were in fp32 still compute so."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32 != dtype:
             layer.to(dtype).forward = functools.partial(_linear_in_fp32, layer)  # type: ignore[method-assign]
 
 
 def _linear_in_fp32(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """The forward pass of a linear layer, computed in fp32."""
     return linear(inputs.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def _engine_settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's own configuration: sums of fp32 gradients, updated whenever `step` is called."""
+    """DeepSpeed's configuration: gradients are summed in fp32, and every call of `step` updates the weights."""
     is_bf16 = next(module.parameters()).dtype == torch.bfloat16
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -268,6 +277,7 @@ def _engine_settings(module: nn.Module, optim: OptimConfig, world: World) -> dic
 
 
 def _zero_settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[str, Any]:
+    """The section `zero_optimization` of DeepSpeed's configuration."""
     settings: dict[str, Any] = {"stage": optim.zero.stage, "reduce_bucket_size": GRADIENT_BUCKET}
     on_cpu = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     if optim.zero.offload_optimizer:
@@ -276,7 +286,7 @@ def _zero_settings(module: nn.Module, optim: OptimConfig, world: World) -> dict[
         settings["offload_param"] = on_cpu
     if optim.zero.stage == 3:
         size = sum(weight.numel() for weight in module.parameters())
-        # DeepSpeed's own figures are the upper ends: with those alone a small model would never be spread at all.
+        # DeepSpeed's defaults are the upper limits. With these alone, a small model would not be sharded at all.
         settings["stage3_param_persistence_threshold"] = min(100_000, size // 1000)
         settings["stage3_max_reuse_distance"] = min(1_000_000_000, size // 8)
     return settings

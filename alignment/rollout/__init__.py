@@ -66,10 +66,10 @@ class Weights(Protocol):
     def save_adapter(self, folder: Path) -> bool:
         """Writes the LoRA adapter as peft does; false, and nothing written, if all weights are trained."""
 
-    def join(self) -> None:
+    def participate(self) -> None:
         """What every worker but the main one does while that saves an adapter or goes through `full`."""
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its Hugging Face name, in the model's number format; a tied one once.
 
         Each must be used before the next is asked for: a sharded one is gathered as its turn comes.

@@ -169,7 +169,7 @@ class Pool:
 
     def load(self, weights: Weights) -> None:
         if not self.main:
-            weights.join()
+            weights.participate()
             return
         gathering = GatherOnce(weights)
         try:

@@ -107,7 +107,7 @@ class Outbox:
         from safetensors.torch import save_file
 
         files: list[str] = []
-        for shard in _shards(weights.full()):
+        for shard in _shards(weights.named_weights()):
             place = self._place_for(sum(tensor.nbytes for tensor in shard.values()))
             file = self._folder(place, version=weights.version) / f"{len(files):05d}.safetensors"
             save_file(shard, file)
@@ -155,7 +155,7 @@ def sweep(places: tuple[Path, ...] | None = None, *, settled_s: float = SETTLED_
 class GatherOnce:
     """The main worker's `Weights`, gathered exactly once, whatever fails there: before it, meanwhile or after.
 
-    The other workers are in `join` all the while, whose collectives need this worker. If it gave up and went on to
+    The other workers are in `participate` all the while, whose collectives need this worker. If it gave up and went on to
     another collective, both would wait for ever, or take one's data for the other's.
     """
 
@@ -177,20 +177,20 @@ class GatherOnce:
             self._rest = None
         return is_adapter
 
-    def join(self) -> None:
+    def participate(self) -> None:
         """As the port says."""
         self._rest = iter(())
-        self._weights.join()
+        self._weights.participate()
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """As the port says."""
-        self._rest = self._weights.full()
+        self._rest = self._weights.named_weights()
         return self._rest
 
     def complete(self) -> None:
         """Takes part in what is left to gather."""
         if self._rest is None:
-            self.join()
+            self.participate()
         else:
             for _ in self._rest:
                 pass

@@ -69,7 +69,9 @@ def seen_by_definition(batch: Batch, lowest: Tensor | None) -> Tensor:
 
 def test_a_causal_mask_shows_everything_before() -> None:
     assert find_window_starts(causal_mask_function, 9, CPU) is None
-    assert find_window_starts(sliding_window_causal_mask_function(9), 9, CPU) is None, "a window that nothing reaches beyond"
+    assert find_window_starts(sliding_window_causal_mask_function(9), 9, CPU) is None, (
+        "a window that nothing reaches beyond"
+    )
 
 
 def test_windows_and_chunks_begin_where_transformers_masks_say() -> None:

@@ -83,7 +83,7 @@ class Scripted:
         return lambda: drawn
 
     def load(self, weights: Weights) -> None:
-        self.loaded.append((weights.version, {name: weight.clone() for name, weight in weights.full()}))
+        self.loaded.append((weights.version, {name: weight.clone() for name, weight in weights.named_weights()}))
 
     def close(self) -> None:
         pass

@@ -16,7 +16,7 @@ from alignment.rollout.weights import Outbox
 
 class Two:
     version = 3
-    def full(self):
+    def named_weights(self):
         yield "a", torch.ones(2)
         yield "b", torch.ones(3)
 

@@ -21,7 +21,7 @@ from alignment.batch import Batch, Loss, Outputs
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
 from alignment.metrics import Metrics
-from alignment.models.parallel import Replicated, World
+from alignment.models.parallel import ReplicatedBackend, World
 from alignment.models.roles import Roles
 from alignment.settings.plugins import algorithm_class
 from alignment.settings.run import RunConfig
@@ -626,11 +626,11 @@ def step_of(
     algorithm = config.algorithm
     assert isinstance(algorithm, Algorithm)
     roles = Roles.build(config, world)
-    for trained in roles.trained_by_role.values():
-        assert isinstance(trained, Replicated)
-        trained.optimizer = torch.optim.SGD(trained.masters.values())
+    for backend in roles.backends_by_role.values():
+        assert isinstance(backend, ReplicatedBackend)
+        backend.optimizer = torch.optim.SGD(backend.masters.values())
     with torch.no_grad():  # away from the reference, so that there is a divergence to pay for
-        for name, weight in roles.trained.module.named_parameters():
+        for name, weight in roles.actor_backend.module.named_parameters():
             weight.add_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
     step_settings = StepSettings(lr={"actor": 0.1, "critic": 0.1}, kl_coefficient=0.1, seed=3)
     if roles.critic is None:
@@ -638,9 +638,9 @@ def step_of(
     metrics = train_step(roles, algorithm, groups, config.optim.model_copy(update=optim), world, step_settings)
     weights = {
         f"{role}.{name}": master.detach().clone()
-        for role, trained in roles.trained_by_role.items()
-        if isinstance(trained, Replicated)
-        for name, master in trained.masters.items()
+        for role, backend in roles.backends_by_role.items()
+        if isinstance(backend, ReplicatedBackend)
+        for name, master in backend.masters.items()
     }
     return metrics, weights
 

@@ -33,9 +33,9 @@ class Numbers:
     def save_adapter(self, folder: Path) -> bool:
         return False
 
-    def join(self) -> None: ...
+    def participate(self) -> None: ...
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "number", torch.tensor([float(self.version)])
 
 

@@ -42,9 +42,9 @@ def weights_after(settings: Settings, groups_order: int = 1, **optim: Any) -> tu
     config, algorithm, roles, groups = prepared(settings)
     changed = config.optim.model_copy(update=optim)
     # Plain gradient descent: adaptive optimizers blow rounding of a tiny gradient up to a full step.
-    roles.trained.optimizer = torch.optim.SGD(list(roles.trained.masters.values()))
+    roles.actor_backend.optimizer = torch.optim.SGD(list(roles.actor_backend.masters.values()))
     metrics = one_step(roles, algorithm, groups[::groups_order], changed, World(), lr=1.0)
-    return metrics, {name: weight.detach().clone() for name, weight in roles.trained.weights.items()}
+    return metrics, {name: weight.detach().clone() for name, weight in roles.actor_backend.weights.items()}
 
 
 @pytest.mark.parametrize(
@@ -105,31 +105,33 @@ def test_sft_loss_is_the_mean_over_tokens_not_over_rows(run_settings: Settings) 
 def test_bf16_keeps_fp32_masters_that_small_steps_move(run_settings: Settings) -> None:
     settings = {**run_settings, "model": {**run_settings["model"], "dtype": "bf16"}}
     config, algorithm, roles, groups = prepared(settings)
-    name = next(iter(roles.trained.weights))
-    master = roles.trained.masters[name].detach().clone()
-    weight = roles.trained.weights[name].detach().clone()
+    name = next(iter(roles.actor_backend.weights))
+    master = roles.actor_backend.masters[name].detach().clone()
+    weight = roles.actor_backend.weights[name].detach().clone()
     one_step(roles, algorithm, groups, config.optim, World(), lr=1e-6)
-    assert roles.trained.weights[name].dtype == torch.bfloat16
-    assert roles.trained.masters[name].dtype == torch.float32
-    assert (roles.trained.masters[name] != master).any(), "the master must move"
-    assert (roles.trained.weights[name] == weight).float().mean() > 0.9, "a step below bf16's resolution rounds away"
+    assert roles.actor_backend.weights[name].dtype == torch.bfloat16
+    assert roles.actor_backend.masters[name].dtype == torch.float32
+    assert (roles.actor_backend.masters[name] != master).any(), "the master must move"
+    assert (roles.actor_backend.weights[name] == weight).float().mean() > 0.9, (
+        "a step below bf16's resolution rounds away"
+    )
 
 
 def poisoned(settings: Settings) -> tuple[RunConfig, Algorithm, Roles, list[Group]]:
     config, algorithm, roles, groups = prepared(settings)
     with torch.no_grad():
-        next(iter(roles.trained.weights.values()))[0, 0] = float("nan")
+        next(iter(roles.actor_backend.weights.values()))[0, 0] = float("nan")
     return config, algorithm, roles, groups
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weight(run_settings: Settings) -> None:
     config, algorithm, roles, groups = poisoned(run_settings)
-    before = {name: weight.detach().clone() for name, weight in roles.trained.weights.items()}
+    before = {name: weight.detach().clone() for name, weight in roles.actor_backend.weights.items()}
     with pytest.raises(DivergenceError, match=r"not both finite.*pairs\.jsonl"):
         one_step(roles, algorithm, groups, config.optim, World(), lr=1e-2)
-    for name, weight in roles.trained.weights.items():
+    for name, weight in roles.actor_backend.weights.items():
         torch.testing.assert_close(weight, before[name], equal_nan=True)
-    assert not roles.trained.optimizer.state, "the optimizer's moments must not be poisoned"
+    assert not roles.actor_backend.optimizer.state, "the optimizer's moments must not be poisoned"
 
 
 def test_a_loss_that_is_not_finite_can_be_skipped_and_is_counted(run_settings: Settings) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignment.errors import RolloutError
-from alignment.models.parallel import World, shard, together
+from alignment.models.parallel import World, together, wrap
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
 from alignment.rollout.pool import Pool
@@ -53,8 +53,8 @@ def small_disk(size: int) -> Iterator[None]:
 def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str, float, float]]:
     """Every worker's error, its seconds, and the sum of what all have afterwards: collectives go on."""
     model = task.load()
-    trained = shard(model.module, task.optim, world)
-    weights = ActorWeights(actor=model, trained=trained, version=1)
+    trained = wrap(model.module, task.optim, world)
+    weights = ActorWeights(actor=model, backend=trained, version=1)
     seats: list[PaperSeat] = []
     if world.is_main:
         seats = [UnreadySeat() if failure == "after the gather" else PaperSeat()]
@@ -71,7 +71,7 @@ def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str,
     seconds = time.perf_counter() - started
     pool.close()
     total = float(world.sum(torch.tensor(float(world.rank + 1))))
-    assert all(weight.isfinite().all() for _, weight in trained.full())
+    assert all(weight.isfinite().all() for _, weight in trained.named_weights())
     return world.gather((text, seconds, total))
 
 

@@ -23,7 +23,7 @@ from alignment.errors import ConfigError, RolloutError
 from alignment.groups import Completion, Group
 from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import Trained, World, shard
+from alignment.models.parallel import TrainableModule, World, wrap
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
 from alignment.rollout.pool import Pool
@@ -51,13 +51,13 @@ class Trainer:
     """A trainer's side in fp32, whose weights can be moved about."""
 
     actor: LanguageModel
-    trained: Trained
+    backend: TrainableModule
     version: int = 0
 
     @classmethod
     def of(cls, config: ModelConfig) -> Trainer:
         actor = load_model(config, DataConfig(path="-", max_length=MAX_LENGTH), device=torch.device("cpu"), seed=0)
-        return cls(actor, shard(actor.module, OptimConfig(), World()))
+        return cls(actor, wrap(actor.module, OptimConfig(), World()))
 
     def change(self) -> ActorWeights:
         """Changes every trained weight, as an optimizer step would, and more."""
@@ -70,7 +70,7 @@ class Trainer:
         return self.weights()
 
     def weights(self) -> ActorWeights:
-        return ActorWeights(actor=self.actor, trained=self.trained, version=self.version)
+        return ActorWeights(actor=self.actor, backend=self.backend, version=self.version)
 
     @torch.no_grad()
     def mismatch(self, drawn: Rollouts, *, temperature: float = 1.0) -> Tensor:
@@ -237,8 +237,8 @@ class Failing:
     def save_adapter(self, folder: Path) -> bool:
         raise Failure
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        yield next(self.weights.full())
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield next(self.weights.named_weights())
         raise Failure
 
 

@@ -223,7 +223,7 @@ if __name__ == "__main__":
 
     class Whole:
         version = 7
-        def full(self):
+        def named_weights(self):
             from safetensors.torch import load_file
             yield from load_file(Path(sys.argv[1]) / "model.safetensors").items()
 

@@ -26,7 +26,7 @@ from alignment.errors import ConfigError
 from alignment.groups import Completion, Group
 from alignment.models.forward import outputs, scores
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import Trained, World, shard, shard_frozen
+from alignment.models.parallel import TrainableModule, World, wrap, wrap_frozen
 from alignment.models.roles import Roles
 from alignment.rollout.local import greedy
 from alignment.settings.data import DataConfig
@@ -194,7 +194,7 @@ def loss_of(model: LanguageModel, batch: Batch) -> Tensor:
     return -outputs(model, batch).logprobs.sum() / 32
 
 
-def take_step(model: LanguageModel, trained: Trained, step: int, world: World) -> tuple[float, float]:
+def take_step(model: LanguageModel, trained: TrainableModule, step: int, world: World) -> tuple[float, float]:
     """Loss before, and gradient norm of, one optimizer step."""
     total = torch.zeros(())
     for batch in batches(step, world):
@@ -210,7 +210,7 @@ def evaluated(model: LanguageModel, world: World) -> float:
     return float(world.sum(total))
 
 
-def disturb(kind: str, model: LanguageModel, trained: Trained, world: World) -> None:
+def disturb(kind: str, model: LanguageModel, trained: TrainableModule, world: World) -> None:
     for batch in batches(50, world) if kind else []:
         trained.backward(loss_of(model, batch) * (math.nan if kind == "nan" else 1.0))
     if kind:
@@ -220,7 +220,7 @@ def disturb(kind: str, model: LanguageModel, trained: Trained, world: World) -> 
 def train(world: World, task: Task, steps: range, state: str | None = None) -> Result:
     """Runs steps, from a file with the state of an earlier run if there is one, whatever was learned before."""
     model = task.load()
-    trained = shard(model.module, task.optim, world)
+    trained = wrap(model.module, task.optim, world)
     if state is not None:
         take_step(model, trained, 77, world)
         trained.restore(torch.load(state))
@@ -235,8 +235,8 @@ def train(world: World, task: Task, steps: range, state: str | None = None) -> R
         losses=losses,
         norms=norms,
         state=trained.state(),
-        full={name: weight.clone() for name, weight in trained.full()},
-        trained={name for name, _ in trained.full(only_trained=True)},
+        full={name: weight.clone() for name, weight in trained.named_weights()},
+        trained={name for name, _ in trained.named_weights(only_trained=True)},
     )
 
 
@@ -314,7 +314,7 @@ def test_any_checkpoint_goes_on_anywhere(workers: Workers, odd_model: Path, tmp_
 def frozen_logprobs(world: World, task: Task) -> tuple[Tensor, int]:
     """Log-probabilities of a frozen model, twice, and how many numbers of its projections it still holds whole."""
     model = task.load()
-    assert shard_frozen(model.module, task.optim, world) is model.module
+    assert wrap_frozen(model.module, task.optim, world) is model.module
     with torch.no_grad():
         found = torch.stack([outputs(model, batch).logprobs for batch in 2 * batches(0, World())[:1]])
     layers = model.network.get_decoder().layers
@@ -336,7 +336,7 @@ def test_a_frozen_model_is_spread_and_says_the_same(
 def train_scores(world: World, task: Task) -> tuple[list[float], list[float]]:
     """Scores and gradient norms of a reward model with its head in fp32."""
     model = task.load(head="score")
-    trained = shard(model.module, task.optim, world)
+    trained = wrap(model.module, task.optim, world)
     found, norms = [], []
     for step in range(3):
         for batch in batches(step, world):
@@ -363,7 +363,7 @@ def train_with_head(world: World, task: Task) -> list[float]:
     model = task.load()
     torch.manual_seed(0)
     head = nn.Linear(64, 1, bias=False)
-    actor, critic = shard(model.module, task.optim, world), shard(head, task.optim, world)
+    actor, critic = wrap(model.module, task.optim, world), wrap(head, task.optim, world)
     norms = []
     for step in range(3):
         for batch in batches(step, world):
@@ -384,7 +384,7 @@ def test_a_value_head_shares_the_trunk_and_its_loss(workers: Workers, tiny_model
 def train_actor_and_critic(world: World, task: Task) -> list[float]:
     """Gradient norms of two models that learn from the same batches; in the first step only the critic does."""
     models = [task.load(), task.load(head="score")]
-    actor, critic = [shard(model.module, task.optim, world) for model in models]
+    actor, critic = [wrap(model.module, task.optim, world) for model in models]
     norms = []
     for step in range(3):
         for batch in batches(step, world):
@@ -407,10 +407,10 @@ def test_two_models_learn_beside_each_other(workers: Workers, tiny_model: Path, 
 def train_and_save(world: World, task: Task, folder: str) -> list[list[int]]:
     """Saves a model for others after two steps, and returns what it answers itself, before a third."""
     model = task.load()
-    trained = shard(model.module, task.optim, world)
+    trained = wrap(model.module, task.optim, world)
     for step in range(2):
         take_step(model, trained, step, world)
-    weights = trained.gathered(only_trained=task.lora)
+    weights = trained.gather_weights(only_trained=task.lora)
     if world.is_main:
         model.module.save_pretrained(folder, state_dict=weights)
     answers = greedy(model, [(5, 6, 7), (8, 9)], max_tokens=5)

@@ -150,13 +150,13 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
 def starting_weights(config: Any, device: Any) -> Any:
     """The starting model as weights for an engine."""
     from alignment.models.load import load_model
-    from alignment.models.parallel import World, shard
+    from alignment.models.parallel import World, wrap
     from alignment.models.roles import ActorWeights
     from alignment.settings.data import DataConfig
     from alignment.settings.run import OptimConfig
 
     actor = load_model(config, DataConfig(path="-", max_length=128), device=device, seed=0)
-    return ActorWeights(actor=actor, trained=shard(actor.module, OptimConfig(), World()), version=0)
+    return ActorWeights(actor=actor, backend=wrap(actor.module, OptimConfig(), World()), version=0)
 
 
 def measured(args: argparse.Namespace, method: str, strength: float) -> list[Point]:
