@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from alignment.errors import AlignmentError, RolloutError
 from alignment.models.parallel import World
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
-from alignment.rollout.pool import EngineLost, Pool
-from alignment.rollout.vllm import Engine, EngineSettings
-from alignment.rollout.weights import PREFIX, Outbox, Update, local_places, sweep
+from alignment.rollout.pool import EngineLost, EnginePool
+from alignment.rollout.vllm import RolloutEngine, RolloutEngineSettings
+from alignment.rollout.weights import PREFIX, FileWeightTransfer, WeightUpdate, local_directories, sweep
 from alignment.settings.run import RunConfig
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Engines:
 
 
 @contextlib.contextmanager
-def running_engines(settings: EngineSettings, *, count: int, cpus: float, gpus: float) -> Iterator[Engines]:
+def running_engines(settings: RolloutEngineSettings, *, count: int, cpus: float, gpus: float) -> Iterator[Engines]:
     """Engines for as long as the block runs. They start while it goes on; whoever attaches waits for them.
 
     Args:
@@ -83,10 +83,10 @@ def running_engines(settings: EngineSettings, *, count: int, cpus: float, gpus: 
         yield found
     finally:
         _end(actors)
-        Outbox(name, local_places()).clear()
+        FileWeightTransfer(name, local_directories()).clear()
 
 
-def attach(found: Engines, config: RunConfig, world: World) -> Pool:
+def attach(found: Engines, config: RunConfig, world: World) -> EnginePool:
     """The `Generator` over the engines, for a training worker; called by each. Earlier workers' prompts are dropped.
 
     Raises:
@@ -94,34 +94,36 @@ def attach(found: Engines, config: RunConfig, world: World) -> Pool:
     """
     if world.is_main:
         sweep()
-    seats = [RaySeat(actor) for actor in found.actors()] if world.is_main else []
-    outbox = NearestOutbox(found.name, seats, config.folder.resolve())
+    handles = [RayEngineHandle(actor) for actor in found.actors()] if world.is_main else []
+    transfer = NearestFileTransfer(found.name, handles, config.folder.resolve())
     adapter = config.model.lora is not None
-    pool = Pool(seats, outbox, adapter=adapter, timeout_s=config.rollout.timeout_s, main=world.is_main)
+    pool = EnginePool(handles, transfer, adapter=adapter, timeout_s=config.rollout.timeout_s, is_main=world.is_main)
     pool.begin()
     return pool
 
 
-class NearestOutbox(Outbox):
+class NearestFileTransfer(FileWeightTransfer):
     """Leaves weights in shared memory while every engine is on this machine, else in the run's folder.
 
     Asked anew at each sync: an engine that was lost may come back on another machine.
     """
 
-    def __init__(self, name: str, seats: list[RaySeat], folder: Path) -> None:
-        super().__init__(name, (*local_places(), folder))
-        self.seats = seats
+    def __init__(self, name: str, handles: list[RayEngineHandle], folder: Path) -> None:
+        super().__init__(name, (*local_directories(), folder))
+        self.handles = handles
         self.folder = folder
 
-    def put(self, weights: Weights, *, adapter: bool) -> Update:
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
         self.clear()  # also where the last update is
         here = _node()
-        self.places = local_places() if all(seat.node == here for seat in self.seats) else (self.folder,)
-        return super().put(weights, adapter=adapter)
+        self.directories = (
+            local_directories() if all(handle.node == here for handle in self.handles) else (self.folder,)
+        )
+        return super().send(weights, adapter=adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Life:
+class ActorInstance:
     """One life of an engine's actor."""
 
     name: str
@@ -133,17 +135,17 @@ class Life:
 class EngineActor:
     """A Ray actor around an engine."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self.engine = Engine(settings)
-        self.life = Life(name=secrets.token_hex(8), node=_node())
+    def __init__(self, settings: RolloutEngineSettings) -> None:
+        self.engine = RolloutEngine(settings)
+        self.instance = ActorInstance(name=secrets.token_hex(8), node=_node())
         self._starting = asyncio.Lock()
         self._started = False
 
     async def place(self) -> str:
         """The id of the node that it runs on."""
-        return self.life.node
+        return self.instance.node
 
-    async def begin(self) -> Life:
+    async def begin(self) -> ActorInstance:
         """Starts the engine, or makes one that has started idle and stale. Returns this actor's life."""
         async with self._starting:
             if self._started:
@@ -152,12 +154,12 @@ class EngineActor:
                 sweep()
                 await self.engine.start()
                 self._started = True
-        return self.life
+        return self.instance
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         return await self.engine.generate(prompt, sampling)
 
-    async def load(self, update: Update) -> None:
+    async def load(self, update: WeightUpdate) -> None:
         await self.engine.load(update)
 
     async def check(self) -> None:
@@ -167,26 +169,26 @@ class EngineActor:
         await self.engine.stop()
 
 
-class RaySeat:
+class RayEngineHandle:
     """The place of an engine in a Ray actor."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self.actor = actor
-        self.life: Life | None = None
+        self.instance: ActorInstance | None = None
 
     @property
     def node(self) -> str | None:
         """Id of the node that its engine ran on last; None before it began."""
-        return None if self.life is None else self.life.node
+        return None if self.instance is None else self.instance.node
 
     async def begin(self) -> None:
-        self.life = await self._call("begin")
+        self.instance = await self._call("begin")
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         rollouts: list[Rollout] = await self._call("generate", prompt, sampling)
         return rollouts
 
-    async def load(self, update: Update) -> None:
+    async def load(self, update: WeightUpdate) -> None:
         await self._call("load", update)
 
     async def check(self) -> None:
@@ -199,10 +201,10 @@ class RaySeat:
         with contextlib.suppress(RolloutError, TimeoutError):
             await asyncio.wait_for(self._call("stop"), STOP_S)
         ray.kill(self.actor, no_restart=False)
-        before = self.life
-        while self.life == before:  # a call may still reach the actor that is being killed
+        before = self.instance
+        while self.instance == before:  # a call may still reach the actor that is being killed
             try:
-                self.life = await self._call("begin")
+                self.instance = await self._call("begin")
             except EngineLost:
                 await asyncio.sleep(RETRY_S)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from alignment.rollout import Generator
-    from alignment.rollout.vllm import EngineSettings
+    from alignment.rollout.vllm import RolloutEngineSettings
     from cluster.engines import Engines
 
 
@@ -164,14 +164,14 @@ def _engine_here(config: ClusterRunConfig) -> Iterator[Generator | None]:
         yield generator
 
 
-def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> EngineSettings:
-    from alignment.rollout.vllm import EngineSettings
+def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> RolloutEngineSettings:
+    from alignment.rollout.vllm import RolloutEngineSettings
 
     device: Literal["cpu", "cuda"] = "cuda" if gpu else "cpu"
     # Engines on one CPU share its cores; more threads than cores would wait for each other.
     engines = config.cluster.engines if config.cluster.workers else 1
     threads = max(1, len(os.sched_getaffinity(0)) // engines)
-    return EngineSettings.of(
+    return RolloutEngineSettings.of(
         config.model, config.rollout, max_length=config.data.max_length, device=device, threads=threads
     )
 

@@ -14,7 +14,7 @@ from alignment.losses import pairwise_reward
 from alignment.settings.section import NonNegative
 
 
-class RewardModel(Algorithm):
+class RewardModelTraining(Algorithm):
     """Raises the score of the better completion above that of the worse one, for every pair of a group.
 
     Every pair of a step counts alike, so a prompt with K ranked answers weighs K(K − 1)/2 times a prompt with two. The
@@ -59,4 +59,4 @@ class RewardModel(Algorithm):
         }
 
 
-ALGORITHM = RewardModel
+ALGORITHM = RewardModelTraining

@@ -214,7 +214,7 @@ class ReplicatedBackend(TrainableModule):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> float:
-        """Sums the gradients over the workers, clips them, updates the master weights and copies them into the module."""
+        """Sums and clips the gradients, updates the master weights, and copies them into the module."""
         gradients = [self._gradient(master) for master in self.masters.values()]
         self._sum_over_workers(gradients)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

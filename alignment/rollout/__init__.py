@@ -1,4 +1,4 @@
-"""Rollout: the model's own answers. The port through which engines enter the loop, and what goes through it."""
+"""Rollout: the model's own answers. This module has the port to the engines and the records that go through it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn."""
+    """How completions are sampled."""
 
-    completions: int
-    """Of each prompt."""
+    num_completions: int
+    """Number of completions of each prompt."""
     max_tokens: int
     """Most tokens of a completion."""
     max_length: int
     """Most tokens of prompt and completion together."""
     temperature: float
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
+    """Smallest probability of the tokens that are sampled from; 1 is off."""
     top_k: int = 0
-    """0 is off."""
+    """Number of tokens that are sampled from; 0 is off."""
     end_tokens: frozenset[int] = frozenset()
-    """Ids that end a completion; the end token is the completion's last token."""
+    """Token ids that end a completion. The end token is the last token of the completion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,66 +35,67 @@ class Prompt:
     """One prompt to be answered."""
 
     tokens: tuple[int, ...]
+    """Token ids of the prompt."""
     seed: int
-    """Of its completions' randomness; completion k draws with a seed of its own that depends on this and k."""
+    """Seed of the prompt's completions. Each completion gets a seed of its own, from this one and its index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One completion as it was drawn."""
+    """One completion as an engine has generated it."""
 
     tokens: tuple[int, ...]
-    """With the end token, if it ended by itself."""
+    """Token ids; the last one is the end token, unless the completion was truncated."""
     logprobs: tuple[float, ...]
-    """Log-probability (nats) of each token in the distribution that it was drawn from."""
+    """Log-probability (nats) of each token in the distribution that it was sampled from."""
     truncated: bool
-    """True if it stopped for lack of room."""
-    version: int
-    """Version of the weights that drew it; the oldest, if they changed meanwhile."""
+    """True if the completion was cut off because it reached the length limit."""
+    weight_version: int
+    """Version of the weights that generated it; the oldest one if they changed meanwhile."""
 
 
 Rollouts = list[list[Rollout]]
-"""The completions of each prompt, in the order asked for."""
+"""The completions of each prompt, in the order of the prompts."""
 
 
 class Weights(Protocol):
-    """The actor's weights on their way to the engines. Either an adapter or all of them."""
+    """The actor's weights for the engines: either an adapter, or all weights."""
 
     @property
     def version(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps behind the weights."""
 
     def save_adapter(self, folder: Path) -> bool:
-        """Writes the LoRA adapter as peft does; false, and nothing written, if all weights are trained."""
+        """Writes the LoRA adapter as peft does. Returns false and writes nothing if all weights are trained."""
 
     def participate(self) -> None:
-        """What every worker but the main one does while that saves an adapter or goes through `full`."""
+        """Takes part in the collectives of `save_adapter` or `named_weights`, on all workers but the main one."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its Hugging Face name, in the model's number format; a tied one once.
+        """Yields each weight by its Hugging Face name, in the model's number format; a tied weight comes once.
 
-        Each must be used before the next is asked for: a sharded one is gathered as its turn comes.
+        A weight must be used before the next one is taken, because sharded weights are gathered one at a time.
         """
 
 
 class Generator(Protocol):
-    """Engines that draw completions. Called by the main worker only, except `load`."""
+    """The port to the engines that generate completions. Only the main worker calls it, except for `load`."""
 
     def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
-        """Starts drawing; the returned function waits for the end.
+        """Starts the generation of completions; the returned function waits for them.
 
         Raises:
-            RolloutError: (from the returned function) not all could be drawn within the time allowed.
+            RolloutError: (from the returned function) not all completions were generated within the time limit.
         """
 
     def load(self, weights: Weights) -> None:
-        """Brings new weights into every engine; returns when all have them. Called by every training worker.
+        """Loads new weights into all engines; called by every training worker.
 
-        Waits for what is being drawn, so that no completion is drawn from two versions.
+        It waits for completions in progress first, so that no completion comes from two versions of the weights.
 
         Raises:
-            RolloutError: an engine did not take them within the time allowed, nor after a restart.
+            RolloutError: an engine did not load them within the time limit, nor after a restart.
         """
 
     def close(self) -> None:
-        """Ends the engines that this object started."""
+        """Stops the engines that this object has started."""

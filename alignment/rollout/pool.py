@@ -1,11 +1,17 @@
-"""Rollout, driven: prompts spread over engines, and engines that are lost replaced. Knows neither vLLM nor Ray.
+"""The pool of rollout engines: it spreads prompts over engines, and it restarts engines that are lost.
 
-An engine is ready or stale. It becomes stale when it starts and when a load begins, and ready when a load has ended: so
-what is lost in the middle, or takes half of an update, draws nothing until it has all of one.
+This module knows neither vLLM nor Ray; it reaches an engine through an `EngineHandle`.
 
-Nobody waits for an engine that is lost while another is ready: it is restarted beside rollouts and syncs, for as long
-as that takes, and joins when it has taken the newest update. Without any engine, both wait for the first that comes
-back, until their time is up.
+    prompts ─► EnginePool ─► EngineSlot ─► EngineHandle ─► engine
+    weights ─► transfer ─► offer ────────────────▲
+
+An engine is either ready or stale. It becomes stale when it starts and when a load begins, and ready when a load has
+ended. A stale engine generates nothing. So an engine that is lost in the middle of a load, or that loads only half of
+an update, generates nothing until it has loaded a complete one.
+
+While another engine is ready, nothing waits for a lost engine. It is restarted beside rollouts and syncs, however long
+that takes, and is used again when it has loaded the newest update. If no engine is ready, rollouts and syncs wait for
+the first one that comes back, until their time limit.
 """
 
 from __future__ import annotations
@@ -21,25 +27,26 @@ from typing import Any, Protocol, TypeVar
 
 from alignment.errors import RolloutError
 from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
-from alignment.rollout.weights import GatherOnce, Outbox, Update
+from alignment.rollout.weights import FileWeightTransfer, GatherOnce, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 ATTEMPTS = 2
-"""Engines that a prompt, or a place, may be given: a second one if the first is lost over it."""
+"""Times that a prompt is sent to an engine, and that a restarted engine is tried, if the engine is lost each time."""
 HEARTBEAT_S = 10.0
-"""Seconds between two questions whether an engine lives, and the most that it may take to answer one."""
+"""Seconds between two health checks of an engine, and the time limit of one check."""
 STOP_S = 30.0
-"""Seconds that the engines get to end."""
+"""Time limit for the engines to stop."""
 
 
 def longest_wait_s(timeout_s: float) -> float:
-    """Most seconds that the other training workers wait in one collective while the main one waits for engines.
+    """The longest time that other training workers wait in one collective while the main worker waits for engines.
 
-    The process group's own time limit has to be longer, or it would end all workers before the main one can say what
-    has failed. A sync is the longest: rollouts to be finished (1 × `timeout_s`), engines that still read the files
-    before (½), the files to be written, and the engines' load with a restart (1); the rest is slack for the writing.
+    The time limit of the process group has to be longer. Otherwise it would end all workers before the main worker can
+    report what has failed. The longest wait is a sync. It waits for unfinished rollouts (1 × `timeout_s`), for engines
+    that still read the previous files (½), for the files to be written, and for the engines' load with a restart (1).
+    The rest is slack for the writing.
 
     Args:
         timeout_s: `rollout.timeout_s`.
@@ -48,332 +55,374 @@ def longest_wait_s(timeout_s: float) -> float:
 
 
 class EngineLost(RolloutError):
-    """The engine is gone; what it was working on can be given to another, or to its successor."""
+    """The engine has died. Its work can be given to another engine, or to the same one after a restart."""
 
 
-class Seat(Protocol):
-    """The place of an engine, which outlives the engine."""
+class EngineHandle(Protocol):
+    """The port to one engine. A handle stays the same when its engine is replaced by a new one."""
 
     async def begin(self) -> None:
-        """Waits until there is an engine, idle and stale.
+        """Waits until the engine runs, without work and stale.
 
         Raises:
-            EngineLost: there is none any more; a restart may help.
+            EngineLost: it has died; a restart may help.
             AlignmentError: it cannot start.
         """
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        """Draws the completions of a prompt.
+        """Generates the completions of a prompt.
 
         Raises:
-            EngineLost: it has died.
-            RolloutError: it is stale.
+            EngineLost: the engine has died.
+            RolloutError: the engine is stale.
         """
 
-    async def load(self, update: Update) -> None:
-        """Makes the engine stale, brings an update into it, and makes it ready.
+    async def load(self, update: WeightUpdate) -> None:
+        """Makes the engine stale, loads an update into it, and makes it ready.
 
         Raises:
-            RolloutError: it could not be loaded, and stays stale.
+            RolloutError: the update could not be loaded, and the engine stays stale.
         """
 
     async def check(self) -> None:
-        """Returns if the engine lives.
+        """Checks that the engine is alive.
 
         Raises:
             EngineLost: it has died.
         """
 
     async def restart(self) -> None:
-        """Ends what is left of the engine and starts another, which is stale. Waits for as long as there is no room."""
+        """Ends the engine and starts a new one, which is stale. Waits as long as the machines have no room for it."""
 
     async def stop(self) -> None:
         """Ends the engine."""
 
 
 @dataclass(kw_only=True)
-class _Place:
-    """A seat and what the pool knows about it."""
+class EngineSlot:
+    """A handle, and what the pool knows about its engine."""
 
-    seat: Seat
-    outstanding: int = 0
-    """Tokens that it may have to compute for the prompts that it was given."""
-    lives: int = 0
-    """Engines that have sat here before."""
-    revival: asyncio.Task[None] | None = None
-    """The restart that is going on, or that has failed; None if the engine is ready."""
-    reading: asyncio.Task[None] | None = None
-    """The load that is going on."""
+    handle: EngineHandle
+    """The port to the engine."""
+    num_pending_tokens: int = 0
+    """Most tokens that the engine still has to compute for the prompts that it works on."""
+    generation: int = 0
+    """Number of engines that this slot had before."""
+    restart_task: asyncio.Task[None] | None = None
+    """The restart in progress, or the one that has failed; None if the engine is ready."""
+    load_task: asyncio.Task[None] | None = None
+    """The load in progress; None if there is none."""
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the last restart has failed; None while the engine is ready or being restarted."""
-        if self.revival is None or not self.revival.done():
+        """The error of the last restart; None if the engine is ready or being restarted."""
+        if self.restart_task is None or not self.restart_task.done():
             return None
-        return asyncio.CancelledError() if self.revival.cancelled() else self.revival.exception()
+        return asyncio.CancelledError() if self.restart_task.cancelled() else self.restart_task.exception()
 
 
-class Pool:
-    """A `Generator` over engines; works in a thread of its own."""
+class EnginePool:
+    """A `Generator` over several engines. It runs its own event loop in a thread."""
 
     def __init__(
         self,
-        seats: Sequence[Seat],
-        outbox: Outbox,
+        handles: Sequence[EngineHandle],
+        transfer: FileWeightTransfer,
         *,
         adapter: bool,
         timeout_s: float,
-        main: bool = True,
+        is_main: bool = True,
     ) -> None:
-        """
+        """Makes a pool; `begin` waits for its engines.
+
         Args:
-            outbox: through which the engines get weights.
-            adapter: whether weights are an adapter or all of them.
-            timeout_s: of a step's rollouts, of a weight sync, and of an engine's start. An engine that takes more than
-                half of it for one load is taken for stuck.
-            main: whether this is the main training worker. Only that one talks to engines; the others have a pool
-                without seats, and take part in `load`.
+            handles: one for each engine.
+            transfer: sends weights to the engines.
+            adapter: whether the weights are an adapter rather than all weights.
+            timeout_s: time limit of a step's rollouts, of a weight sync, and of an engine's start. An engine that takes
+                more than half of it for one load counts as lost.
+            is_main: whether this is the main training worker. Only the main worker reaches engines. The others have a
+                pool without handles, and take part in `load`.
         """
-        self.places = [_Place(seat=seat) for seat in seats]
-        self.outbox = outbox
+        self.slots = [EngineSlot(handle=handle) for handle in handles]
+        self.transfer = transfer
         self.adapter = adapter
         self.timeout_s = timeout_s
-        self.main = main
-        self.update: Update | None = None
-        """What the ready engines draw from; None until the first sync has ended, and during each."""
-        self._offer: Update | None = None
-        """What a restarted engine has to load."""
-        self._offered = asyncio.Event()
-        """Set while the offer's files are there, whole."""
-        self._drawing: list[Future[Rollouts]] = []
+        self.is_main = is_main
+        self.update: WeightUpdate | None = None
+        """The update that ready engines generate with; None before the end of the first sync, and during each sync."""
+        self._offer: WeightUpdate | None = None
+        """The update that a restarted engine has to load."""
+        self._offer_available = asyncio.Event()
+        """Is set while all files of the offer exist."""
+        self._pending_rollouts: list[Future[Rollouts]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
-        """Waits until engines have started: all but those that are lost while another has.
+        """Waits until the engines have started. Engines that are lost meanwhile are restarted if another has started.
 
         Raises:
-            AlignmentError: one cannot start, or none is there within the time allowed.
+            AlignmentError: an engine cannot start, or none has started within the time limit.
         """
-        if self.main:
-            self.outbox.clear()
-            self._wait(self._start(self._begin()), "the engines did not start")
+        if self.is_main:
+            self.transfer.clear()
+            self._wait(self._schedule(self._begin()), "the engines did not start")
 
     def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
+        """Sends prompts to the engines; the returned function waits for the rollouts.
+
+        Raises:
+            RolloutError: no weights have been loaded; or, from the returned function, not all prompts were answered.
+        """
         if self.update is None:
             raise RolloutError("the engines have no weights: load() must have ended well before rollouts can begin")
-        drawing = self._start(self._draw(prompts, sampling))
-        self._drawing.append(drawing)
-        return lambda: self._wait(drawing, f"{len(prompts)} prompts were not answered")
+        future = self._schedule(self._generate_all(prompts, sampling))
+        self._pending_rollouts.append(future)
+        return lambda: self._wait(future, f"{len(prompts)} prompts were not answered")
 
     def load(self, weights: Weights) -> None:
-        if not self.main:
+        """Sends weights to all engines, after unfinished rollouts; every training worker must call this.
+
+        Raises:
+            RolloutError: the weights could not be sent, or no engine has loaded them within the time limit.
+        """
+        if not self.is_main:
             weights.participate()
             return
-        gathering = GatherOnce(weights)
+        gather_once = GatherOnce(weights)
         try:
-            self._load(gathering)
+            self._load(gather_once)
         finally:
-            gathering.complete()
+            gather_once.complete()
 
     def close(self) -> None:
-        if not self.main or not self._thread.is_alive():
+        """Stops the engines and the pool's thread, and deletes the files of the last update."""
+        if not self.is_main or not self._thread.is_alive():
             return
         with contextlib.suppress(RolloutError):
-            self._wait(self._start(self._stop()), "the engines did not stop", limit_s=STOP_S)
+            self._wait(self._schedule(self._stop()), "the engines did not stop", limit_s=STOP_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=HEARTBEAT_S)
-        self.outbox.clear()
+        self.transfer.clear()
 
     def _load(self, weights: Weights) -> None:
-        self._finish_drawing()
+        """Does the main worker's part of `load`."""
+        self._finish_rollouts()
         self.update = None
-        self._wait(self._start(self._withdraw()), "an engine did not finish an earlier load")
-        update = self.outbox.put(weights, adapter=self.adapter)
-        self._wait(self._start(self._bring(update)), f"version {update.version} of the weights reached no engine")
+        self._wait(self._schedule(self._withdraw_offer()), "an engine did not finish an earlier load")
+        update = self.transfer.send(weights, adapter=self.adapter)
+        loads = self._schedule(self._distribute(update))
+        self._wait(loads, f"version {update.version} of the weights reached no engine")
         self.update = update
 
-    def _finish_drawing(self) -> None:
-        for drawing in self._drawing:
-            with contextlib.suppress(RolloutError):  # who asked for it is told
-                self._wait(drawing, "")
-        self._drawing.clear()
+    def _finish_rollouts(self) -> None:
+        """Waits for all rollouts in progress."""
+        for future in self._pending_rollouts:
+            with contextlib.suppress(RolloutError):  # it is raised where the rollouts are waited for
+                self._wait(future, "")
+        self._pending_rollouts.clear()
 
     async def _begin(self) -> None:
-        begun = await asyncio.gather(
-            *(asyncio.wait_for(place.seat.begin(), self.timeout_s) for place in self.places), return_exceptions=True
+        """Waits until every engine has started or is lost."""
+        results = await asyncio.gather(
+            *(asyncio.wait_for(slot.handle.begin(), self.timeout_s) for slot in self.slots), return_exceptions=True
         )
-        if all(isinstance(error, TimeoutError) for error in begun):
+        if all(isinstance(error, TimeoutError) for error in results):
             raise TimeoutError
-        for place, error in zip(self.places, begun, strict=True):
+        for slot, error in zip(self.slots, results, strict=True):
             if isinstance(error, EngineLost | TimeoutError):
-                self._lose(place, error)  # if that was the last one, the first sync waits for its restart
+                self._mark_lost(slot, error)  # if no engine is left, the first sync waits for a restart
             elif error is not None:
                 raise error
 
     async def _stop(self) -> None:
-        revivals = [place.revival for place in self.places if place.revival is not None]
-        for revival in revivals:
-            revival.cancel()
-        await asyncio.gather(*revivals, return_exceptions=True)
-        await _each(place.seat.stop() for place in self.places)
+        """Cancels restarts in progress and stops all engines."""
+        restart_tasks = [slot.restart_task for slot in self.slots if slot.restart_task is not None]
+        for task in restart_tasks:
+            task.cancel()
+        await asyncio.gather(*restart_tasks, return_exceptions=True)
+        await _gather(slot.handle.stop() for slot in self.slots)
 
-    async def _withdraw(self) -> None:
-        """Takes the offer back, whose files are about to be replaced, and waits for engines that are reading them."""
-        self._offered.clear()
-        # Not for the restarts around those loads: one that fails may be followed by another, which may find no room.
-        if reading := [place.reading for place in self.places if place.reading is not None]:
-            await asyncio.wait(reading)
+    async def _withdraw_offer(self) -> None:
+        """Withdraws the offer, because its files will be replaced, and waits for engines that still read them."""
+        self._offer_available.clear()
+        # It does not wait for the restarts that these loads belong to. If a load fails, another restart may follow,
+        # which may have to wait for room.
+        if load_tasks := [slot.load_task for slot in self.slots if slot.load_task is not None]:
+            await asyncio.wait(load_tasks)
 
-    async def _bring(self, update: Update) -> None:
-        """Offers an update to every engine; returns when no engine has yet to answer and at least one is ready."""
+    async def _distribute(self, update: WeightUpdate) -> None:
+        """Offers an update to all engines. Returns when each has loaded it or is lost, and at least one is ready."""
         self._offer = update
-        self._offered.set()
+        self._offer_available.set()
         async with asyncio.timeout(self.timeout_s):
-            for place in self.places:
-                if place.failure is not None:  # of a restart; by now there may be room again
-                    self._lose(place, place.failure)
-            ready = [place for place in self.places if place.revival is None]
-            for place, error in zip(
-                ready, await asyncio.gather(*map(self._take, ready), return_exceptions=True), strict=True
-            ):
+            for slot in self.slots:
+                if slot.failure is not None:  # the last restart failed, but there may be room now
+                    self._mark_lost(slot, slot.failure)
+            ready_slots = [slot for slot in self.slots if slot.restart_task is None]
+            results = await asyncio.gather(*map(self._load_into, ready_slots), return_exceptions=True)
+            for slot, error in zip(ready_slots, results, strict=True):
                 if isinstance(error, RolloutError | TimeoutError):
-                    self._lose(place, error)
+                    self._mark_lost(slot, error)
                 elif error is not None:
                     raise error
-            await self._ready()
+            await self._ready_slot()
 
-    async def _take(self, place: _Place) -> None:
-        """Loads the offer into an engine."""
+    async def _load_into(self, slot: EngineSlot) -> None:
+        """Loads the offer into the engine of a slot."""
         assert self._offer is not None, "an offer has been made"
-        place.reading = asyncio.ensure_future(self._read(place.seat, self._offer))
+        slot.load_task = asyncio.ensure_future(self._load_in_time(slot.handle, self._offer))
         try:
-            await place.reading
+            await slot.load_task
         finally:
-            place.reading = None
+            slot.load_task = None
 
-    async def _read(self, seat: Seat, update: Update) -> None:
+    async def _load_in_time(self, handle: EngineHandle, update: WeightUpdate) -> None:
+        """Loads an update into an engine within half of the time limit.
+
+        Raises:
+            RolloutError: the time is up, or the engine could not load it.
+        """
         limit = self.timeout_s / 2
         try:
-            await asyncio.wait_for(seat.load(update), limit)
+            await asyncio.wait_for(handle.load(update), limit)
         except TimeoutError as error:
             raise RolloutError(
                 f"version {update.version} of the weights was not loaded within {limit:g} s (half of rollout.timeout_s)"
             ) from error
 
-    async def _revive(self, place: _Place) -> None:
-        """Restarts an engine and brings it the newest update."""
+    async def _restart(self, slot: EngineSlot) -> None:
+        """Restarts an engine and loads the newest update into it."""
         for attempt in range(ATTEMPTS):
-            await place.seat.restart()
-            place.lives += 1
-            while not self._offered.is_set():
-                await self._offered.wait()
+            await slot.handle.restart()
+            slot.generation += 1
+            while not self._offer_available.is_set():
+                await self._offer_available.wait()
             try:
-                return await self._take(place)
+                return await self._load_into(slot)
             except EngineLost:
                 if attempt + 1 == ATTEMPTS:
                     raise
 
-    async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> Rollouts:
-        watch = asyncio.ensure_future(self._watch())
-        answers = [asyncio.ensure_future(self._answer(prompt, sampling)) for prompt in prompts]
+    async def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> Rollouts:
+        """Generates the completions of all prompts within the time limit, and checks the engines meanwhile."""
+        health_task = asyncio.ensure_future(self._watch_health())
+        rollout_tasks = [asyncio.ensure_future(self._generate(prompt, sampling)) for prompt in prompts]
         try:
             async with asyncio.timeout(self.timeout_s):
-                return list(await asyncio.gather(*answers))
+                return list(await asyncio.gather(*rollout_tasks))
         finally:
-            for task in (watch, *answers):
+            for task in (health_task, *rollout_tasks):
                 task.cancel()
 
-    async def _answer(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        cost = len(prompt.tokens) + sampling.completions * sampling.max_tokens
+    async def _generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates the completions of a prompt; tries another engine if one is lost."""
+        num_tokens = len(prompt.tokens) + sampling.num_completions * sampling.max_tokens
         for attempt in range(ATTEMPTS):
-            place = await self._ready() if attempt == 0 else await self._alive()
-            life = place.lives
-            place.outstanding += cost
+            slot = await self._ready_slot() if attempt == 0 else await self._responsive_slot()
+            generation = slot.generation
+            slot.num_pending_tokens += num_tokens
             try:
-                return await place.seat.generate(prompt, sampling)
+                return await slot.handle.generate(prompt, sampling)
             except EngineLost as error:
-                lost = error
-                if place.lives == life:
-                    self._lose(place, error)
+                last_error = error
+                if slot.generation == generation:
+                    self._mark_lost(slot, error)
             finally:
-                place.outstanding -= cost
-        raise RolloutError(f"{ATTEMPTS} engines were lost over a prompt of {len(prompt.tokens)} tokens: {lost}")
+                slot.num_pending_tokens -= num_tokens
+        raise RolloutError(f"{ATTEMPTS} engines were lost over a prompt of {len(prompt.tokens)} tokens: {last_error}")
 
-    async def _alive(self) -> _Place:
-        """A ready place whose engine says that it lives: where one was lost, others may be, and nobody knows yet."""
+    async def _responsive_slot(self) -> EngineSlot:
+        """A ready slot whose engine has just answered a health check, for use after another engine was lost."""
         while True:
-            place = await self._ready()
-            if await self._lives(place):
-                return place
+            slot = await self._ready_slot()
+            if await self._responds(slot):
+                return slot
 
-    async def _lives(self, place: _Place) -> bool:
-        """Asks an engine, and starts to replace it if it does not answer."""
-        life = place.lives
+    async def _responds(self, slot: EngineSlot) -> bool:
+        """Checks an engine's health. If it does not answer, its restart begins."""
+        generation = slot.generation
         try:
-            await asyncio.wait_for(place.seat.check(), HEARTBEAT_S)
+            await asyncio.wait_for(slot.handle.check(), HEARTBEAT_S)
         except (EngineLost, TimeoutError) as error:
-            if place.lives == life:
-                self._lose(place, error)
+            if slot.generation == generation:
+                self._mark_lost(slot, error)
             return False
         return True
 
-    async def _ready(self) -> _Place:
-        """The ready place with the least to do; waits for a restart if there is none."""
-        while not (ready := [place for place in self.places if place.revival is None]):
-            revivals = [place.revival for place in self.places if place.revival is not None]
-            if all(revival.done() for revival in revivals):
-                raise RolloutError(f"no engine could be restarted: {self.places[0].failure}")
-            await asyncio.wait([each for each in revivals if not each.done()], return_when=asyncio.FIRST_COMPLETED)
-        return min(ready, key=lambda place: place.outstanding)
+    async def _ready_slot(self) -> EngineSlot:
+        """The ready slot with the least work. If there is none, waits for a restart.
 
-    def _lose(self, place: _Place, cause: BaseException) -> None:
-        """Starts to replace an engine, unless it is being replaced already."""
-        if place.revival is not None and not place.revival.done():
+        Raises:
+            RolloutError: all restarts have failed.
+        """
+        while not (ready_slots := [slot for slot in self.slots if slot.restart_task is None]):
+            restart_tasks = [slot.restart_task for slot in self.slots if slot.restart_task is not None]
+            if all(task.done() for task in restart_tasks):
+                raise RolloutError(f"no engine could be restarted: {self.slots[0].failure}")
+            pending_tasks = [task for task in restart_tasks if not task.done()]
+            await asyncio.wait(pending_tasks, return_when=asyncio.FIRST_COMPLETED)
+        return min(ready_slots, key=lambda slot: slot.num_pending_tokens)
+
+    def _mark_lost(self, slot: EngineSlot, cause: BaseException) -> None:
+        """Starts the restart of a lost engine, unless it is in progress already."""
+        if slot.restart_task is not None and not slot.restart_task.done():
             return
-        place.revival = asyncio.ensure_future(self._revive(place))
-        place.revival.add_done_callback(lambda _: self._revived(place))
+        slot.restart_task = asyncio.ensure_future(self._restart(slot))
+        slot.restart_task.add_done_callback(lambda _: self._report_restart(slot))
         reason = str(cause) or "it does not answer"
-        logger.warning("an engine is lost and is restarted; %s: %s", self._presence(), reason)
+        logger.warning("an engine is lost and is restarted; %s: %s", self._readiness(), reason)
 
-    def _revived(self, place: _Place) -> None:
-        """Says how a restart has ended."""
-        if place.revival is not None and place.revival.cancelled():
+    def _report_restart(self, slot: EngineSlot) -> None:
+        """Logs the end of a restart, and marks the engine ready if it succeeded."""
+        if slot.restart_task is not None and slot.restart_task.cancelled():
             return
-        if place.failure is None:
-            place.revival = None
-            logger.warning("an engine is back; %s", self._presence())
+        if slot.failure is None:
+            slot.restart_task = None
+            logger.warning("an engine is back; %s", self._readiness())
         else:
             logger.warning(
-                "an engine could not be restarted, the next sync tries again; %s: %s", self._presence(), place.failure
+                "an engine could not be restarted, the next sync tries again; %s: %s", self._readiness(), slot.failure
             )
 
-    def _presence(self) -> str:
-        ready = sum(place.revival is None for place in self.places)
-        return f"{ready} of {len(self.places)} are there"
+    def _readiness(self) -> str:
+        """The number of ready engines, in words for messages."""
+        num_ready = sum(slot.restart_task is None for slot in self.slots)
+        return f"{num_ready} of {len(self.slots)} are there"
 
-    async def _watch(self) -> None:
-        """Finds engines that neither answer nor fail."""
+    async def _watch_health(self) -> None:
+        """Checks all working engines regularly, to find those that neither answer nor fail."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            for place in [place for place in self.places if place.revival is None and place.outstanding]:
-                await self._lives(place)
+            for slot in [slot for slot in self.slots if slot.restart_task is None and slot.num_pending_tokens]:
+                await self._responds(slot)
 
-    def _start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    def _schedule(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Starts a coroutine in the pool's event loop, from another thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _wait(self, running: Future[Result], failure: str, *, limit_s: float | None = None) -> Result:
+    def _wait(self, future: Future[Result], failure: str, *, limit_s: float | None = None) -> Result:
+        """Waits for a result within a time limit.
+
+        Args:
+            failure: what has not happened if the time is up, for the error.
+            limit_s: seconds; None is `timeout_s`.
+
+        Raises:
+            RolloutError: the time is up.
+        """
         try:
-            return running.result((limit_s or self.timeout_s) + HEARTBEAT_S)
+            return future.result((limit_s or self.timeout_s) + HEARTBEAT_S)
         except TimeoutError as error:
-            running.cancel()
+            future.cancel()
             limit = f"{limit_s:g} s" if limit_s else f"{self.timeout_s:g} s (rollout.timeout_s)"
-            raise RolloutError(f"{failure} within {limit}; of the engines, {self._presence()}") from error
+            raise RolloutError(f"{failure} within {limit}; of the engines, {self._readiness()}") from error
 
 
-async def _each(work: Any) -> None:
-    """Does several things at once; the first failure is raised when all have ended."""
-    for result in await asyncio.gather(*work, return_exceptions=True):
+async def _gather(coroutines: Any) -> None:
+    """Runs several coroutines at once, and raises the first error after all have ended."""
+    for result in await asyncio.gather(*coroutines, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result

@@ -18,8 +18,8 @@ from alignment.groups import Completion, Group
 from alignment.metrics import Metrics
 from alignment.models.roles import Roles
 from alignment.rewards import Rewards
-from alignment.rollout.kept import from_tensors, num_groups, to_tensors
 from alignment.rollout.sampler import Sampler
+from alignment.rollout.serialization import from_tensors, num_groups, to_tensors
 from alignment.settings.run import RunConfig
 
 MAX_REFILLS = 4

@@ -74,13 +74,13 @@ class Sampler:
             learned=(True,) * len(rollout.tokens),
             truncated=rollout.truncated,
             sampled_logprobs=rollout.logprobs,
-            version=rollout.version,
+            version=rollout.weight_version,
         )
 
     def _sampling(self, num_completions: int | None) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
-            completions=num_completions or rollout.completions,
+            num_completions=num_completions or rollout.completions,
             max_tokens=rollout.max_tokens,
             max_length=self.config.data.max_length,
             temperature=rollout.temperature,

@@ -1,6 +1,6 @@
-"""Rollout by vLLM: one engine, tokens in and tokens out. No Ray inside; `cluster.engines` puts it into actors.
+"""Rollout by vLLM: an engine that takes token ids and returns token ids. `cluster.engines` runs it in Ray actors.
 
-vLLM is imported inside functions: it takes 10 s, and only processes that hold an engine need it.
+vLLM is imported inside functions, because the import takes 10 s and only processes with an engine need it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from alignment.errors import AlignmentError, ConfigError, RolloutError
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
-from alignment.rollout.pool import EngineLost, Pool
-from alignment.rollout.weights import FILES, PREFIX, WORKER, Outbox, Update, local_places, sweep
+from alignment.rollout.pool import EngineLost, EnginePool
+from alignment.rollout.weights import FILES, PREFIX, WORKER, FileWeightTransfer, WeightUpdate, local_directories, sweep
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import RolloutConfig
 from alignment.start_failure import SettingNames, StartLog
@@ -35,35 +35,37 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 LOCAL = f"{PREFIX}local-"
-"""What the names of weights for engines of the same process begin with; the process id follows."""
+"""Prefix of the transfer's name for an engine of the same process; the process id follows."""
 DEATH_POLL_S = 0.5
-"""Seconds between two looks whether vLLM's process has died while a call to it goes on."""
+"""Seconds between two checks whether vLLM's process has died during a call to it."""
 CPU_BLOCK_TOKENS = 32
-"""Tokens of a block of the key-value cache on a CPU. Completions share whole blocks of their prompt; by itself vLLM
-takes 128, with which most prompts would share nothing."""
+"""Number of tokens in a block of the key-value cache on a CPU. Completions share full blocks of their prompt. With
+vLLM's default of 128, most prompts would share nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """All that an engine needs to start; crosses process borders."""
+class RolloutEngineSettings:
+    """All settings of a rollout engine; they are sent to other processes."""
 
     model: ModelConfig
-    """What training starts from. With an adapter, every update is one; else all weights."""
+    """The model that training starts from. With an adapter, each update is an adapter; else it is all weights."""
     rollout: RolloutConfig
+    """The section `rollout` of the run."""
     max_length: int
     """Most tokens of prompt and completion together."""
     device: Device
+    """The kind of device that the engine runs on."""
     threads: int | None = None
-    """CPU threads to compute with; None is one per core that the process may use."""
+    """Number of CPU threads; None is one for each core that the process may use."""
 
     @classmethod
     def of(
         cls, model: ModelConfig, rollout: RolloutConfig, *, max_length: int, device: Device, threads: int | None = None
     ) -> Self:
-        """The settings of a run's engines, which may start in another folder.
+        """Makes the settings of a run's engines. The model's path becomes absolute, as an engine may run elsewhere.
 
         Raises:
-            ConfigError: the adapter's rank is more than vLLM takes, or it goes on from a kind that vLLM does not take.
+            ConfigError: vLLM does not support the adapter's rank, or the kind of adapter that it starts from.
         """
         if model.lora is not None:
             _check_adapter(model.lora)
@@ -74,206 +76,230 @@ class EngineSettings:
 
     @property
     def dtype(self) -> str:
-        """Number format of the engine on this machine, as vLLM calls it."""
+        """The number format of the engine on this machine, by vLLM's name."""
         from alignment.models.load import dtype_name
 
-        wanted = self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype
-        return dtype_name(wanted, self.device)
+        return dtype_name(self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype, self.device)
 
 
-class Engine:
+class RolloutEngine:
     """One vLLM engine, for use inside one event loop.
 
-    It is stale, and refuses to draw, from its start until a load has ended, and again from the beginning of each load.
+    The engine is stale from its start until the end of its first load, and during each later load. A stale engine
+    refuses to generate.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: RolloutEngineSettings) -> None:
         self.settings = settings
         self.version: int | None = None
-        """Optimizer steps behind the weights; None while stale."""
+        """Number of optimizer steps behind the weights; None while the engine is stale."""
         self._llm: AsyncLLM | None = None
         self._adapter: LoRARequest | None = None
-        self._numbers = itertools.count(1)
-        self._drawing: set[asyncio.Task[list[Rollout]]] = set()
+        self._request_numbers = itertools.count(1)
+        self._generation_tasks: set[asyncio.Task[list[Rollout]]] = set()
         self._loading = asyncio.Lock()
-        self._half_loaded = False
+        self._is_half_loaded = False
 
     async def start(self) -> None:
-        """Starts the engine, which takes 10 s and more.
+        """Starts the engine, which takes at least 10 s.
 
         Raises:
-            ModelError: there is no model where `model.path` says.
-            RolloutError: vLLM does not start; the text holds its reason.
+            ModelError: there is no model at `model.path`.
+            RolloutError: vLLM does not start; the text contains its reason.
         """
         with StartLog() as log:
             try:
                 with _environment(self.settings):
-                    self._llm = _start(self.settings, log)
+                    self._llm = _start_vllm(self.settings, log)
                 if self.settings.model.lora is None:
                     await wait_while_alive(self._llm, self._prepare_transfer(self._llm))
             except AlignmentError:
                 raise
-            except Exception as error:  # of any kind: vLLM raises what its model code raises
+            except Exception as error:  # vLLM raises any error that its model code raises
                 await self.stop()
                 reason = log.reason(error, _setting_names(self.settings))
                 raise RolloutError(f"vLLM does not start with {self.settings.model.path}: {reason}") from error
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        """Draws the completions of a prompt.
+        """Generates the completions of a prompt.
 
         Raises:
             EngineLost: the engine has died.
-            RolloutError: it is stale, or the prompt leaves no room for a completion.
+            RolloutError: the engine is stale, or the prompt leaves no room for a completion.
         """
         if self.version is None:
             raise RolloutError("the engine is stale: it has no whole version of the weights, so it draws nothing")
         if len(prompt.tokens) >= self.settings.max_length:
             limit = self.settings.max_length
             raise RolloutError(f"a prompt of {len(prompt.tokens)} tokens leaves no room within {limit}")
-        drawing = asyncio.ensure_future(self._draw(prompt, sampling))
-        self._drawing.add(drawing)
-        drawing.add_done_callback(self._drawing.discard)
-        return await drawing
+        task = asyncio.ensure_future(self._generate(prompt, sampling))
+        self._generation_tasks.add(task)
+        task.add_done_callback(self._generation_tasks.discard)
+        return await task
 
-    async def load(self, update: Update) -> None:
-        """Brings an update into the engine when nothing is being drawn any more.
+    async def load(self, update: WeightUpdate) -> None:
+        """Waits until nothing is being generated, and loads an update into the engine.
 
         Raises:
             EngineLost: the engine has died.
-            RolloutError: the update could not be loaded. Only a restart helps then: part of it may be in.
+            RolloutError: the update could not be loaded. The engine must be restarted, as it may hold a part of it.
         """
         self.version = None
         async with self._loading:
-            if self._drawing:
-                await asyncio.wait(self._drawing)
-            llm = self._alive()
-            if self._half_loaded:
+            if self._generation_tasks:
+                await asyncio.wait(self._generation_tasks)
+            llm = self._live_engine()
+            if self._is_half_loaded:
                 raise RolloutError("an earlier update got stuck half-way, so the engine has to be restarted")
-            self._half_loaded = True
+            self._is_half_loaded = True
             load = self._load_all if update.adapter is None else self._load_adapter
             try:
-                # Also forgets the cached prompts: they were computed by the old weights.
+                # This also clears the cache of prompts, which the old weights have computed.
                 await wait_while_alive(llm, llm.pause_generation(mode="wait", clear_cache=True))
                 await wait_while_alive(llm, load(llm, update))
                 await wait_while_alive(llm, llm.resume_generation())
             except EngineLost as error:
                 raise EngineLost(f"{error} while it loaded version {update.version} of the weights") from error
-            except Exception as error:  # of any kind: vLLM passes on what happened in its process
+            except Exception as error:  # vLLM passes on any error of its process
                 raise RolloutError(f"version {update.version} could not be loaded: {error}") from error
-            self._half_loaded = False
+            self._is_half_loaded = False
             self.version = update.version
 
     async def reset(self) -> None:
-        """Drops what is being drawn, and makes the engine stale."""
+        """Cancels all generation, and makes the engine stale."""
         self.version = None
-        for drawing in list(self._drawing):
-            drawing.cancel()
-        if self._drawing:
-            await asyncio.wait(self._drawing)
+        for task in list(self._generation_tasks):
+            task.cancel()
+        if self._generation_tasks:
+            await asyncio.wait(self._generation_tasks)
 
     async def check(self) -> None:
-        """Returns if the engine lives.
+        """Checks that the engine is alive.
 
         Raises:
             EngineLost: it has died.
         """
-        self._alive()
+        self._live_engine()
 
     async def stop(self) -> None:
         """Ends the engine; it can be started again."""
         self.version = self._adapter = None
-        self._half_loaded = False
+        self._is_half_loaded = False
         if self._llm is not None:
             self._llm.shutdown()
             self._llm = None
 
-    def _alive(self) -> AsyncLLM:
+    def _live_engine(self) -> AsyncLLM:
+        """vLLM's engine.
+
+        Raises:
+            EngineLost: it has died.
+        """
         if self._llm is None or self._llm.errored:
             raise EngineLost("the vLLM engine has died")
         return self._llm
 
     async def _prepare_transfer(self, llm: AsyncLLM) -> None:
+        """Prepares vLLM's weight transfer."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
 
-    async def _load_all(self, llm: AsyncLLM, update: Update) -> None:
+    async def _load_all(self, llm: AsyncLLM, update: WeightUpdate) -> None:
+        """Loads all weights in one session of vLLM's weight transfer."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await llm.start_weight_update()
         await llm.update_weights(WeightTransferUpdateRequest(update_info={"files": list(update.files)}))
         await llm.finish_weight_update(str(update.version))
 
-    async def _load_adapter(self, llm: AsyncLLM, update: Update) -> None:
+    async def _load_adapter(self, llm: AsyncLLM, update: WeightUpdate) -> None:
+        """Replaces the adapter."""
         from vllm.lora.request import LoRARequest
 
         if self._adapter is not None:
             await llm.remove_lora(self._adapter.lora_int_id)
-        # A new number and name each time: under a known one, vLLM goes on with the adapter that it has.
-        number = next(self._numbers)
+        # Each adapter gets a new number and a new name. For a known name, vLLM would keep the adapter that it has.
+        number = next(self._request_numbers)
         self._adapter = LoRARequest(lora_name=str(number), lora_int_id=number, lora_path=update.adapter)
         await llm.add_lora(self._adapter)
         await llm.update_weight_version(str(update.version))
 
-    async def _draw(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+    async def _generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates the completions of a prompt, each in a request of its own."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             return list(
-                await asyncio.gather(*(self._complete(prompt, sampling, k) for k in range(sampling.completions)))
+                await asyncio.gather(
+                    *(self._complete(prompt, sampling, index) for index in range(sampling.num_completions))
+                )
             )
         except EngineDeadError as error:
             raise EngineLost("the vLLM engine has died over what it was drawing") from error
 
-    async def _complete(self, prompt: Prompt, sampling: Sampling, k: int) -> Rollout:
-        """Completion k of a prompt. One request for each gives each its own seed; the prompt is shared all the same."""
-        outputs = self._alive().generate(
+    async def _complete(self, prompt: Prompt, sampling: Sampling, index: int) -> Rollout:
+        """Generates one completion. Each has its own request and seed; the prompt's cache is shared nevertheless.
+
+        Args:
+            index: number of the completion among those of the prompt.
+        """
+        outputs = self._live_engine().generate(
             {"prompt_token_ids": list(prompt.tokens)},
-            _parameters(prompt, sampling, k),
-            request_id=str(next(self._numbers)),
+            _parameters(prompt, sampling, index),
+            request_id=str(next(self._request_numbers)),
             lora_request=self._adapter,
         )
         async for output in outputs:
-            last = output
-        return _rollout(last.outputs[0])
+            final_output = output
+        return _rollout(final_output.outputs[0])
 
 
-class LocalSeat:
-    """The place of an engine in this process."""
+class LocalEngineHandle:
+    """A handle to an engine in this process."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self.engine = Engine(settings)
+    def __init__(self, settings: RolloutEngineSettings) -> None:
+        self.engine = RolloutEngine(settings)
 
     async def begin(self) -> None:
+        """Starts the engine."""
         await self.engine.start()
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates the completions of a prompt."""
         return await self.engine.generate(prompt, sampling)
 
-    async def load(self, update: Update) -> None:
+    async def load(self, update: WeightUpdate) -> None:
+        """Loads an update into the engine."""
         await self.engine.load(update)
 
     async def check(self) -> None:
+        """Checks that the engine is alive."""
         await self.engine.check()
 
     async def restart(self) -> None:
+        """Ends the engine and starts a new one."""
         await self.engine.stop()
         await self.engine.start()
 
     async def stop(self) -> None:
+        """Ends the engine."""
         await self.engine.stop()
 
 
-def local_generator(settings: EngineSettings) -> Pool:
-    """A `Generator` with one engine, started from this process, for a run without Ray.
+def local_generator(settings: RolloutEngineSettings) -> EnginePool:
+    """Starts an engine from this process, for a run without Ray, and returns a `Generator` over it.
 
     Raises:
         RolloutError: the engine does not start.
     """
     sweep()
-    outbox = Outbox(f"{LOCAL}{os.getpid()}", local_places())
-    pool = Pool(
-        [LocalSeat(settings)], outbox, adapter=settings.model.lora is not None, timeout_s=settings.rollout.timeout_s
+    transfer = FileWeightTransfer(f"{LOCAL}{os.getpid()}", local_directories())
+    pool = EnginePool(
+        [LocalEngineHandle(settings)],
+        transfer,
+        adapter=settings.model.lora is not None,
+        timeout_s=settings.rollout.timeout_s,
     )
     try:
         pool.begin()
@@ -283,33 +309,38 @@ def local_generator(settings: EngineSettings) -> Pool:
     return pool
 
 
-def seed_of(prompt: Prompt, k: int) -> int:
-    """The seed of completion k. Hashed: sums would repeat, prompt 1's completion 0 being prompt 0's completion 1."""
-    return int.from_bytes(hashlib.blake2b(f"{prompt.seed}/{k}".encode(), digest_size=7).digest(), "big")
+def seed_of(prompt: Prompt, index: int) -> int:
+    """The seed of one completion: a hash of the prompt's seed and the completion's index.
+
+    With sums instead of hashes, seeds would repeat: (prompt 1, completion 0) would equal (prompt 0, completion 1).
+    """
+    return int.from_bytes(hashlib.blake2b(f"{prompt.seed}/{index}".encode(), digest_size=7).digest(), "big")
 
 
 async def wait_while_alive(llm: AsyncLLM, call: Coroutine[Any, Any, None]) -> None:
-    """Waits for a call to vLLM's process for as long as that lives.
+    """Waits for a call to vLLM's process as long as the process is alive.
 
-    When it dies, vLLM 0.32 fails the requests that are being answered, but nothing ends the futures of other calls
-    (`utility_results` of its client): whoever waits for one of those alone waits for ever.
+    When the process dies, vLLM 0.32 fails the requests in progress, but the futures of other calls never end
+    (`utility_results` of its client). Without this function, a caller would wait forever.
 
     Raises:
-        EngineLost: it has died.
+        EngineLost: the process has died.
     """
-    running = asyncio.ensure_future(call)
-    running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it may fail of the same death
+    task = asyncio.ensure_future(call)
+    # The call may fail because of the same death. Reading its error here avoids asyncio's warning about it.
+    task.add_done_callback(lambda future: future.cancelled() or future.exception())
     try:
-        while not running.done():
-            await asyncio.wait([running], timeout=DEATH_POLL_S)
+        while not task.done():
+            await asyncio.wait([task], timeout=DEATH_POLL_S)
             if llm.errored:
                 raise EngineLost("the vLLM engine has died")
-        await running
+        await task
     finally:
-        running.cancel()
+        task.cancel()
 
 
-def _parameters(prompt: Prompt, sampling: Sampling, k: int) -> SamplingParams:
+def _parameters(prompt: Prompt, sampling: Sampling, index: int) -> SamplingParams:
+    """vLLM's sampling parameters for one completion of a prompt."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -317,10 +348,10 @@ def _parameters(prompt: Prompt, sampling: Sampling, k: int) -> SamplingParams:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=seed_of(prompt, k),
+        seed=seed_of(prompt, index),
         max_tokens=min(sampling.max_tokens, sampling.max_length - len(prompt.tokens)),
         stop_token_ids=sorted(sampling.end_tokens),
-        ignore_eos=True,  # ours are the ones that count
+        ignore_eos=True,  # stop_token_ids decide instead
         logprobs=0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -328,56 +359,58 @@ def _parameters(prompt: Prompt, sampling: Sampling, k: int) -> SamplingParams:
 
 
 def _rollout(output: CompletionOutput) -> Rollout:
-    """What vLLM says of a completion, in our words."""
+    """Converts vLLM's output to a Rollout."""
     assert output.logprobs is not None and output.weight_versions is not None, "both were asked for"
     tokens = tuple(output.token_ids)
     return Rollout(
         tokens=tokens,
-        logprobs=tuple(known[token].logprob for known, token in zip(output.logprobs, tokens, strict=True)),
+        logprobs=tuple(by_id[token].logprob for by_id, token in zip(output.logprobs, tokens, strict=True)),
         truncated=output.finish_reason == "length",
-        version=min(int(span.version) for span in output.weight_versions),
+        weight_version=min(int(span.version) for span in output.weight_versions),
     )
 
 
 @contextlib.contextmanager
-def _environment(settings: EngineSettings) -> Iterator[None]:
-    """What vLLM reads from the environment; what is meant for the engine's process alone, only while that starts."""
+def _environment(settings: RolloutEngineSettings) -> Iterator[None]:
+    """Sets vLLM's environment variables; those for the engine's process alone only inside this context."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a dozen warnings about what we chose
-    before = dict(os.environ)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it would warn of a dozen settings that are intended
+    previous = dict(os.environ)
     if settings.device == "cpu":
-        # Ray allows a thread per reserved CPU, and vLLM by itself leaves one core to the process that sends requests;
-        # all cores give up to twice the tokens per second.
+        # Ray allows one thread for each reserved CPU, and vLLM leaves one core to the process that sends requests. With
+        # all cores, an engine generates up to twice as many tokens per second.
         os.environ["OMP_NUM_THREADS"] = str(settings.threads or len(os.sched_getaffinity(0)))
-        # Eager means the model. A helper that ranks log-probabilities would still be compiled, for 25 s.
+        # Eager mode covers the model only. A function that ranks log-probabilities would still be compiled, for 25 s.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
     try:
         yield
     finally:
         for name in ("OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"):
             os.environ.pop(name, None)
-            os.environ.update({name: before[name]} if name in before else {})
+            os.environ.update({name: previous[name]} if name in previous else {})
 
 
-def _setting_names(settings: EngineSettings) -> SettingNames:
+def _setting_names(settings: RolloutEngineSettings) -> SettingNames:
+    """The names of the settings that an error message may advise to change."""
     cache = "rollout.cache_gb" if settings.device == "cpu" else "rollout.gpu_memory"
     return SettingNames(cache=cache, length="data.max_length", gpus="rollout.tensor_parallel")
 
 
-def _start(settings: EngineSettings, log: StartLog) -> AsyncLLM:
+def _start_vllm(settings: RolloutEngineSettings, log: StartLog) -> AsyncLLM:
+    """Starts vLLM's engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     config = AsyncEngineArgs(**engine_arguments(settings), logging_config=log.config()).create_engine_config()
     if settings.device == "cpu":
-        # On a CPU, vLLM starts a process that schedules and one that computes, only to set the number of threads of the
-        # latter. `_environment` has done that, and the second start (10 s, 0.5 GB) is saved.
+        # On a CPU, vLLM starts one process that schedules and one that computes, only to set the second one's number of
+        # threads. `_environment` has set it already, so one process (10 s, 0.5 GB) is saved.
         config.parallel_config.distributed_executor_backend = "uni"
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
-def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Arguments of vLLM's `AsyncEngineArgs`."""
+def engine_arguments(settings: RolloutEngineSettings) -> dict[str, Any]:
+    """The arguments of vLLM's `AsyncEngineArgs`."""
     cpu, rollout = settings.device == "cpu", settings.rollout
     arguments: dict[str, Any] = {
         "model": model_source(settings.model.path),
@@ -388,16 +421,16 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "enable_prefix_caching": True,
         "enforce_eager": cpu,
-        "logprobs_mode": "processed_logprobs",  # of the distribution drawn from, temperature and all
-        "generation_config": "vllm",  # nothing of the model's own: a run says all
+        "logprobs_mode": "processed_logprobs",  # of the sampled distribution, including the temperature
+        "generation_config": "vllm",  # ignore the model's own: the run has all settings
         "worker_extension_cls": WORKER,
     }
     if cpu:
         arguments |= {
             "kv_cache_memory_bytes": int(rollout.cache_gb * 2**30),
             "block_size": CPU_BLOCK_TOKENS,
-            # A prompt that is computed in two parts ends the engine if its completion has a seed: vLLM turns the
-            # generator back, which it can do on a GPU only.
+            # If a prompt is computed in two chunks and its completion has a seed, the engine fails: vLLM resets the
+            # random generator, which works on a GPU only.
             "enable_chunked_prefill": False,
         }
     else:
@@ -410,16 +443,18 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _transfer_arguments() -> dict[str, Any]:
+    """The arguments for an engine that gets all weights."""
     from vllm.config import WeightTransferConfig
 
     return {"weight_transfer_config": WeightTransferConfig(backend=FILES)}
 
 
 def _adapter_arguments(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
+    """The arguments for an engine that gets an adapter."""
     return {
         "enable_lora": True,
-        # One place is enough although vLLM 0.32 on a CPU confuses the base model with the last place: every request is
-        # for the adapter.
+        # One slot is enough. vLLM 0.32 on a CPU confuses the base model with the last slot, but all requests are for
+        # the adapter.
         "max_loras": 1,
         "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora.rank),
         "lora_target_modules": _target_modules(model, lora),
@@ -427,14 +462,18 @@ def _adapter_arguments(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
 
 
 def _check_adapter(lora: LoraConfig) -> None:
-    """Refuses, before anything is started, what an engine would refuse when it gets the first weights."""
+    """Refuses an adapter that engines would refuse with the first weights, before anything is started.
+
+    Raises:
+        ConfigError: vLLM does not support the adapter, or its settings are damaged.
+    """
     if lora.rank > LORA_RANKS[-1]:
         raise ConfigError(f"model.lora.rank {lora.rank}: vLLM takes adapters of rank {LORA_RANKS[-1]} at most")
     if lora.start is None:
         return
     file = Path(checkpoint_or_path(lora.start)).expanduser() / "adapter_config.json"
     if not file.is_file():
-        return  # the trainer says so
+        return  # the trainer reports it
     try:
         reasons = obstacles(json.loads(file.read_text()))
     except (ValueError, TypeError, AttributeError) as error:
@@ -447,7 +486,7 @@ def _check_adapter(lora: LoraConfig) -> None:
 
 
 def _target_modules(model: ModelConfig, lora: LoraConfig) -> list[str]:
-    """Names of the layers to prepare for an adapter. By itself vLLM would take the output head too, at a cost."""
+    """The names of the layers with an adapter. vLLM's default would include the output head, at a cost."""
     if not isinstance(lora.target_modules, str):
         return list(lora.target_modules)
     import torch
@@ -457,5 +496,9 @@ def _target_modules(model: ModelConfig, lora: LoraConfig) -> list[str]:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(settings)
     head = module.get_output_embeddings()
-    linear = [path for path, part in module.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    linear = [
+        path
+        for path, submodule in module.named_modules()
+        if isinstance(submodule, torch.nn.Linear) and submodule is not head
+    ]
     return sorted({path.rpartition(".")[2] for path in linear})

@@ -1,9 +1,9 @@
-"""Rollout's other half: the trainer's weights on their way into vLLM engines, as files in shared memory.
+"""Weight transfer by files: it brings the trainer's weights into vLLM engines through shared memory.
 
-    trainer: Outbox.put ─► files of an Update ─► engine: one start→finish session of vLLM's weight transfer
+    trainer: FileWeightTransfer.send ─► files of a WeightUpdate ─► engine: one session of vLLM's weight transfer
 
-An adapter travels as the folder that peft writes, all weights as safetensors files of bounded size. vLLM's own
-transports need CUDA; this one needs memory that both processes see, so it also serves as the plain way on GPUs.
+An adapter is sent as the folder that peft writes, and all weights as safetensors files of bounded size. vLLM's own
+transports need CUDA. This one only needs a file system that both processes see, so it works on CPUs and on GPUs.
 """
 
 from __future__ import annotations
@@ -30,96 +30,105 @@ from alignment.errors import RolloutError
 from alignment.rollout import Weights
 
 FILES = "raylign_files"
-"""What vLLM knows our weight transfer by."""
+"""The name by which vLLM knows this weight transfer."""
 WORKER = "alignment.rollout.worker.EngineWorker"
-"""vLLM's `worker_extension_cls` of every engine of ours: where vLLM imports it, it knows `FILES`."""
+"""vLLM's `worker_extension_cls` of all our engines. A process that imports it registers `FILES`."""
 SHARD_BYTES = 64 << 20
-"""Bytes of weights that are copied before they are written: the extra memory of a sync."""
+"""Bytes of weights that are copied before they are written, which is the extra memory of a sync."""
 SHARED_MEMORY = Path("/dev/shm")
+"""Folder of a Linux machine's shared memory."""
 PREFIX = "raylign-"
-"""What the name of every outbox on a machine begins with."""
+"""Prefix of all transfers' names on a machine."""
 SETTLED_S = 60.0
-"""Age of a folder that its writer has locked, if that lives."""
+"""Age (s) after which a folder has been locked by its writer, if the writer is alive."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class WeightUpdate:
     """One version of the weights, as files that an engine can read."""
 
     version: int
-    """Optimizer steps done."""
+    """Number of optimizer steps behind the weights."""
     adapter: str | None
-    """Folder of a LoRA adapter, another one each time; None if all weights are in `files`."""
+    """Folder of a LoRA adapter, with a new name for each update; None if `files` hold all weights."""
     files: tuple[str, ...] = ()
-    """safetensors files that together hold every weight once, by its Hugging Face name."""
+    """safetensors files that together hold each weight once, by its Hugging Face name."""
 
 
-def local_places() -> tuple[Path, ...]:
-    """Where processes of one machine can leave weights for each other: shared memory first, then the disk."""
+def local_directories() -> tuple[Path, ...]:
+    """Folders through which processes of one machine can exchange files: shared memory first, then the disk."""
     temporary = Path(tempfile.gettempdir())
     return (SHARED_MEMORY, temporary) if SHARED_MEMORY.is_dir() else (temporary,)
 
 
-class Outbox:
-    """Where a trainer leaves its weights. The newest update stays, for engines that are restarted, until the next."""
+class FileWeightTransfer:
+    """Sends a trainer's weights as files. The newest update is kept until the next one, for restarted engines."""
 
-    def __init__(self, name: str, places: tuple[Path, ...]) -> None:
-        """
+    def __init__(self, name: str, directories: tuple[Path, ...]) -> None:
+        """Makes a transfer; it writes nothing before `send`.
+
         Args:
-            name: of this run, unlike any other's on the machine; all it writes begins with it.
-            places: folders in order of preference; the next is used when one is full.
+            name: a name that no other run on the machine has. All file names begin with it.
+            directories: folders in the order of preference; if one is full, the next one is used.
         """
         self.name = name
-        self.places = places
-        self.count = 0
+        self.directories = directories
+        self.num_updates = 0
         self._locks: list[int] = []
 
-    def put(self, weights: Weights, *, adapter: bool) -> Update:
-        """Writes weights, in place of those before.
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
+        """Writes weights, and deletes the previous ones.
+
+        Args:
+            adapter: whether to send an adapter rather than all weights.
 
         Raises:
-            RolloutError: there is no room, or an adapter was promised and there is none.
+            RolloutError: there is no room, or an adapter is to be sent and the trainer has none.
         """
         from safetensors import SafetensorError
 
         self.clear()
-        self.count += 1
+        self.num_updates += 1
         try:
-            return self._put_adapter(weights) if adapter else self._put_all(weights)
+            return self._send_adapter(weights) if adapter else self._send_all(weights)
         except (OSError, SafetensorError) as error:
             raise RolloutError(f"the weights for the engines cannot be written: {error}") from error
 
     def clear(self) -> None:
-        """Deletes what this run has written, also in an earlier process that was killed."""
+        """Deletes all files of this run, also those of an earlier process that was killed."""
         while self._locks:
             os.close(self._locks.pop())
-        for place in self.places:
-            for folder in place.glob(f"{self.name}-weights-*"):
+        for directory in self.directories:
+            for folder in directory.glob(f"{self.name}-weights-*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _put_adapter(self, weights: Weights) -> Update:
-        folder = self._folder(self.places[-1], version=weights.version)
+    def _send_adapter(self, weights: Weights) -> WeightUpdate:
+        """Writes an adapter as peft does, to the last directory."""
+        folder = self._folder(self.directories[-1], version=weights.version)
         if not weights.save_adapter(folder):
             raise RolloutError("the engines were started for an adapter (model.lora), and the trainer has none")
-        return Update(version=weights.version, adapter=str(folder))
+        return WeightUpdate(version=weights.version, adapter=str(folder))
 
-    def _put_all(self, weights: Weights) -> Update:
+    def _send_all(self, weights: Weights) -> WeightUpdate:
+        """Writes all weights as safetensors files of bounded size."""
         from safetensors.torch import save_file
 
         files: list[str] = []
         for shard in _shards(weights.named_weights()):
-            place = self._place_for(sum(tensor.nbytes for tensor in shard.values()))
-            file = self._folder(place, version=weights.version) / f"{len(files):05d}.safetensors"
+            directory = self._directory_for(sum(tensor.nbytes for tensor in shard.values()))
+            file = self._folder(directory, version=weights.version) / f"{len(files):05d}.safetensors"
             save_file(shard, file)
             files.append(str(file))
-        return Update(version=weights.version, adapter=None, files=tuple(files))
+        return WeightUpdate(version=weights.version, adapter=None, files=tuple(files))
 
-    def _place_for(self, size: int) -> Path:
-        roomy = (place for place in self.places if shutil.disk_usage(place).free > 2 * size)
-        return next(roomy, self.places[-1])
+    def _directory_for(self, size: int) -> Path:
+        """The first directory with twice as much room as `size` bytes, else the last one."""
+        candidates = (directory for directory in self.directories if shutil.disk_usage(directory).free > 2 * size)
+        return next(candidates, self.directories[-1])
 
-    def _folder(self, place: Path, *, version: int) -> Path:
-        folder = place / f"{self.name}-weights-{version}-{self.count}"
+    def _folder(self, directory: Path, *, version: int) -> Path:
+        """The folder of this update in a directory; makes and locks it on first use."""
+        folder = directory / f"{self.name}-weights-{version}-{self.num_updates}"
         if not folder.exists():
             folder.mkdir(parents=True)
             self._locks += _lock(folder, fcntl.LOCK_SH)
@@ -127,25 +136,26 @@ class Outbox:
 
 
 def _lock(folder: Path, kind: int) -> list[int]:
-    """The descriptor of a folder that is locked now, until it is closed or this process ends; none if it cannot be."""
+    """Locks a folder until the returned descriptor is closed or this process ends; returns none if that fails."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError:  # another has it, or it is on a network file system that has no such locks
+    except OSError:  # another process has the lock, or the network file system has no such locks
         os.close(descriptor)
         return []
     return [descriptor]
 
 
-def sweep(places: tuple[Path, ...] | None = None, *, settled_s: float = SETTLED_S) -> None:
-    """Deletes from this machine's memory what runs have left there whose processes were killed.
+def sweep(directories: tuple[Path, ...] | None = None, *, settled_s: float = SETTLED_S) -> None:
+    """Deletes files that killed processes have left in this machine's memory.
 
     Args:
-        places: where to look; None is where outboxes of one machine write.
-        settled_s: age (s) up to which a folder is left alone.
+        directories: folders to look in; None means the local directories.
+        settled_s: a folder that is younger (s) is left alone.
     """
-    for folder in (folder for place in places or local_places() for folder in place.glob(f"{PREFIX}*-weights-*")):
-        with contextlib.suppress(OSError):  # another one deletes it just now
+    pattern = f"{PREFIX}*-weights-*"
+    for folder in (folder for directory in directories or local_directories() for folder in directory.glob(pattern)):
+        with contextlib.suppress(OSError):  # another process may delete it at the same time
             if time.time() - folder.stat().st_mtime >= settled_s:
                 for descriptor in _lock(folder, fcntl.LOCK_EX):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -153,54 +163,55 @@ def sweep(places: tuple[Path, ...] | None = None, *, settled_s: float = SETTLED_
 
 
 class GatherOnce:
-    """The main worker's `Weights`, gathered exactly once, whatever fails there: before it, meanwhile or after.
+    """Wraps the main worker's `Weights` so that they are gathered exactly once, even if their sending fails.
 
-    The other workers are in `participate` all the while, whose collectives need this worker. If it gave up and went on to
-    another collective, both would wait for ever, or take one's data for the other's.
+    Meanwhile the other workers are in `participate`, whose collectives need this worker. If this worker left early and
+    began another collective, the workers would wait for each other forever, or mix up the data of two collectives.
     """
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._rest: Iterator[tuple[str, Tensor]] | None = None
-        """What is still to be gathered; None is everything."""
+        self._iterator: Iterator[tuple[str, Tensor]] | None = None
+        """The weights that are still to be gathered; None means all of them."""
 
     @property
     def version(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps behind the weights."""
         return self._weights.version
 
     def save_adapter(self, folder: Path) -> bool:
-        """As the port says."""
-        self._rest = iter(())  # everything is gathered before anything is written
+        """Gathers and writes the adapter; false if all weights are trained."""
+        self._iterator = iter(())  # the adapter is gathered completely before anything is written
         is_adapter = self._weights.save_adapter(folder)
         if not is_adapter:
-            self._rest = None
+            self._iterator = None
         return is_adapter
 
     def participate(self) -> None:
-        """As the port says."""
-        self._rest = iter(())
+        """Takes part in gathering the weights."""
+        self._iterator = iter(())
         self._weights.participate()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As the port says."""
-        self._rest = self._weights.named_weights()
-        return self._rest
+        """Yields each weight by its Hugging Face name."""
+        self._iterator = self._weights.named_weights()
+        return self._iterator
 
     def complete(self) -> None:
-        """Takes part in what is left to gather."""
-        if self._rest is None:
+        """Gathers the weights that have not been gathered yet."""
+        if self._iterator is None:
             self.participate()
         else:
-            for _ in self._rest:
+            for _ in self._iterator:
                 pass
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Collects tensors into dictionaries of about SHARD_BYTES each."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        # A copy: a gathered tensor is only there until the next one.
+        # It must be copied, because a gathered tensor is valid only until the next one.
         shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes
         if size >= SHARD_BYTES:
@@ -211,69 +222,70 @@ def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 
 def read(files: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of some safetensors files, mapped, not copied."""
+    """Yields each tensor of some safetensors files by name, mapped into memory rather than copied."""
     from safetensors import safe_open
 
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # not a dict
-                yield name, opened.get_tensor(name)
+        with safe_open(file, framework="pt") as tensor_file:
+            for name in tensor_file.keys():  # noqa: SIM118  # not a dict
+                yield name, tensor_file.get_tensor(name)
 
 
 def install() -> None:
-    """Makes a process of one of our engines what we need; `alignment.rollout.worker` calls it there, and only there."""
+    """Prepares a process of one of our vLLM engines; only `alignment.rollout.worker` calls this, in that process."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     from alignment.rollout import adapter_speed
 
     _end_with_owner()
-    # Linux kills a process that uses AMX without having asked for it. vLLM's attention does, unless a product of
-    # matrices has asked before, which one of one or two tokens may not. Elsewhere this does nothing.
+    # Linux kills a process that uses AMX without a request for it. vLLM's attention uses AMX without one. A matrix
+    # product makes the request, but may not do so for one or two tokens. On other machines this does nothing.
     torch.cpu._init_amx()
     adapter_speed.install()
     WeightTransferEngineFactory.register_engine(FILES, _receiver())
 
 
 def _end_with_owner() -> None:
-    """Ends this process when the one that started the engine is gone, killed even: an engine alone is only heat."""
+    """Ends this process as soon as the process that started the engine has ended, even if that was killed."""
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         return
-    core, owner_of_core = parent.pid, _parent_of(parent.pid)
+    core, core_parent = parent.pid, _parent_of(parent.pid)
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_core() -> None:
-        while _parent_of(core) == owner_of_core:
+        while _parent_of(core) == core_parent:
             time.sleep(1.0)
         os.kill(core, signal.SIGKILL)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
-    if parent.name.startswith("EngineCore"):  # of an engine of several workers, it imports nothing of ours
+    if parent.name.startswith("EngineCore"):  # it belongs to an engine of several workers, and imports nothing of ours
         threading.Thread(target=watch_core, name="lifeline of EngineCore", daemon=True).start()
 
 
 def _parent_of(process: int) -> int:
-    """Id of a process's parent: another one than before when that has ended. As Linux says it."""
+    """The id of a process's parent, read from Linux's /proc. It changes when the parent ends."""
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @dataclass
 class NoInit:
-    """What vLLM's side of the transfer has to know beforehand: nothing."""
+    """The information that vLLM's side of the transfer needs before the first update: none."""
 
 
 @dataclass
 class FilesInfo:
-    """What vLLM's side of the transfer is told for an update."""
+    """The information that vLLM's side of the transfer needs for an update."""
 
     files: list[str]
+    """Paths of the safetensors files."""
 
 
 def _receiver() -> type[Any]:
-    """vLLM's side of the transfer. A class made here, because its base can only be had by importing vLLM."""
+    """Makes the class of vLLM's side of the transfer. It is made in a function, because its base class needs vLLM."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -289,7 +301,7 @@ def _receiver() -> type[Any]:
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: FilesInfo) -> None:
-            # One call for all files: several would end a layer that is spread over two of them too early.
+            # All files are loaded in one call, because a layer may be spread over two files.
             self.missing -= self.model.load_weights(read(update_info.files)) or self.missing
             if self.missing:
                 raise ValueError(f"an update of all weights lacks {len(self.missing)}, such as {min(self.missing)}")
@@ -304,24 +316,26 @@ def _receiver() -> type[Any]:
 
 
 def _tied_names(model: torch.nn.Module) -> set[str]:
-    """Names of the weights of output heads that are tied to the embedding."""
+    """The weight names of output heads that are tied to the embedding."""
     return {f"{name}.weight" for name, _ in _tied_heads(model)}
 
 
 def _tied_heads(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The output heads that are tied to the embedding, with their names."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     config: Any = model.config
     if not config.tie_word_embeddings:
         return []
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, ParallelLMHead)]
+    return [(name, submodule) for name, submodule in model.named_modules() if isinstance(submodule, ParallelLMHead)]
 
 
 def pack_again(model: torch.nn.Module) -> None:
-    """Makes anew what vLLM 0.32 computes with on a CPU in place of the weights, and a layerwise reload leaves old.
+    """Packs again the weights that a layerwise reload of vLLM 0.32 does not pack, on a CPU.
 
-    That is the output head that is tied to the embedding: the reload packs a layer whose weight comes by its own name,
-    and none comes for that. And it is experts: those are packed when they are loaded first, and never again.
+    On a CPU, vLLM computes with packed copies of weights. The reload packs a layer when it gets a weight by the layer's
+    own name. An output head that is tied to the embedding gets none, so its packed copy would stay old. Experts are
+    packed only when they are loaded for the first time.
     """
     _tie_again(model)
     for layer in _packed_experts(model):
@@ -329,7 +343,7 @@ def pack_again(model: torch.nn.Module) -> None:
 
 
 def unpack_experts(model: torch.nn.Module) -> None:
-    """Gives experts room for weights as they come, in place of packed ones, which may have been padded."""
+    """Replaces the packed weights of experts, which may be padded, by empty tensors of the shapes to be loaded."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     for layer in _packed_experts(model):
@@ -339,25 +353,25 @@ def unpack_experts(model: torch.nn.Module) -> None:
 
 
 def _packed_experts(model: torch.nn.Module) -> list[Any]:
-    """Layers of experts, where vLLM packs them."""
+    """The layers of experts whose weights vLLM packs."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return []
-    layers: list[Any] = [part for part in model.modules() if isinstance(part, RoutedExperts)]
+    layers: list[Any] = [submodule for submodule in model.modules() if isinstance(submodule, RoutedExperts)]
     return [layer for layer in layers if isinstance(layer.quant_method, UnquantizedFusedMoEMethod)]
 
 
 def _tie_again(model: torch.nn.Module) -> None:
-    """Gives output heads that are tied to the embedding its new weights."""
+    """Gives tied output heads the new weights of the embedding."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     for _, head in _tied_heads(model):
         embedding = next(
-            part
-            for part in model.modules()
-            if isinstance(part, VocabParallelEmbedding) and not isinstance(part, ParallelLMHead)
+            submodule
+            for submodule in model.modules()
+            if isinstance(submodule, VocabParallelEmbedding) and not isinstance(submodule, ParallelLMHead)
         )
         head.tie_weights(embedding)
         head.quant_method.process_weights_after_loading(head)

@@ -1,7 +1,8 @@
-"""Rollout's foothold in vLLM: importing this module is what makes a process one of our engines'.
+"""vLLM imports this module in the processes of our engines, and the import prepares those processes.
 
-vLLM imports it where an engine's weights are, because engines of ours name it as their `worker_extension_cls`. A plugin
-of vLLM would be loaded in other people's processes too, and only where raylign is installed, not where its code is.
+Our engines name `EngineWorker` as their `worker_extension_cls`, so vLLM imports this module in the process that holds
+an engine's weights. A plugin of vLLM would not do: it would also be loaded by engines that are not ours, and it would
+need raylign to be installed, while this module only needs raylign's code.
 """
 
 from alignment.rollout.weights import install
@@ -10,4 +11,4 @@ install()
 
 
 class EngineWorker:
-    """Adds nothing to vLLM's worker."""
+    """Adds no method to vLLM's worker; the import of its module is what matters."""

@@ -78,8 +78,8 @@ class Scripted:
         self.loaded: list[tuple[int, dict[str, Tensor]]] = []
 
     def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
-        self.calls += sampling.completions > 1  # evaluations do not count
-        drawn = [[self._answer(prompt.seed + k) for k in range(sampling.completions)] for prompt in prompts]
+        self.calls += sampling.num_completions > 1  # evaluations do not count
+        drawn = [[self._answer(prompt.seed + k) for k in range(sampling.num_completions)] for prompt in prompts]
         return lambda: drawn
 
     def load(self, weights: Weights) -> None:
@@ -91,7 +91,10 @@ class Scripted:
     def _answer(self, seed: int) -> Rollout:
         tokens = torch.randint(3, 300, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
         return Rollout(
-            tokens=tuple(tokens), logprobs=(-5.0,) * 4, truncated=self.calls in self.endless, version=self.loaded[-1][0]
+            tokens=tuple(tokens),
+            logprobs=(-5.0,) * 4,
+            truncated=self.calls in self.endless,
+            weight_version=self.loaded[-1][0],
         )
 
 

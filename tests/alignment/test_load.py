@@ -11,7 +11,7 @@ import torch._dynamo
 
 from alignment.models.attention import limit_recompilations
 from alignment.models.load import DTYPES, number_format
-from alignment.rollout.vllm import EngineSettings
+from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RolloutConfig
 
@@ -44,7 +44,7 @@ def test_what_is_asked_for_is_obeyed_and_warned_of_where_it_is_slow(caplog: pyte
 )
 def test_trainer_and_engine_agree_unless_told_otherwise(model: str, rollout: str, wanted: str) -> None:
     config = ModelConfig.model_validate({"dtype": model})
-    settings = EngineSettings.of(
+    settings = RolloutEngineSettings.of(
         config, RolloutConfig.model_validate({"dtype": rollout}), max_length=64, device="cpu", threads=1
     )
     assert f"torch.{settings.dtype}" == str(DTYPES[number_format(wanted, "cpu")])  # type: ignore[arg-type]

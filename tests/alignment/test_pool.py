@@ -1,4 +1,4 @@
-"""The pool over seats that a test can disturb: whoever is lost, the others go on, and no two versions are mixed."""
+"""The pool over engine handles that a test can disturb: others go on without a lost engine; versions never mix."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from alignment.errors import ModelError, RolloutError
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
-from alignment.rollout.pool import EngineLost, Pool, longest_wait_s
-from alignment.rollout.weights import Outbox, Update
+from alignment.rollout.pool import EngineLost, EnginePool, longest_wait_s
+from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
 
 TIMEOUT_S = 2.0
 PROMPTS = [Prompt(tokens=(1, 2, 3), seed=seed) for seed in range(8)]
-SAMPLING = Sampling(completions=1, max_tokens=4, max_length=16, temperature=1.0)
+SAMPLING = Sampling(num_completions=1, max_tokens=4, max_length=16, temperature=1.0)
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Numbers:
 
 
 @dataclass
-class PaperSeat:
+class PaperEngineHandle:
     """The place of an engine whose completions are the number in the files that it has read.
 
     A test sets flags of threads, which the pool's own thread reads: every wait is a poll.
@@ -71,9 +71,9 @@ class PaperSeat:
         if self.version is None:
             raise RolloutError("stale")
         assert self.number is not None
-        return [Rollout(tokens=(self.number,), logprobs=(0.0,), truncated=False, version=self.version)]
+        return [Rollout(tokens=(self.number,), logprobs=(0.0,), truncated=False, weight_version=self.version)]
 
-    async def load(self, update: Update) -> None:
+    async def load(self, update: WeightUpdate) -> None:
         from safetensors.torch import load_file
 
         await self.check()
@@ -111,26 +111,26 @@ class PaperSeat:
 
 
 @dataclass
-class WatchfulOutbox(Outbox):
+class WatchfulTransfer(FileWeightTransfer):
     """Writes down whether an engine was reading when its files were replaced."""
 
-    def __init__(self, folder: Path, seats: list[PaperSeat]) -> None:
+    def __init__(self, folder: Path, handles: list[PaperEngineHandle]) -> None:
         super().__init__("paper", (folder,))
-        self.seats = seats
+        self.handles = handles
         self.torn = 0
 
-    def put(self, weights: Weights, *, adapter: bool) -> Update:
-        self.torn += sum(seat.is_loading for seat in self.seats)
-        return super().put(weights, adapter=adapter)
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
+        self.torn += sum(handle.is_loading for handle in self.handles)
+        return super().send(weights, adapter=adapter)
 
 
 class Run:
     """A pool with two engines, and what a training worker does with them."""
 
     def __init__(self, folder: Path) -> None:
-        self.seats = [PaperSeat(), PaperSeat()]
-        self.outbox = WatchfulOutbox(folder, self.seats)
-        self.pool = Pool(self.seats, self.outbox, adapter=False, timeout_s=TIMEOUT_S)
+        self.handles = [PaperEngineHandle(), PaperEngineHandle()]
+        self.transfer = WatchfulTransfer(folder, self.handles)
+        self.pool = EnginePool(self.handles, self.transfer, adapter=False, timeout_s=TIMEOUT_S)
         self.version = 0
 
     def sync(self) -> None:
@@ -140,18 +140,20 @@ class Run:
     def draw(self) -> None:
         """Draws, and checks that everything is of the newest version."""
         drawn = self.pool.submit(PROMPTS, SAMPLING)()
-        assert [(rollout.tokens, rollout.version) for (rollout,) in drawn] == [((self.version,), self.version)] * 8
+        assert [(rollout.tokens, rollout.weight_version) for (rollout,) in drawn] == [
+            ((self.version,), self.version)
+        ] * 8
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     started = Run(tmp_path)
     yield started
-    for seat in started.seats:
-        seat.room.set()
-        seat.pace.set()
+    for handle in started.handles:
+        handle.room.set()
+        handle.pace.set()
     started.pool.close()
-    assert started.outbox.torn == 0, "files were replaced while an engine read them"
+    assert started.transfer.torn == 0, "files were replaced while an engine read them"
 
 
 @pytest.fixture
@@ -177,7 +179,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def test_a_restart_that_finds_no_place_stops_nobody_and_says_so(started: Run, caplog: pytest.LogCaptureFixture) -> None:
-    lost, other = started.seats
+    lost, other = started.handles
     lost.die(room=False)
     with within(TIMEOUT_S):
         for _ in range(3):
@@ -192,7 +194,7 @@ def test_a_restart_that_finds_no_place_stops_nobody_and_says_so(started: Run, ca
 
 
 def test_an_engine_that_is_back_takes_the_next_update_with_the_others(started: Run) -> None:
-    lost, other = started.seats
+    lost, other = started.handles
     lost.die(room=False)
     started.draw()
     lost.room.set()
@@ -203,7 +205,7 @@ def test_an_engine_that_is_back_takes_the_next_update_with_the_others(started: R
 
 
 def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(started: Run) -> None:
-    dying, other = started.seats
+    dying, other = started.handles
     dying.pace.clear()
     sync = threading.Thread(target=started.sync)
     sync.start()
@@ -220,7 +222,7 @@ def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(started:
 
 
 def test_an_engine_that_stands_still_in_a_load_is_replaced_when_its_time_is_up(started: Run) -> None:
-    stuck, other = started.seats
+    stuck, other = started.handles
     stuck.pace.clear()
     with within(TIMEOUT_S):
         started.sync()
@@ -230,7 +232,7 @@ def test_an_engine_that_stands_still_in_a_load_is_replaced_when_its_time_is_up(s
 
 
 def test_files_stay_while_a_returning_engine_reads_them(started: Run) -> None:
-    lost, _ = started.seats
+    lost, _ = started.handles
     lost.pace.clear()
     lost.die(room=True)
     started.draw()
@@ -241,12 +243,12 @@ def test_files_stay_while_a_returning_engine_reads_them(started: Run) -> None:
     assert sync.is_alive(), "the sync waits"
     lost.pace.set()
     sync.join(timeout=TIMEOUT_S)
-    assert [seat.version for seat in started.seats] == [started.version] * 2
+    assert [handle.version for handle in started.handles] == [started.version] * 2
     started.draw()
 
 
 def test_a_returning_engine_that_is_lost_again_stops_nobody(started: Run) -> None:
-    lost, other = started.seats
+    lost, other = started.handles
     lost.pace.clear()
     lost.die(room=True)
     started.draw()
@@ -262,7 +264,7 @@ def test_a_returning_engine_that_is_lost_again_stops_nobody(started: Run) -> Non
 
 
 def test_a_failed_load_is_tried_again_at_the_next_sync(started: Run, caplog: pytest.LogCaptureFixture) -> None:
-    damaged, other = started.seats
+    damaged, other = started.handles
     damaged.is_damaged = True
     started.sync()
     wait_until(lambda: "an engine could not be restarted, the next sync tries again; 1 of 2" in caplog.text)
@@ -275,7 +277,7 @@ def test_a_failed_load_is_tried_again_at_the_next_sync(started: Run, caplog: pyt
 
 
 def test_with_one_engine_a_sync_waits_for_its_restart(started: Run) -> None:
-    first, second = started.seats
+    first, second = started.handles
     second.die(room=False)
     first.die(room=True)
     started.draw()
@@ -285,8 +287,8 @@ def test_with_one_engine_a_sync_waits_for_its_restart(started: Run) -> None:
 
 
 def test_without_any_engine_a_sync_fails_in_bounded_time(started: Run) -> None:
-    for seat in started.seats:
-        seat.die(room=False)
+    for handle in started.handles:
+        handle.die(room=False)
     with within(longest_wait_s(TIMEOUT_S)), pytest.raises(RolloutError, match=r"within 2 s .*0 of 2 are there"):
         started.sync()
     with pytest.raises(RolloutError, match="no weights"):
@@ -294,21 +296,21 @@ def test_without_any_engine_a_sync_fails_in_bounded_time(started: Run) -> None:
 
 
 def test_without_any_engine_prompts_fail_in_bounded_time(started: Run) -> None:
-    for seat in started.seats:
-        seat.die(room=False)
+    for handle in started.handles:
+        handle.die(room=False)
     with within(longest_wait_s(TIMEOUT_S)), pytest.raises(RolloutError, match=r"within 2 s .*0 of 2 are there"):
         started.draw()
 
 
 def test_an_update_that_no_engine_can_load_is_an_error_with_its_text(started: Run) -> None:
-    for seat in started.seats:
-        seat.is_damaged = True
+    for handle in started.handles:
+        handle.is_damaged = True
     with pytest.raises(RolloutError, match="no engine could be restarted: the files are damaged"):
         started.sync()
 
 
 def test_a_worker_attaches_to_the_engines_that_are_left(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    lost, _ = run.seats
+    lost, _ = run.handles
     lost.die(room=False)
     with within(TIMEOUT_S):
         run.pool.begin()
@@ -321,13 +323,13 @@ def test_an_engine_that_cannot_start_says_why(run: Run, monkeypatch: pytest.Monk
     async def begin() -> None:
         raise ModelError("there is no config.json")
 
-    monkeypatch.setattr(run.seats[1], "begin", begin)
+    monkeypatch.setattr(run.handles[1], "begin", begin)
     with pytest.raises(ModelError, match=r"no config\.json"):
         run.pool.begin()
 
 
 def test_a_pool_that_closes_waits_for_no_restart(started: Run) -> None:
-    started.seats[0].die(room=False)
+    started.handles[0].die(room=False)
     started.draw()
     with within(1):
         started.pool.close()

@@ -15,28 +15,28 @@ from alignment.errors import RolloutError
 from alignment.models.parallel import World, together, wrap
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
-from alignment.rollout.pool import Pool
-from alignment.rollout.weights import Outbox, Update
+from alignment.rollout.pool import EnginePool
+from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
 from alignment.settings.run import ZeroConfig
-from tests.alignment.test_pool import PaperSeat
+from tests.alignment.test_pool import PaperEngineHandle
 from tests.alignment.test_zero import Task, Workers
 
 SECONDS = 30.0
 """Within which a failure has to be told to everybody; a worker that waits for it in vain waits half an hour."""
 
 
-class UnreadySeat(PaperSeat):
+class UnreadyEngineHandle(PaperEngineHandle):
     """Takes no update."""
 
-    async def load(self, update: Update) -> None:
+    async def load(self, update: WeightUpdate) -> None:
         raise RolloutError("the engine has lost its files")
 
 
-class NoOutbox(Outbox):
+class BrokenTransfer(FileWeightTransfer):
     """Fails before it looks at the weights."""
 
-    def put(self, weights: Weights, *, adapter: bool) -> Update:
-        raise RolloutError("there is no outbox")
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
+        raise RolloutError("there is no transfer")
 
 
 @contextlib.contextmanager
@@ -55,12 +55,12 @@ def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str,
     model = task.load()
     trained = wrap(model.module, task.optim, world)
     weights = ActorWeights(actor=model, backend=trained, version=1)
-    seats: list[PaperSeat] = []
+    handles: list[PaperEngineHandle] = []
     if world.is_main:
-        seats = [UnreadySeat() if failure == "after the gather" else PaperSeat()]
+        handles = [UnreadyEngineHandle() if failure == "after the gather" else PaperEngineHandle()]
     place = Path(folder) / "file" if failure == "no folder" else Path(folder)
-    outbox = (NoOutbox if failure == "before the gather" else Outbox)("run", (place,))
-    pool = Pool(seats, outbox, adapter=task.lora, timeout_s=60, main=world.is_main)
+    transfer = (BrokenTransfer if failure == "before the gather" else FileWeightTransfer)("run", (place,))
+    pool = EnginePool(handles, transfer, adapter=task.lora, timeout_s=60, is_main=world.is_main)
     world.wait()
     started, text = time.perf_counter(), ""
     with small_disk(1000) if failure == "full disk" and world.is_main else contextlib.nullcontext():
@@ -76,7 +76,7 @@ def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str,
 
 
 FAILURES = {
-    "before the gather": "there is no outbox",
+    "before the gather": "there is no transfer",
     "no folder": "cannot be written: .*Not a directory",
     "full disk": "cannot be written: .*File too large",
     "after the gather": "the engine has lost its files",

@@ -26,9 +26,9 @@ from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import TrainableModule, World, wrap
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
-from alignment.rollout.pool import Pool
-from alignment.rollout.vllm import Engine, EngineSettings, local_generator, seed_of
-from alignment.rollout.weights import Outbox
+from alignment.rollout.pool import EnginePool
+from alignment.rollout.vllm import RolloutEngine, RolloutEngineSettings, local_generator, seed_of
+from alignment.rollout.weights import FileWeightTransfer
 from alignment.settings.data import DataConfig
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import OptimConfig, RolloutConfig
@@ -42,7 +42,7 @@ PROMPTS = [Prompt(tokens=tuple(range(20 + i, 60 + 2 * i)), seed=i) for i in rang
 
 
 def sampling(**changed: object) -> Sampling:
-    settings = {"completions": 3, "max_tokens": 12, "max_length": MAX_LENGTH, "temperature": 1.0, **changed}
+    settings = {"num_completions": 3, "max_tokens": 12, "max_length": MAX_LENGTH, "temperature": 1.0, **changed}
     return Sampling(**settings)  # type: ignore[arg-type]
 
 
@@ -90,8 +90,8 @@ def completion(rollout: Rollout) -> Completion:
     return Completion(text="", tokens=rollout.tokens, learned=(True,) * len(rollout.tokens))
 
 
-def settings_of(config: ModelConfig) -> EngineSettings:
-    return EngineSettings.of(config, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
+def settings_of(config: ModelConfig) -> RolloutEngineSettings:
+    return RolloutEngineSettings.of(config, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
 
 
 def assert_equal_within_rounding(mismatch: Tensor) -> None:
@@ -135,7 +135,7 @@ class Pair:
     """A trainer and an engine of its model."""
 
     trainer: Trainer
-    engine: Pool
+    engine: EnginePool
 
     def sync(self) -> None:
         self.engine.load(self.trainer.change())
@@ -153,7 +153,7 @@ def pair(request: pytest.FixtureRequest, models: dict[bool, Path]) -> Iterator[P
     yield found
     engine.close()
     assert set(engine_processes()) <= before
-    assert not list(Path("/dev/shm").glob(f"{engine.outbox.name}-*"))
+    assert not list(Path("/dev/shm").glob(f"{engine.transfer.name}-*"))
 
 
 def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
@@ -162,7 +162,7 @@ def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
     for _ in range(10):
         pair.sync()
         drawn = pair.engine.submit(PROMPTS, sampling())()
-        assert {rollout.version for each in drawn for rollout in each} == {pair.trainer.version}
+        assert {rollout.weight_version for each in drawn for rollout in each} == {pair.trainer.version}
         assert_equal_within_rounding(pair.trainer.mismatch(drawn))
         memory.append(process.memory_info().rss)
     assert memory[-1] - memory[5] < 32 << 20, "what is kept of an update should not add up"
@@ -210,16 +210,16 @@ def test_prompt_and_completion_fit_together_into_the_window(pair: Pair) -> None:
 def test_more_prompts_than_fit_into_one_pass_are_all_answered(pair: Pair) -> None:
     tokens = torch.randint(5, 340, (40, MAX_LENGTH - 6), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [Prompt(tokens=tuple(row), seed=number) for number, row in enumerate(tokens)]
-    drawn = pair.engine.submit(prompts, sampling(completions=1))()
+    drawn = pair.engine.submit(prompts, sampling(num_completions=1))()
     assert [len(rollouts) for rollouts in drawn] == [1] * 40
-    assert all(place.lives == 0 for place in pair.engine.places), "no engine was lost over it"
+    assert all(slot.generation == 0 for slot in pair.engine.slots), "no engine was lost over it"
 
 
 def test_what_is_being_drawn_when_weights_come_is_drawn_from_the_old_ones(pair: Pair) -> None:
     version = pair.trainer.version
     wait = pair.engine.submit(PROMPTS, sampling(max_tokens=40))
     pair.sync()
-    assert {rollout.version for each in wait() for rollout in each} == {version}
+    assert {rollout.weight_version for each in wait() for rollout in each} == {version}
     assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
 
 
@@ -252,11 +252,11 @@ def test_a_sender_that_fails_half_way_leaves_nothing_to_draw_from(pair: Pair) ->
     assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
 
 
-class Damaging(Outbox):
+class Damaging(FileWeightTransfer):
     """Loses the last file of what it writes."""
 
-    def put(self, weights: movement.Weights, *, adapter: bool) -> movement.Update:
-        update = super().put(weights, adapter=adapter)
+    def send(self, weights: movement.Weights, *, adapter: bool) -> movement.WeightUpdate:
+        update = super().send(weights, adapter=adapter)
         folder = Path(update.adapter or update.files[0]).parent
         files = sorted(Path(update.adapter).glob("*.safetensors")) if update.adapter else list(map(Path, update.files))
         assert folder.exists()
@@ -270,15 +270,15 @@ def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
 ) -> None:
     monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)  # several files, of which the first ones are whole
     processes = set(engine_processes())
-    good = pair.engine.outbox
-    pair.engine.outbox = Damaging(good.name, good.places)
+    good = pair.engine.transfer
+    pair.engine.transfer = Damaging(good.name, good.directories)
     with pytest.raises(RolloutError, match="could not be loaded"):
         pair.engine.load(pair.trainer.change())
-    pair.engine.outbox = good
+    pair.engine.transfer = good
     with pytest.raises(RolloutError, match="no weights"):
         pair.engine.submit(PROMPTS, sampling())
     with pytest.raises(RolloutError, match="stale"):
-        asyncio.run(pair.engine.places[0].seat.generate(PROMPTS[0], sampling()))
+        asyncio.run(pair.engine.slots[0].handle.generate(PROMPTS[0], sampling()))
     pair.sync()
     assert not processes & set(engine_processes())
     assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
@@ -293,7 +293,7 @@ def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair:
     process.kill()
     drawn = wait()
     assert tokens_of(drawn) == tokens_of(expected)
-    assert {rollout.version for each in drawn for rollout in each} == {pair.trainer.version}
+    assert {rollout.weight_version for each in drawn for rollout in each} == {pair.trainer.version}
     assert_equal_within_rounding(pair.trainer.mismatch(drawn))
     assert process not in engine_processes()
 
@@ -304,7 +304,7 @@ def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(model
     with contextlib.closing(local_generator(settings_of(config))) as engine:
         engine.load(Trainer.of(config).weights())
         processes = set(engine_processes())
-        (drawn,) = engine.submit([Prompt(tokens=(20,), seed=1)], sampling(completions=2))()
+        (drawn,) = engine.submit([Prompt(tokens=(20,), seed=1)], sampling(num_completions=2))()
         assert len(drawn) == 2
         assert set(engine_processes()) == processes, "the engine was replaced"
 
@@ -339,7 +339,7 @@ print("FOUND" + json.dumps(found))
 @pytest.mark.slow  # an engine of its own, to show what vLLM does by itself
 def test_without_its_tying_the_output_head_would_stay_the_old_one(models: dict[bool, Path], tmp_path: Path) -> None:
     trainer = Trainer.of(ModelConfig(path=str(models[True]), dtype="fp32"))
-    update = Outbox("update", (tmp_path,)).put(trainer.change(), adapter=False)
+    update = FileWeightTransfer("update", (tmp_path,)).send(trainer.change(), adapter=False)
     tokens = list(range(20, 60))
     command = [sys.executable, "-c", WITHOUT_TYING, str(models[True]), update.files[0], json.dumps(tokens)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200, check=False)
@@ -354,7 +354,7 @@ def test_without_its_tying_the_output_head_would_stay_the_old_one(models: dict[b
 
 
 def test_an_engine_draws_nothing_before_it_has_weights() -> None:
-    engine = Engine(settings_of(ModelConfig()))
+    engine = RolloutEngine(settings_of(ModelConfig()))
     with pytest.raises(RolloutError, match="stale"):
         asyncio.run(engine.generate(PROMPTS[0], sampling()))
 

@@ -25,7 +25,7 @@ import torch
 from alignment.errors import ConfigError, RolloutError
 from alignment.rollout import Weights
 from alignment.rollout.vllm import local_generator
-from alignment.rollout.weights import Outbox, Update
+from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import RolloutConfig
 from tests.alignment.test_vllm import (
@@ -86,7 +86,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 def assert_same(pair: Pair) -> None:
     drawn = pair.engine.submit(PROMPTS, sampling())()
-    assert {rollout.version for each in drawn for rollout in each} == {pair.trainer.version}
+    assert {rollout.weight_version for each in drawn for rollout in each} == {pair.trainer.version}
     assert_equal_within_rounding(pair.trainer.mismatch(drawn))
 
 
@@ -97,11 +97,11 @@ def test_after_every_sync_engine_and_trainer_have_the_same_experts(pair: Pair) -
         assert_same(pair)
 
 
-class Pipes(Outbox):
+class Pipes(FileWeightTransfer):
     """Leaves a pipe in the last file's place, so that an engine stands still in the middle of an update."""
 
-    def put(self, weights: Weights, *, adapter: bool) -> Update:
-        update = super().put(weights, adapter=adapter)
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
+        update = super().send(weights, adapter=adapter)
         self.pipe = Path(update.files[-1])
         self.file = self.pipe.with_suffix(".whole")
         self.pipe.rename(self.file)
@@ -134,8 +134,8 @@ def kill_while_it_loads(pair: Pair, process: psutil.Process, is_there: Callable[
     wait_until(is_there, 30)
     process.kill()
     killed = time.monotonic()
-    (place,) = pair.engine.places
-    wait_until(lambda: place.revival is not None, 30)
+    (slot,) = pair.engine.slots
+    wait_until(lambda: slot.restart_task is not None, 30)
     seconds = time.monotonic() - killed
     sync.join(timeout=200)
     assert not sync.is_alive()
@@ -144,8 +144,8 @@ def kill_while_it_loads(pair: Pair, process: psutil.Process, is_there: Callable[
 
 def test_an_engine_that_dies_in_the_middle_of_an_update_is_noticed_and_replaced(pair: Pair) -> None:
     (process,) = engine_processes()
-    good = pair.engine.outbox
-    pipes = pair.engine.outbox = Pipes(good.name, good.places)
+    good = pair.engine.transfer
+    pipes = pair.engine.transfer = Pipes(good.name, good.directories)
 
     def stands_in_the_update() -> bool:
         if is_read := hasattr(pipes, "pipe") and pipes.is_read():
@@ -153,7 +153,7 @@ def test_an_engine_that_dies_in_the_middle_of_an_update_is_noticed_and_replaced(
         return is_read
 
     assert kill_while_it_loads(pair, process, stands_in_the_update) < NOTICED_S
-    pair.engine.outbox = good
+    pair.engine.transfer = good
     assert_same(pair)
     assert process not in engine_processes()
 
@@ -218,8 +218,7 @@ if __name__ == "__main__":
     from alignment.settings.model import ModelConfig
     from alignment.settings.run import RolloutConfig
     from alignment.rollout import Prompt, Sampling
-    from alignment.rollout.vllm import EngineSettings, local_generator
-    from alignment.rollout.weights import Update
+    from alignment.rollout.vllm import RolloutEngineSettings, local_generator
 
     class Whole:
         version = 7
@@ -228,12 +227,12 @@ if __name__ == "__main__":
             yield from load_file(Path(sys.argv[1]) / "model.safetensors").items()
 
     model, rollout = ModelConfig(path=sys.argv[1], dtype="fp32"), RolloutConfig(cache_gb=0.05)
-    settings = EngineSettings.of(model, rollout, max_length=96, device="cpu", threads=1)
+    settings = RolloutEngineSettings.of(model, rollout, max_length=96, device="cpu", threads=1)
     pool = local_generator(settings)
     pool.load(Whole())
-    sampling = Sampling(completions=1, max_tokens=2, max_length=96, temperature=1.0)
+    sampling = Sampling(num_completions=1, max_tokens=2, max_length=96, temperature=1.0)
     ((rollout,),) = pool.submit([Prompt(tokens=(20, 21), seed=1)], sampling)()
-    print("VERSION", rollout.version)
+    print("VERSION", rollout.weight_version)
     pool.close()
 """
 

@@ -115,15 +115,15 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
     from alignment.models.load import load_tokenizer
     from alignment.rewards.sentiment import Sentiment
     from alignment.rollout import Prompt, Sampling
-    from alignment.rollout.vllm import EngineSettings, local_generator
+    from alignment.rollout.vllm import RolloutEngineSettings, local_generator
     from alignment.settings.model import ModelConfig
     from alignment.settings.run import RolloutConfig
 
     config = ModelConfig(path=model)
     tokenizer, rule = load_tokenizer(config), Sentiment()
-    settings = EngineSettings.of(config, RolloutConfig(), max_length=128, device="cpu")
+    settings = RolloutEngineSettings.of(config, RolloutConfig(), max_length=128, device="cpu")
     sampling = Sampling(
-        completions=COMPLETIONS,
+        num_completions=COMPLETIONS,
         max_tokens=TOKENS,
         max_length=128,
         temperature=1.0,

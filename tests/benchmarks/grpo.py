@@ -219,11 +219,11 @@ def ours(job: Job) -> Run:
     """Our loop without its surroundings: no evaluation, no checkpoint, no report."""
     import torch
 
-    from alignment.rollout.vllm import EngineSettings, local_generator
+    from alignment.rollout.vllm import RolloutEngineSettings, local_generator
 
     torch.set_num_threads(job.threads)
     config = run_config(job)
-    settings = EngineSettings.of(
+    settings = RolloutEngineSettings.of(
         config.model, config.rollout, max_length=job.max_length, device="cpu", threads=job.threads
     )
     with contextlib.closing(local_generator(settings)) as generator:

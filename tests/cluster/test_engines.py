@@ -18,8 +18,8 @@ import alignment.rollout.weights as movement
 from alignment.errors import RolloutError
 from alignment.models.parallel import World
 from alignment.rollout import Rollouts
-from alignment.rollout.pool import Pool
-from alignment.rollout.vllm import EngineSettings
+from alignment.rollout.pool import EnginePool
+from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RunConfig
@@ -58,7 +58,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def engines(ray_here: None, config: RunConfig) -> Iterator[Engines]:
     """Two engines."""
-    settings = EngineSettings.of(config.model, config.rollout, max_length=MAX_LENGTH, device="cpu", threads=1)
+    settings = RolloutEngineSettings.of(config.model, config.rollout, max_length=MAX_LENGTH, device="cpu", threads=1)
     with running_engines(settings, count=2, cpus=0.1, gpus=0) as found:
         yield found
     assert_engine_processes(0)
@@ -71,7 +71,7 @@ def trainer(config: RunConfig) -> Trainer:
 
 
 @pytest.fixture
-def pool(engines: Engines, config: RunConfig, trainer: Trainer) -> Iterator[Pool]:
+def pool(engines: Engines, config: RunConfig, trainer: Trainer) -> Iterator[EnginePool]:
     """What a training worker has; like a restarted one, it attaches to engines that others have used before."""
     found = attach(engines, config, World())
     with pytest.raises(RolloutError, match="no weights"):
@@ -96,25 +96,25 @@ def actor_processes() -> list[psutil.Process]:
     return descendants("EngineActor")
 
 
-def wait_until_all_are_back(pool: Pool) -> None:
+def wait_until_all_are_back(pool: EnginePool) -> None:
     """Lost engines return beside syncs and rollouts."""
     limit = time.monotonic() + TINY.timeout_s
-    while any(place.revival is not None for place in pool.places):
+    while any(slot.restart_task is not None for slot in pool.slots):
         assert time.monotonic() < limit
         time.sleep(0.1)
 
 
-def draw(pool: Pool, **settings: Any) -> Rollouts:
+def draw(pool: EnginePool, **settings: Any) -> Rollouts:
     return pool.submit(PROMPTS, sampling(**settings))()
 
 
-def assert_right(pool: Pool, trainer: Trainer, drawn: Rollouts) -> None:
+def assert_right(pool: EnginePool, trainer: Trainer, drawn: Rollouts) -> None:
     assert [len(rollouts) for rollouts in drawn] == [3] * len(PROMPTS)
-    assert {rollout.version for rollouts in drawn for rollout in rollouts} == {trainer.version}
+    assert {rollout.weight_version for rollouts in drawn for rollout in rollouts} == {trainer.version}
     assert_equal_within_rounding(trainer.mismatch(drawn))
 
 
-def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: Pool, trainer: Trainer) -> None:
+def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: EnginePool, trainer: Trainer) -> None:
     for _ in range(3):
         pool.load(trainer.change())
         wait = pool.submit(PROMPTS, sampling())
@@ -122,7 +122,7 @@ def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: Pool,
     assert_engine_processes(2)
 
 
-def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: Pool, trainer: Trainer) -> None:
+def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: EnginePool, trainer: Trainer) -> None:
     expected = draw(pool, max_tokens=40)
     killed = engine_processes()[0]
     wait = pool.submit(PROMPTS, sampling(max_tokens=40))
@@ -139,7 +139,7 @@ def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: Po
     assert killed not in engine_processes()
 
 
-def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(pool: Pool, trainer: Trainer) -> None:
+def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(pool: EnginePool, trainer: Trainer) -> None:
     dying = engine_processes()[0]
     dying.suspend()
     killer = threading.Timer(2.0, dying.kill)
@@ -158,8 +158,8 @@ def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(
 ) -> None:
     pool = attach(dataclasses.replace(engines, count=1), config, World())  # so that nobody else can answer
     pool.load(trainer.change())
-    (place,) = pool.places
-    killed = psutil.Process(ray.get(place.seat.actor.__ray_call__.remote(lambda _: os.getpid())))
+    (slot,) = pool.slots
+    killed = psutil.Process(ray.get(slot.handle.actor.__ray_call__.remote(lambda _: os.getpid())))
     (engine,) = engine_processes(of=killed.pid)
     wait = pool.submit(PROMPTS, sampling(max_tokens=40))
     time.sleep(0.05)
@@ -180,24 +180,24 @@ def test_an_update_that_is_cut_in_half_is_an_error_in_bounded_time(
     pool = attach(dataclasses.replace(engines, count=1), config, World())
     pool.load(trainer.change())
     monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)
-    good = pool.outbox
-    pool.outbox = Damaging(good.name, good.places)
+    good = pool.transfer
+    pool.transfer = Damaging(good.name, good.directories)
     started = time.monotonic()
     with pytest.raises(RolloutError, match="could not be loaded"):
         pool.load(trainer.change())
     assert time.monotonic() - started < 2 * TINY.timeout_s
     with pytest.raises(RolloutError, match="no weights"):
         draw(pool)
-    for actor in [place.seat.actor for place in pool.places]:
+    for actor in [slot.handle.actor for slot in pool.slots]:
         with pytest.raises(RolloutError, match="stale"):
             ray.get(actor.generate.remote(PROMPTS[0], sampling()))
-    pool.outbox = good
+    pool.transfer = good
     pool.load(trainer.weights())
     assert_right(pool, trainer, draw(pool))
     pool.close()
 
 
-def test_after_a_sender_that_failed_nothing_is_drawn(pool: Pool, trainer: Trainer) -> None:
+def test_after_a_sender_that_failed_nothing_is_drawn(pool: EnginePool, trainer: Trainer) -> None:
     with pytest.raises(Failure):
         pool.load(Failing(trainer.change()))
     with pytest.raises(RolloutError, match="no weights"):
@@ -206,7 +206,7 @@ def test_after_a_sender_that_failed_nothing_is_drawn(pool: Pool, trainer: Traine
 
 def test_engines_that_do_not_start_say_why(ray_here: None, config: RunConfig, tmp_path: Path) -> None:
     broken = config.model_copy(update={"model": ModelConfig(path=str(tmp_path))})
-    settings = EngineSettings.of(broken.model, TINY, max_length=MAX_LENGTH, device="cpu")
+    settings = RolloutEngineSettings.of(broken.model, TINY, max_length=MAX_LENGTH, device="cpu")
     with running_engines(settings, count=1, cpus=0.1, gpus=0) as found, pytest.raises(Exception, match=r"config\.json"):
         attach(found, broken, World())
 
@@ -215,7 +215,7 @@ def test_engines_that_the_cluster_has_no_place_for_are_refused_in_bounded_time(
     ray_here: None, config: RunConfig
 ) -> None:
     rollout = TINY.model_copy(update={"timeout_s": 5.0})
-    settings = EngineSettings.of(config.model, rollout, max_length=MAX_LENGTH, device="cpu")
+    settings = RolloutEngineSettings.of(config.model, rollout, max_length=MAX_LENGTH, device="cpu")
     with (
         pytest.raises(RolloutError, match="no place for 1 engines within 5 s"),
         running_engines(settings, count=1, cpus=1000, gpus=0),

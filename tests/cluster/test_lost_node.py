@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from alignment.models.parallel import World
-from alignment.rollout.pool import Pool
-from alignment.rollout.vllm import EngineSettings
+from alignment.rollout.pool import EnginePool
+from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RunConfig
@@ -53,8 +53,8 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def presence(pool: Pool) -> list[bool]:
-    return [place.revival is None for place in pool.places]
+def presence(pool: EnginePool) -> list[bool]:
+    return [slot.restart_task is None for slot in pool.slots]
 
 
 def test_the_loss_of_a_machine_ends_no_run_while_another_engine_lives(cluster: Any, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_loss_of_a_machine_ends_no_run_while_another_engine_lives(cluster: A
         rollout=TINY,
     )
     config.folder.mkdir(parents=True)
-    settings = EngineSettings.of(model, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
+    settings = RolloutEngineSettings.of(model, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
     trainer = Trainer.of(model)
     with running_engines(settings, count=2, cpus=1, gpus=0) as engines:
         pool = attach(engines, config, World())
@@ -78,7 +78,7 @@ def test_the_loss_of_a_machine_ends_no_run_while_another_engine_lives(cluster: A
         def step() -> None:
             pool.load(trainer.change())
             drawn = pool.submit(PROMPTS, sampling())()
-            assert {rollout.version for each in drawn for rollout in each} == {trainer.version}
+            assert {rollout.weight_version for each in drawn for rollout in each} == {trainer.version}
             assert_equal_within_rounding(trainer.mismatch(drawn))
 
         step()

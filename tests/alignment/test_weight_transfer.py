@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alignment.rollout.weights import Outbox, sweep
+from alignment.rollout.weights import FileWeightTransfer, sweep
 
 WRITER = """
 import sys
 from pathlib import Path
 import torch
-from alignment.rollout.weights import Outbox
+from alignment.rollout.weights import FileWeightTransfer
 
 class Two:
     version = 3
@@ -20,7 +20,7 @@ class Two:
         yield "a", torch.ones(2)
         yield "b", torch.ones(3)
 
-Outbox(sys.argv[2], (Path(sys.argv[1]),)).put(Two(), adapter=False)
+FileWeightTransfer(sys.argv[2], (Path(sys.argv[1]),)).send(Two(), adapter=False)
 print("written", flush=True)
 sys.stdin.read()
 """
@@ -56,10 +56,10 @@ def test_what_a_killed_run_has_left_goes_and_what_a_living_one_holds_stays(tmp_p
     assert names(tmp_path) == ["somebody-weights-3-1"]
 
 
-def test_an_outbox_leaves_nothing_and_holds_nothing_once_it_is_cleared(tmp_path: Path) -> None:
-    outbox = Outbox("raylign-x", (tmp_path,))
-    folder = outbox._folder(tmp_path, version=1)
-    assert outbox._folder(tmp_path, version=1) == folder
-    outbox.clear()
+def test_a_transfer_leaves_nothing_and_holds_nothing_once_it_is_cleared(tmp_path: Path) -> None:
+    transfer = FileWeightTransfer("raylign-x", (tmp_path,))
+    folder = transfer._folder(tmp_path, version=1)
+    assert transfer._folder(tmp_path, version=1) == folder
+    transfer.clear()
     assert names(tmp_path) == []
-    assert outbox._locks == []
+    assert transfer._locks == []
