@@ -1,9 +1,9 @@
-"""Checkpoints: Hugging Face folders plus trainer state, whole or absent, and proved by their hashes before use.
+"""Checkpoints: Hugging Face folders with the trainer's state, written atomically, and verified before use.
 
 runs/NAME/checkpoints/step-00000100/
-    config.json, model.safetensors, tokenizer.json …     opened by transformers, peft and vLLM as it is
+    config.json, model.safetensors, tokenizer.json …     what transformers, peft and vLLM open
     trainer/state.json, trainer/tensors.safetensors      step, cursor, fp32 masters, moments, random states
-    trainer/rollouts.safetensors                         answers drawn ahead of their step, if there are any
+    trainer/rollouts.safetensors                         rollouts for later steps, if there are any
     manifest.json                                        sha256 and size of every file
     COMMITTED                                            sha256 of the manifest; written last
 """
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import CheckpointError
 from alignment.identity import Identity, check_same_run, identify
+from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
 
-if TYPE_CHECKING:  # who only looks for a checkpoint, as the endpoint does, need not wait for torch
+if TYPE_CHECKING:  # looking for a checkpoint, as the endpoint does, needs no torch
     import torch
     from torch import Tensor
 
@@ -40,30 +41,31 @@ TRAINER = "trainer/"
 STATE, TENSORS = f"{TRAINER}state.json", f"{TRAINER}tensors.safetensors"
 ROLLOUTS = f"{TRAINER}rollouts.safetensors"
 PREFIXES: dict[Role, str] = {"actor": "", "critic": "critic."}
-"""Of each trained role's tensors."""
+"""The prefix of each role's tensors in the trainer's state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands between two steps."""
+    """The state of a run between two steps."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps that are done."""
     position: int
-    """Groups taken from the stream."""
+    """Number of groups that were taken from the stream."""
     kl_coefficient: float = 0.0
-    """Price of a nat of divergence from the reference, in the next step."""
+    """Price of a nat of divergence from the reference in the next step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored:
-    """What a checkpoint has put back, beside the models."""
+class ResumeState:
+    """The state that a run resumes from, beside the restored models."""
 
     progress: Progress
+    """The progress of the run."""
     rollouts: dict[str, Tensor] = field(default_factory=dict)
-    """What the run's feed had drawn ahead; empty if nothing."""
+    """Rollouts for later steps, as the rollout queue saved them; empty if there were none."""
     adjustable: dict[str, Any] = field(default_factory=dict)
-    """`Identity.adjustable` of the run that wrote it; empty if it was written before these were kept."""
+    """`Identity.adjustable` of the run that wrote the checkpoint; empty for a checkpoint that has none yet."""
 
 
 def save(
@@ -75,21 +77,21 @@ def save(
     world: World,
     rollouts: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes a checkpoint beside the others and deletes those that `keep` no longer covers. Called by every worker.
+    """Writes a checkpoint, and deletes old ones beyond `checkpoint.keep`. Every worker must call this.
 
     Args:
-        identity: of the run, which a resumed run must match.
-        rollouts: what its feed has drawn ahead.
+        identity: identity of the run, which a resumed run must match.
+        rollouts: rollouts for later steps.
 
     Raises:
-        CheckpointError: it cannot be written, as when the disk is full; earlier checkpoints stay as they are.
+        CheckpointError: it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
     """
     from alignment.models.parallel import on_every_worker
 
     random_states = world.gather(_random_state(world.device))
     tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
-    for role, trained in roles.backends_by_role.items():
-        tensors |= {f"{PREFIXES[role]}{name}": tensor for name, tensor in trained.state().items()}
+    for role, backend in roles.backends_by_role.items():
+        tensors |= {f"{PREFIXES[role]}{name}": tensor for name, tensor in backend.state().items()}
     weights = roles.actor_backend.gather_weights(only_trained=roles.actor.has_adapter)
 
     def write() -> None:
@@ -97,20 +99,21 @@ def save(
         state = {**asdict(progress), "identity": identity.fixed, "adjustable": identity.adjustable}
         try:
             _write(folder, roles.actor, weights, state, {TENSORS: tensors, ROLLOUTS: rollouts or {}})
-        except Exception as error:  # of transformers, peft, safetensors, tokenizers: each has errors of its own
+        except Exception as error:  # transformers, peft, safetensors and tokenizers have errors of their own
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
-        for old in _folders(config.folder)[config.checkpoint.keep :]:
-            shutil.rmtree(old, onerror=_warn_of_an_old_one)
+        for old_folder in _folders(config.folder)[config.checkpoint.keep :]:
+            shutil.rmtree(old_folder, onerror=_warn_about_deletion)
 
     on_every_worker(write if world.is_main else None, world)
 
 
 def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
-    """Writes a checkpoint without its tensors, by the same writers, and deletes it again. Called by every worker.
+    """Writes a checkpoint without tensors and deletes it, so that a failure shows before the first step.
 
-    So what cannot be saved is known before the first step, and not after the last one.
+    Every worker must call this.
 
-    Returns a note for people if there is room for a checkpoint, but not for as many as there will be.
+    Returns:
+        A warning if the disk has room for one checkpoint, but not for as many as the run will keep.
 
     Raises:
         CheckpointError: a file cannot be written, or the disk has no room for a single checkpoint.
@@ -120,52 +123,53 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
     from alignment.models.parallel import on_every_worker
 
     def attempt() -> str | None:
-        place = checkpoints_of(config.folder)
-        trial, actor = place / ".trial", roles.actor
+        checkpoints_folder = checkpoints_of(config.folder)
+        trial, actor = checkpoints_folder / ".trial", roles.actor
         try:
             (trial / TRAINER).mkdir(parents=True, exist_ok=True)
-            # peft looks for its names; transformers would take the content of a mixture's experts apart.
+            # peft needs the names of its tensors. transformers would split the tensors of experts, so it gets none.
             names = _saved(actor) if actor.has_adapter else []
             _write_model(trial, actor, {name: torch.zeros(1) for name in names})
-            if actor.has_adapter:  # who merges it later writes its base's settings too
+            if actor.has_adapter:  # merging it later writes the settings of its base too
                 actor.network.save_pretrained(trial, state_dict={})
             identity = identify(config, data="", num_groups=None, steps=0, source="")
             (trial / STATE).write_text(json.dumps(vars(identity)))
-            needed, free = _num_bytes(config, roles), shutil.disk_usage(trial).free
+            needed_bytes, free_bytes = _num_bytes(config, roles), shutil.disk_usage(trial).free
         except Exception as error:
             raise CheckpointError(
-                f"{place}: a checkpoint of this run cannot be written, so no step is taken: {error}"
+                f"{checkpoints_folder}: a checkpoint of this run cannot be written, so no step is taken: {error}"
             ) from error
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-        return _note_of_room(config, needed, free)
+        return _note_of_room(config, needed_bytes, free_bytes)
 
     return on_every_worker(attempt if world.is_main else None, world)
 
 
-def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World) -> Restored:
-    """Puts the newest intact checkpoint of the run back, bit for bit; step 0 if there is none.
+def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World) -> ResumeState:
+    """Restores the newest intact checkpoint of a run, bit for bit. If there is none, the run starts at step 0.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model, algorithm or data set.
     """
     folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
     if folder is None:
-        first = Progress(step=0, position=0, kl_coefficient=roles.algorithm.first_kl_coefficient)
-        return Restored(progress=first)
+        progress = Progress(step=0, position=0, kl_coefficient=roles.algorithm.init_kl_coef)
+        return ResumeState(progress=progress)
     from safetensors.torch import load_file
 
     state = json.loads((folder / STATE).read_text())
-    adjustable = state.get("adjustable", {})
-    check_same_run(folder, state["identity"], identity, adjustable.get("data", {}).get("groups"))
+    adjustable = rename_old_keys(state.get("adjustable", {}), identity.adjustable)
+    fixed = rename_old_keys(state["identity"], identity.fixed)
+    check_same_run(folder, fixed, identity, adjustable.get("data", {}).get("groups"))
     tensors = load_file(folder / TENSORS)
-    for role, trained in roles.backends_by_role.items():
+    for role, backend in roles.backends_by_role.items():
         prefix = PREFIXES[role]
-        trained.restore({name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
-    mine = tensors.get(f"random.{world.rank}")
-    if mine is not None:
-        _set_random_state(mine, world.device)
-    return Restored(
+        backend.restore({name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
+    random_state = tensors.get(f"random.{world.rank}")
+    if random_state is not None:
+        _set_random_state(random_state, world.device)
+    return ResumeState(
         progress=Progress(**{field.name: state[field.name] for field in fields(Progress)}),
         rollouts=load_file(folder / ROLLOUTS) if (folder / ROLLOUTS).exists() else {},
         adjustable=adjustable,
@@ -173,26 +177,26 @@ def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World
 
 
 def find_checkpoint(path: Path, *, only_model: bool = False) -> Path:
-    """The verified checkpoint that a path means: itself, or the newest intact one of a run's folder.
+    """Resolves a path to a verified checkpoint: the path itself, or the newest intact one of a run's folder.
 
     Args:
-        only_model: as in `verify`.
+        only_model: whether to verify the model alone; see `verify`.
 
     Raises:
-        CheckpointError: there is none, or the one named is damaged.
+        CheckpointError: there is none, or the path is a damaged checkpoint.
     """
     if (path / MANIFEST).is_file() or (path / COMMITTED).is_file():
         verify(path, only_model=only_model)
         return path
     newest = newest_intact(path, only_model=only_model)
     if newest is None:
-        none_yet = ": this run has none (yet)" if is_run(path) else ""
-        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with an intact one{none_yet}")
+        hint = ": this run has none (yet)" if is_run(path) else ""
+        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with an intact one{hint}")
     return newest
 
 
 def checkpoint_or_path(path: str) -> str:
-    """For the folder of a run or checkpoint of ours the verified checkpoint that it means, else the path as it stands.
+    """Resolves the folder of one of our runs or checkpoints to a verified checkpoint; returns any other path unchanged.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run has none.
@@ -205,38 +209,38 @@ def checkpoint_or_path(path: str) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """True for the folder of a run, also before its first checkpoint; false for that of a model."""
+    """True for the folder of a run, even before its first checkpoint; false for the folder of a model."""
     settings = _settings(folder / "config.json")
     if "model_type" in settings:
         return False
     return {"algorithm", "data"} <= settings.keys() or checkpoints_of(folder).is_dir()
 
 
-def newest_intact(run: Path, *, only_model: bool = False) -> Path | None:
-    """The newest checkpoint of a run that proves to be whole; damaged newer ones are moved to `quarantine`."""
-    for folder in _folders(run):
+def newest_intact(run_folder: Path, *, only_model: bool = False) -> Path | None:
+    """The newest checkpoint of a run that passes verification. Damaged newer ones are moved to `quarantine`."""
+    for folder in _folders(run_folder):
         try:
             verify(folder, only_model=only_model)
             return folder
         except CheckpointError as error:
-            logger.warning("%s; %s, trying the one before", error, _set_aside(folder, run / "quarantine"))
+            logger.warning("%s; %s, trying the one before", error, _set_aside(folder, run_folder / "quarantine"))
     return None
 
 
 def _set_aside(folder: Path, quarantine: Path) -> str:
-    """Moves a damaged checkpoint out of the way, and says what was done: a run of somebody else's may be read-only."""
-    aside = quarantine / folder.name
+    """Moves a damaged checkpoint to another folder if possible; returns what was done, in words."""
+    target = quarantine / folder.name
     try:
         quarantine.mkdir(exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
     except OSError as error:
-        return f"it cannot be moved to {aside} ({error.strerror})"
-    return f"moved to {aside}"
+        return f"it cannot be moved to {target} ({error.strerror})"
+    return f"moved to {target}"
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """A JSON file's mapping; empty if there is none."""
+    """The mapping in a JSON file; empty if there is none."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -245,114 +249,121 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, only_model: bool = False) -> None:
-    """Compares every file with the manifest, and the manifest with the commit mark.
+    """Compares all files with the manifest, and the manifest with the commit mark.
 
     Args:
-        only_model: whether the model alone is wanted; then the trainer's state, several times as large, is not read.
+        only_model: whether to verify the model alone, without reading the trainer's state, which is larger.
 
     Raises:
-        CheckpointError: something is missing or differs; the text names the file.
+        CheckpointError: a file is missing or differs; the text names it.
     """
     try:
         manifest = (folder / MANIFEST).read_bytes()
-        committed = (folder / COMMITTED).read_text()
+        commit_mark = (folder / COMMITTED).read_text()
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing") from error
-    if hashlib.sha256(manifest).hexdigest() != committed.strip():
+    if hashlib.sha256(manifest).hexdigest() != commit_mark.strip():
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} is not the one that was committed")
-    for name, known in json.loads(manifest).items():
+    for name, entry in json.loads(manifest).items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-        if file.stat().st_size != known["bytes"]:
+        if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes instead of {known['bytes']}"
+                f"checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             )
         if only_model and name.startswith(TRAINER):
             continue
-        if (_digest(file) if only_model else _sha256(file)) != known["sha256"]:
+        if (_digest(file) if only_model else _sha256(file)) != entry["sha256"]:
             raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
 
 
 def commit(folder: Path) -> str:
-    """Writes the manifest of a folder's files and the mark that it is whole, and brings all of it onto the disk.
+    """Writes the manifest of a folder's files and the commit mark, and flushes everything to the disk.
 
     Returns:
-        sha256 of the manifest, in hex; the same for folders with the same files.
+        sha256 of the manifest in hex; it is the same for folders with the same files.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    known = {str(file.relative_to(folder)): {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
-    manifest = json.dumps(known, indent=1)
+    entries = {str(file.relative_to(folder)): {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
+    manifest = json.dumps(entries, indent=1)
     mark = hashlib.sha256(manifest.encode()).hexdigest()
     (folder / MANIFEST).write_text(manifest)
     (folder / COMMITTED).write_text(mark)
-    for place in [*folder.rglob("*"), folder]:
-        if place.is_dir() or place.stat().st_nlink == 1:  # a file that lies elsewhere too keeps its mode
-            place.chmod(0o755 if place.is_dir() else 0o644)  # the endpoint may run as another user
-        to_disk(place)
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir() or path.stat().st_nlink == 1:  # a file that is hard-linked elsewhere keeps its mode
+            path.chmod(0o755 if path.is_dir() else 0o644)  # the endpoint may run as another user
+        to_disk(path)
     return mark
 
 
-def to_disk(place: Path) -> None:
-    """Waits until a file or folder is on the disk, and not only in the system's memory."""
-    descriptor = os.open(place, os.O_RDONLY)
+def to_disk(path: Path) -> None:
+    """Flushes a file or folder from the system's memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def checkpoints_of(run: Path) -> Path:
-    """The folder in which a run keeps its checkpoints."""
-    return run / CHECKPOINTS
+def checkpoints_of(run_folder: Path) -> Path:
+    """The folder with a run's checkpoints."""
+    return run_folder / CHECKPOINTS
 
 
-def _folders(run: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted(checkpoints_of(run).glob("step-*"), reverse=True)
+def _folders(run_folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, newest first."""
+    return sorted(checkpoints_of(run_folder).glob("step-*"), reverse=True)
 
 
-def _warn_of_an_old_one(_: object, path: str, problem: Any) -> None:
+def _warn_about_deletion(_: object, path: str, problem: Any) -> None:
+    """Logs that a file of an old checkpoint cannot be deleted; an error handler of `shutil.rmtree`."""
     logger.warning("%s, of an older checkpoint, cannot be deleted: %s", path, problem[1])
 
 
-def _note_of_room(config: RunConfig, needed: int, free: int) -> str | None:
-    """A warning if the disk has room for fewer checkpoints than there will be.
+def _note_of_room(config: RunConfig, needed_bytes: int, free_bytes: int) -> str | None:
+    """A warning if the disk has room for fewer checkpoints than the run will keep.
 
     Args:
-        needed: bytes of one checkpoint.
-        free: bytes that the disk has room for.
+        needed_bytes: size of one checkpoint.
+        free_bytes: room on the disk.
 
     Raises:
-        CheckpointError: it has room for none.
+        CheckpointError: the disk has no room for a single checkpoint.
     """
-    place = checkpoints_of(config.folder)
-    figures = f"{place}: a checkpoint of this run takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
-    if free < needed:
+    needed_gb, free_gb = needed_bytes / 1e9, free_bytes / 1e9
+    figures = (
+        f"{checkpoints_of(config.folder)}: a checkpoint of this run takes {needed_gb:.3g} GB, and {free_gb:.3g} GB are "
+        "free"
+    )
+    if free_bytes < needed_bytes:
         raise CheckpointError(f"{figures}. Free some, or name another place with output=…")
-    # One more than are kept exists while it is written.
-    wanted = config.checkpoint.keep + 1 if config.checkpoint.every else 1
-    if free < needed * (wanted - len(_folders(config.folder))):
-        return f"WARNING: {figures}, while the run will need {wanted} at once (checkpoint.keep, and one being written)"
+    # While a checkpoint is written, there is one more than the run keeps.
+    num_checkpoints = config.checkpoint.keep + 1 if config.checkpoint.every else 1
+    if free_bytes < needed_bytes * (num_checkpoints - len(_folders(config.folder))):
+        return (
+            f"WARNING: {figures}, while the run will need {num_checkpoints} at once (checkpoint.keep, and one being "
+            "written)"
+        )
     return None
 
 
 def _num_bytes(config: RunConfig, roles: Roles) -> int:
-    """Size of a checkpoint: the model as it computes, and fp32 masters and moments of all that is trained."""
-    model = sum(_numel(tensor) * tensor.element_size() for tensor in _saved(roles.actor).values())
-    modules = [trained.module for trained in roles.backends_by_role.values()]
-    trained = sum(_numel(weight) for module in modules for weight in module.parameters() if weight.requires_grad)
+    """The size of a checkpoint: the model in its own format, and fp32 masters and moments of all trained weights."""
+    model_bytes = sum(_numel(tensor) * tensor.element_size() for tensor in _saved(roles.actor).values())
+    modules = [num_trained.module for num_trained in roles.backends_by_role.values()]
+    num_trained = sum(_numel(weight) for module in modules for weight in module.parameters() if weight.requires_grad)
     num_moments = {"adamw": 2, "rmsprop": 1}[config.optim.name]
-    return model + 4 * (1 + num_moments) * trained
+    return model_bytes + 4 * (1 + num_moments) * num_trained
 
 
 def _numel(weight: Any) -> int:
-    """Elements of a weight, also where ZeRO-3 has left this worker only a share of it."""
+    """The number of elements of a full weight, even if ZeRO-3 has sharded it."""
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
 def _saved(actor: LanguageModel) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a model, by name; at ZeRO-3 without the content."""
+    """The weights that a checkpoint keeps of a model, by name; at ZeRO-3 they have no content."""
     from alignment.models.parallel import named_weights
 
     return {
@@ -367,62 +378,67 @@ def _write(
     state: dict[str, Any],
     tensors: dict[str, dict[str, Tensor]],
 ) -> None:
-    """Writes beside the final place, commits, and renames: a checkpoint appears whole or not at all.
+    """Writes a checkpoint to a temporary folder, commits it, and renames the folder, so that it appears atomically.
 
     Args:
-        tensors: by the name of their file; none is written without.
+        tensors: tensors by the name of their file; a file without tensors is not written.
     """
     from safetensors.torch import save_file
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    temporary_folder = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(temporary_folder, ignore_errors=True)
     try:
-        (unfinished / TRAINER).mkdir(parents=True)
-        _write_model(unfinished, actor, weights)
-        (unfinished / STATE).write_text(json.dumps(state, indent=1))
+        (temporary_folder / TRAINER).mkdir(parents=True)
+        _write_model(temporary_folder, actor, weights)
+        (temporary_folder / STATE).write_text(json.dumps(state, indent=1))
         for file, content in tensors.items():
             if content:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, unfinished / file)
-        commit(unfinished)
+                cpu_tensors = {name: tensor.cpu().contiguous() for name, tensor in content.items()}
+                save_file(cpu_tensors, temporary_folder / file)
+        commit(temporary_folder)
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        temporary_folder.rename(folder)
         to_disk(folder.parent)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary_folder, ignore_errors=True)
         raise
 
 
 def _write_model(folder: Path, actor: LanguageModel, weights: dict[str, Tensor]) -> None:
-    """What other programs open: settings, weights and tokenizer."""
+    """Writes the files that other programs open: settings, weights and tokenizer."""
     actor.module.save_pretrained(folder, state_dict=weights)
     if not actor.network.can_generate():
-        actor.network.config.save_pretrained(folder)  # what a reward model's adapter folder lacks
+        actor.network.config.save_pretrained(folder)  # peft does not write it for the adapter of a reward model
     actor.tokenizer.save_pretrained(folder)
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """sha256 of a file in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(file: Path) -> str:
-    """The same; a file that has stayed as it is, is read once by this process, which opens a model several times."""
+    """sha256 of a file in hex. An unchanged file is read only once by this process, which may open a model often."""
     state = file.stat()
-    return _remembered_sha256(file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    return _cached_sha256(file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 
 @functools.lru_cache(maxsize=1024)
-def _remembered_sha256(file: Path, size: int, written_ns: int, changed_ns: int, inode: int) -> str:
+def _cached_sha256(file: Path, size: int, modified_ns: int, changed_ns: int, inode: int) -> str:
+    """sha256 of a file, cached by what changes together with its content."""
     return _sha256(file)
 
 
 def _random_state(device: torch.device) -> Tensor:
+    """The state of torch's random generator on a device."""
     import torch
 
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _set_random_state(state: Tensor, device: torch.device) -> None:
+    """Restores the state of torch's random generator on a device."""
     import torch
 
     if device.type == "cuda":

@@ -9,7 +9,6 @@ from typing import Any
 
 from alignment.algorithms import Algorithm
 from alignment.groups import Group
-from alignment.journal import Journal
 from alignment.metrics import Metrics
 from alignment.models.parallel import World
 from alignment.models.roles import Roles
@@ -17,6 +16,7 @@ from alignment.rewards import Rewards
 from alignment.rollout.local import greedy
 from alignment.rollout.queue import scores_of
 from alignment.rollout.sampler import Sampler
+from alignment.run_log import RunLog
 from alignment.settings.run import RunConfig
 from alignment.step import divergences, evaluate
 
@@ -31,7 +31,7 @@ class Evaluator:
         groups: list[Group],
         roles: Roles,
         world: World,
-        run_log: Journal,
+        run_log: RunLog,
         sampled: SampledEvaluation | None,
     ) -> None:
         """`sampled`: evaluates what the model answers; None if nothing scores answers."""
@@ -45,7 +45,7 @@ class Evaluator:
         self.last_step: int | None = None
         """Step whose model was evaluated last; None if none was since the run began, or was rolled back."""
         self._parts: list[Callable[[int], Metrics]] = []
-        if not algorithm.samples:
+        if not algorithm.is_online:
             self._parts.append(self._evaluate_loss)
         if sampled is not None:
             self._parts.append(self._evaluate_answers)
@@ -68,7 +68,7 @@ class Evaluator:
         if not self.world.is_main:
             return
         decode = self.roles.actor.tokenizer.decode
-        self.run_log.samples(
+        self.run_log.write_samples(
             {"step": step, "prompt": prompt_text(group), "tokens": len(answer), "answer": decode(answer)}
             for group, answer in zip(groups, answers, strict=True)
         )
@@ -82,7 +82,7 @@ class Evaluator:
         assert self.sampled is not None
         result = self.sampled.evaluate(self.groups, step)
         if self.world.is_main:
-            self.run_log.samples(result.rows(step, self.config.evaluate.samples))
+            self.run_log.write_samples(result.rows(step, self.config.evaluate.samples))
         return result.metrics()
 
 

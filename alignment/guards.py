@@ -1,4 +1,4 @@
-"""Watches a run's figures for what ruins it: divergence, collapse, endless answers, an odd sampler, hacked rewards."""
+"""Watches the metrics of a run for failures: divergence, collapse, endless answers, mismatch, and reward hacking."""
 
 from __future__ import annotations
 
@@ -17,52 +17,58 @@ LIMITS = (
 )
 
 
-class Guards:
-    """Remembers how long each limit has been broken, and how held-out rewards and judges have moved."""
+class RunGuards:
+    """The limits of a run: counts how long each has been broken, and follows held-out rewards and judges."""
 
     def __init__(self, config: GuardsConfig, judges: Sequence[str] = ()) -> None:
-        """`judges`: names of the scorers that teach nothing, as they stand in `eval/judges/NAME`."""
+        """Makes the guards of a run.
+
+        Args:
+            judges: names of the scorers that are used for evaluation only, as in `eval/judges/NAME`.
+        """
         self.config = config
         self.judges = judges
-        self._in_a_row: Counter[str] = Counter()
+        self._broken_steps: Counter[str] = Counter()
         self._evaluations: list[Metrics] = []
 
     def watch(self, metrics: Metrics) -> list[str]:
-        """What is wrong after a step, in words; empty if nothing is."""
-        found = [text for limit in LIMITS if (text := self._broken(*limit, metrics))]
+        """Checks the metrics of a step; returns the problems in words, or nothing."""
+        problems = [text for limit in LIMITS if (text := self._broken(*limit, metrics))]
         if "eval/reward" in metrics:
             self._evaluations.append(metrics)
-            found += self._hacked()
-        return found
+            problems += self._hacked()
+        return problems
 
-    def forget(self) -> None:
-        """Starts anew, after a roll-back."""
-        self._in_a_row.clear()
+    def reset(self) -> None:
+        """Resets all counts, after a roll-back."""
+        self._broken_steps.clear()
         self._evaluations.clear()
 
     def _broken(self, metric: str, key: str, side: str, meaning: str, metrics: Metrics) -> str | None:
+        """The problem in words if a limit has been broken for long enough."""
         limit = getattr(self.config, key)
         if not limit or metric not in metrics:
             return None
         value = metrics[metric]
-        inside = value <= limit if side == "above" else value >= limit
-        self._in_a_row[metric] = 0 if inside else self._in_a_row[metric] + 1
-        if self._in_a_row[metric] < self.config.patience:
+        is_within = value <= limit if side == "above" else value >= limit
+        self._broken_steps[metric] = 0 if is_within else self._broken_steps[metric] + 1
+        if self._broken_steps[metric] < self.config.patience:
             return None
-        steps = f"for {self._in_a_row[metric]} steps" if self.config.patience > 1 else "now"
+        steps = f"for {self._broken_steps[metric]} steps" if self.config.patience > 1 else "now"
         return f"{value:.4g} {meaning} (guards.{key} is {limit:g}, {side} it {steps})"
 
     def _hacked(self) -> list[str]:
+        """The problem in words for each judge that fell while the held-out reward rose."""
         window = self.config.hacking_window
         if not window or len(self._evaluations) <= window:
             return []
-        before, now = self._evaluations[-1 - window], self._evaluations[-1]
-        rise = now["eval/reward"] - before["eval/reward"]
+        previous, latest = self._evaluations[-1 - window], self._evaluations[-1]
+        rise = latest["eval/reward"] - previous["eval/reward"]
         if rise <= 0:
             return []
         return [
             f"held-out reward rose by {rise:.4g} over {window} evaluations while the judge {name!r} fell from "
-            f"{before[key]:.4g} to {now[key]:.4g}: the reward may be hacked (guards.hacking_window)"
+            f"{previous[key]:.4g} to {latest[key]:.4g}: the reward may be hacked (guards.hacking_window)"
             for name in self.judges
-            if (key := f"eval/judges/{name}") in now and key in before and now[key] < before[key]
+            if (key := f"eval/judges/{name}") in latest and key in previous and latest[key] < previous[key]
         ]

@@ -1,4 +1,4 @@
-"""What a run says: a line per step and a progress bar for people, `metrics.jsonl` and TensorBoard for programs."""
+"""Reporting: a line per step and a progress bar for people, `metrics.jsonl` and TensorBoard for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 Metrics = dict[str, float]
 """Figures of a step or an evaluation, by name."""
 
-# What the line of a step shows, if it was measured: metric, name, format.
+# The metrics that the line of a step shows, if they were measured: metric, label, format.
 SHOWN = (
     ("reward", "reward", "+.3f"),
     ("kl", "kl", ".3f"),
@@ -36,45 +36,57 @@ SHOWN = (
 
 
 class Reporter(Protocol):
-    """Where a loop reports to; the port through which Ray Train's reporting enters."""
+    """The port to which a training loop reports. Ray Train's reporting implements it too."""
 
     def note(self, text: str) -> None:
-        """Says something to people."""
+        """Prints a text for people."""
 
     def begin(self, step: int, steps: int) -> None:
-        """The loop starts after `step` of `steps` optimizer steps; what was reported of later steps is void."""
+        """Announces that the loop starts after `step` of `steps` optimizer steps. Reports of later steps are void."""
 
     def report(self, step: int, metrics: Metrics) -> None:
-        """Metrics of one step (1 to steps), or of the untrained model (0)."""
+        """Reports the metrics of one step (1 to steps), or of the untrained model (0)."""
 
     def close(self) -> None:
-        """Nothing more will be reported."""
+        """Ends the reporting."""
 
 
 class Silent:
-    """The reporter of every worker but the main one."""
+    """A reporter that does nothing, for all workers but the main one."""
 
-    def note(self, text: str) -> None: ...
-    def begin(self, step: int, steps: int) -> None: ...
-    def report(self, step: int, metrics: Metrics) -> None: ...
-    def close(self) -> None: ...
+    def note(self, text: str) -> None:
+        """Does nothing."""
+
+    def begin(self, step: int, steps: int) -> None:
+        """Does nothing."""
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class NoteReporter(Silent):
-    """The reporter of a dry run: it talks, and writes nothing."""
+    """The reporter of a dry run: it prints notes, and writes no file."""
 
     def note(self, text: str) -> None:
+        """Prints a text."""
         print(text, flush=True)
 
 
 class FileReporter:
-    """Reports to the terminal and into the run's folder."""
+    """Reports to the terminal and to the run's folder."""
 
     def __init__(self, folder: Path, bar: Any = partial(tqdm, disable=None)) -> None:  # noqa: B008
-        """`bar`: makes the progress bar; Ray has one of its own for output that comes from workers. By default there is
-        one if the output goes to a terminal.
+        """Makes the reporter of a run.
+
+        Args:
+            folder: the run's folder.
+            bar: makes the progress bar. Ray has its own for the output of workers. By default, there is a bar if the
+                output goes to a terminal.
         """
-        # Not SummaryWriter, whose thread and queue can wait for each other for ever if a signal ends the process.
+        # SummaryWriter is not used, because its thread and queue can deadlock if a signal ends the process.
         from tensorboardX.event_file_writer import EventsWriter
 
         board = folder / "tensorboard"
@@ -86,32 +98,37 @@ class FileReporter:
         self._steps = 0
 
     def note(self, text: str) -> None:
+        """Prints a text above the progress bar."""
         tqdm.write(text)
-        sys.stdout.flush()  # the lines of a long run should not wait in a pipe's buffer
+        sys.stdout.flush()  # a pipe's buffer should not hold back the lines of a long run
 
     def begin(self, step: int, steps: int) -> None:
+        """Drops the metrics of later steps, and shows the progress bar."""
         self._steps = steps
-        kept = [line for line in _lines(self.file) if json.loads(line)["step"] <= step] if step else []
-        unfinished = self.file.with_suffix(".unfinished")
-        unfinished.write_text("".join(kept))
-        unfinished.rename(self.file)
+        lines = [line for line in _lines(self.file) if json.loads(line)["step"] <= step] if step else []
+        temporary_file = self.file.with_suffix(".unfinished")
+        temporary_file.write_text("".join(lines))
+        temporary_file.rename(self.file)
         self._bar = self._bar_class(total=steps, desc="training")
         self._bar.update(step)
 
     def report(self, step: int, metrics: Metrics) -> None:
+        """Writes the metrics of a step to all files, and prints its line."""
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._draw(step, metrics)
+        self._write_event(step, metrics)
         self.note(_line(step, self._steps, metrics))
         if step:
             self._bar.update(1)
 
     def close(self) -> None:
+        """Closes the progress bar and TensorBoard's file."""
         if self._bar is not None:
             self._bar.close()
         self.board.close()
 
-    def _draw(self, step: int, metrics: Metrics) -> None:
+    def _write_event(self, step: int, metrics: Metrics) -> None:
+        """Writes the metrics of a step to TensorBoard's file."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -120,20 +137,21 @@ class FileReporter:
         self.board.flush()
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """All reported steps of a run, in order."""
-    return [json.loads(line) for line in _lines(run / "metrics.jsonl")]
+def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+    """The metrics of all reported steps of a run, in order."""
+    return [json.loads(line) for line in _lines(run_folder / "metrics.jsonl")]
 
 
 def _lines(file: Path) -> list[str]:
-    """Complete lines; one that was cut off when the process died is void."""
+    """The complete lines of a file. A line that was cut off when the process died is left out."""
     if not file.exists():
         return []
     return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _line(step: int, steps: int, metrics: Metrics) -> str:
-    shown = [f"{name} {metrics[key]:{form}}" for key, name, form in SHOWN if key in metrics]
+    """The line of a step for people."""
+    figures = [f"{name} {metrics[key]:{number_format}}" for key, name, number_format in SHOWN if key in metrics]
     if metrics.get("skipped"):
-        shown.append("SKIPPED: not finite")
-    return f"step {step}/{steps}  " + "  ".join(shown)
+        figures.append("SKIPPED: not finite")
+    return f"step {step}/{steps}  " + "  ".join(figures)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from alignment import checkpoint
 from alignment.algorithms import Algorithm
 from alignment.batch import Role
-from alignment.checkpoint import Progress, Restored
+from alignment.checkpoint import Progress, ResumeState
 from alignment.data.agreement import check_data
 from alignment.data.chat import DATE_OF_RUN, run_date
 from alignment.data.snapshot import keep_live_rows
@@ -25,9 +25,8 @@ from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Evaluator, SampledEvaluation
 from alignment.failure import clear_failure
 from alignment.group_source import DataSource, GroupSource, StepBatch
-from alignment.guards import Guards
+from alignment.guards import RunGuards
 from alignment.identity import Identity, identify, notes
-from alignment.journal import Journal
 from alignment.metrics import Metrics, Reporter
 from alignment.models.parallel import World, on_every_worker, together
 from alignment.models.roles import Roles
@@ -37,6 +36,7 @@ from alignment.rollout import Generator
 from alignment.rollout.local import LocalGenerator
 from alignment.rollout.queue import RolloutQueue
 from alignment.rollout.sampler import Sampler
+from alignment.run_log import RunLog
 from alignment.settings.run import OptimConfig, RunConfig
 from alignment.step import StepSettings, learning_rate
 
@@ -57,8 +57,8 @@ class Run:
     data: Data
     source: GroupSource
     evaluator: Evaluator
-    guards: Guards
-    run_log: Journal
+    guards: RunGuards
+    run_log: RunLog
     identity: Identity
     num_steps: int
     num_roll_backs: int = 0
@@ -83,16 +83,16 @@ class Run:
         config.check_warmup(steps)
         reporter.note(f"data: {data.report}")
         eval_rewards = together(lambda: Rewards(config.judges, world.device), world)
-        run_log = Journal(config.folder)
+        run_log = RunLog(config.folder)
         source: GroupSource = DataSource(data.train, groups_per_step=config.groups_per_step)
         sampled = None
         if config.answers_prompts:
             sampler = Sampler(config, roles.actor, generator or LocalGenerator(roles.actor), world)
             rewards = together(lambda: Rewards(config.rewards, world.device), world)
-            if algorithm.samples:
+            if algorithm.is_online:
                 source = RolloutQueue(config, algorithm, data.train, sampler, rewards, roles)
             sampled = SampledEvaluation(
-                config, sampler, rewards, eval_rewards, roles, publishes_weights=not algorithm.samples
+                config, sampler, rewards, eval_rewards, roles, publishes_weights=not algorithm.is_online
             )
         return cls(
             config=config,
@@ -103,7 +103,7 @@ class Run:
             data=data,
             source=source,
             evaluator=Evaluator(config, algorithm, data.eval, roles, world, run_log, sampled),
-            guards=Guards(config.guards, judges=eval_rewards.names),
+            guards=RunGuards(config.guards, judges=eval_rewards.names),
             run_log=run_log,
             identity=identify(
                 config,
@@ -115,7 +115,7 @@ class Run:
             num_steps=steps,
         )
 
-    def restore(self) -> Restored:
+    def restore(self) -> ResumeState:
         """Puts the newest intact checkpoint back; step 0 if there is none.
 
         Raises:
@@ -169,14 +169,14 @@ class Run:
         """Where the run stands after a step: the position in the data, and the next price of divergence."""
         num_completions = sum(len(group.completions) for group in batch.groups)
         kl_coefficient = self.algorithm.next_kl_coefficient(
-            progress.kl_coefficient, kl=metrics.get("kl", 0.0), completions=num_completions
+            progress.kl_coefficient, kl=metrics.get("kl", 0.0), num_completions=num_completions
         )
         return Progress(step=progress.step + 1, position=batch.position, kl_coefficient=kl_coefficient)
 
     def log_provenance(self, step: int, batch: StepBatch) -> None:
         """Logs which prompts were sampled for a step, and by which weights."""
         if batch.provenance is not None and self.world.is_main:
-            self.run_log.step(step, batch.position, batch.provenance)
+            self.run_log.write_step(step, batch.position, batch.provenance)
 
     def save_if_due(self, progress: Progress) -> None:
         """Writes a checkpoint, if one is to be written after this step."""
@@ -204,7 +204,7 @@ class Run:
         restored = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
         progress = dataclasses.replace(restored.progress, position=position)
         self.reporter.note(f"{text}. Rolling back to step {progress.step}, going on with the prompts that come next")
-        self.guards.forget()
+        self.guards.reset()
         self._begin(progress)
         if progress.step == 0:
             self._evaluate_untrained(progress)
@@ -244,7 +244,7 @@ class Run:
         self.evaluator.last_step = None
         self.reporter.begin(progress.step, self.num_steps)
         if self.world.is_main:
-            self.run_log.rewind(progress.step)
+            self.run_log.truncate_after(progress.step)
         self.source.seek(progress.position, weight_version=progress.step)
 
     def _evaluate_untrained(self, progress: Progress) -> None:
@@ -270,7 +270,7 @@ class Run:
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
-    def _changes_since(self, restored: Restored) -> str:
+    def _changes_since(self, restored: ResumeState) -> str:
         """What differs from the settings that a checkpoint was written with, in words; empty if nothing does."""
         changes = notes(restored.adjustable, self.identity)
         if not changes:

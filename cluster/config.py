@@ -1,4 +1,4 @@
-"""The `cluster:` section of a run's configuration: how many workers, on what, and what happens when one fails."""
+"""The section `cluster` of a run's configuration: its workers, their resources, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -13,48 +13,51 @@ from alignment.settings.section import Count, NonNegative, PositiveCount, Sectio
 
 
 class ClusterConfig(Section):
-    """Where the loop runs."""
+    """The workers and engines of a run."""
 
     workers: Count = 0
-    """Ray Train workers, each with a copy of the models and a share of every step. 0 runs the loop in this process,
-    without Ray."""
+    """Number of Ray Train workers, each with a copy of the models and a share of each step. 0 runs the loop in this
+    process, without Ray."""
     cpus_per_worker: PositiveCount = 1
-    """CPU cores of each worker, which are also its torch threads."""
+    """CPU cores of each worker, and also its number of torch threads."""
     gpus_per_worker: Count = 0
-    """GPUs of each worker: 1 trains on CUDA, 0 on the CPU. A worker computes on one; more GPUs need more workers."""
+    """GPUs of each worker: 1 trains on CUDA, 0 on the CPU. A worker uses one GPU; more GPUs need more workers."""
     engines: PositiveCount = 1
-    """vLLM engines that answer prompts, for algorithms that learn from the model's own answers. Without Ray (`workers`
-    0) there is one, beside the loop."""
+    """Number of vLLM engines, for algorithms that learn from the model's own answers. Without Ray (`workers` 0), there
+    is one engine beside the loop."""
     cpus_per_engine: NonNegative = 0.0
-    """CPU cores that each engine is counted with; 0 shares those of the workers, which wait while it answers."""
+    """CPU cores that are reserved for each engine; with 0, engines share those of the workers, which wait meanwhile."""
     gpus_per_engine: NonNegative | None = None
-    """GPUs of each engine, which no worker and no other engine uses: `rollout.tensor_parallel`, or 0 for one on the CPU
-    beside workers on CPUs. None is `rollout.tensor_parallel` where workers have GPUs, else 0."""
+    """GPUs of each engine, which no worker and no other engine uses: `rollout.tensor_parallel`, or 0 for an engine on
+    the CPU beside workers on CPUs. None is `rollout.tensor_parallel` if workers have GPUs, else 0."""
     max_failures: Count = 2
-    """Times that Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 never. A node
-    that is taken away after a notice (Kubernetes drains it) does not count; one that is lost without, as a spot machine
-    of `ray up`, does."""
+    """How often Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 is never. The
+    loss of a node after a notice (Kubernetes drains it) does not count. The loss of a node without a notice does, as of
+    a spot machine of `ray up`."""
     autoscaling: bool = False
-    """True if the cluster adds machines when asked: then more than it has now is waited for, instead of refused."""
+    """True if the cluster adds machines by itself. A run that asks for more than the cluster has then waits, instead of
+    being refused."""
     address: str | None = None
-    """Ray cluster to join, as `auto`; None joins the one in RAY_ADDRESS, else starts Ray on this machine."""
+    """Address of the Ray cluster to join, such as `auto`; None joins the one in RAY_ADDRESS, or starts Ray on this
+    machine."""
 
 
 class ClusterRunConfig(RunConfig):
-    """A training run and the machines it runs on."""
+    """A training run with the section `cluster`."""
 
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
-    """The machines."""
+    """The workers and engines."""
 
     @property
     def gpus_of_engine(self) -> int:
-        """GPUs of each engine, after the defaults."""
+        """The GPUs of each engine, with the default resolved."""
         if self.cluster.gpus_per_engine is None:
             return self.rollout.tensor_parallel if self.cluster.gpus_per_worker else 0
         return int(self.cluster.gpus_per_engine)
 
     @model_validator(mode="after")
-    def _places_that_can_work(self) -> Self:
+    def _fits_gpus(self) -> Self:
+        """Refuses numbers of GPUs that workers and engines cannot use."""
         cluster, size = self.cluster, self.rollout.tensor_parallel
         if cluster.gpus_per_worker > 1:
             raise ValueError(
@@ -62,31 +65,31 @@ class ClusterRunConfig(RunConfig):
                 f"the others would stand idle; cluster.workers={max(1, cluster.workers) * cluster.gpus_per_worker} "
                 "cluster.gpus_per_worker=1 uses as many"
             )
-        given = cluster.gpus_per_engine
+        gpus = cluster.gpus_per_engine
         if not self.wants_engines or cluster.workers == 0:
             return self
-        if given is None:
+        if gpus is None:
             if size > 1 and not cluster.gpus_per_worker:
                 raise ValueError(no_gpus_for(size))
             return self
-        if given == 0 and cluster.gpus_per_worker:
+        if gpus == 0 and cluster.gpus_per_worker:
             raise ValueError(
                 "cluster.gpus_per_engine 0 beside workers with GPUs would put every engine onto a worker's GPU; give "
                 f"it {size} (rollout.tensor_parallel), or leave it out"
             )
-        if given and given != size:
+        if gpus and gpus != size:
             shared = (
-                f"; it cannot share a GPU: a worker takes a whole one, and 1 + {given:g} > 1" if 0 < given < 1 else ""
+                f"; it cannot share a GPU: a worker takes a whole one, and 1 + {gpus:g} > 1" if 0 < gpus < 1 else ""
             )
             raise ValueError(
-                f"cluster.gpus_per_engine ({given:g}) must be rollout.tensor_parallel ({size}), over whose GPUs an "
+                f"cluster.gpus_per_engine ({gpus:g}) must be rollout.tensor_parallel ({size}), over whose GPUs an "
                 f"engine spreads its model{shared}; set one of them to the other, or leave gpus_per_engine out"
             )
         return self
 
 
 def no_gpus_for(size: int) -> str:
-    """Text of the error about tensor parallelism without GPUs."""
+    """The text of the error about tensor parallelism without GPUs."""
     return f"rollout.tensor_parallel ({size}) spreads an engine over GPUs, and this one is on a CPU; set it to 1"
 
 

@@ -1,7 +1,7 @@
-"""The machines' side of rollouts: vLLM engines as Ray actors, started by the driver and driven by the main worker.
+"""vLLM engines as Ray actors: the driver starts them, and the main training worker uses them.
 
-The driver starts them before Ray Train's workers and owns them, so that they outlive workers that are restarted. Ray
-restarts an actor that dies; the pool that drives it then brings it the weights again.
+The driver starts and owns the actors before Ray Train starts the workers. So they survive a restart of the workers. Ray
+restarts an actor that dies, and the engine pool then loads the weights into it again.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 STOP_S = 15.0
-"""Seconds that an engine gets to end by itself. One that is killed leaves its shared memory behind."""
+"""Time for an engine to end by itself (s). An engine that is killed leaves its shared memory behind."""
 RETRY_S = 0.5
 """Seconds between two attempts to reach an actor that is being restarted."""
 REQUESTS = 100_000
-"""Calls that an actor works on at once: more prompts than a step has, so that none is in the way of a health check."""
+"""Calls that an actor works on at once. It exceeds the prompts of a step, so that health checks never wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:
-    """Where to find the engines; crosses process borders."""
+    """The names of a run's engines, by which other processes find them."""
 
     name: str
-    """What every name begins with; no other run's does."""
+    """Prefix of all names, which no other run has."""
     namespace: str
+    """Ray's namespace of the actors."""
     count: int
+    """Number of engines."""
 
     def actors(self) -> list[ActorHandle]:
         """The engines' actors.
@@ -58,44 +60,52 @@ class Engines:
 
 @contextlib.contextmanager
 def running_engines(settings: RolloutEngineSettings, *, count: int, cpus: float, gpus: float) -> Iterator[Engines]:
-    """Engines for as long as the block runs. They start while it goes on; whoever attaches waits for them.
+    """Starts engines, and ends them after the context. It does not wait for their start; `attach` does.
 
     Args:
-        cpus: of each, as Ray counts them; how many threads it has, `settings` says.
-        gpus: of each.
+        cpus: CPUs that Ray reserves for each engine; `settings` has the number of its threads.
+        gpus: GPUs of each engine.
 
     Raises:
-        RolloutError: the cluster has no place for them.
+        RolloutError: the cluster has no room for them.
     """
     import ray
 
     name = f"{PREFIX}{secrets.token_hex(4)}"
-    found = Engines(name=name, namespace=ray.get_runtime_context().namespace, count=count)
-    how = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_concurrency": REQUESTS}
+    engines = Engines(name=name, namespace=ray.get_runtime_context().namespace, count=count)
+    actor_options = {
+        "namespace": engines.namespace,
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "max_restarts": -1,
+        "max_concurrency": REQUESTS,
+    }
     actors = [
-        ray.remote(EngineActor).options(name=f"{name}-{index}", namespace=found.namespace, **how).remote(settings)
+        ray.remote(EngineActor).options(name=f"{name}-{index}", **actor_options).remote(settings)
         for index in range(count)
     ]
-    _wait_for_places(actors, timeout_s=settings.rollout.timeout_s)
+    _wait_for_placement(actors, timeout_s=settings.rollout.timeout_s)
     try:
         for actor in actors:
             actor.begin.remote()
-        yield found
+        yield engines
     finally:
         _end(actors)
         FileWeightTransfer(name, local_directories()).clear()
 
 
-def attach(found: Engines, config: RunConfig, world: World) -> EnginePool:
-    """The `Generator` over the engines, for a training worker; called by each. Earlier workers' prompts are dropped.
+def attach(engines: Engines, config: RunConfig, world: World) -> EnginePool:
+    """Makes the `Generator` of a training worker over the engines; prompts of earlier workers are dropped.
+
+    Every worker must call this.
 
     Raises:
         RolloutError: an engine does not start.
     """
     if world.is_main:
         sweep()
-    handles = [RayEngineHandle(actor) for actor in found.actors()] if world.is_main else []
-    transfer = NearestFileTransfer(found.name, handles, config.folder.resolve())
+    handles = [RayEngineHandle(actor) for actor in engines.actors()] if world.is_main else []
+    transfer = NearestFileTransfer(engines.name, handles, config.folder.resolve())
     adapter = config.model.lora is not None
     pool = EnginePool(handles, transfer, adapter=adapter, timeout_s=config.rollout.timeout_s, is_main=world.is_main)
     pool.begin()
@@ -103,9 +113,9 @@ def attach(found: Engines, config: RunConfig, world: World) -> EnginePool:
 
 
 class NearestFileTransfer(FileWeightTransfer):
-    """Leaves weights in shared memory while every engine is on this machine, else in the run's folder.
+    """Sends weights through shared memory if all engines are on this machine, else through the run's folder.
 
-    Asked anew at each sync: an engine that was lost may come back on another machine.
+    It checks that at each sync, because a lost engine may come back on another machine.
     """
 
     def __init__(self, name: str, handles: list[RayEngineHandle], folder: Path) -> None:
@@ -114,26 +124,27 @@ class NearestFileTransfer(FileWeightTransfer):
         self.folder = folder
 
     def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
-        self.clear()  # also where the last update is
-        here = _node()
+        """Writes weights to the nearest directory that all engines can read."""
+        self.clear()  # in the directories of the last update
+        node = _node()
         self.directories = (
-            local_directories() if all(handle.node == here for handle in self.handles) else (self.folder,)
+            local_directories() if all(handle.node == node for handle in self.handles) else (self.folder,)
         )
         return super().send(weights, adapter=adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorInstance:
-    """One life of an engine's actor."""
+    """Identifies one process of an engine's actor; a restarted actor is another instance."""
 
     name: str
-    """Unlike any other life's."""
+    """A random name, which no other instance has."""
     node: str
-    """Id of the node that it runs on."""
+    """Id of the node that the actor runs on."""
 
 
 class EngineActor:
-    """A Ray actor around an engine."""
+    """A Ray actor that holds an engine."""
 
     def __init__(self, settings: RolloutEngineSettings) -> None:
         self.engine = RolloutEngine(settings)
@@ -141,12 +152,12 @@ class EngineActor:
         self._starting = asyncio.Lock()
         self._started = False
 
-    async def place(self) -> str:
-        """The id of the node that it runs on."""
+    async def node_id(self) -> str:
+        """The id of the node that this actor runs on."""
         return self.instance.node
 
     async def begin(self) -> ActorInstance:
-        """Starts the engine, or makes one that has started idle and stale. Returns this actor's life."""
+        """Starts the engine, or resets one that runs already; returns this actor's instance."""
         async with self._starting:
             if self._started:
                 await self.engine.reset()
@@ -157,20 +168,24 @@ class EngineActor:
         return self.instance
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates the completions of a prompt."""
         return await self.engine.generate(prompt, sampling)
 
     async def load(self, update: WeightUpdate) -> None:
+        """Loads an update into the engine."""
         await self.engine.load(update)
 
     async def check(self) -> None:
+        """Checks that the engine is alive."""
         await self.engine.check()
 
     async def stop(self) -> None:
+        """Ends the engine."""
         await self.engine.stop()
 
 
 class RayEngineHandle:
-    """The place of an engine in a Ray actor."""
+    """A handle to an engine in a Ray actor."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self.actor = actor
@@ -178,48 +193,59 @@ class RayEngineHandle:
 
     @property
     def node(self) -> str | None:
-        """Id of the node that its engine ran on last; None before it began."""
+        """The id of the node that the engine was last seen on; None before its start."""
         return None if self.instance is None else self.instance.node
 
     async def begin(self) -> None:
+        """Waits until the actor's engine runs, without work and stale."""
         self.instance = await self._call("begin")
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates the completions of a prompt."""
         rollouts: list[Rollout] = await self._call("generate", prompt, sampling)
         return rollouts
 
     async def load(self, update: WeightUpdate) -> None:
+        """Loads an update into the engine."""
         await self._call("load", update)
 
     async def check(self) -> None:
+        """Checks that the actor and its engine are alive."""
         await self._call("check")
 
     async def restart(self) -> None:
-        """Ends the actor; Ray starts it again."""
+        """Ends the actor, which Ray then starts again."""
         import ray
 
         with contextlib.suppress(RolloutError, TimeoutError):
             await asyncio.wait_for(self._call("stop"), STOP_S)
         ray.kill(self.actor, no_restart=False)
-        before = self.instance
-        while self.instance == before:  # a call may still reach the actor that is being killed
+        previous_instance = self.instance
+        while self.instance == previous_instance:  # a call may still reach the actor that was killed
             try:
                 self.instance = await self._call("begin")
             except EngineLost:
                 await asyncio.sleep(RETRY_S)
 
     async def stop(self) -> None:
-        """Nothing: the driver has started the engine, and ends it."""
+        """Does nothing, as the driver has started the engine and ends it."""
 
     async def _call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the actor.
+
+        Raises:
+            AlignmentError: the method raised it.
+            EngineLost: the actor's process has died.
+            RolloutError: any other error.
+        """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        answer = getattr(self.actor, method).remote(*arguments)
+        reference = getattr(self.actor, method).remote(*arguments)
         try:
-            return await answer
+            return await reference
         except asyncio.CancelledError:
-            ray.cancel(answer)
+            ray.cancel(reference)
             raise
         except RayTaskError as error:
             cause = error.cause
@@ -230,12 +256,17 @@ class RayEngineHandle:
             raise EngineLost(f"an engine's process has died: {error}") from error
 
 
-def _wait_for_places(actors: list[ActorHandle], *, timeout_s: float) -> None:
+def _wait_for_placement(actors: list[ActorHandle], *, timeout_s: float) -> None:
+    """Waits until Ray has placed all actors.
+
+    Raises:
+        RolloutError: it has not within the time limit.
+    """
     import ray
     from ray.exceptions import GetTimeoutError
 
     try:
-        ray.get([actor.place.remote() for actor in actors], timeout=timeout_s)
+        ray.get([actor.node_id.remote() for actor in actors], timeout=timeout_s)
     except GetTimeoutError as error:
         for actor in actors:
             ray.kill(actor)
@@ -243,6 +274,7 @@ def _wait_for_places(actors: list[ActorHandle], *, timeout_s: float) -> None:
 
 
 def _end(actors: list[ActorHandle]) -> None:
+    """Stops the engines, and then their actors."""
     import ray
 
     ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=STOP_S)
@@ -251,7 +283,7 @@ def _end(actors: list[ActorHandle]) -> None:
 
 
 def _node() -> str:
-    """Id of the node that this process runs on."""
+    """The id of the node that this process runs on."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())

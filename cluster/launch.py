@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: in this process, or in a Ray Train worker group on a Ray cluster."""
+"""Runs a configuration: in this process, or in a Ray Train worker group on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 CONFIG = "config.json"
-"""File of a run that holds its whole configuration."""
+"""File of a run with its complete configuration."""
 
 
 def train(
@@ -60,12 +60,12 @@ def train(
 
 
 def rehearse(config: ClusterRunConfig) -> None:
-    """Does in this process all that comes before a run's first step, and leaves nothing behind.
+    """Does everything that comes before the first step of a run, in this process, and leaves no files.
 
-    Neither Ray nor engines are started, and models are whole here, whatever `optim.zero` says.
+    It starts neither Ray nor engines, and it does not shard models, whatever `optim.zero` says.
 
     Raises:
-        AlignmentError: what would end the run before its first step.
+        AlignmentError: an error that would end the run before its first step.
     """
     device = _device_here()
     from alignment.metrics import NoteReporter
@@ -78,15 +78,15 @@ def rehearse(config: ClusterRunConfig) -> None:
         print(f"dry run: the cluster would be asked for {plan(config).sentence}", flush=True)
     else:
         _check_machine(config)
-    alone = config.model_copy(update={"optim": config.optim.model_copy(update={"zero": ZeroConfig()})})
-    made = [folder for folder in (config.folder, *config.folder.parents) if not folder.exists()]
+    local_config = config.model_copy(update={"optim": config.optim.model_copy(update={"zero": ZeroConfig()})})
+    created_folders = [folder for folder in (config.folder, *config.folder.parents) if not folder.exists()]
     try:
-        loop(alone, World(device=device), NoteReporter())
+        loop(local_config, World(device=device), NoteReporter())
     finally:
-        if config.folder in made:
+        if config.folder in created_folders:
             shutil.rmtree(config.folder, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # somebody else's since then
+        for folder in created_folders:
+            with contextlib.suppress(OSError):  # another process may use it by now
                 folder.rmdir()
 
 
@@ -94,36 +94,37 @@ def run(config: ClusterRunConfig) -> None:
     """Runs a configuration to its end.
 
     Raises:
-        AlignmentError: any of its kinds, also when it was raised in a worker.
+        AlignmentError: any error of the run, also one of a worker.
     """
     from alignment.models.folders import with_checkpoints
 
     config = with_checkpoints(config)
-    _keep(config)
+    _save_config(config)
     if config.cluster.workers == 0:
         _run_here(config)
     else:
         _run_on_ray(config)
 
 
-def _keep(config: ClusterRunConfig) -> None:
-    """Writes the configuration into the run's folder, whole or not at all.
+def _save_config(config: ClusterRunConfig) -> None:
+    """Writes the configuration to the run's folder, atomically.
 
     Raises:
         ConfigError: the folder or the file cannot be written.
     """
     file = config.make_folder() / CONFIG
-    unfinished = file.with_name(f".{CONFIG}.unfinished")
+    temporary_file = file.with_name(f".{CONFIG}.unfinished")
     try:
-        unfinished.write_text(config.model_dump_json(indent=1))
-        unfinished.replace(file)
+        temporary_file.write_text(config.model_dump_json(indent=1))
+        temporary_file.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            temporary_file.unlink()
         raise ConfigError(f"output {config.output!r}: {file} cannot be written: {error.strerror}") from error
 
 
 def _run_here(config: ClusterRunConfig) -> None:
+    """Runs a configuration in this process."""
     device = _device_here()
     from alignment.metrics import FileReporter
     from alignment.models.parallel import World
@@ -135,6 +136,7 @@ def _run_here(config: ClusterRunConfig) -> None:
 
 
 def _check_machine(config: ClusterRunConfig) -> None:
+    """Checks that the run fits on this machine, and prints advice."""
     import torch
 
     if text := check_machine(config, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -142,6 +144,7 @@ def _check_machine(config: ClusterRunConfig) -> None:
 
 
 def _device_here() -> torch.device:
+    """The device that this process trains on; prepares it."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,7 +154,7 @@ def _device_here() -> torch.device:
 
 @contextlib.contextmanager
 def _engine_here(config: ClusterRunConfig) -> Iterator[Generator | None]:
-    """One vLLM engine beside the loop, started by this process, if the run wants one."""
+    """Starts a vLLM engine beside the loop if the run needs one, and ends it after the context."""
     if not config.wants_engines:
         yield None
         return
@@ -165,10 +168,15 @@ def _engine_here(config: ClusterRunConfig) -> Iterator[Generator | None]:
 
 
 def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> RolloutEngineSettings:
+    """The settings of the run's engines.
+
+    Args:
+        gpu: whether they run on GPUs.
+    """
     from alignment.rollout.vllm import RolloutEngineSettings
 
     device: Literal["cpu", "cuda"] = "cuda" if gpu else "cpu"
-    # Engines on one CPU share its cores; more threads than cores would wait for each other.
+    # Engines on one machine share its cores, and more threads than cores would slow each other down.
     engines = config.cluster.engines if config.cluster.workers else 1
     threads = max(1, len(os.sched_getaffinity(0)) // engines)
     return RolloutEngineSettings.of(
@@ -177,52 +185,55 @@ def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> RolloutEngineSet
 
 
 def _run_on_ray(config: ClusterRunConfig) -> None:
-    joined = start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    """Runs a configuration in Ray Train's workers."""
+    has_joined = start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     import ray
 
     from alignment.shared_folder import marked
 
     try:
-        wanted = plan(config)
+        cluster_plan = plan(config)
         if not config.cluster.autoscaling:
-            check_fits(wanted, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
-        print(f"cluster: starting {wanted.sentence} …", flush=True)
-        with marked(config.folder) as mark, _engines_on_ray(config, wanted) as engines:
-            _fit(config, wanted, engines, mark)
+            check_fits(cluster_plan, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
+        print(f"cluster: starting {cluster_plan.sentence} …", flush=True)
+        with marked(config.folder) as mark, _engines_on_ray(config, cluster_plan) as engines:
+            _fit(config, cluster_plan, engines, mark)
     finally:
-        if joined:
+        if has_joined:
             ray.shutdown()
 
 
 @contextlib.contextmanager
-def _engines_on_ray(config: ClusterRunConfig, wanted: Plan) -> Iterator[Engines | None]:
-    """The run's engines, which outlive workers that are restarted; None if it wants none."""
-    if not wanted.engines:
+def _engines_on_ray(config: ClusterRunConfig, cluster_plan: Plan) -> Iterator[Engines | None]:
+    """Starts the run's engines, which survive a restart of the workers; None if the run needs none."""
+    if not cluster_plan.engines:
         yield None
         return
     from cluster.engines import running_engines
 
     settings = _engine_settings(config, gpu=config.gpus_of_engine > 0)
     cpus, gpus = config.cluster.cpus_per_engine, config.gpus_of_engine
-    with running_engines(settings, count=wanted.engines, cpus=cpus, gpus=gpus) as engines:
+    with running_engines(settings, count=cluster_plan.engines, cpus=cpus, gpus=gpus) as engines:
         yield engines
 
 
 def start_ray(address: str | None) -> bool:
-    """Joins the Ray cluster at an address, or starts Ray on this machine; only who has its token may use it.
+    """Joins the Ray cluster at an address, or starts Ray on this machine, with token authentication.
 
-    Returns false if this process was in a cluster already, which is then left as it is.
+    Returns:
+        False if this process belonged to a cluster already, which then stays as it is.
 
     Raises:
-        ClusterError: no cluster answers at the address, or it answers everybody.
+        ClusterError: no cluster answers at the address, or it has no authentication.
     """
-    # Read when Ray is imported or starts. Its workers run at niceness 15 by default, which loses half of a busy laptop.
+    # Ray reads these when it is imported or starts. By default, its workers run at niceness 15, which gives them only
+    # half of a busy laptop.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if not sys.stdout.isatty():  # a file shall hold our lines as they are, without the name of a process before each
+    if not sys.stdout.isatty():  # without this, each line in a file would begin with the name of a process
         os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")
-    if not address:  # on Linux too: without it, Ray replaces 127.0.0.1 by the outside address
+    if not address:  # without the first, Ray replaces 127.0.0.1 by the machine's public address, on Linux too
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is never preempted
     import ray
 
     if ray.is_initialized():
@@ -236,6 +247,7 @@ def start_ray(address: str | None) -> bool:
 
 
 def _join_ray(address: str) -> None:
+    """Joins the Ray cluster at an address, if it has authentication."""
     import ray
 
     try:
@@ -250,28 +262,30 @@ def _join_ray(address: str) -> None:
 
 
 def _start_ray_here() -> None:
+    """Starts Ray on this machine, on the loopback interface."""
     import ray
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    # Tells Ray Train's helpers which Ray is theirs: they guess, and fail beside another one on the same machine, such
-    # as that of `raylign serve`.
-    started_with = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    os.environ.update(started_with)
+    with socket.create_server(("127.0.0.1", 0)) as free_socket:
+        port = free_socket.getsockname()[1]
+    # Tells Ray Train's helper processes which Ray they belong to. They would guess, and fail if another Ray runs on the
+    # same machine, such as that of `raylign serve`.
+    variables = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    os.environ.update(variables)
     try:
         ray.init(address="local", logging_level="warning", _node_ip_address="127.0.0.1")
         protect_token_file()
     finally:
-        for name in started_with:
+        for name in variables:
             del os.environ[name]
 
 
-def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None, mark: str) -> None:
+def _fit(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, mark: str) -> None:
+    """Runs Ray Train's workers until the run ends, and raises its error."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from cluster.failing import EndForGood, final_error
+    from cluster.final_error import StopOnFinalError, final_error
     from cluster.rendezvous import OwnAddressConfig
     from cluster.worker import run as worker
 
@@ -288,21 +302,21 @@ def _fit(config: ClusterRunConfig, wanted: Plan, engines: Engines | None, mark: 
         },
         torch_config=OwnAddressConfig(timeout_s=collective_timeout_s(config)),
         scaling_config=ScalingConfig(
-            num_workers=wanted.workers,
+            num_workers=cluster_plan.workers,
             use_gpu=config.cluster.gpus_per_worker > 0,
-            resources_per_worker=wanted.resources,
+            resources_per_worker=cluster_plan.resources,
         ),
         run_config=RunConfig(
             name=config.name,
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            # On another machine Ray's worker loads torch before anything of ours.
+            # On another machine, Ray's worker loads torch before any of our modules.
             worker_runtime_env={"env_vars": inherited() | NO_BARS},
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[EndForGood()],
+            callbacks=[StopOnFinalError()],
         ),
     )
-    # Ray Train's own notes about an earlier fit of this name are of no use to us, and a torn one would be fatal.
+    # Ray Train's own files about an earlier fit of this name are not needed, and a damaged one would be fatal.
     shutil.rmtree(config.folder / "ray", ignore_errors=True)
     try:
         trainer.fit()

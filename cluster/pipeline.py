@@ -1,4 +1,4 @@
-"""Several runs as one chain: each stage's checkpoint feeds the next, as SFT → reward model → PPO."""
+"""A chain of runs in which later stages use the checkpoints of earlier ones, such as SFT → reward model → PPO."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from alignment.settings.section import Section
 from cluster.config import ClusterRunConfig, load_run
 from cluster.launch import CONFIG
 
-SUMMARY = "summary.json"  # as alignment.train writes it, whose import takes seconds
+SUMMARY = "summary.json"  # alignment.train writes it, but its import takes seconds
 
 
 class StageConfig(Section):
     """One training run of the chain."""
 
     name: RunName
-    """Name of the stage; later stages write its checkpoint as `{name}`."""
+    """Name of the stage; later stages refer to its checkpoint as `{name}`."""
     config: str
-    """YAML file of the run, as seen from the pipeline's file."""
+    """YAML file of the run, relative to the pipeline's file."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Settings that replace the file's, by dotted key, as `{model.path: "{sft}"}`."""
+    """Settings that replace those of the file, by dotted key, such as `{model.path: "{sft}"}`."""
 
 
 class PipelineConfig(Section):
     """A chain of training runs."""
 
     name: RunName
-    """Name of the chain; its runs go to `output`/`name`/STAGE."""
+    """Name of the chain; the runs are written to `output`/`name`/STAGE."""
     output: str = "runs"
     """Folder of all runs."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -65,56 +65,57 @@ def pipeline(
     unfinished one resumes from its newest intact checkpoint.
     """
     chain = load_config(config, overrides or [], kind=PipelineConfig)
-    runs = check(chain, config.parent)  # all of them, before the first one starts
-    places: dict[str, str] = {}
-    for number, (stage, run) in enumerate(zip(chain.stages, runs, strict=True), start=1):
-        print(f"\n\033[1m{number}/{len(runs)}  {stage.name}: {run.algorithm.name}\033[0m", flush=True)
-        _run(stage, config.parent / stage.config, settings_of(stage, chain, places))
-        places[stage.name] = str(find_checkpoint(run.folder))
+    run_configs = check(chain, config.parent)  # all stages are checked before the first one starts
+    checkpoints: dict[str, str] = {}
+    for number, (stage, run_config) in enumerate(zip(chain.stages, run_configs, strict=True), start=1):
+        print(f"\n\033[1m{number}/{len(run_configs)}  {stage.name}: {run_config.algorithm.name}\033[0m", flush=True)
+        _run(stage, config.parent / stage.config, settings_of(stage, chain, checkpoints))
+        checkpoints[stage.name] = str(find_checkpoint(run_config.folder))
 
 
 def check(chain: PipelineConfig, folder: Path) -> list[ClusterRunConfig]:
-    """The configurations of all stages, with the places of checkpoints that do not exist yet.
+    """Checks all stages, and returns their configurations, with the paths of checkpoints that do not exist yet.
 
     Raises:
-        ConfigError: a stage cannot run as configured, or uses the checkpoint of one that does not come before it.
+        ConfigError: a stage's configuration is wrong, or it uses the checkpoint of a stage that is not an earlier one.
     """
-    places: dict[str, str] = {}
-    runs = []
+    checkpoints: dict[str, str] = {}
+    run_configs = []
     for stage in chain.stages:
         try:
-            run = load_run(folder / stage.config, settings_of(stage, chain, places))
+            run_config = load_run(folder / stage.config, settings_of(stage, chain, checkpoints))
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
-        runs.append(run)
-        places[stage.name] = str(run.folder / "checkpoints" / "newest")
-    return runs
+        run_configs.append(run_config)
+        checkpoints[stage.name] = str(run_config.folder / "checkpoints" / "newest")
+    return run_configs
 
 
-def settings_of(stage: StageConfig, chain: PipelineConfig, places: dict[str, str]) -> list[str]:
-    """A stage's settings as `key=value`, with `{stage}` replaced by that stage's place.
+def settings_of(stage: StageConfig, chain: PipelineConfig, checkpoints: dict[str, str]) -> list[str]:
+    """The settings of a stage as `key=value`, with each `{name}` replaced by the checkpoint of that stage.
 
     Raises:
-        ConfigError: a place is asked for that is not known (yet).
+        ConfigError: a setting refers to a stage that is not an earlier one.
     """
     settings = {**stage.set, "name": stage.name, "output": str(Path(chain.output) / chain.name)}
-    return [f"{key}={json.dumps(_filled(value, places))}" for key, value in settings.items()]
+    return [f"{key}={json.dumps(_fill_in(value, checkpoints))}" for key, value in settings.items()]
 
 
-def _filled(value: Any, places: dict[str, str]) -> Any:
+def _fill_in(value: Any, checkpoints: dict[str, str]) -> Any:
+    """Replaces each `{name}` in a string by the checkpoint of that stage."""
     if not isinstance(value, str):
         return value
     try:
-        return value.format(**places)
+        return value.format(**checkpoints)
     except (LookupError, ValueError) as error:
-        raise ConfigError(f"{value!r}: no earlier stage is called {error}; there are {list(places)}") from error
+        raise ConfigError(f"{value!r}: no earlier stage is called {error}; there are {list(checkpoints)}") from error
 
 
 def _run(stage: StageConfig, file: Path, settings: list[str]) -> None:
-    """Runs a stage in a process of its own, so that it leaves no memory behind; a finished one is skipped."""
-    run = load_run(file, settings)
-    if (run.folder / SUMMARY).exists() and (run.folder / CONFIG).read_text() == run.model_dump_json(indent=1):
-        print(f"{run.folder} is finished")
+    """Runs a stage in its own process, which frees all memory at the end. A finished stage is skipped."""
+    config = load_run(file, settings)
+    if (config.folder / SUMMARY).exists() and (config.folder / CONFIG).read_text() == config.model_dump_json(indent=1):
+        print(f"{config.folder} is finished")
         return
     if call("train", str(file), *settings):
         raise ClusterError(f"stage {stage.name} failed; its own words are above. The same command goes on from here")

@@ -1,4 +1,4 @@
-"""The sum before the start: what a run asks of the cluster, in one sentence, and whether it can ever be placed."""
+"""What a run asks of a cluster, and whether the cluster can ever give it; computed before anything starts."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from cluster.config import ClusterRunConfig, no_gpus_for
 Resources = dict[str, float]
 """Amounts by name, as Ray counts them: `CPU`, `GPU`."""
 ROUNDING = 1e-6
-"""Of an amount: Ray counts in ten-thousandths, and 0.1 + 0.2 is more than 0.3."""
+"""Tolerance in comparisons of amounts: Ray counts in ten-thousandths, and 0.1 + 0.2 is more than 0.3."""
 UNTIMED_WORK_S = 2 * 3600
-"""Seconds allowed for what has no time limit of its own: one worker's reading, loading, scoring or saving."""
+"""Time for work without a time limit of its own, such as one worker's reading, loading, scoring or saving."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What Ray is asked for."""
+    """The workers and engines that a run asks Ray for."""
 
     workers: int
+    """Number of training workers."""
     resources: Resources
-    """Of each worker, as Ray counts them."""
+    """Resources of each worker, as Ray counts them."""
     engines: int = 0
+    """Number of rollout engines."""
     engine_resources: Resources = field(default_factory=dict)
-    """Of each engine."""
+    """Resources of each engine."""
 
     @property
     def sentence(self) -> str:
-        """The plan for people."""
-        parts = [f"{self.workers} worker(s) with {_listed(self.resources)} each"]
-        if self.engines:
-            each = f"with {_listed(self.engine_resources)} each" if self.engine_resources else "on the workers' cores"
-            parts.append(f"{self.engines} engine(s) {each}")
-        return " and ".join(parts)
+        """The plan in words."""
+        workers = f"{self.workers} worker(s) with {_format_resources(self.resources)} each"
+        if not self.engines:
+            return workers
+        resources = _format_resources(self.engine_resources)
+        share = f"with {resources} each" if resources else "on the workers' cores"
+        return f"{workers} and {self.engines} engine(s) {share}"
 
 
 def plan(config: ClusterRunConfig) -> Plan:
-    """The bundles of a configuration; Ray Train's own coordinator takes none."""
+    """The plan of a configuration. Ray Train's own coordinator takes no resources."""
     cluster = config.cluster
     return Plan(
         workers=cluster.workers,
@@ -48,58 +51,58 @@ def plan(config: ClusterRunConfig) -> Plan:
     )
 
 
-def check_fits(wanted: Plan, *, nodes: Sequence[Resources]) -> None:
-    """Refuses at once what Ray would wait for for ever: a worker and an engine each need one node that has all of it.
+def check_fits(plan: Plan, *, nodes: Sequence[Resources]) -> None:
+    """Refuses a plan that Ray would wait for forever. Each worker and each engine needs one node with all it takes.
 
     Args:
-        nodes: resources of every node that lives, whole, whatever other runs hold of them.
+        nodes: the full resources of each live node, including those that other runs use.
 
     Raises:
-        ConfigError: with the arithmetic.
+        ConfigError: the plan does not fit; the text has the arithmetic.
     """
-    _check_sums(wanted, nodes)
-    bundles = {"worker": wanted.resources, "engine": wanted.engine_resources if wanted.engines else {}}
+    _check_sums(plan, nodes)
+    bundles = {"worker": plan.resources, "engine": plan.engine_resources if plan.engines else {}}
     for kind, bundle in bundles.items():
-        if not any(_room(node, bundle) for node in nodes):
+        if not any(_num_fitting(node, bundle) for node in nodes):
             raise ConfigError(
-                f"each {kind} takes {_listed(bundle)} of one node (cluster.cpus_per_{kind}, "
-                f"cluster.gpus_per_{kind}), and there are {_counted(nodes)}. Ask for less, or set cluster.autoscaling "
-                "if the cluster adds larger machines by itself"
+                f"each {kind} takes {_format_resources(bundle)} of one node (cluster.cpus_per_{kind}, "
+                f"cluster.gpus_per_{kind}), and there are {_format_nodes(nodes)}. Ask for less, or set "
+                "cluster.autoscaling if the cluster adds larger machines by itself"
             )
-    most = most_workers(wanted, nodes)
-    if most is not None and most >= wanted.workers:
+    max_workers = most_workers(plan, nodes)
+    if max_workers is not None and max_workers >= plan.workers:
         return
-    rooms = "no room for all engines" if most is None else f"room for {most} workers"
-    beside = f" and cluster.engines ({wanted.engines}) of {_listed(wanted.engine_resources)}" if wanted.engines else ""
+    room_text = "no room for all engines" if max_workers is None else f"room for {max_workers} workers"
+    engines_text = f" and cluster.engines ({plan.engines}) of {_format_resources(plan.engine_resources)}"
     raise ConfigError(
-        f"cluster.workers ({wanted.workers}) of {_listed(wanted.resources)}{beside} do not fit, though the sums do: "
-        f"each needs one node that has all of it, and {_counted(nodes)} have {rooms}. Ask for fewer or less, or set "
-        "cluster.autoscaling if it adds machines by itself"
+        f"cluster.workers ({plan.workers}) of {_format_resources(plan.resources)}{engines_text if plan.engines else ''}"
+        f" do not fit, though the sums do: each needs one node that has all of it, and {_format_nodes(nodes)} have "
+        f"{room_text}. Ask for fewer or less, or set cluster.autoscaling if it adds machines by itself"
     )
 
 
-def most_workers(wanted: Plan, nodes: Sequence[Resources]) -> int | None:
-    """The most workers that have room beside all engines; None if not even the engines have.
+def most_workers(plan: Plan, nodes: Sequence[Resources]) -> int | None:
+    """The most workers that fit beside all engines; None if the engines alone do not fit.
 
-    Exact: `best[n]` is the most workers on the nodes so far with n engines on them.
+    The result is exact: `best[n]` is the most workers on the nodes so far if these nodes have n engines.
     """
     best: dict[int, int] = {0: 0}
     for node in nodes:
         longer: dict[int, int] = {}
         for engines, workers in best.items():
-            for more in range(min(wanted.engines - engines, _room(node, wanted.engine_resources)) + 1):
-                rest = {name: have - more * wanted.engine_resources.get(name, 0.0) for name, have in node.items()}
-                total = workers + min(wanted.workers, _room(rest, wanted.resources))
-                longer[engines + more] = max(total, longer.get(engines + more, 0))
+            for count in range(min(plan.engines - engines, _num_fitting(node, plan.engine_resources)) + 1):
+                free = {name: amount - count * plan.engine_resources.get(name, 0.0) for name, amount in node.items()}
+                num_workers = workers + min(plan.workers, _num_fitting(free, plan.resources))
+                longer[engines + count] = max(num_workers, longer.get(engines + count, 0))
         best = longer
-    return best.get(wanted.engines)
+    return best.get(plan.engines)
 
 
 def collective_timeout_s(config: ClusterRunConfig) -> int:
-    """Seconds after which a worker that waits for the others in a collective gives up: longer than any wait of ours.
+    """The time limit of a collective (s), which is longer than any regular wait of one worker for another.
 
-    Of these, only waits for engines have a limit. For the rest, loading, evaluating and saving a large model, hours are
-    allowed: a worker that has failed or died is noticed at once by other means, so only one that hangs is by this.
+    Only waits for engines have a limit of their own. Loading, evaluating and saving a large model may take hours. The
+    limit only ends runs in which a worker hangs, because a worker that fails or dies is noticed at once by other means.
     """
     from alignment.rollout.pool import longest_wait_s
 
@@ -107,24 +110,25 @@ def collective_timeout_s(config: ClusterRunConfig) -> int:
 
 
 def check_machine(config: ClusterRunConfig, *, gpus: int) -> str:
-    """Refuses a run without Ray that its machine cannot hold; returns what a person should know, or nothing.
+    """Refuses a run without Ray that does not fit on this machine; returns advice in words, or nothing.
 
     Args:
-        gpus: that this process sees.
+        gpus: number of GPUs that this process sees.
 
     Raises:
-        ConfigError: the trainer and a vLLM engine would share a GPU, or the engine wants GPUs that are not there.
+        ConfigError: the trainer and a vLLM engine would share a GPU, or the engine needs GPUs that do not exist.
     """
     rollout = config.rollout
     if config.wants_engines and gpus:
-        need, left = 1 + rollout.tensor_parallel, 1 - rollout.gpu_memory
+        num_gpus, trainer_share = 1 + rollout.tensor_parallel, 1 - rollout.gpu_memory
         workers = max(1, gpus - rollout.tensor_parallel)
-        where = "" if gpus >= need else " on a machine with more GPUs"
+        machine_note = "" if gpus >= num_gpus else " on a machine with more GPUs"
         raise ConfigError(
             "cluster.workers 0 puts the trainer and a vLLM engine onto one GPU: the engine takes rollout.gpu_memory "
-            f"({rollout.gpu_memory:g}) of it and leaves the trainer {left:.2g}. Apart, they need 1 GPU + "
-            f"{rollout.tensor_parallel} (rollout.tensor_parallel) = {need}, of {gpus} here. Set "
-            f"cluster.workers={workers} cluster.gpus_per_worker=1{where}, or rollout.engine=local for a tiny model"
+            f"({rollout.gpu_memory:g}) of it and leaves the trainer {trainer_share:.2g}. Apart, they need 1 GPU + "
+            f"{rollout.tensor_parallel} (rollout.tensor_parallel) = {num_gpus}, of {gpus} here. Set "
+            f"cluster.workers={workers} cluster.gpus_per_worker=1{machine_note}, or rollout.engine=local for a tiny "
+            "model"
         )
     if config.wants_engines and rollout.tensor_parallel > 1:
         raise ConfigError(no_gpus_for(rollout.tensor_parallel))
@@ -136,38 +140,41 @@ def check_machine(config: ClusterRunConfig, *, gpus: int) -> str:
     return ""
 
 
-def _check_sums(wanted: Plan, nodes: Sequence[Resources]) -> None:
-    for name in wanted.resources | (wanted.engine_resources if wanted.engines else {}):
-        each, each_engine = wanted.resources.get(name, 0.0), wanted.engine_resources.get(name, 0.0)
-        need = wanted.workers * each + wanted.engines * each_engine
-        have = sum(node.get(name, 0.0) for node in nodes)
-        if need > have + ROUNDING:
-            engines = f" + cluster.engines ({wanted.engines}) × {each_engine:g} {name}" if wanted.engines else ""
+def _check_sums(plan: Plan, nodes: Sequence[Resources]) -> None:
+    """Raises ConfigError if a plan asks for more than all nodes together have."""
+    for name in plan.resources | (plan.engine_resources if plan.engines else {}):
+        per_worker, per_engine = plan.resources.get(name, 0.0), plan.engine_resources.get(name, 0.0)
+        demand = plan.workers * per_worker + plan.engines * per_engine
+        supply = sum(node.get(name, 0.0) for node in nodes)
+        if demand > supply + ROUNDING:
+            engines = f" + cluster.engines ({plan.engines}) × {per_engine:g} {name}" if plan.engines else ""
             raise ConfigError(
-                f"cluster.workers ({wanted.workers}) × {each:g} {name}{engines} = {need:g} {name}, but there are "
-                f"{have:g}. Ask for fewer workers or less for each, or set cluster.autoscaling if it adds machines by "
-                "itself"
+                f"cluster.workers ({plan.workers}) × {per_worker:g} {name}{engines} = {demand:g} {name}, but there are "
+                f"{supply:g}. Ask for fewer workers or less for each, or set cluster.autoscaling if it adds machines "
+                "by itself"
             )
 
 
-def _room(node: Resources, bundle: Resources) -> int:
-    """How many of a bundle a node holds; what takes nothing fits without end."""
+def _num_fitting(node: Resources, bundle: Resources) -> int:
+    """How many times a bundle fits on a node; practically without limit if it takes nothing."""
     counts = [int((node.get(name, 0.0) + ROUNDING) // amount) for name, amount in bundle.items() if amount]
     return max(0, min(counts, default=10**9))
 
 
 def _bundle(cpus: float, gpus: float) -> Resources:
+    """CPUs and GPUs as Ray's resources, without those of which there are 0."""
     return {name: float(amount) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
 
 
-def _listed(resources: Resources) -> str:
+def _format_resources(resources: Resources) -> str:
+    """Resources in words, as `8 CPU and 4 GPU`."""
     return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def _counted(nodes: Sequence[Resources]) -> str:
-    """Nodes for people, alike ones together: `2 node(s) with 8 CPU and 4 GPU`."""
+def _format_nodes(nodes: Sequence[Resources]) -> str:
+    """Nodes in words, with equal ones counted together: `2 node(s) with 8 CPU and 4 GPU`."""
     kinds: dict[str, int] = {}
     for node in nodes:
-        shown = _listed({name: node.get(name, 0.0) for name in ("CPU", "GPU")})
-        kinds[shown] = kinds.get(shown, 0) + 1
+        description = _format_resources({name: node.get(name, 0.0) for name in ("CPU", "GPU")})
+        kinds[description] = kinds.get(description, 0) + 1
     return ", ".join(f"{count} node(s) with {kind}" for kind, count in kinds.items()) or "no nodes"

@@ -1,6 +1,6 @@
-"""Who may reach Ray, which runs whatever it is sent: only those with its token, in every Ray that we start or join.
+"""Access to Ray, which runs any code that it is sent: every Ray that we start or join requires its token.
 
-Some of its ports listen on all network interfaces, whatever address the node has; the token is all that guards them.
+Some of Ray's ports listen on all network interfaces, whatever address the node has. Only the token protects them.
 """
 
 from __future__ import annotations
@@ -15,36 +15,38 @@ from alignment.errors import ClusterError
 
 MODE = "RAY_AUTH_MODE"
 TIMEOUT_S = 10.0
-"""For a cluster to refuse, or to answer, who has no token."""
+"""Time limit for a cluster's answer to a request without a token."""
 
 
 def require_token() -> None:
-    """Has this process, and the Ray that it starts or joins, use the token. To be called before `ray.init`.
+    """Turns token authentication on for this process and for the Ray that it starts or joins.
+
+    It must be called before `ray.init`.
 
     Raises:
-        ClusterError: the environment turns it off.
+        ClusterError: the environment turns authentication off.
     """
     if os.environ.setdefault(MODE, "token").lower() != "token":
         raise ClusterError(
             f"{MODE}={os.environ[MODE]} turns Ray's authentication off, and whoever reached one of its ports could run "
             f"code here. Leave it out, or set {MODE}=token"
         )
-    if "ray" in sys.modules:  # it has read its environment already
+    if "ray" in sys.modules:  # Ray has read the environment already
         from ray._raylet import Config  # type: ignore[attr-defined]  # its stubs leave it out
 
         Config.initialize("")
 
 
 def check_token(gcs_address: str) -> None:
-    """Makes sure that a cluster answers nobody without the token.
+    """Checks that a cluster refuses requests without the token.
 
     Args:
-        gcs_address: host and port of its GCS, as `ray.get_runtime_context().gcs_address` has it.
+        gcs_address: host and port of the cluster's GCS, as in `ray.get_runtime_context().gcs_address`.
 
     Raises:
-        ClusterError: it does answer, or it cannot be reached.
+        ClusterError: the cluster answers, or it cannot be reached.
     """
-    if os.environ.get("RAY_USE_TLS") == "1":  # only who has a certificate is talked to
+    if os.environ.get("RAY_USE_TLS") == "1":  # the cluster requires a certificate
         return
     import grpc
     from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
@@ -64,8 +66,8 @@ def check_token(gcs_address: str) -> None:
 
 
 def protect_token_file() -> None:
-    """Takes from others what Ray lets them read: the token that it has made and kept for this user."""
+    """Makes Ray's file with this user's token unreadable for other users."""
     file = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):  # there is none, or it is not ours
+    with contextlib.suppress(OSError):  # there is no file, or it belongs to another user
         if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             file.chmod(0o600)

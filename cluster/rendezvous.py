@@ -1,7 +1,7 @@
-"""Where a run's workers meet: torch's store and gloo listen on the first worker's own address, and on no other.
+"""The rendezvous of a run's workers: torch's store and gloo listen only on the workers' own addresses.
 
-Neither asks who is there. Left to themselves, the store listens on all network interfaces, and gloo on whichever one
-the machine's name leads to.
+Neither of them authenticates a peer. By default, the store listens on all network interfaces, and gloo on the interface
+to which the machine's name resolves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 SHARED: list[TCPStore] = []
-"""The store that this process has made for the others to meet at, for as long as it lives."""
+"""The store of this process, which is kept alive as long as the process."""
 
 
 @dataclass
@@ -30,21 +30,22 @@ class OwnAddressConfig(TorchConfig):  # type: ignore[misc]  # Ray Train has no t
 
     @property
     def backend_cls(self) -> type[OwnAddressBackend]:
+        """The backend's class, for Ray Train."""
         return OwnAddressBackend
 
 
 class OwnAddressBackend(_TorchBackend):  # type: ignore[misc]  # the same
-    """Sets up torch's process group when Ray Train has started the workers."""
+    """Sets up torch's process group after Ray Train has started the workers."""
 
     def on_start(self, worker_group: Any, backend_config: OwnAddressConfig) -> None:
-        """Called by Ray Train, in the driver's controller."""
+        """Opens the store on the first worker, and lets all workers join; Ray Train's controller calls this."""
         backend = backend_config.backend or ("nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo")
         worker_group.execute(_set_torch_distributed_env_vars)
         address, port = worker_group.execute_single(0, open_store)
-        joined = [
+        join_tasks = [
             worker_group.execute_single_async(
                 rank,
-                join,
+                join_process_group,
                 backend=backend,
                 world_rank=rank,
                 world_size=len(worker_group),
@@ -54,24 +55,26 @@ class OwnAddressBackend(_TorchBackend):  # type: ignore[misc]  # the same
             )
             for rank in range(len(worker_group))
         ]
-        ray.get(joined)
+        ray.get(join_tasks)
 
 
 def open_store() -> tuple[str, int]:
-    """Opens a store on this node's address; returns where it is."""
+    """Opens a store on this node's address; returns its address and port."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listening = socket.create_server((address, 0), family=family)
-    port = int(listening.getsockname()[1])
-    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    listener = socket.create_server((address, 0), family=family)
+    port = int(listener.getsockname()[1])
+    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     SHARED[:] = [store]
     return address, port
 
 
-def join(*, backend: str, world_rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
-    """Joins torch's process group, whose store is at an address."""
+def join_process_group(
+    *, backend: str, world_rank: int, world_size: int, address: str, port: int, timeout_s: float
+) -> None:
+    """Joins torch's process group through the store at an address."""
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -87,14 +90,14 @@ def join(*, backend: str, world_rank: int, world_size: int, address: str, port: 
 
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that has an address of this machine.
+    """The name of the network interface of this machine that has an address.
 
     Raises:
-        LookupError: none has it.
+        LookupError: no interface has it.
     """
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address.partition("%")[0] == address for known in addresses):
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
             return str(name)
     raise LookupError(f"no network interface of this machine has the address {address}")

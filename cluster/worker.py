@@ -1,4 +1,4 @@
-"""What runs inside a Ray Train worker: its World, its reporter, and the same loop that runs alone."""
+"""A Ray Train worker: it makes the worker's World and reporter, and runs the same loop as a single process."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 
 
 class _NoBar:
-    """Stands in for a progress bar where the driver's output goes to a file."""
+    """Replaces the progress bar if the driver's output goes to a file."""
 
     def __init__(self, **_: Any) -> None: ...
-    def update(self, _: int) -> None: ...
-    def close(self) -> None: ...
+    def update(self, _: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class RayReporter:
-    """Passes evaluations and the last step on to Ray Train too, which needs them from every worker equally often.
+    """Reports evaluations and the last step to Ray Train too, which needs the same reports from all workers.
 
-    Not every step: Ray Train fetches reports once a second, and a worker waits until its last one is fetched.
+    It does not report every step, because Ray Train fetches reports once a second and a worker waits for that.
     """
 
     def __init__(self, inner: Reporter) -> None:
@@ -42,13 +45,16 @@ class RayReporter:
         self.steps = 0
 
     def note(self, text: str) -> None:
+        """Passes a text on."""
         self.inner.note(text)
 
     def begin(self, step: int, steps: int) -> None:
+        """Passes the start on."""
         self.steps = steps
         self.inner.begin(step, steps)
 
     def report(self, step: int, metrics: Metrics) -> None:
+        """Passes the metrics on, and reports evaluations and the last step to Ray Train."""
         import ray.train
 
         self.inner.report(step, metrics)
@@ -56,23 +62,24 @@ class RayReporter:
             ray.train.report({"step": step, **metrics})
 
     def close(self) -> None:
+        """Passes the end on."""
         self.inner.close()
 
 
 def run(settings: dict[str, Any]) -> None:
     """The train function of the TorchTrainer.
 
-    Checkpoints are not handed to Ray Train: the loop finds its own newest intact one, because a report that has
-    returned is not yet durable.
+    Checkpoints are not given to Ray Train. The loop finds its own newest intact checkpoint, because a report to Ray
+    Train may have returned before it is durable.
 
     Args:
-        settings: `config`, the run's configuration as JSON; `folder`, the driver's, which relative paths mean;
-            `module_folders`, where modules that the configuration names are looked for; `bar`, whether its output can
-            show a progress bar; `engines`, where the run's engines are, if it has any; `mark`, what lies in the run's
-            folder where the driver is.
+        settings: `config`: the run's configuration as JSON. `folder`: the driver's current folder, to which relative
+            paths refer. `module_folders`: the folders of modules that the configuration names. `bar`: whether the
+            output can show a progress bar. `engines`: the names of the run's engines, if it has any. `mark`: the
+            content of the driver's mark in the run's folder.
 
     Raises:
-        ConfigError: the run's folder is not the driver's.
+        ConfigError: the run's folder is not the same folder as the driver's.
     """
     import ray.train
     import ray.train.torch
@@ -90,7 +97,7 @@ def run(settings: dict[str, Any]) -> None:
     for module_folder in settings["module_folders"]:
         search_for_modules(Path(module_folder))
     config = ClusterRunConfig.model_validate_json(settings["config"])
-    if Path(settings["folder"]).is_dir():  # relative paths of the configuration mean the driver's folder
+    if Path(settings["folder"]).is_dir():  # relative paths of the configuration refer to the driver's folder
         os.chdir(settings["folder"])
     _check_folder(config, settings["mark"])
     logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train repeats every reported metric
@@ -99,16 +106,16 @@ def run(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     if failure := world.from_main(failure_of(config.folder)):
-        raise failure  # again: Ray Train has restarted the workers before it was told not to
+        raise failure  # raised again, as Ray Train restarted the workers before it learned that the error is final
     inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
-    with _attached(settings["engines"], config, world) as generator:
+    with _attached_engines(settings["engines"], config, world) as generator:
         train(config, world, RayReporter(inner), generator)
 
 
 def _check_folder(config: RunConfig, mark: str) -> None:
-    """Refuses to work where the run's folder is another one than the driver's.
+    """Raises ConfigError if the run's folder on this machine is not the driver's.
 
-    A worker that begins anew on another machine would find no checkpoint there, and train from step 0.
+    A worker that is restarted on another machine would find no checkpoint there, and train from step 0 again.
     """
     from alignment.shared_folder import sees
 
@@ -121,20 +128,20 @@ def _check_folder(config: RunConfig, mark: str) -> None:
 
 
 def _is_no_error_of_ours(_: logging.LogRecord) -> bool:
-    """Filters Ray Train's record of a worker's exception: an error of ours is told once, without its traceback."""
+    """A filter that drops Ray Train's log of an AlignmentError, which is printed once and without a traceback."""
     return not isinstance(sys.exc_info()[1], AlignmentError)
 
 
 @contextlib.contextmanager
-def _attached(engines: Engines | None, config: RunConfig, world: World) -> Iterator[Generator | None]:
-    """The run's engines as the loop sees them."""
+def _attached_engines(engines: Engines | None, config: RunConfig, world: World) -> Iterator[Generator | None]:
+    """The `Generator` over the run's engines; None if the run has none."""
     if engines is None:
         yield None
         return
     from alignment.models.parallel import together
     from cluster.engines import attach
 
-    with contextlib.ExitStack() as attached:
+    with contextlib.ExitStack() as stack:
         pool = together(lambda: attach(engines, config, world), world)
-        attached.callback(pool.close)
+        stack.callback(pool.close)
         yield pool

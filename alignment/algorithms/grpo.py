@@ -1,7 +1,8 @@
 """Group relative policy optimisation (arXiv 2402.03300), with what Dr. GRPO and DAPO changed as options.
 
-Dr. GRPO (arXiv 2503.20783) is `divide_by_deviation: false, loss_per: constant`. DAPO (arXiv 2503.14476) is `clip_high:
-0.28, loss_per: token, kl_in: none, drop_equal_groups: true`, and the scorer `length` with `max_length` and `buffer`.
+Dr. GRPO (arXiv 2503.20783) is `divide_by_deviation: false, loss_aggregation: constant`. DAPO (arXiv 2503.14476) is
+`clip_high: 0.28, loss_aggregation: token, kl_placement: none, drop_equal_groups: true`, with the scorer `length`, its
+`max_length` and its `buffer`.
 """
 
 from __future__ import annotations
@@ -17,33 +18,36 @@ from alignment.groups import Group
 
 
 class GRPO(PolicyGradient):
-    """A completion is as good as it is better than the others of its prompt; no critic."""
+    """The advantage of a completion is its reward relative to the others of its prompt; there is no critic."""
 
     min_completions: ClassVar[int] = 2
 
     name: Literal["grpo"] = "grpo"
     """Group relative policy optimisation."""
-    loss_per: Literal["token", "completion", "constant"] = "completion"
-    """Who weighs the same: every token of the step (DAPO), every completion (GRPO as published), or every token, over
-    a constant number of them per completion (Dr. GRPO). Only for `ratio_per: token`."""
+    loss_aggregation: Literal["token", "completion", "constant"] = "completion"
+    """What the loss is averaged over: the tokens of the step (DAPO), the completions (GRPO as published), or a constant
+    number of tokens per completion (Dr. GRPO). Only for `importance_level: token`."""
     divide_by_deviation: bool = True
     """Divide by the group's standard deviation."""
     drop_equal_groups: bool = False
-    """Replace groups whose rewards are all equal, which teach nothing, by new prompts (DAPO's dynamic sampling)."""
+    """Replace groups whose rewards are all equal, and which have no gradient, by new prompts (DAPO's dynamic
+    sampling)."""
 
     def is_informative(self, group: Group) -> bool:
+        """False for groups with equal rewards, if `drop_equal_groups` is set."""
         if not self.drop_equal_groups:
             return True
-        # Rewards are compared as they are learned from: a penalty can tell two of them apart.
+        # A penalty counts here, because it can make two equal rewards different.
         penalty = self.truncated_penalty if self.truncated == "penalise" else 0.0
         return len({(c.reward or 0.0) - penalty * c.truncated for c in group.completions}) > 1
 
     def advantages(self, batch: Batch) -> Tensor:
+        """The reward of each completion relative to its group."""
         rewards = batch.rewards
-        if self.kl_in == "reward":
+        if self.kl_placement == "reward":
             rewards = batch.per_completion(self.token_rewards(batch))
-        relative = group_relative(rewards, batch.group_of_completion, divide=self.divide_by_deviation)
-        return batch.of_completions(relative)
+        completion_advantages = group_relative(rewards, batch.group_of_completion, divide=self.divide_by_deviation)
+        return batch.of_completions(completion_advantages)
 
 
 ALGORITHM = GRPO

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (arXiv 1707.06347), as RLHF uses it (arXiv 1909.08593, 2203.02155)."""
+"""Proximal policy optimisation (arXiv 1707.06347), in the form that RLHF uses (arXiv 1909.08593, 2203.02155)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment.settings.section import Fraction, NonNegative, Positive, Positive
 
 
 class PPO(Discounted):
-    """A critic values every token's state, so that each token gets an advantage of its own."""
+    """A critic estimates the value of each token's state, so that each token gets its own advantage."""
 
     needs_critic: ClassVar[bool] = True
 
@@ -24,8 +24,8 @@ class PPO(Discounted):
     """Proximal policy optimisation with a critic."""
     epochs_per_step: PositiveCount = 4
     """Passes over each step's rollouts."""
-    kl_in: Literal["reward", "loss", "none"] = "reward"
-    """Where the divergence from the reference is paid: per token in the `reward`, or as a term of the `loss`."""
+    kl_placement: Literal["reward", "loss", "none"] = "reward"
+    """Where the divergence from the reference is penalised: per token in the `reward`, or as a term of the `loss`."""
     lam: Fraction = 0.95
     """Generalised advantage estimation: 0 trusts the critic alone, 1 the rewards alone."""
     whiten_advantages: bool = True
@@ -33,9 +33,10 @@ class PPO(Discounted):
     value_clip: NonNegative = 0.2
     """How far a value may move from the old one before its gradient stops; 0 never stops it."""
     value_coefficient: Positive = 0.1
-    """Weight of the critic's loss; it matters for a shared trunk, and for gradient clipping."""
+    """Weight of the critic's loss. It matters for a shared trunk and for gradient clipping."""
 
     def prepare(self, batch: Batch) -> Batch:
+        """Adds the returns that the critic learns, and normalises the advantages."""
         batch = super().prepare(batch)
         advantages = batch.advantages
         assert advantages is not None and batch.old_values is not None
@@ -45,25 +46,27 @@ class PPO(Discounted):
         return dataclasses.replace(batch, advantages=advantages, returns=returns)
 
     def advantages(self, batch: Batch) -> Tensor:
+        """Generalised advantage estimates of each token."""
         assert batch.old_values is not None, "the loop annotates values where needs_critic"
         rewards, values = batch.rows(self.token_rewards(batch)), batch.rows(batch.old_values)
         return batch.from_rows(gae(rewards, values, batch.lengths, gamma=self.gamma, lam=self.lam))
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
+        """The policy loss and the critic's loss."""
         assert outputs.values is not None and batch.old_values is not None and batch.returns is not None
         loss = super().loss(batch, outputs)
-        learned = batch.learned
+        loss_mask = batch.learned
         errors = clipped_value(
-            outputs.values[learned],
-            batch.old_values[learned],
-            batch.returns[learned],
+            outputs.values[loss_mask],
+            batch.old_values[loss_mask],
+            batch.returns[loss_mask],
             clip=self.value_clip or math.inf,
         )
         term = Term(values=self.value_coefficient * errors, unit="token", trains="critic")
         metrics = {
             "value_loss": errors.detach(),
-            "value": outputs.values[learned].detach(),
-            "return": batch.returns[learned],
+            "value": outputs.values[loss_mask].detach(),
+            "return": batch.returns[loss_mask],
         }
         return Loss(terms=(*loss.terms, term), metrics=loss.metrics | metrics)
 

@@ -1,4 +1,4 @@
-"""REINFORCE++ (arXiv 2501.03262): PPO's loss and token-wise KL without a critic, normalised over the whole batch."""
+"""REINFORCE++ (arXiv 2501.03262): PPO's loss and token-wise KL without a critic, normalised over the global batch."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from alignment.batch import Batch
 
 
 class ReinforcePlusPlus(Discounted):
-    """Every token's advantage is what came after it, on the scale of the whole batch."""
+    """The advantage of each token is its discounted return, normalised over the global batch."""
 
     name: Literal["reinforce++"] = "reinforce++"
     """REINFORCE++."""
-    kl_in: Literal["reward", "loss", "none"] = "reward"
-    """Where the divergence from the reference is paid: per token in the `reward`, or as a term of the `loss`."""
+    kl_placement: Literal["reward", "loss", "none"] = "reward"
+    """Where the divergence from the reference is penalised: per token in the `reward`, or as a term of the `loss`."""
     baseline: Literal["none", "group"] = "none"
-    """`group` takes the mean of the prompt's completions off every reward first (REINFORCE++-baseline)."""
+    """`group` subtracts the mean reward of the prompt's completions from each reward first (REINFORCE++-baseline)."""
 
     def prepare(self, batch: Batch) -> Batch:
+        """Normalises the advantages over the global batch."""
         batch = super().prepare(batch)
         assert batch.advantages is not None
-        white = whiten(batch.advantages[batch.learned])
-        return dataclasses.replace(batch, advantages=batch.on_learned(white))
+        advantages = whiten(batch.advantages[batch.learned])
+        return dataclasses.replace(batch, advantages=batch.on_learned(advantages))
 
     def advantages(self, batch: Batch) -> Tensor:
+        """The discounted return of each token."""
         rewards = batch.rows(self.token_rewards(batch))
         if self.baseline == "group":
             relative = group_relative(batch.rewards, batch.group_of_completion, divide=False)
             rewards = rewards + batch.rows(batch.at_the_end(relative - batch.rewards))
-        to_come = gae(rewards, torch.zeros_like(rewards), batch.lengths, gamma=self.gamma, lam=1.0)
-        return batch.from_rows(to_come)
+        returns = gae(rewards, torch.zeros_like(rewards), batch.lengths, gamma=self.gamma, lam=1.0)
+        return batch.from_rows(returns)
 
 
 ALGORITHM = ReinforcePlusPlus

@@ -1,4 +1,4 @@
-"""Reward modelling (arXiv 2203.02155): a score for every completion, from which of two people preferred."""
+"""Reward modelling (arXiv 2203.02155): a model learns a score for each completion from people's preferences."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from alignment.settings.section import NonNegative
 
 
 class RewardModelTraining(Algorithm):
-    """Raises the score of the better completion above that of the worse one, for every pair of a group.
+    """Raises the score of the chosen completion above that of the rejected one, for each pair of a group.
 
-    Every pair of a step counts alike, so a prompt with K ranked answers weighs K(K − 1)/2 times a prompt with two. The
-    paper divides by that number, so that prompts count alike; here ranking more answers teaches more.
+    All pairs of a step have the same weight, so a prompt with K ranked answers weighs K(K − 1)/2 times as much as a
+    prompt with two. The paper divides by that number, so that all prompts have the same weight.
     """
 
     head: ClassVar[Literal["language", "score"]] = "score"
@@ -26,32 +26,34 @@ class RewardModelTraining(Algorithm):
     name: Literal["reward_model"] = "reward_model"
     """A Bradley–Terry reward model."""
     centre: NonNegative = 0.0
-    """Weight of (better + worse)², which keeps scores around 0 (arXiv 2312.09244); 0 leaves their level free."""
+    """Weight of (chosen + rejected)², which keeps scores around 0 (arXiv 2312.09244); 0 leaves their level free."""
 
     def select(self, group: Group) -> Group:
+        """Keeps groups with at least one pair."""
         check_preference(self.name, group)
         return group
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
+        """The Bradley–Terry loss of each pair."""
         assert outputs.scores is not None, "the loop gives scores to algorithms whose head is `score`"
-        better, worse = (outputs.scores[side] for side in batch.pairs.unbind(1))
-        loss = pairwise_reward(better, worse)
+        chosen_scores, rejected_scores = (outputs.scores[side] for side in batch.pairs.unbind(1))
+        loss = pairwise_reward(chosen_scores, rejected_scores)
         if self.centre:
-            loss = loss + self.centre * (better + worse).square()
+            loss = loss + self.centre * (chosen_scores + rejected_scores).square()
         return Loss(terms=(Term(values=loss, unit="pair"),), metrics=self._metrics(batch, outputs.scores.detach()))
 
     def _metrics(self, batch: Batch, scores: Tensor) -> dict[str, Tensor]:
-        better, worse = batch.pairs.unbind(1)
-        margins = scores[better] - scores[worse]
+        chosen_index, rejected_index = batch.pairs.unbind(1)
+        margins = scores[chosen_index] - scores[rejected_index]
         accuracies = margins.sign() / 2 + 0.5  # a tie is half right
         lengths = batch.per_completion(torch.ones_like(batch.learned, dtype=torch.float32))
-        longer = lengths[better] - lengths[worse]
+        longer = lengths[chosen_index] - lengths[rejected_index]
         return {
-            "rewards/chosen": scores[better],
-            "rewards/rejected": scores[worse],
+            "rewards/chosen": scores[chosen_index],
+            "rewards/rejected": scores[rejected_index],
             "rewards/margins": margins,
             "rewards/accuracies": accuracies,
-            # A model that only counts words is right in one of these and wrong in the other.
+            # A model that only counts words has a high accuracy in one of these and a low one in the other.
             "rewards/accuracies_chosen_longer": accuracies[longer > 0],
             "rewards/accuracies_chosen_shorter": accuracies[longer < 0],
             "scores/mean": scores,

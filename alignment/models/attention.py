@@ -4,10 +4,10 @@ transformers makes one mask for each kind of layer (full, sliding, chunked) from
 calls that function with positions inside a sequence instead of indices in the batch. So a window reaches back through
 an answer into its prompt, whatever lies between them in the batch.
 
-* grouped (`blocks`): attention is computed group by group, and each completion attends to its prompt and to itself.
+* `grouped`: attention is computed group by group, and each completion attends to its prompt and to itself.
   On a CPU this does only the work that is needed.
-* dense (`sdpa`): there is one [T, T] mask.
-* flex: there is a block mask for flex_attention, which skips the same blocks inside one CUDA kernel.
+* `sdpa`: there is one [T, T] mask.
+* `flex`: there is a block mask for flex_attention, which skips the same blocks inside one CUDA kernel.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from transformers.masking_utils import causal_mask_function
 from alignment.batch import Batch
 from alignment.errors import ModelError
 
-Attention = Literal["blocks", "sdpa", "flex"]
+Attention = Literal["grouped", "sdpa", "flex"]
 IMPLEMENTATIONS: dict[Attention, str] = {
-    "blocks": "raylign_packed",
+    "grouped": "raylign_packed",
     "sdpa": "raylign_packed_dense",
     "flex": "raylign_packed_flex",
 }
@@ -315,7 +315,7 @@ def _layer_mask(form: Attention) -> Callable[..., Any]:
             window_starts = find_window_starts(mask_function, layout.num_positions, layout.batch.tokens.device)
         except ModelError as error:  # the model may have no layer of this kind (Qwen2-MoE: a window of 0)
             return UnsupportedMask(reason=str(error))
-        if form == "blocks":
+        if form == "grouped":
             return grouped_mask(layout, window_starts, dtype)
         if form == "sdpa":
             return dense_mask(layout.batch, window_starts)[None, None]
@@ -453,7 +453,7 @@ def _attend(
 
 
 FUNCTIONS: dict[Attention, Callable[..., Any]] = {
-    "blocks": grouped_attention,
+    "grouped": grouped_attention,
     "sdpa": dense_attention,
     "flex": flex_attention,
 }

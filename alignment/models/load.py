@@ -190,7 +190,7 @@ def _attention(config: ModelConfig, device: torch.device) -> Attention:
     if config.attention == "flex" and device.type != "cuda":
         raise ModelError("model.attention flex needs a CUDA device: on a CPU flex_attention has no backward pass")
     attention: Attention = (
-        config.attention if config.attention != "auto" else "flex" if device.type == "cuda" else "blocks"
+        config.attention if config.attention != "auto" else "flex" if device.type == "cuda" else "grouped"
     )
     if attention == "flex":
         limit_recompilations()

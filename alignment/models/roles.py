@@ -111,7 +111,7 @@ class Roles:
             reference=reference,
             reference_model=reference_model,
             critic=_critic(config, actor, world) if algorithm.needs_critic else None,
-            temperature=config.rollout.temperature if algorithm.tempered else 1.0,
+            temperature=config.rollout.temperature if algorithm.uses_sampling_temperature else 1.0,
         )
 
     @property
@@ -135,7 +135,7 @@ class Roles:
             self.actor,
             batch,
             temperature=self.temperature,
-            entropies=self.algorithm.wants_entropy,
+            entropies=self.algorithm.needs_entropy,
             value_head=head,
         )
         if critic is None or critic.model is None:
@@ -149,10 +149,10 @@ class Roles:
         fields: dict[str, Tensor] = {}
         if self.has_reference and batch.reference_logprobs is None:
             fields |= self.reference_annotations(batch)
-        if self.algorithm.needs_old or self.critic is not None:
+        if self.algorithm.needs_old_logprobs or self.critic is not None:
             with _eval_mode(self.actor.module):
                 old_outputs = self.outputs(batch)
-            if self.algorithm.needs_old:
+            if self.algorithm.needs_old_logprobs:
                 fields["old_logprobs"] = old_outputs.logprobs
             if old_outputs.values is not None:
                 fields["old_values"] = old_outputs.values

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain
+from alignment.settings.old_names import other_names
 from alignment.settings.plugins import search_for_modules
 from alignment.settings.section import Section, sections_of
 
@@ -118,7 +119,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             place = place[section]
         if not isinstance(place, dict | list):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
-    place[_index(place, last, override) if isinstance(place, list) else last] = value
+    if isinstance(place, list):
+        place[_index(place, last, override)] = value
+    else:
+        for name in other_names(last):  # an override replaces the file's value by whichever name the file calls it
+            place.pop(name, None)
+        place[last] = value
 
 
 def _index(items: list[Any], text: str, override: str) -> int:

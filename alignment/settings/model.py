@@ -46,9 +46,9 @@ class ModelConfig(Section):
     """Number format of weights and activations. `bf16` keeps an fp32 master copy of every trained weight; log-softmax
     and losses are fp32 in either case. `auto` is `bf16` where the processor computes in it (GPUs, CPUs with
     AVX512-BF16 or AMX), else `fp32`, which is several times as fast there."""
-    attention: Literal["auto", "blocks", "sdpa", "flex"] = "auto"
-    """How the packed mask is applied: `blocks` group by group, `sdpa` with a dense mask, which every model takes,
-    `flex` (CUDA only) with a block mask. `auto` takes `flex` on CUDA and `blocks` elsewhere."""
+    attention: Literal["auto", "grouped", "sdpa", "flex"] = "auto"
+    """How the packed mask is applied: `grouped` group by group, `sdpa` with a dense mask, which every model takes,
+    `flex` (CUDA only) with a block mask. `auto` takes `flex` on CUDA and `grouped` elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for a fraction of the memory."""
     lora: LoraConfig | None = None

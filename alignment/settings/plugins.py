@@ -53,7 +53,7 @@ class AlgorithmConfig(Section):
 
     head: ClassVar[Literal["language", "score"]] = "language"
     """What is trained: a language model, or a model that gives every completion a score."""
-    samples: ClassVar[bool] = False
+    is_online: ClassVar[bool] = False
     """True if it learns from the model's own answers to the prompts, as the run's scorers judge them."""
     min_completions: ClassVar[int] = 1
     """Fewest completions of a prompt that it can learn from."""

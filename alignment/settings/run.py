@@ -251,7 +251,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _can_sample(self) -> Self:
         algorithm = self.algorithm
-        if not algorithm.samples:
+        if not algorithm.is_online:
             if self.rewards:
                 raise ValueError(f"{algorithm.name} learns from the data, not from rewards; give them as judges")
             if self.judges and algorithm.head == "score":
@@ -286,7 +286,7 @@ class RunConfig(Section):
     @property
     def answers_prompts(self) -> bool:
         """True if the run draws completions, to learn from or to be judged by."""
-        return self.algorithm.samples or bool(self.judges)
+        return self.algorithm.is_online or bool(self.judges)
 
     @property
     def wants_engines(self) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from alignment.settings.old_names import with_new_names
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -26,6 +28,12 @@ class Section(BaseModel):
     def section_class(cls, key: str, value: Any) -> type[Section]:
         """The class of the section under a key, of which `value` is what the file says."""
         return sections_of(cls.model_fields[key].annotation)[0]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renames_old_keys(cls, values: Any) -> Any:
+        """Accepts keys and values by the names of earlier releases."""
+        return with_new_names(values, cls.model_fields) if isinstance(values, dict) else values
 
     @field_validator("*", mode="before")
     @classmethod

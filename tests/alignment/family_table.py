@@ -183,7 +183,7 @@ def verdict(entry: Row, folder: Path, *, head: str) -> str:
     except ValueError as error:
         return f"no: {reason(str(error))}"
     first = ""
-    for attention in ("blocks", "sdpa"):
+    for attention in ("grouped", "sdpa"):
         config = ModelConfig.model_validate({"path": str(folder), "dtype": "fp32", "attention": attention})
         data = DataConfig(path="none", max_length=LENGTH)
         try:
@@ -191,7 +191,7 @@ def verdict(entry: Row, folder: Path, *, head: str) -> str:
         except ModelError as error:
             first = first or f"no: {reason(str(error))}"
             continue
-        return "yes" if attention == "blocks" else "with `model.attention: sdpa`"
+        return "yes" if attention == "grouped" else "with `model.attention: sdpa`"
     return first
 
 

@@ -125,7 +125,7 @@ def test_a_family_that_cannot_be_run_packed_is_refused_in_a_sentence(
 WINDOWED = ("mistral", "gemma2", "gemma3", "gemma3_text", "gpt_oss", "cohere2", "phi3", "olmo3", "llama4_text")
 
 
-@pytest.mark.parametrize("attention", ["blocks", "sdpa"])
+@pytest.mark.parametrize("attention", ["grouped", "sdpa"])
 @pytest.mark.parametrize("family", WINDOWED)
 def test_beyond_its_window_a_model_says_what_it_says_of_each_sequence(
     tmp_path: Path, family: str, attention: str

@@ -378,9 +378,9 @@ def test_the_word_none_is_null_where_a_key_may_be_null(load: Load, word: str) ->
 def test_the_word_none_is_refused_where_a_text_is_wanted_and_kept_where_it_means_something(load: Load) -> None:
     assert problems(load, "data.split=None") == ["data.split: Input should be a valid string (given: None)"]
     assert problems(load, model={"path": "None"}) == ["model.path: Input should be a valid string (given: None)"]
-    grpo = {"name": "grpo", "kl_in": "none", "reference": "none"}
+    grpo = {"name": "grpo", "kl_placement": "none", "reference": "none"}
     config = load(algorithm=grpo, rewards=[{"name": "length", "target": 9}], rollout={"completions": 2})
-    assert config.algorithm.model_dump()["kl_in"] == "none"
+    assert config.algorithm.model_dump()["kl_placement"] == "none"
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ TOLERANCE = 1e-5
 
 # TRL's loss_type and ours, which for plain k3 are the same in value and gradient.
 KINDS = {
-    "grpo": {"loss_per": "completion"},
-    "bnpo": {"loss_per": "token"},
-    "dapo": {"loss_per": "token", "clip_high": 0.28},
-    "dr_grpo": {"loss_per": "constant", "tokens_per_completion": MAX_TOKENS, "divide_by_deviation": False},
+    "grpo": {"loss_aggregation": "completion"},
+    "bnpo": {"loss_aggregation": "token"},
+    "dapo": {"loss_aggregation": "token", "clip_high": 0.28},
+    "dr_grpo": {"loss_aggregation": "constant", "tokens_per_completion": MAX_TOKENS, "divide_by_deviation": False},
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,7 +149,7 @@ class Ours:
         self.algorithm, self.roles = config.algorithm, Roles.build(config, World())
         moved(self.roles.actor.module, seed=1)
         batch = annotate(self.roles, groups, config.optim, World())
-        batch = Batch(**{**vars(batch), "kl_coefficient": self.algorithm.first_kl_coefficient})
+        batch = Batch(**{**vars(batch), "kl_coefficient": self.algorithm.init_kl_coef})
         self.batch = self.algorithm.prepare(batch)
 
     def loss(self) -> tuple[float, dict[str, Tensor]]:

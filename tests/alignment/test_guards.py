@@ -1,4 +1,4 @@
-"""Guards: what each limit notices, how patient it is, and what a run does then; seen on runs with scripted answers."""
+"""Run guards: what each limit notices, how patient it is, and what a run does then, on runs with scripted answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignment.checkpoint import find_checkpoint
 from alignment.errors import GuardError
-from alignment.guards import LIMITS, Guards
+from alignment.guards import LIMITS, RunGuards
 from alignment.metrics import FileReporter, read_metrics
 from alignment.models.parallel import World
 from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(("metric", "key", "side", "meaning"), LIMITS)
 def test_a_limit_is_broken_on_its_own_side_only(metric: str, key: str, side: str, meaning: str) -> None:
-    guards = Guards(GuardsConfig.model_validate({key: 0.5, "patience": 1}))
+    guards = RunGuards(GuardsConfig.model_validate({key: 0.5, "patience": 1}))
     broken, kept = (0.6, 0.4) if side == "above" else (0.4, 0.6)
     assert guards.watch({metric: kept}) == []
     assert guards.watch({metric: 0.5}) == [], "the limit itself is allowed"
@@ -39,20 +39,20 @@ def test_a_limit_is_broken_on_its_own_side_only(metric: str, key: str, side: str
 
 @pytest.mark.parametrize(("metric", "key", "side", "_"), LIMITS)
 def test_a_limit_of_zero_never_triggers(metric: str, key: str, side: str, _: str) -> None:
-    guards = Guards(GuardsConfig(patience=1))
+    guards = RunGuards(GuardsConfig(patience=1))
     assert guards.watch({metric: 1e9}) == [] and guards.watch({metric: -1e9}) == []
 
 
 def test_patience_counts_steps_in_a_row() -> None:
-    guards = Guards(GuardsConfig(max_kl=5.0, patience=3))
+    guards = RunGuards(GuardsConfig(max_kl=5.0, patience=3))
     heard = [bool(guards.watch({"kl": kl})) for kl in (6, 6, 4, 6, 6, 6, 6, 4, 6)]
     assert heard == [False, False, False, False, False, True, True, False, False]
-    guards.forget()
+    guards.reset()
     assert not guards.watch({"kl": 6}) and not guards.watch({"kl": 6}) and guards.watch({"kl": 6})
 
 
 def test_rising_rewards_with_a_falling_judge_are_told_of() -> None:
-    guards = Guards(GuardsConfig(hacking_window=2), judges=["taste", "length"])
+    guards = RunGuards(GuardsConfig(hacking_window=2), judges=["taste", "length"])
 
     def seen(reward: float, taste: float, length: float = 1.0) -> list[str]:
         return guards.watch({"eval/reward": reward, "eval/judges/taste": taste, "eval/judges/length": length})
@@ -121,7 +121,7 @@ def run(settings: Settings, engines: Scripted, **changed: Any) -> Path:
 
 
 def positions(folder: Path) -> list[int]:
-    return [json.loads(line)["position"] for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return [json.loads(line)["position"] for line in (folder / "provenance.jsonl").read_text().splitlines()]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -33,7 +33,7 @@ def group(prompt: list[int], *completions: list[int], rewards: tuple[float, ...]
 GROUPS = [group([5, 6, 7], [10, 11], [12, 13, 14]), group([8, 9], [15, 16], rewards=(0.5,))]
 
 
-@pytest.fixture(scope="module", params=["blocks", "sdpa"])
+@pytest.fixture(scope="module", params=["grouped", "sdpa"])
 def model(tiny_model: Path, request: pytest.FixtureRequest) -> LanguageModel:
     config = ModelConfig(path=str(tiny_model), dtype="fp32", attention=request.param)
     return load_model(config, DataConfig(path="none", max_length=96), device=torch.device("cpu"), seed=0)

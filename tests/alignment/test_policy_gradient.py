@@ -175,7 +175,7 @@ def plain_rewards(algorithm: Any, completions: list[Plain]) -> list[float]:
 
 
 def plain_token_rewards(algorithm: Any, completions: list[Plain]) -> list[list[float]]:
-    price = PRICE if algorithm.kl_in == "reward" else 0.0
+    price = PRICE if algorithm.kl_placement == "reward" else 0.0
     table = []
     for completion, reward in zip(completions, plain_rewards(algorithm, completions), strict=True):
         row = [-price * (old - ref) for old, ref in zip(completion.old, completion.reference, strict=True)]
@@ -224,9 +224,9 @@ def plain_gae(algorithm: Any, completions: list[Plain], rewards: list[list[float
 
 def plain_weights(algorithm: Any, completion: Plain) -> list[float]:
     ratios = [math.exp(old - sampled) for old, sampled in zip(completion.old, completion.sampled, strict=True)]
-    if algorithm.correction == "token":
+    if algorithm.importance_correction == "token":
         return [min(ratio, algorithm.max_correction) for ratio in ratios]
-    if algorithm.correction == "sequence":
+    if algorithm.importance_correction == "sequence":
         mean = statistics.geometric_mean(ratios)
         return [float(1 / algorithm.max_correction <= mean <= algorithm.max_correction)] * len(ratios)
     return [1.0] * len(ratios)
@@ -255,7 +255,7 @@ def plain_losses(algorithm: Any, batch: Batch, outputs: Outputs, *, estimator: s
         mean, deviation = statistics.fmean(numbers), statistics.stdev(numbers)
         advantages = [[(a - mean) / deviation for a in row] for row in advantages]
 
-    by_token = algorithm.ratio_per == "token" and algorithm.loss_per == "token"
+    by_token = algorithm.importance_level == "token" and algorithm.loss_aggregation == "token"
     actor = critic = torch.zeros((), dtype=torch.float64)
     for n in kept:
         c = completions[n]
@@ -263,13 +263,13 @@ def plain_losses(algorithm: Any, batch: Batch, outputs: Outputs, *, estimator: s
         weights = plain_weights(algorithm, c)
         for t, (logprob, entropy) in enumerate(zip(c.logprobs, c.entropies, strict=True)):
             policy = policy + weights[t] * plain_clipped(algorithm, torch.exp(logprob - c.old[t]), advantages[n][t])
-            if algorithm.kl_in == "loss":
+            if algorithm.kl_placement == "loss":
                 extra = extra + PRICE * plain_divergence(estimator, logprob, c.reference[t])
             extra = extra - algorithm.entropy_coefficient * entropy
         length = len(c.old)
-        if algorithm.ratio_per != "token":
+        if algorithm.importance_level != "token":
             logratio = sum((p - o for p, o in zip(c.logprobs, c.old, strict=True)), torch.zeros(()))
-            ratio = torch.exp(logratio / (length if algorithm.ratio_per == "sequence_mean" else 1))
+            ratio = torch.exp(logratio / (length if algorithm.importance_level == "sequence_mean" else 1))
             # A loss per completion is divided by its number of tokens below, like the sums over tokens.
             policy = (
                 length * statistics.fmean(weights) * plain_clipped(algorithm, ratio, statistics.fmean(advantages[n]))
@@ -277,7 +277,7 @@ def plain_losses(algorithm: Any, batch: Batch, outputs: Outputs, *, estimator: s
         if by_token:
             actor = actor + (policy + extra) / num_tokens
         else:
-            per = algorithm.tokens_per_completion if algorithm.loss_per == "constant" else length
+            per = algorithm.tokens_per_completion if algorithm.loss_aggregation == "constant" else length
             actor = actor + (policy + extra) / per / len(completions)
         for t, value in enumerate(c.values if algorithm.needs_critic else []):
             clip = algorithm.value_clip or math.inf
@@ -296,28 +296,43 @@ def gradients(loss: Tensor, outputs: Outputs, *names: str) -> list[Tensor]:
 SHARED: list[Settings] = [
     {},
     {"clip_low": 0.1, "clip_high": 0.4},
-    {"kl_in": "reward"},
-    {"kl_in": "none"},
-    {"kl_in": "loss", "kl_estimator": "k2"},
-    {"kl_in": "loss", "kl_estimator": "k3"},
-    {"kl_in": "loss", "kl_estimator": "k3_plain"},
-    {"kl_in": "loss", "ratio_per": "sequence", "loss_per": "token"},
-    {"kl_in": "loss", "ratio_per": "sequence_mean", "loss_per": "token"},
-    {"ratio_per": "token", "loss_per": "token"},
-    {"ratio_per": "token", "loss_per": "completion", "kl_in": "loss", "entropy_coefficient": 0.05},
-    {"ratio_per": "token", "loss_per": "constant", "tokens_per_completion": 9, "entropy_coefficient": 0.05},
-    {"correction": "sequence", "max_correction": 1.2},
-    {"correction": "none"},
-    {"correction": "token", "max_correction": 1.1, "ratio_per": "sequence", "loss_per": "token"},
+    {"kl_placement": "reward"},
+    {"kl_placement": "none"},
+    {"kl_placement": "loss", "kl_estimator": "k2"},
+    {"kl_placement": "loss", "kl_estimator": "k3"},
+    {"kl_placement": "loss", "kl_estimator": "k3_plain"},
+    {"kl_placement": "loss", "importance_level": "sequence", "loss_aggregation": "token"},
+    {"kl_placement": "loss", "importance_level": "sequence_mean", "loss_aggregation": "token"},
+    {"importance_level": "token", "loss_aggregation": "token"},
+    {
+        "importance_level": "token",
+        "loss_aggregation": "completion",
+        "kl_placement": "loss",
+        "entropy_coefficient": 0.05,
+    },
+    {
+        "importance_level": "token",
+        "loss_aggregation": "constant",
+        "tokens_per_completion": 9,
+        "entropy_coefficient": 0.05,
+    },
+    {"importance_correction": "sequence", "max_correction": 1.2},
+    {"importance_correction": "none"},
+    {
+        "importance_correction": "token",
+        "max_correction": 1.1,
+        "importance_level": "sequence",
+        "loss_aggregation": "token",
+    },
     {"truncated": "mask"},
-    {"truncated": "mask", "ratio_per": "token", "loss_per": "token", "kl_in": "loss"},
+    {"truncated": "mask", "importance_level": "token", "loss_aggregation": "token", "kl_placement": "loss"},
     {"truncated": "penalise", "truncated_penalty": 0.6},
     {"reward_clip": 0.5},
     {"normalise_rewards": True, "reward_clip": 1.0, "truncated": "penalise"},
 ]
 OWN: dict[str, list[Settings]] = {
-    "grpo": [{"divide_by_deviation": False}, {"kl_in": "reward", "truncated": "mask"}],
-    "rloo": [{"whiten_advantages": True}, {"kl_in": "none", "whiten_advantages": True}],
+    "grpo": [{"divide_by_deviation": False}, {"kl_placement": "reward", "truncated": "mask"}],
+    "rloo": [{"whiten_advantages": True}, {"kl_placement": "none", "whiten_advantages": True}],
     "reinforce++": [{"baseline": "group"}, {"gamma": 0.8}, {"gamma": 0.9, "baseline": "group", "truncated": "mask"}],
     "ppo": [
         {"gamma": 0.9, "lam": 0.7},
@@ -359,7 +374,9 @@ EVERY = pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce++", "ppo"])
 
 @EVERY
 def test_where_the_ratio_is_one_the_gradient_is_that_of_reinforce(name: str) -> None:
-    algorithm = algorithm_of(name, kl_in="none", correction="none", ratio_per="token", loss_per="token")
+    algorithm = algorithm_of(
+        name, kl_placement="none", importance_correction="none", importance_level="token", loss_aggregation="token"
+    )
     batch = algorithm.prepare(annotated_batch())
     outputs = said_of(batch)
     at_start = dataclasses.replace(batch, old_logprobs=None)
@@ -377,7 +394,7 @@ def test_a_sampler_that_agrees_with_the_trainer_is_not_corrected(name: str, corr
     agreeing = dataclasses.replace(batch, sampled_logprobs=batch.old_logprobs)
     outputs, found = said_of(batch), []
     for setting in (correction, "none"):
-        algorithm = algorithm_of(name, correction=setting)
+        algorithm = algorithm_of(name, importance_correction=setting)
         loss = reduced(batch, algorithm.loss(algorithm.prepare(agreeing), outputs))
         found.append([loss, *gradients(loss, outputs, "logprobs")])
     torch.testing.assert_close(*found)
@@ -385,7 +402,7 @@ def test_a_sampler_that_agrees_with_the_trainer_is_not_corrected(name: str, corr
 
 def test_the_correction_carries_no_gradient_and_weighs_the_sampled_tokens() -> None:
     """Without old log-probabilities the trainer's own, held fast, take their place: truncated importance sampling."""
-    algorithm = algorithm_of("grpo", kl_in="none", loss_per="token", max_correction=1.5)
+    algorithm = algorithm_of("grpo", kl_placement="none", loss_aggregation="token", max_correction=1.5)
     batch = dataclasses.replace(algorithm.prepare(annotated_batch()), old_logprobs=None)
     outputs = said_of(annotated_batch())
     assert batch.sampled_logprobs is not None and batch.advantages is not None
@@ -395,7 +412,7 @@ def test_the_correction_carries_no_gradient_and_weighs_the_sampled_tokens() -> N
 
 
 def test_the_mismatch_is_reported_as_it_is_defined() -> None:
-    algorithm = algorithm_of("grpo", correction="none")
+    algorithm = algorithm_of("grpo", importance_correction="none")
     batch = algorithm.prepare(annotated_batch())
     metrics = algorithm.loss(batch, said_of(batch)).metrics
     assert batch.old_logprobs is not None and batch.sampled_logprobs is not None
@@ -418,7 +435,7 @@ def test_both_divergences_between_sampler_and_trainer_are_right_in_expectation()
     )
     batch = pack([Group(id="0", prompt="?", prompt_tokens=(1,), completions=answers)])
     old = batch.on_learned(trainer.log())
-    algorithm = algorithm_of("grpo", kl_in="none")
+    algorithm = algorithm_of("grpo", kl_placement="none")
     ready = algorithm.prepare(dataclasses.replace(batch, old_logprobs=old))
     metrics = algorithm.loss(ready, Outputs(logprobs=old, entropies=-old)).metrics
     there = (sampler * (sampler / trainer).log()).sum().item()
@@ -428,7 +445,7 @@ def test_both_divergences_between_sampler_and_trainer_are_right_in_expectation()
 
 
 def test_clipped_tokens_are_counted_where_the_gradient_has_stopped() -> None:
-    algorithm = algorithm_of("ppo", kl_in="none", correction="none", clip_low=0.1, clip_high=0.2)
+    algorithm = algorithm_of("ppo", kl_placement="none", importance_correction="none", clip_low=0.1, clip_high=0.2)
     batch = algorithm.prepare(annotated_batch())
     outputs = said_of(batch)
     loss = algorithm.loss(batch, outputs)
@@ -448,7 +465,7 @@ def test_gae_carries_the_next_value_over_a_gap_and_the_reward_comes_at_the_last_
     batch = pack([Group(id="0", prompt="?", prompt_tokens=(1, 2), completions=(answer,))])
     known = torch.zeros(7)
     values = torch.tensor([99.0, 99.0, 0.3, 99.0, 99.0, 0.7, 99.0])
-    algorithm = algorithm_of("ppo", kl_in="none", gamma=0.9, lam=0.5, whiten_advantages=False)
+    algorithm = algorithm_of("ppo", kl_placement="none", gamma=0.9, lam=0.5, whiten_advantages=False)
     batch = dataclasses.replace(batch, old_logprobs=known, old_values=values)
     ready = algorithm.prepare(batch)
     assert algorithm.token_rewards(batch).tolist() == [0, 0, 0, 0, 0, 2.0, 0]
@@ -477,20 +494,20 @@ def test_returns_are_those_of_the_advantages_before_whitening() -> None:
     torch.testing.assert_close(plain.returns, plain.advantages + plain.old_values)
 
 
-@pytest.mark.parametrize(("kl_in", "terms"), [("reward", 1), ("loss", 2), ("none", 1)])
-def test_divergence_is_paid_for_once(kl_in: Any, terms: int) -> None:
-    algorithm, batch = algorithm_of("grpo", kl_in=kl_in), annotated_batch()
+@pytest.mark.parametrize(("kl_placement", "terms"), [("reward", 1), ("loss", 2), ("none", 1)])
+def test_divergence_is_paid_for_once(kl_placement: Any, terms: int) -> None:
+    algorithm, batch = algorithm_of("grpo", kl_placement=kl_placement), annotated_batch()
     dear, free = (algorithm.prepare(dataclasses.replace(batch, kl_coefficient=price)) for price in (5.0, 0.0))
     assert len(algorithm.loss(dear, said_of(batch)).terms) == terms
     assert dear.advantages is not None and free.advantages is not None
-    assert torch.equal(dear.advantages, free.advantages) == (kl_in != "reward")
+    assert torch.equal(dear.advantages, free.advantages) == (kl_placement != "reward")
 
 
 @EVERY
 def test_a_step_of_which_every_completion_is_masked_teaches_nothing_and_stays_finite(name: str) -> None:
     batch = annotated_batch()
     batch = dataclasses.replace(batch, truncated=torch.ones_like(batch.truncated))
-    algorithm = algorithm_of(name, truncated="mask", kl_in="loss")
+    algorithm = algorithm_of(name, truncated="mask", kl_placement="loss")
     ready, outputs = algorithm.prepare(batch), said_of(batch)
     loss = algorithm.loss(ready, outputs)
     total = reduced(ready, loss)
@@ -514,7 +531,7 @@ def test_masked_completions_change_neither_the_loss_of_the_others_nor_what_they_
 
 @EVERY
 def test_neither_the_order_of_groups_nor_a_cut_changes_the_gradient_of_a_token(name: str) -> None:
-    algorithm, batch = algorithm_of(name, kl_in="loss"), annotated_batch()
+    algorithm, batch = algorithm_of(name, kl_placement="loss"), annotated_batch()
     ready, outputs = algorithm.prepare(batch), said_of(batch)
     (whole,) = gradients(reduced(ready, algorithm.loss(ready, outputs)), outputs, "logprobs")
     parts = torch.zeros_like(whole)
@@ -534,7 +551,7 @@ def test_the_price_of_divergence_moves_towards_the_target_in_bounded_steps() -> 
     algorithm = algorithm_of("ppo", kl_target=4.0, kl_horizon=1000)
 
     def after(kl: float, completions: int = 100) -> float:
-        return algorithm.next_kl_coefficient(0.1, kl=kl, completions=completions)
+        return algorithm.next_kl_coefficient(0.1, kl=kl, num_completions=completions)
 
     assert after(4.0) == 0.1
     assert after(4.4) == pytest.approx(0.1 * math.exp(0.1 * 0.1)), "10 % above the target, a tenth of the horizon"
@@ -544,25 +561,28 @@ def test_the_price_of_divergence_moves_towards_the_target_in_bounded_steps() -> 
 
 
 def test_the_price_of_divergence_stays_where_no_target_is_given() -> None:
-    assert algorithm_of("ppo").next_kl_coefficient(0.1, kl=99.0, completions=10) == 0.1
+    assert algorithm_of("ppo").next_kl_coefficient(0.1, kl=99.0, num_completions=10) == 0.1
 
 
 def test_the_adapting_price_brings_a_divergence_that_answers_to_it_to_its_target() -> None:
     algorithm = algorithm_of("ppo", kl_target=6.0, kl_horizon=500)
     price = 0.02
     for _ in range(400):
-        price = algorithm.next_kl_coefficient(price, kl=1 / price, completions=64)
+        price = algorithm.next_kl_coefficient(price, kl=1 / price, num_completions=64)
     assert 1 / price == pytest.approx(6.0, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"loss_per": "constant"}, "tokens_per_completion go together"),
+        ({"loss_aggregation": "constant"}, "tokens_per_completion go together"),
         ({"tokens_per_completion": 8}, "tokens_per_completion go together"),
-        ({"ratio_per": "sequence", "loss_per": "constant", "tokens_per_completion": 8}, "one loss per completion"),
+        (
+            {"importance_level": "sequence", "loss_aggregation": "constant", "tokens_per_completion": 8},
+            "one loss per completion",
+        ),
         ({"reference": "none"}, "needs a reference"),
-        ({"kl_in": "none", "kl_target": 1.0}, "no price to adapt"),
+        ({"kl_placement": "none", "kl_target": 1.0}, "no price to adapt"),
         ({"kl_coefficient": 0, "kl_target": 1.0}, "changes the price by a factor"),
     ],
 )
@@ -585,22 +605,24 @@ def test_groups_of_equal_rewards_are_replaced_only_if_asked() -> None:
 
 @EVERY
 def test_old_log_probabilities_are_asked_for_where_more_than_one_step_is_taken(name: str) -> None:
-    one: Settings = {"epochs_per_step": 1, "kl_in": "loss"}
-    assert not algorithm_of(name, **one).needs_old
-    assert algorithm_of(name, **one | {"epochs_per_step": 2}).needs_old
-    assert algorithm_of(name, **one, minibatches_per_epoch=2).needs_old
-    assert algorithm_of(name, **one | {"kl_in": "reward"}).needs_old, "the price is that of the policy that answered"
+    one: Settings = {"epochs_per_step": 1, "kl_placement": "loss"}
+    assert not algorithm_of(name, **one).needs_old_logprobs
+    assert algorithm_of(name, **one | {"epochs_per_step": 2}).needs_old_logprobs
+    assert algorithm_of(name, **one, minibatches_per_epoch=2).needs_old_logprobs
+    assert algorithm_of(name, **one | {"kl_placement": "reward"}).needs_old_logprobs, (
+        "the price is that of the policy that answered"
+    )
 
 
 # On a model: what must not change the step that is taken.
 
 SEVERAL: list[tuple[str, Settings]] = [
-    ("grpo", {"loss_per": "completion"}),
-    ("grpo", {"loss_per": "token", "truncated": "mask"}),
+    ("grpo", {"loss_aggregation": "completion"}),
+    ("grpo", {"loss_aggregation": "token", "truncated": "mask"}),
     ("rloo", {}),
     ("reinforce++", {}),
     ("ppo", {"epochs_per_step": 1}),
-    ("ppo shared", {"epochs_per_step": 1, "kl_in": "loss"}),
+    ("ppo shared", {"epochs_per_step": 1, "kl_placement": "loss"}),
 ]
 on_a_model = pytest.mark.parametrize(("name", "settings"), SEVERAL, ids=lambda part: str(part))
 
@@ -692,9 +714,9 @@ def test_two_workers_take_the_step_that_one_takes(
 @on_a_model
 def test_the_first_ratio_of_a_step_is_exactly_one(name: str, settings: Settings, run_settings: Settings) -> None:
     """Old log-probabilities come from a pass of their own, which must be the very same."""
-    config = RunConfig.model_validate(settings_of(run_settings, name, {**settings, "kl_in": "reward"}))
+    config = RunConfig.model_validate(settings_of(run_settings, name, {**settings, "kl_placement": "reward"}))
     algorithm, groups = config.algorithm, rollouts()
-    assert isinstance(algorithm, PolicyGradient) and algorithm.needs_old
+    assert isinstance(algorithm, PolicyGradient) and algorithm.needs_old_logprobs
     roles = Roles.build(config, World())
     step_settings = StepSettings(lr={"actor": 1e-3}, seed=0)
     metrics = train_step(roles, algorithm, groups, config.optim, World(), step_settings)
@@ -705,7 +727,9 @@ def test_the_first_ratio_of_a_step_is_exactly_one(name: str, settings: Settings,
 
 def test_every_epoch_is_cut_into_minibatches_that_hold_every_group_once(run_settings: Settings) -> None:
     """Seen from outside: where no role learns, the mean over all updates is that over the groups, one by one."""
-    changed = settings_of(run_settings, "grpo", {"minibatches_per_epoch": 4, "epochs_per_step": 3, "loss_per": "token"})
+    changed = settings_of(
+        run_settings, "grpo", {"minibatches_per_epoch": 4, "epochs_per_step": 3, "loss_aggregation": "token"}
+    )
     config = RunConfig.model_validate(changed)
     algorithm = config.algorithm
     assert isinstance(algorithm, PolicyGradient)

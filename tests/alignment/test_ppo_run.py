@@ -98,7 +98,7 @@ def test_four_steps_and_four_more_are_eight_bit_for_bit(kind: str, sampling_run:
     run(halves, steps=4)
     resumed = run(halves, steps=8)
     assert_same_run(whole, resumed)
-    for name in ("ledger.jsonl", "samples.jsonl"):
+    for name in ("provenance.jsonl", "samples.jsonl"):
         assert (whole / name).read_text() == (resumed / name).read_text(), name
 
     states = [
@@ -116,29 +116,29 @@ def test_four_steps_and_four_more_are_eight_bit_for_bit(kind: str, sampling_run:
 
 def test_every_position_is_learned_from_exactly_once(sampling_run: Settings) -> None:
     folder = run(sampling_run, steps=8, checkpoint={"every": 3})
-    ledger = rows_of(folder / "ledger.jsonl")
-    assert [row["step"] for row in ledger] == list(range(1, 9))
-    assert [row["position"] for row in ledger] == [4 * step for step in range(1, 9)]
-    for epoch in (ledger[:4], ledger[4:]):
+    provenance = rows_of(folder / "provenance.jsonl")
+    assert [row["step"] for row in provenance] == list(range(1, 9))
+    assert [row["position"] for row in provenance] == [4 * step for step in range(1, 9)]
+    for epoch in (provenance[:4], provenance[4:]):
         seen = Counter(prompt for row in epoch for prompt in row["prompts"])
         assert len(seen) == 16 and set(seen.values()) == {1}
-    assert [row["versions"] for row in ledger] == [[step] for step in range(8)], (
+    assert [row["versions"] for row in provenance] == [[step] for step in range(8)], (
         "each step answers with its own weights"
     )
 
 
 def test_ahead_by_one_step_the_answers_are_one_version_old(sampling_run: Settings) -> None:
     folder = run(sampling_run, steps=5, rollout={**sampling_run["rollout"], "steps_ahead": 1})
-    ledger = rows_of(folder / "ledger.jsonl")
-    assert [row["versions"] for row in ledger] == [[0], [0], [1], [2], [3]]
-    assert [row["position"] for row in ledger] == [4, 8, 12, 16, 20]
+    provenance = rows_of(folder / "provenance.jsonl")
+    assert [row["versions"] for row in provenance] == [[0], [0], [1], [2], [3]]
+    assert [row["position"] for row in provenance] == [4, 8, 12, 16, 20]
     mismatch = [line["mismatch/mean_abs"] for line in read_metrics(folder) if line["step"]]
     assert mismatch[0] < 1e-5 < min(mismatch[1:]), "what is off the policy is measured, and corrected"
 
 
 LEARNERS: dict[str, Settings] = {
-    "grpo": {"algorithm": {"name": "grpo", "kl_in": "none"}},
-    "ppo": {"algorithm": {"name": "ppo", "kl_in": "none"}},
+    "grpo": {"algorithm": {"name": "grpo", "kl_placement": "none"}},
+    "ppo": {"algorithm": {"name": "ppo", "kl_placement": "none"}},
     "online_dpo": {"algorithm": {"name": "online_dpo"}},
 }
 
@@ -245,7 +245,9 @@ def test_a_run_in_which_all_is_worth_the_same_learns_nothing_and_stays_finite(
     algorithm: str, sampling_run: Settings, tiny_model: Path
 ) -> None:
     settings = {**sampling_run, "rewards": [named(alike)]}
-    settings["algorithm"] = {"name": algorithm} if algorithm == "online_dpo" else {"name": algorithm, "kl_in": "none"}
+    settings["algorithm"] = (
+        {"name": algorithm} if algorithm == "online_dpo" else {"name": algorithm, "kl_placement": "none"}
+    )
     folder = run(settings, steps=2)
     for line in (line for line in read_metrics(folder) if line["step"]):
         assert line["loss"] == 0 and line["grad_norm"] == 0 and line["groups/equal_rewards"] == 1
@@ -276,8 +278,8 @@ def test_answers_that_were_drawn_ahead_of_a_changed_stream_are_drawn_anew(
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
     folder = run(settings, steps=3)
     assert "the stream gives other prompts than those that were answered ahead" in capsys.readouterr().out
-    ledger = rows_of(folder / "ledger.jsonl")
-    assert ledger[-1]["versions"] == [2] and ledger[-1]["position"] == 12
+    provenance = rows_of(folder / "provenance.jsonl")
+    assert provenance[-1]["versions"] == [2] and provenance[-1]["position"] == 12
 
 
 def test_a_checkpoint_without_answers_drawn_ahead_is_resumed_as_before(sampling_run: Settings) -> None:
@@ -286,18 +288,18 @@ def test_a_checkpoint_without_answers_drawn_ahead_is_resumed_as_before(sampling_
     for name in ("trainer/rollouts.safetensors", "manifest.json", "COMMITTED"):
         (folder / name).unlink()
     commit(folder)
-    ledger = rows_of(run(settings, steps=4) / "ledger.jsonl")
-    assert [row["versions"] for row in ledger] == [[0], [0], [2], [2]]
+    provenance = rows_of(run(settings, steps=4) / "provenance.jsonl")
+    assert [row["versions"] for row in provenance] == [[0], [0], [2], [2]]
 
 
 def test_uninformative_groups_are_replaced_by_new_prompts(sampling_run: Settings) -> None:
     algorithm = {"name": "grpo", "drop_equal_groups": True}
     folder = run(sampling_run, algorithm=algorithm, rollout={**sampling_run["rollout"], "max_tokens": 1}, steps=3)
     lines = [line for line in read_metrics(folder) if line["step"]]
-    ledger = rows_of(folder / "ledger.jsonl")
+    provenance = rows_of(folder / "provenance.jsonl")
     assert sum(line["rollout/refills"] for line in lines) > 0
-    assert ledger[-1]["position"] == 12 + sum(line["rollout/refills"] for line in lines)
-    assert all(len(row["prompts"]) == 4 for row in ledger)
+    assert provenance[-1]["position"] == 12 + sum(line["rollout/refills"] for line in lines)
+    assert all(len(row["prompts"]) == 4 for row in provenance)
 
 
 def test_uninformative_groups_are_replaced_while_drawing_ahead_too(sampling_run: Settings, tmp_path: Path) -> None:
@@ -314,11 +316,11 @@ def test_uninformative_groups_are_replaced_while_drawing_ahead_too(sampling_run:
     whole, resumed = run({**settings, "output": str(tmp_path / "whole")}, steps=6), run(settings, steps=6)
     assert_same_run(whole, resumed)
     for folder in (whole, resumed):
-        ledger = rows_of(folder / "ledger.jsonl")
+        provenance = rows_of(folder / "provenance.jsonl")
         refills = [line["rollout/refills"] for line in read_metrics(folder) if line["step"]]
         assert sum(refills) > 0
-        assert [row["position"] for row in ledger] == [4 * n + sum(refills[:n]) for n in range(1, 7)]
-        for before, row in zip([{"position": 0}, *ledger], ledger, strict=False):
+        assert [row["position"] for row in provenance] == [4 * n + sum(refills[:n]) for n in range(1, 7)]
+        for before, row in zip([{"position": 0}, *provenance], provenance, strict=False):
             assert len(row["prompts"]) == 4
             assert row["versions"][0] >= row["step"] - 2
             in_turn = iter(rows[before["position"] : row["position"]])

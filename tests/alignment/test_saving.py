@@ -111,12 +111,12 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(kind: str, run_s
 def test_a_disk_without_room_for_one_checkpoint_is_refused_with_the_figures(run_settings: Settings) -> None:
     config = configured(run_settings, "full", checkpoint={"every": 1, "keep": 2})
     with pytest.raises(CheckpointError, match=r"takes 2 GB, and 1 GB are free"):
-        checkpoint._note_of_room(config, needed=2 * 10**9, free=10**9)
-    note = checkpoint._note_of_room(config, needed=2 * 10**9, free=5 * 10**9)
+        checkpoint._note_of_room(config, needed_bytes=2 * 10**9, free_bytes=10**9)
+    note = checkpoint._note_of_room(config, needed_bytes=2 * 10**9, free_bytes=5 * 10**9)
     assert note is not None and "will need 3 at once" in note
-    assert checkpoint._note_of_room(config, needed=10**9, free=4 * 10**9) is None
+    assert checkpoint._note_of_room(config, needed_bytes=10**9, free_bytes=4 * 10**9) is None
     last_only = configured(run_settings, "full", checkpoint={"every": 0})
-    assert checkpoint._note_of_room(last_only, needed=10**9, free=10**9) is None
+    assert checkpoint._note_of_room(last_only, needed_bytes=10**9, free_bytes=10**9) is None
 
 
 def test_trying_to_save_changes_nothing_of_what_is_trained(run_settings: Settings) -> None:

@@ -29,7 +29,9 @@ def worker(rank, where, told):
         where = rendezvous.open_store()
         told.put(where)
     address, port = where
-    rendezvous.join(backend="gloo", world_rank=rank, world_size=2, address=address, port=port, timeout_s=60)
+    rendezvous.join_process_group(
+        backend="gloo", world_rank=rank, world_size=2, address=address, port=port, timeout_s=60
+    )
     total = torch.ones(1)
     dist.all_reduce(total)
     assert total.item() == 2

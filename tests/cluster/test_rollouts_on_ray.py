@@ -48,13 +48,13 @@ def wait_for_report(folder: Path, step: int) -> None:
 
 
 def assert_each_prompt_was_used_once(folder: Path) -> None:
-    """Every step is in the ledger once, with the prompts that come next and the weights of the step before."""
-    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in ledger] == list(range(1, STEPS + 1))
-    assert [entry["position"] for entry in ledger] == [PROMPTS * step for step in range(1, STEPS + 1)]
-    prompts = [prompt for entry in ledger for prompt in entry["prompts"]]
+    """Every step is in the provenance once, with the prompts that come next and the weights of the step before."""
+    provenance = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in provenance] == list(range(1, STEPS + 1))
+    assert [entry["position"] for entry in provenance] == [PROMPTS * step for step in range(1, STEPS + 1)]
+    prompts = [prompt for entry in provenance for prompt in entry["prompts"]]
     assert len(set(prompts)) == len(prompts) == STEPS * PROMPTS
-    assert [entry["versions"] for entry in ledger] == [[step] for step in range(STEPS)]
+    assert [entry["versions"] for entry in provenance] == [[step] for step in range(STEPS)]
     metrics = read_metrics(folder)
     assert [line["step"] for line in metrics] == list(range(STEPS + 1))
     assert max(line["mismatch/mean_abs"] for line in metrics[1:]) < 1e-4, "engine and trainer have the same weights"

@@ -1,4 +1,4 @@
-"""Tells Ray Train that an error of ours is final: it would restart the workers for it, and it would happen again."""
+"""Ends a run at once if a worker raises an error of ours, for which Ray Train would restart the workers in vain."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from ray.train.v2.api.exceptions import ControllerError
 from alignment.errors import AlignmentError
 
 
-class EndForGood(UserCallback):  # type: ignore[misc]
-    """Ends the run on every worker as soon as one has raised an AlignmentError. Runs where Ray Train decides.
+class StopOnFinalError(UserCallback):  # type: ignore[misc]
+    """Ends the run on all workers as soon as one has raised an AlignmentError. It runs in Ray Train's controller.
 
-    What is no error of ours (a killed process, no memory, a bug) is left to `max_failures`.
+    Other failures (a killed process, no memory, a bug) are left to `max_failures`.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises the first AlignmentError of a worker as the error of the run."""
         for _, exception in sorted(worker_exceptions.items()):
-            error = getattr(exception, "_base_exc", exception)  # Ray Train wraps it with its traceback
+            error = getattr(exception, "_base_exc", exception)  # Ray Train wraps the error with its traceback
             if isinstance(error, AlignmentError):
                 raise ControllerError(error)
 
 
 def final_error(error: Exception) -> AlignmentError | None:
-    """The error of ours for which Ray Train has ended a run; None if it was another."""
+    """The AlignmentError that ended a run; None if another error did."""
     failure = getattr(error, "controller_failure", None)
     return failure if isinstance(failure, AlignmentError) else None
