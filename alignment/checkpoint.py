@@ -86,7 +86,7 @@ def save(
     Raises:
         CheckpointError: it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
     """
-    from alignment.models.parallel import on_every_worker
+    from alignment.models.parallel import run_on_main
 
     random_states = world.gather(_random_state(world.device))
     tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
@@ -104,7 +104,7 @@ def save(
         for old_folder in _folders(config.folder)[config.checkpoint.keep :]:
             shutil.rmtree(old_folder, onerror=_warn_about_deletion)
 
-    on_every_worker(write if world.is_main else None, world)
+    run_on_main(write if world.is_main else None, world)
 
 
 def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
@@ -120,7 +120,7 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
     """
     import torch
 
-    from alignment.models.parallel import on_every_worker
+    from alignment.models.parallel import run_on_main
 
     def attempt() -> str | None:
         checkpoints_folder = checkpoints_of(config.folder)
@@ -143,7 +143,7 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
             shutil.rmtree(trial, ignore_errors=True)
         return _note_of_room(config, needed_bytes, free_bytes)
 
-    return on_every_worker(attempt if world.is_main else None, world)
+    return run_on_main(attempt if world.is_main else None, world)
 
 
 def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World) -> ResumeState:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from alignment.errors import CheckpointError
 from alignment.groups import Group
 from alignment.models.folders import weights_stamp
-from alignment.models.parallel import World, on_every_worker
+from alignment.models.parallel import World, run_on_main
 from alignment.models.roles import Roles
 from alignment.settings.run import RunConfig
 from alignment.step import reference_logprobs
@@ -49,7 +49,7 @@ def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: Worl
             unfinished.unlink(missing_ok=True)
             raise CheckpointError(f"{file} cannot be written: {error}") from error
 
-    on_every_worker(write if world.is_main else None, world)
+    run_on_main(write if world.is_main else None, world)
     return _attach(groups, logprobs)
 
 

@@ -28,7 +28,7 @@ from alignment.group_source import DataSource, GroupSource, StepBatch
 from alignment.guards import RunGuards
 from alignment.identity import Identity, identify, notes
 from alignment.metrics import Metrics, Reporter
-from alignment.models.parallel import World, on_every_worker, together
+from alignment.models.parallel import World, run_on_all, run_on_main
 from alignment.models.roles import Roles
 from alignment.reference import precompute
 from alignment.rewards import BuildableScorer, Rewards
@@ -82,13 +82,13 @@ class Run:
         check_data(data, steps, world)
         config.check_warmup(steps)
         reporter.note(f"data: {data.report}")
-        eval_rewards = together(lambda: Rewards(config.judges, world.device), world)
+        eval_rewards = run_on_all(lambda: Rewards(config.judges, world.device), world)
         run_log = RunLog(config.folder)
         source: GroupSource = DataSource(data.train, groups_per_step=config.groups_per_step)
         sampled = None
         if config.answers_prompts:
             sampler = Sampler(config, roles.actor, generator or LocalGenerator(roles.actor), world)
-            rewards = together(lambda: Rewards(config.rewards, world.device), world)
+            rewards = run_on_all(lambda: Rewards(config.rewards, world.device), world)
             if algorithm.is_online:
                 source = RolloutQueue(config, algorithm, data.train, sampler, rewards, roles)
             sampled = SampledEvaluation(
@@ -310,7 +310,7 @@ def _load_data(config: RunConfig, algorithm: Algorithm, roles: Roles, world: Wor
             f"{len(model.tokenizer) - 1}; a row that uses one of the others is a bad one"
         )
     data = keep_live_rows(config.data, config.folder, world, reporter.note)
-    date = on_every_worker((lambda: run_date(config.folder)) if world.is_main else None, world)
+    date = run_on_main((lambda: run_date(config.folder)) if world.is_main else None, world)
     DATE_OF_RUN.set(date)
     reader = GroupReader(
         data,
@@ -320,7 +320,7 @@ def _load_data(config: RunConfig, algorithm: Algorithm, roles: Roles, world: Wor
         rewards=cast(Sequence[BuildableScorer], config.rewards),
         judges=cast(Sequence[BuildableScorer], config.judges),
     )
-    return together(lambda: load_data(reader, seed=config.seed, progress=world.is_main), world)
+    return run_on_all(lambda: load_data(reader, seed=config.seed, progress=world.is_main), world)
 
 
 def num_steps(config: RunConfig, data: Data) -> int:

@@ -17,7 +17,7 @@ import torch
 from alignment.data.agreement import check_step
 from alignment.failure import telling_others
 from alignment.metrics import Metrics, Reporter
-from alignment.models.parallel import World, together
+from alignment.models.parallel import World, run_on_all
 from alignment.rollout import Generator
 from alignment.run import Run, run_lock
 from alignment.settings.run import RunConfig
@@ -37,7 +37,7 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
         AlignmentError: any of its kinds; the text is for the person who started the run.
     """
     with contextlib.ExitStack() as stack:
-        together(lambda: stack.enter_context(run_lock(config.make_folder())) if world.is_main else None, world)
+        run_on_all(lambda: stack.enter_context(run_lock(config.make_folder())) if world.is_main else None, world)
         stack.enter_context(telling_others(config.folder, world))
         torch.manual_seed(config.seed + world.rank)
         run = Run.set_up(config, world, reporter, generator)

@@ -138,10 +138,10 @@ def _attached_engines(engines: Engines | None, config: RunConfig, world: World) 
     if engines is None:
         yield None
         return
-    from alignment.models.parallel import together
+    from alignment.models.parallel import run_on_all
     from cluster.engines import attach
 
     with contextlib.ExitStack() as stack:
-        pool = together(lambda: attach(engines, config, world), world)
+        pool = run_on_all(lambda: attach(engines, config, world), world)
         stack.callback(pool.close)
         yield pool

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from alignment.data.sources import is_live, read_rows
 from alignment.errors import DataError
-from alignment.models.parallel import World, on_every_worker
+from alignment.models.parallel import World, run_on_main
 from alignment.settings.data import DataConfig, SourceConfig
 
 FOLDER = "data"
@@ -43,7 +43,7 @@ def keep_live_rows(data: DataConfig, run_folder: Path, world: World, note: Calla
         }
         return _snapshot_source(data, run_folder, notes).model_copy(update=changes), notes
 
-    snapshot, notes = on_every_worker(take_snapshot if world.is_main else None, world)
+    snapshot, notes = run_on_main(take_snapshot if world.is_main else None, world)
     for text in notes:
         note(text)
     return snapshot

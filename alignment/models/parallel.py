@@ -77,7 +77,7 @@ class World:
             dist.destroy_process_group()
 
 
-def on_every_worker(work: Callable[[], Item] | None, world: World) -> Item:
+def run_on_main(work: Callable[[], Item] | None, world: World) -> Item:
     """Runs `work` on the main worker, and returns its result on every worker.
 
     An AlignmentError that it raises is raised on every worker, so that no worker waits for another. `work` runs in a
@@ -106,7 +106,7 @@ def on_every_worker(work: Callable[[], Item] | None, world: World) -> Item:
     return result  # type: ignore[return-value]
 
 
-def together(work: Callable[[], Item], world: World) -> Item:
+def run_on_all(work: Callable[[], Item], world: World) -> Item:
     """Runs `work` on every worker, and returns each worker's own result.
 
     An AlignmentError that one worker raises is raised on every worker, so that no worker waits for another.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from alignment.groups import Completion, Group
 from alignment.models.load import LanguageModel
-from alignment.models.parallel import World, on_every_worker, together
+from alignment.models.parallel import World, run_on_all, run_on_main
 from alignment.models.roles import Roles
 from alignment.rollout import Generator, Prompt, Rollout, Sampling
 from alignment.settings.run import RunConfig
@@ -46,7 +46,7 @@ class Sampler:
             wait = self.generator.submit(prompts, self._sampling(num_completions))
 
         def completed_groups() -> list[Group]:
-            rollouts = on_every_worker(wait, self.world)
+            rollouts = run_on_main(wait, self.world)
             return [
                 dataclasses.replace(group, completions=tuple(map(self.completion, group_rollouts)))
                 for group, group_rollouts in zip(groups, rollouts, strict=True)
@@ -63,7 +63,7 @@ class Sampler:
         started_at = time.perf_counter()
         generator = self.generator
         assert generator is not None, "every worker takes part in the transfer of weights"
-        together(lambda: generator.load(roles.weights(weight_version)), self.world)
+        run_on_all(lambda: generator.load(roles.weights(weight_version)), self.world)
         return time.perf_counter() - started_at
 
     def completion(self, rollout: Rollout) -> Completion:

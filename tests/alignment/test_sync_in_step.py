@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignment.errors import RolloutError
-from alignment.models.parallel import World, together, wrap
+from alignment.models.parallel import World, run_on_all, wrap
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
 from alignment.rollout.pool import EnginePool
@@ -65,7 +65,7 @@ def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str,
     started, text = time.perf_counter(), ""
     with small_disk(1000) if failure == "full disk" and world.is_main else contextlib.nullcontext():
         try:
-            together(lambda: pool.load(weights), world)
+            run_on_all(lambda: pool.load(weights), world)
         except RolloutError as error:
             text = str(error)
     seconds = time.perf_counter() - started

@@ -17,7 +17,7 @@ import pytest
 from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
 from alignment.failure import FAILURE, clear_failure, failure_of, telling_others
 from alignment.metrics import FileReporter, Silent, read_metrics
-from alignment.models.parallel import World, on_every_worker
+from alignment.models.parallel import World, run_on_main
 from alignment.rollout.pool import EngineLost
 from alignment.settings.run import RunConfig
 from tests.conftest import pair_rows
@@ -130,7 +130,7 @@ def wait_long(world: World) -> str:
         time.sleep(5)
         return "done"
 
-    return on_every_worker(work if world.is_main else None, world)
+    return run_on_main(work if world.is_main else None, world)
 
 
 def test_what_only_the_main_worker_does_may_take_longer_than_a_collective() -> None:
