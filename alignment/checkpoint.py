@@ -160,8 +160,8 @@ def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World
 
     state = json.loads((folder / STATE).read_text())
     adjustable = rename_old_keys(state.get("adjustable", {}), identity.adjustable)
-    fixed = rename_old_keys(state["identity"], identity.fixed)
-    check_same_run(folder, fixed, identity, adjustable.get("data", {}).get("groups"))
+    fixed_settings = rename_old_keys(state["identity"], identity.fixed)
+    check_same_run(folder, fixed_settings, identity, adjustable.get("data", {}).get("groups"))
     tensors = load_file(folder / TENSORS)
     for role, backend in roles.backends_by_role.items():
         prefix = PREFIXES[role]

@@ -99,8 +99,17 @@ def serve(path: str | Path, *overrides: str, **settings: Any) -> Iterator[Endpoi
         port = probe.getsockname()[1]
     folder = (Path(path) if Path(path).is_dir() else Path("runs")) / "serving"
     database = f"feedback.database=sqlite:///{folder.resolve()}/feedback.sqlite"
-    fixed = [f"port={port}", "no_keys=true", "promote=true", f"folder={folder}", database]
-    command = [sys.executable, "-m", "alignment.cli", "serve", str(path), *fixed, *overrides, *_as_overrides(settings)]
+    own_settings = [f"port={port}", "no_keys=true", "promote=true", f"folder={folder}", database]
+    command = [
+        sys.executable,
+        "-m",
+        "alignment.cli",
+        "serve",
+        str(path),
+        *own_settings,
+        *overrides,
+        *_as_overrides(settings),
+    ]
     process = subprocess.Popen(command)
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}")
     try:

@@ -104,7 +104,7 @@ class RolloutQueue:
         num_groups = self.config.groups_per_step
         num_ahead = num_groups * self.config.rollout.steps_ahead
         self._prefetch(num_groups + num_ahead)
-        cost, num_receipts = RolloutCost(), 0
+        rollout_cost, num_receipts = RolloutCost(), 0
         scored_groups: list[ScoredGroup] = []
         informative: list[Group] = []
         while len(informative) < num_groups:
@@ -112,36 +112,36 @@ class RolloutQueue:
                 if len(scored_groups) >= num_groups and num_receipts > MAX_REFILLS:
                     break
                 self._prefetch(num_groups - len(informative))
-                self._receive(cost)
+                self._receive(rollout_cost)
                 num_receipts += 1
             scored_groups.append(self._ready.popleft())
             if self.algorithm.is_informative(scored_groups[-1].group):
                 informative.append(scored_groups[-1].group)
         self._prefetch(num_ahead)
-        groups = [scored.group for scored in scored_groups]
+        groups = [scored_group.group for scored_group in scored_groups]
         num_refills = {"rollout/refills": float(len(groups) - num_groups)}
         return StepBatch(
             groups=informative or groups,
             position=scored_groups[-1].position,
-            metrics={**cost.metrics(), **_rollout_metrics(groups), **num_refills},
+            metrics={**rollout_cost.metrics(), **_rollout_metrics(groups), **num_refills},
             provenance=_provenance(informative or groups),
         )
 
     def clear(self) -> None:
         """Drops what was sampled ahead, after it has ended; the position of the stream stays as it is."""
-        for pending in self._pending:
-            pending.completed()
+        for pending_rollouts in self._pending:
+            pending_rollouts.completed()
         self._pending.clear()
         self._ready.clear()
 
     def state(self) -> dict[str, Tensor]:
         """Returns what was sampled ahead, for a checkpoint, and waits for it. Called by every worker."""
-        completed = [pending.completed() for pending in self._pending]
+        completed_groups = [pending_rollouts.completed() for pending_rollouts in self._pending]
         self._pending = deque(
-            dataclasses.replace(pending, completed=_constant(groups))
-            for pending, groups in zip(self._pending, completed, strict=True)
+            dataclasses.replace(pending_rollouts, completed=_constant(groups))
+            for pending_rollouts, groups in zip(self._pending, completed_groups, strict=True)
         )
-        return to_tensors([scored.group for scored in self._ready], completed)
+        return to_tensors([scored_group.group for scored_group in self._ready], completed_groups)
 
     def restore(self, tensors: dict[str, Tensor]) -> bool:
         """Puts back what `state` has returned, with the prompts that come next in the stream. Called by every worker.
@@ -151,14 +151,16 @@ class RolloutQueue:
         """
         position = self.stream.position
         prompts = self.stream.take(num_groups(tensors))
-        stored = from_tensors(tensors, prompts, self.sampler.completion)
-        if stored is None:
+        saved_rollouts = from_tensors(tensors, prompts, self.sampler.completion)
+        if saved_rollouts is None:
             self.stream.position = position
             return False
-        scored, pending = stored
-        self._ready.extend(ScoredGroup(group=group, position=position + n) for n, group in enumerate(scored, start=1))
-        position += len(scored)
-        for groups in pending:
+        scored_groups, pending_batches = saved_rollouts
+        self._ready.extend(
+            ScoredGroup(group=group, position=position + n) for n, group in enumerate(scored_groups, start=1)
+        )
+        position += len(scored_groups)
+        for groups in pending_batches:
             self._pending.append(
                 PendingRollouts(
                     groups=groups, position=position, completed=_constant(groups), started_at=time.perf_counter()
@@ -169,7 +171,7 @@ class RolloutQueue:
 
     def _prefetch(self, count: int) -> None:
         """Starts to sample until so many groups are ready or pending, at most a step's at a time."""
-        num_missing = count - len(self._ready) - sum(len(pending.groups) for pending in self._pending)
+        num_missing = count - len(self._ready) - sum(len(pending_rollouts.groups) for pending_rollouts in self._pending)
         while num_missing > 0:
             self._pending.append(self._start(min(num_missing, self.config.groups_per_step)))
             num_missing -= len(self._pending[-1].groups)
@@ -177,21 +179,21 @@ class RolloutQueue:
     def _start(self, count: int) -> PendingRollouts:
         position, started_at = self.stream.position, time.perf_counter()
         groups = self.stream.take(count)
-        completed = self.sampler.start(groups, range(position, position + len(groups)))
-        return PendingRollouts(groups=groups, position=position, completed=completed, started_at=started_at)
+        completed_groups = self.sampler.start(groups, range(position, position + len(groups)))
+        return PendingRollouts(groups=groups, position=position, completed=completed_groups, started_at=started_at)
 
-    def _receive(self, cost: RolloutCost) -> None:
+    def _receive(self, rollout_cost: RolloutCost) -> None:
         """Waits for the oldest pending groups, and has them scored."""
-        pending = self._pending.popleft()
-        groups = pending.completed()
+        pending_rollouts = self._pending.popleft()
+        groups = pending_rollouts.completed()
         sampled_at = time.perf_counter()
         for offset, group in enumerate(self.rewards.score(groups, world=self.sampler.world), start=1):
-            self._ready.append(ScoredGroup(group=group, position=pending.position + offset))
+            self._ready.append(ScoredGroup(group=group, position=pending_rollouts.position + offset))
         # Of two that began together, the second has taken only what it took after the first.
-        cost.rollout_s += sampled_at - max(pending.started_at, self._received_at)
+        rollout_cost.rollout_s += sampled_at - max(pending_rollouts.started_at, self._received_at)
         self._received_at = time.perf_counter()
-        cost.reward_s += self._received_at - sampled_at
-        cost.num_tokens += sum(len(completion.tokens) for group in groups for completion in group.completions)
+        rollout_cost.reward_s += self._received_at - sampled_at
+        rollout_cost.num_tokens += sum(len(completion.tokens) for group in groups for completion in group.completions)
 
 
 def _constant(groups: list[Group]) -> Callable[[], list[Group]]:
