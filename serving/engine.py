@@ -31,8 +31,8 @@ from alignment.errors import AlignmentError, ServingError
 from alignment.settings.section import NumberFormat
 from alignment.start_failure import SettingNames, StartLog
 from serving.batching import batched
+from serving.compatibility import Adapter, LoraCapacity
 from serving.config import Device, ServeConfig
-from serving.fits import Adapter, Room
 from serving.grammar import forms_of
 from serving.parsers import OPENED, reasoning_parser_of
 from serving.prompts import read_shielded_prompts, shield_chat
@@ -543,7 +543,9 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     return arguments | (
-        _adapter_arguments(served.adapter, served.room) if served.adapter and served.room else _transfer_arguments()
+        _adapter_arguments(served.adapter, served.lora_capacity)
+        if served.adapter and served.lora_capacity
+        else _transfer_arguments()
     )
 
 
@@ -618,7 +620,7 @@ def _transfer_arguments() -> dict[str, Any]:
     return {"weight_transfer_config": WeightTransferConfig(backend=FILES)}
 
 
-def _adapter_arguments(adapter: Adapter, room: Room) -> dict[str, Any]:
+def _adapter_arguments(adapter: Adapter, room: LoraCapacity) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "enable_lora": True,
         # One more than are in use at a time. On CPU, vLLM 0.32 applies the last place to requests for the base model

@@ -22,7 +22,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter
 
 from alignment.errors import CheckpointError, ServingError
-from serving.registry import SILENT_S, Registry, clock, read_file, write_file
+from serving.registry import HEARTBEAT_TIMEOUT_S, Registry, clock, read_file, write_file
 
 logger = logging.getLogger("ray.serve")
 
@@ -121,7 +121,8 @@ class Tenant:
             holder = self._other or "nobody: its file cannot be written"
             raise LeaseTaken(
                 f"this endpoint changes no versions yet, since its registry {self._folder} belongs to {holder}; it "
-                f"follows what is changed there, and takes over within {SILENT_S:g} s after that one has ended"
+                f"follows what is changed there, and takes over within {HEARTBEAT_TIMEOUT_S:g} s after that one has "
+                "ended"
             )
 
     def take(self) -> Lease | None:
@@ -221,7 +222,7 @@ class Tenant:
         now = time.monotonic()
         if self._seen is None or self._seen[0] != lease:
             self._seen = (lease, now)
-        return now - self._seen[1] > SILENT_S
+        return now - self._seen[1] > HEARTBEAT_TIMEOUT_S
 
     def _write(self, lease: Lease | None, others: list[Process]) -> None:
         ours = [] if self._ended.is_set() else [_this()]
@@ -272,11 +273,12 @@ def _lives(process: Process) -> bool:
 
 
 def _may_live(process: Process) -> bool:
-    return _lives(process) if _is_here(process) else abs(time.time() - process.heartbeat) < 2 * SILENT_S
+    return _lives(process) if _is_here(process) else abs(time.time() - process.heartbeat) < 2 * HEARTBEAT_TIMEOUT_S
 
 
 def _looks_alive(lease: Lease) -> bool:
     now = time.time()
     return any(
-        _lives(process) if _is_here(process) else abs(now - process.heartbeat) < SILENT_S for process in lease.processes
+        _lives(process) if _is_here(process) else abs(now - process.heartbeat) < HEARTBEAT_TIMEOUT_S
+        for process in lease.processes
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from alignment.errors import AlignmentError, CheckpointError, ServingError
-from serving.fits import check_fits
+from serving.compatibility import check_compatible
 from serving.registry import PendingChange, Registry, State
 
 logger = logging.getLogger("ray.serve")
@@ -133,7 +133,7 @@ class Promotions:
     def _check(self, number: int) -> None:
         self._registry.verify(number)
         current = self._registry.folder_of(self._registry.state().current)
-        check_fits(self._registry.folder_of(number), current, room=self._registry.room())
+        check_compatible(self._registry.folder_of(number), current, capacity=self._registry.lora_capacity())
 
     async def _beat(self, token: str, course: _Course) -> None:
         while True:

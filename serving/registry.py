@@ -1,17 +1,17 @@
-"""Versions of the served model: whole copies of checkpoints, and a small file that says which of them answers.
+"""The versions of the served model: complete copies of checkpoints, and a small file that says which of them answers.
 
 checkpoint ─► add ─► versions/00003/ ─► promote, or canary ─► state.json ─► every replica
 
-REGISTRY/versions/00001.json   what is known about a version
-REGISTRY/versions/00001/       the files that transformers, peft and vLLM open, manifest.json and COMMITTED; it appears
-                               last and whole, and with it the version
-REGISTRY/versions/00001.deleted  of a version that was deleted: its number is given to no other one
-REGISTRY/bases/                base models of adapters that lie nowhere else than in the cache of one machine
-REGISTRY/state.json            which version answers, those before it, the canary, and what is under way
-REGISTRY/lease.json            which endpoint it belongs to (see `serving.lease`)
+REGISTRY/versions/00001.json   the record of a version
+REGISTRY/versions/00001/       the files that transformers, peft and vLLM open, manifest.json and COMMITTED; this folder
+                               appears last and complete, and only then does the version exist
+REGISTRY/versions/00001.deleted  the mark of a deleted version: its number is never given to another version
+REGISTRY/bases/                base models of adapters that would otherwise exist only in the cache of one machine
+REGISTRY/state.json            which version answers, the versions before it, the canary, and the change in progress
+REGISTRY/lease.json            the endpoint that the registry belongs to (see `serving.lease`)
 
-The folder lies where every replica can read it. A process that is killed leaves it readable: files appear whole or not
-at all, what is unfinished is cleared away by the next `add`, and the system frees the locks.
+The folder must be readable by every replica. A process that is killed leaves the registry readable: each file is
+written completely or not at all, the next `add` removes unfinished copies, and the operating system frees the locks.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from alignment.errors import CheckpointError, ServingError
 from alignment.metrics import read_metrics
 from alignment.models.folders import BUNDLED, KEPT_BASES, base_of, bundled_folder, is_adapter, is_merged
 from serving.bases import base_stamp
-from serving.fits import Room, adapter_of, check_fits, check_servable, room_for, weight_files
+from serving.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable, weight_files
 
-__all__ = ["ChangeUnderWay", "PendingChange", "Registry", "State", "Version", "check_fits"]
+__all__ = ["ChangeUnderWay", "PendingChange", "Registry", "State", "Version"]
 
-COPIED = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
-"""Endings of the files that belong to a model; trainer state, pickles and programs do not."""
+MODEL_FILE_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
+"""Suffixes of the files that belong to a model; trainer state, pickles and programs do not."""
 READ_ONLY = 0o444
-"""Mode of a version's files: who writes over one by mistake is refused (not root, who may write anywhere)."""
-COPIED_BYTES = 2**30
-"""That are copied in one call."""
-REMEMBERED = 100
-"""Versions that rollbacks can go back over."""
-SILENT_S = 30.0
-"""Seconds without a heartbeat after which a change that was under way counts for nothing."""
+"""Mode of a version's files, so that nobody overwrites one by mistake (root still may)."""
+COPY_CHUNK_BYTES = 2**30
+"""Bytes that are copied in one call."""
+MAX_PREVIOUS_VERSIONS = 100
+"""How many earlier versions rollbacks can return to."""
+HEARTBEAT_TIMEOUT_S = 30.0
+"""Seconds without a heartbeat after which a change in progress counts as abandoned."""
 
-Read = TypeVar("Read")
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,52 +70,53 @@ class Version:
     """One model that the endpoint can answer with."""
 
     number: int
-    """1, 2, … in the order of arrival."""
+    """1, 2, … in the order in which versions were added."""
     name: str
-    """What the checkpoint was called, as `demo-step-00000024`."""
+    """Name of the checkpoint, for example `demo-step-00000024`."""
     kind: Literal["adapter", "full"]
     """A LoRA adapter on a base model, or all weights."""
     base: str | None
     """Folder or hub id of an adapter's base model; None for all weights."""
     content: str
-    """sha256 (hex) over names, sizes and hashes of its files."""
+    """sha256 (hex) over the names, sizes and hashes of its files."""
     source: str
-    """Folder that it was copied from."""
+    """The folder that it was copied from."""
     parent: int | None
-    """The version that it is meant to follow; None for the first."""
+    """Number of the version that it is meant to replace; None for the first."""
     data: str | None
-    """Fingerprint of the data that it was trained on; None if the checkpoint does not say."""
+    """Fingerprint of the training data; None if the checkpoint does not record it."""
     config: dict[str, Any] | None
-    """Configuration of the run that made it; None if the checkpoint lies in no run."""
+    """Configuration of the run that produced it; None if the checkpoint belongs to no run."""
     stamp: str | None = None
-    """Names, sizes, times and places of its files and of those that it was copied from, hashed: what tells at the next
-    start whether they are still the same, without reading them."""
+    """Hash over the names, sizes, times and inodes of its files and of the files that it was copied from. At the next
+    start it shows whether the files are unchanged, without reading them."""
     base_stamp: str | None = None
-    """What tells the base model from another one in its place; None if nobody knows. See `serving.bases.base_stamp`."""
+    """Identifies the base model of an adapter, so that another model in the same place is noticed; None if it is not
+    known. See `serving.bases.base_stamp`."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The run's last evaluation before the checkpoint, by the names in metrics.jsonl, with its `step`."""
+    """The run's last evaluation before the checkpoint, under the names in metrics.jsonl, with its `step`."""
     created: float
-    """When it was added (seconds since 1970, UTC)."""
+    """Time at which it was added (seconds since 1970, UTC)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PendingChange:
-    """A promotion, canary or rollback that is under way, and has not been committed."""
+    """A promotion, canary or rollback that has begun and has not been committed."""
 
     number: int
-    """The version that is to answer."""
+    """Number of the version that will answer."""
     share: float | None = None
-    """Of the requests, as a canary; None if it is to become the current one."""
+    """Fraction of the requests that it will answer as a canary; None if it will become the current version."""
     is_rollback: bool = False
-    """Whether it is the version before that answers again."""
+    """Whether the change returns to the previous version."""
     token: str = ""
-    """Which of the processes that change versions it belongs to."""
+    """Identifies the process that carries out the change."""
     started_by: str = ""
-    """Name of the key that asked for it."""
+    """Name of the key that requested the change."""
     began: float = 0.0
-    """When it was asked for (seconds since 1970, UTC)."""
+    """Time of the request (seconds since 1970, UTC)."""
     heartbeat: float = 0.0
-    """When the process that carries it out was last heard of (seconds since 1970, UTC)."""
+    """Last sign of life of the process that carries out the change (seconds since 1970, UTC)."""
 
     def __str__(self) -> str:
         kind = "the rollback to" if self.is_rollback else "the promotion of" if self.share is None else "the trial of"
@@ -124,7 +125,7 @@ class PendingChange:
 
 
 class ChangeUnderWay(ServingError):
-    """Versions cannot be changed, because another change has not ended."""
+    """Versions cannot be changed, because another change is still in progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,88 +133,91 @@ class State:
     """Which versions answer requests."""
 
     current: int = 0
-    """Number of the version that answers; 0 before one was promoted."""
+    """Number of the version that answers; 0 before the first promotion."""
     previous: int | None = None
-    """The one that a rollback returns to; None if there is none."""
+    """Number of the version that a rollback returns to; None if there is none."""
     older: tuple[int, ...] = ()
-    """Those that further rollbacks return to, the newest first."""
+    """Numbers of the versions that further rollbacks return to, the newest first."""
     canary: int | None = None
-    """The version that is tried out."""
+    """Number of the version that answers a share of the requests on trial."""
     share: float = 0.0
-    """Fraction of the requests that the canary answers, 0 to below 1; at 0 it answers those that ask for it."""
+    """Fraction of the requests that the canary answers, 0 to below 1; at 0 it answers only requests that name it."""
     serial: int = 0
-    """Changes so far of what answers."""
+    """How many times the versions that answer have been changed."""
     pending: PendingChange | None = None
-    """What is under way; it counts for nothing any more once its process is silent."""
+    """The change in progress. It no longer counts once its process has stopped renewing it."""
 
-    def change(self, now: float | None = None) -> PendingChange | None:
-        """What is under way, if its process was heard of lately.
+    def change(self, time_s: float | None = None) -> PendingChange | None:
+        """The change in progress, if its process still renews it.
 
         Args:
-            now: seconds since 1970 (UTC); None is the present.
+            time_s: seconds since 1970 (UTC); None is the current time.
         """
         if self.pending is None:
             return None
-        silent_s = (time.time() if now is None else now) - self.pending.heartbeat
-        return self.pending if silent_s < SILENT_S else None
+        silent_s = (time.time() if time_s is None else time_s) - self.pending.heartbeat
+        return self.pending if silent_s < HEARTBEAT_TIMEOUT_S else None
 
 
 VERSIONS, STATES = TypeAdapter(Version), TypeAdapter(State)
 
 
 class Registry:
-    """Versions in a folder. Safe to use from several processes and threads at once; makes the folder when it writes."""
+    """The versions in a folder. Several processes and threads may use it at once. It creates the folder when it first
+    writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().resolve()
-        self._versions = self.folder / "versions"
-        self._bases = self.folder / KEPT_BASES
-        self._state = self.folder / "state.json"
+        self._versions_folder = self.folder / "versions"
+        self._bases_folder = self.folder / KEPT_BASES
+        self._state_file = self.folder / "state.json"
 
-    def add(self, checkpoint: Path, *, parent: int | None = None, fits: int | None = None) -> Version:
-        """Keeps a checkpoint as a new version, or returns the version that holds the same files already.
+    def add(self, checkpoint: Path, *, parent: int | None = None, compatible_with: int | None = None) -> Version:
+        """Copies a checkpoint as a new version, or returns the version that already holds the same files.
 
-        It answers nothing before it is promoted. What becomes of the checkpoint afterwards does not matter.
+        A version answers no requests before it is promoted. The checkpoint itself may be deleted afterwards.
 
         Args:
-            checkpoint: a run's folder (its newest intact checkpoint), a checkpoint, or any model or adapter folder.
-            parent: number of the version that it is meant to follow.
-            fits: number of a version that running engines must be able to change from; None asks for nothing.
+            checkpoint: a run's folder (its newest intact checkpoint is taken), a checkpoint, or any model or adapter
+                folder.
+            parent: number of the version that it is meant to replace.
+            compatible_with: number of a version; engines that run it must be able to change to the new version. None
+                skips this check.
 
         Raises:
-            CheckpointError: it is not there, damaged or incomplete, or cannot be copied.
-            ModelError: it is an adapter whose base model is not there.
-            ServingError: it is of a kind that is not served, or does not fit.
+            CheckpointError: the checkpoint does not exist, is damaged or incomplete, or cannot be copied.
+            ModelError: it is an adapter whose base model does not exist.
+            ServingError: it is of a kind that is not served, or is not compatible.
         """
-        known = self._known(checkpoint)
-        if known is not None:
-            return known
-        origin = _folder(checkpoint)
+        version = self._unchanged_version(checkpoint)
+        if version is not None:
+            return version
+        origin = _checkpoint_folder(checkpoint)
         check_servable(origin)
-        if fits is not None:
-            check_fits(origin, self.folder_of(fits), room=self.room())
+        if compatible_with is not None:
+            check_compatible(origin, self.folder_of(compatible_with), capacity=self.lora_capacity())
         try:
-            with self._adding() as unfinished:
-                content = _copy(origin, unfinished)
-                same = self._same(content)
-                if same is not None:
-                    return self._noted(same, origin)
+            with self._staging_folder() as staging_folder:
+                content = _copy(origin, staging_folder)
+                duplicate = self._find_by_content(content)
+                if duplicate is not None:
+                    return self._record_origin(duplicate, origin)
                 if is_adapter(origin):
                     self._keep_base(base_of(origin))
-                return self._keep(unfinished, origin, content, parent)
+                return self._store_version(staging_folder, origin, content, parent)
         except OSError as error:
             raise CheckpointError(f"{origin} cannot be copied into {self.folder}: {error}") from error
 
     def versions(self) -> list[Version]:
-        """All versions, in the order of their numbers."""
+        """All versions, sorted by number."""
         return [self.version(number) for number in self._numbers()]
 
     def version(self, number: int) -> Version:
-        """What is known about a version.
+        """The record of a version.
 
         Raises:
-            ServingError: there is none of that number.
-            CheckpointError: its file is missing or damaged.
+            ServingError: there is no version of that number.
+            CheckpointError: the record's file is missing or damaged.
         """
         file = self.folder_of(number).with_suffix(".json")
         version = read_file(file, VERSIONS)
@@ -222,305 +226,327 @@ class Registry:
         return version
 
     def folder_of(self, number: int) -> Path:
-        """The folder with a version's files: an absolute path that no other version ever has.
+        """The absolute path of the folder with a version's files. No other version ever has the same path.
 
         Raises:
-            ServingError: there is none of that number.
+            ServingError: there is no version of that number.
         """
-        folder = self._place(number)
+        folder = self._version_folder(number)
         if not folder.is_dir():
-            known = ", ".join(map(str, self._numbers())) or "none"
-            raise ServingError(f"there is no version {number}; there are {known}")
+            numbers = ", ".join(map(str, self._numbers())) or "none"
+            raise ServingError(f"there is no version {number}; there are {numbers}")
         return folder
 
-    def room(self) -> Room | None:
-        """What every engine needs to be able to hold any of the adapters here; None if there are none.
+    def lora_capacity(self) -> LoraCapacity | None:
+        """The capacity that an engine needs to hold any adapter of this registry; None if there are no adapters.
 
-        An engine with room for the current version alone could not go back to a larger one.
+        An engine with capacity for the current version alone could not return to a larger one.
         """
-        folders = [self._place(number) for number in self._numbers() if is_adapter(self._place(number))]
-        return room_for(adapter_of(folder, folder.name) for folder in folders) if folders else None
+        folders = [folder for folder in map(self._version_folder, self._numbers()) if is_adapter(folder)]
+        return capacity_for(adapter_of(folder, folder.name) for folder in folders) if folders else None
 
     def verify(self, number: int) -> None:
-        """Reads all of a version's files and compares their hashes. What this process has read before is read again
-        only if its size, its times or its place on the disk are others.
+        """Reads all files of a version and compares their hashes. A file that this process has read before is read
+        again only if its size, times or inode have changed.
 
         Raises:
-            ServingError: there is none of that number.
-            CheckpointError: a file is missing or has changed; the text names it.
+            ServingError: there is no version of that number.
+            CheckpointError: a file is missing or has changed; the message names it.
         """
         verify(self.folder_of(number), only_model=True)
 
     def delete(self, number: int) -> int:
-        """Deletes a version's files, and the base model that is kept for it alone; returns the bytes that were freed.
+        """Deletes a version's files, and its base model if only this version needs the copy; returns the bytes freed.
 
-        What is known about it stays, and its number is given to no other one.
+        The record of the version stays, and its number is never given to another version.
 
         Raises:
-            ServingError: there is none of that number, or it is needed: it answers, a rollback returns to it, it is
-                being tried, or is about to answer.
+            ServingError: there is no version of that number, or it is in use: it answers, a rollback returns to it, it
+                is the canary, or it is about to answer.
             CheckpointError: its files cannot be deleted.
         """
-        with self._adding():
-            gone = self._versions / f".{number:05d}.deleted"
-            self._move(lambda now: self._without(now, number, gone))
-            freed = _delete(gone)
+        with self._staging_folder():
+            trash = self._versions_folder / f".{number:05d}.deleted"
+            self._replace_state(lambda state: self._retire(state, number, trash))
+            freed_bytes = _delete_folder(trash)
             for base in self._unused_bases():
-                freed += _delete(base)
-            return freed
+                freed_bytes += _delete_folder(base)
+            return freed_bytes
 
-    def _without(self, now: State, number: int, gone: Path) -> State:
-        folder, change = self.folder_of(number), now.change()
+    def _retire(self, state: State, number: int, trash: Path) -> State:
+        """Moves a version that nothing needs into `trash`; returns the state without it."""
+        folder, change = self.folder_of(number), state.change()
         uses = {
-            now.current: "it answers",
-            now.previous: "`raylign rollback` returns to it",
-            now.canary: "it is being tried",
+            state.current: "it answers",
+            state.previous: "`raylign rollback` returns to it",
+            state.canary: "it is being tried",
             change.number if change else None: "it is about to answer",
         }
         if number in uses:
             raise ServingError(f"version {number} cannot be deleted: {uses[number]}")
         folder.with_suffix(".deleted").touch()
-        folder.rename(gone)
-        return replace(now, older=tuple(other for other in now.older if other != number))
+        folder.rename(trash)
+        return replace(state, older=tuple(older_number for older_number in state.older if older_number != number))
 
     def _unused_bases(self) -> list[Path]:
         used = {Path(base).name for version in self.versions() if (base := version.base) is not None}
-        return [base for base in self._bases.glob("*") if base.name not in used]
+        return [base for base in self._bases_folder.glob("*") if base.name not in used]
 
     def state(self) -> State:
-        """Which version answers now. Reads one small file.
+        """Which versions answer at present. Reads one small file.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        return read_file(self._state, STATES) or State()
+        return read_file(self._state_file, STATES) or State()
 
     def promote(self, number: int) -> State:
-        """Makes a version the one that answers, and ends any canary; promoting the current one does only that.
+        """Makes a version the current one and ends any canary. Promoting the current version only ends the canary.
 
-        For a registry whose replicas need not be asked; of a running endpoint, `serving.promotion` changes versions.
+        This method is for a registry that no endpoint uses; `serving.promotion` changes the versions of a running
+        endpoint.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
-            ServingError: there is none of that number.
+            ChangeUnderWay: another change is in progress.
+            ServingError: there is no version of that number.
         """
-        return self._change(lambda now: _promoted(now, self.version(number).number))
+        return self._update(lambda state: _promote(state, self.version(number).number))
 
     def canary(self, number: int, share: float) -> State:
-        """Gives a version a share of the requests, or another share than it has.
+        """Makes a version the canary with a share of the requests, or changes the share of the present canary.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
-            ServingError: there is none of that number, it is the current one, another canary is being tried, or the
+            ChangeUnderWay: another change is in progress.
+            ServingError: there is no version of that number, it is the current one, there is another canary, or the
                 share is not from 0 to below 1.
         """
-        return self._change(lambda now: _tried(now, self.version(number).number, share))
+        return self._update(lambda state: _start_canary(state, self.version(number).number, share))
 
     def end_canary(self) -> State:
-        """Gives the canary's share back to the current version.
+        """Ends the canary: the current version answers its share of the requests again.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
+            ChangeUnderWay: another change is in progress.
         """
-        return self._change(_settled)
+        return self._update(_without_canary)
 
     def rollback(self) -> State:
-        """Takes the newest change back.
+        """Undoes the newest change.
 
-        A canary ends, and no more. Without one, the version before answers again; the next rollback goes further back,
-        never forth: after versions 1, 2 and 3 were promoted it returns to 2, then to 1, and then refuses.
+        If there is a canary, only the canary ends. Otherwise the previous version answers again. Each further rollback
+        goes one version further back: after versions 1, 2 and 3 were promoted, the first returns to 2, the second to 1,
+        and the third is refused.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
-            ServingError: there is nothing to go back to.
+            ChangeUnderWay: another change is in progress.
+            ServingError: there is no previous version.
         """
-        return self._change(self._rolled_back)
+        return self._update(self._roll_back)
 
     def begin_change(self, number: int, share: float | None = None, *, started_by: str = "") -> PendingChange:
-        """Announces that a version is to answer, which replicas now make ready; nothing answers differently yet.
+        """Announces that a version will answer, so that replicas can load it. Until the commit nothing changes for
+        requests.
 
-        One change at a time, over all processes: what is begun is to be renewed every few seconds, and ends by
-        `commit_change` or `abort_change`. What is not renewed for `SILENT_S` has ended.
+        There is one change at a time over all processes. Its process must renew it every few seconds and ends it by
+        `commit_change` or `abort_change`. A change that is not renewed for `HEARTBEAT_TIMEOUT_S` counts as ended.
 
         Args:
-            share: of the requests, as a canary; None for all.
-            started_by: who asked for it.
+            share: fraction of the requests, as a canary; None for all requests.
+            started_by: name of the key that requested it.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
-            ServingError: as `promote` and `canary`.
+            ChangeUnderWay: another change is in progress.
+            ServingError: as for `promote` and `canary`.
         """
-        return self._begin(lambda now: PendingChange(number=number, share=share), started_by)
+        return self._begin(lambda state: PendingChange(number=number, share=share), started_by)
 
     def begin_rollback(self, *, started_by: str = "") -> PendingChange:
-        """The same for the version before, which is to answer again.
+        """Announces that the previous version will answer again; otherwise as `begin_change`.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
-            ServingError: there is nothing to go back to.
+            ChangeUnderWay: another change is in progress.
+            ServingError: there is no previous version.
         """
-        return self._begin(lambda now: PendingChange(number=_before(now), is_rollback=True), started_by)
+        return self._begin(lambda state: PendingChange(number=_previous_number(state), is_rollback=True), started_by)
 
     def renew_change(self, token: str) -> None:
-        """Says that whoever carries a change out is still there.
+        """Renews a change: its process is still at work.
 
         Raises:
-            ServingError: it has ended, as another process has found it silent and begun a change of its own.
+            ServingError: the change has ended, because it was not renewed in time and another process began its own.
         """
-        self._move(lambda now: replace(now, pending=replace(_pending(now, token), heartbeat=time.time())))
+
+        def renew(state: State) -> State:
+            return replace(state, pending=replace(_own_change(state, token), heartbeat=time.time()))
+
+        self._replace_state(renew)
 
     def commit_change(self, token: str) -> State:
-        """Lets the version answer that every replica has made ready.
+        """Carries out a change for which every replica is ready.
 
         Raises:
-            ServingError: the change has ended, as another process has found it silent and begun one of its own; or
-                what answers is not what it was.
+            ServingError: the change has ended, because it was not renewed in time and another process began its own; or
+                the versions that answer are no longer those that it began from.
         """
-        return self._move(lambda now: replace(self._carried_out(now, _pending(now, token)), pending=None))
+        return self._replace_state(lambda state: replace(self._apply(state, _own_change(state, token)), pending=None))
 
     def abort_change(self, token: str) -> State:
-        """Ends a change without any effect; nothing happens if it has ended already."""
-        return self._move(lambda now: replace(now, pending=None) if now.pending and now.pending.token == token else now)
+        """Ends a change without any effect. If it has ended already, nothing happens."""
+
+        def abort(state: State) -> State:
+            is_own = state.pending is not None and state.pending.token == token
+            return replace(state, pending=None) if is_own else state
+
+        return self._replace_state(abort)
 
     def _begin(self, choose: Callable[[State], PendingChange], started_by: str) -> PendingChange:
-        def begun(now: State) -> State:
-            _check_settled(now)
-            at = time.time()
-            change = replace(choose(now), token=secrets.token_hex(16), started_by=started_by, began=at, heartbeat=at)
-            self._carried_out(now, change)  # what cannot be is said at once
-            return replace(now, pending=change)
+        """Announces the change that `choose` makes of the present state."""
 
-        pending = self._move(begun).pending
-        assert pending is not None
-        return pending
+        def announce(state: State) -> State:
+            _check_no_change(state)
+            time_s, token = time.time(), secrets.token_hex(16)
+            change = replace(choose(state), token=token, started_by=started_by, began=time_s, heartbeat=time_s)
+            self._apply(state, change)  # so that an impossible change is refused at once
+            return replace(state, pending=change)
 
-    def _carried_out(self, now: State, change: PendingChange) -> State:
+        change = self._replace_state(announce).pending
+        assert change is not None
+        return change
+
+    def _apply(self, state: State, change: PendingChange) -> State:
+        """The state after a change."""
         self.version(change.number)
         if change.is_rollback:
-            if change.number != now.previous:
+            if change.number != state.previous:
                 raise ServingError(f"version {change.number} is not the one before any more")
-            return self._rolled_back(_settled(now))
-        return _promoted(now, change.number) if change.share is None else _tried(now, change.number, change.share)
+            return self._roll_back(_without_canary(state))
+        if change.share is not None:
+            return _start_canary(state, change.number, change.share)
+        return _promote(state, change.number)
 
-    def _rolled_back(self, now: State) -> State:
-        if now.canary is not None:
-            return _settled(now)
-        older = now.older[0] if now.older else None
-        return replace(now, current=self.version(_before(now)).number, previous=older, older=now.older[1:])
+    def _roll_back(self, state: State) -> State:
+        """The state after a rollback."""
+        if state.canary is not None:
+            return _without_canary(state)
+        current = self.version(_previous_number(state)).number
+        previous = state.older[0] if state.older else None
+        return replace(state, current=current, previous=previous, older=state.older[1:])
 
-    def _change(self, change: Callable[[State], State]) -> State:
-        """Changes what answers, in one step."""
+    def _update(self, transition: Callable[[State], State]) -> State:
+        """Changes the versions that answer, in one step."""
 
-        def changed(now: State) -> State:
-            _check_settled(now)
-            return replace(change(now), pending=None)
+        def update(state: State) -> State:
+            _check_no_change(state)
+            return replace(transition(state), pending=None)
 
-        return self._move(changed)
+        return self._replace_state(update)
 
-    def _move(self, change: Callable[[State], State]) -> State:
-        """Replaces the state, one process at a time. What changes nothing that answers is not counted."""
+    def _replace_state(self, transition: Callable[[State], State]) -> State:
+        """Replaces the state, one process at a time. `serial` counts only changes of the versions that answer."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".state.lock"):
-                now = self.state()
-                then = change(now)
-                if replace(then, pending=now.pending) != now:
-                    then = replace(then, serial=now.serial + 1)
-                if then != now:
-                    write_file(self._state, STATES.dump_json(then, indent=1))
-                return then
+                state = self.state()
+                new_state = transition(state)
+                if replace(new_state, pending=state.pending) != state:
+                    new_state = replace(new_state, serial=state.serial + 1)
+                if new_state != state:
+                    write_file(self._state_file, STATES.dump_json(new_state, indent=1))
+                return new_state
         except OSError as error:
-            raise CheckpointError(f"{self._state} cannot be written: {error}") from error
+            raise CheckpointError(f"{self._state_file} cannot be written: {error}") from error
 
     @contextmanager
-    def _adding(self) -> Iterator[Path]:
-        """An empty folder for a version that arrives, one at a time; its lock is not the state's, so that nobody who
-        rolls back waits for a copy."""
-        self._versions.mkdir(parents=True, exist_ok=True)
-        unfinished = self._versions / ".unfinished"
+    def _staging_folder(self) -> Iterator[Path]:
+        """An empty folder for the copy of a new version, one at a time. Its lock is not the lock of the state, so that
+        a rollback never waits for a copy."""
+        self._versions_folder.mkdir(parents=True, exist_ok=True)
+        staging_folder = self._versions_folder / ".unfinished"
         with FileLock(self.folder / ".adding.lock"):
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            for deleted in self._versions.glob(".*.deleted"):
-                _delete(deleted)
-            unfinished.mkdir()
+            shutil.rmtree(staging_folder, ignore_errors=True)  # left by a process that was killed
+            for trash in self._versions_folder.glob(".*.deleted"):
+                _delete_folder(trash)
+            staging_folder.mkdir()
             try:
-                yield unfinished
+                yield staging_folder
             finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.rmtree(staging_folder, ignore_errors=True)
 
-    def _known(self, checkpoint: Path) -> Version | None:
-        """The version of a checkpoint that has not changed since, told without reading its files."""
+    def _unchanged_version(self, checkpoint: Path) -> Version | None:
+        """The version of a checkpoint, if neither has changed since the copy. The files themselves are not read."""
         with suppress(OSError, RuntimeError, ValueError):
-            origin = _newest(checkpoint.expanduser().resolve())
+            origin = _newest_checkpoint(checkpoint.expanduser().resolve())
             for version in reversed(self.versions()):
-                if version.source == str(origin) and version.stamp == _stamp(origin, self._place(version.number)):
+                folder = self._version_folder(version.number)
+                if version.source == str(origin) and version.stamp == _files_stamp(origin, folder):
                     return version
         return None
 
-    def _noted(self, version: Version, origin: Path) -> Version:
-        """A version of which the same files were found in another place, or with another time."""
-        folder = self._place(version.number)
+    def _record_origin(self, version: Version, origin: Path) -> Version:
+        """Records that the files of a version also exist in another folder, or have other times."""
+        folder = self._version_folder(version.number)
         if origin == folder:
             return version
-        noted = replace(version, stamp=_stamp(origin, folder), source=str(origin))
-        write_file(folder.with_suffix(".json"), VERSIONS.dump_json(noted, indent=1))
-        return noted
+        updated_version = replace(version, stamp=_files_stamp(origin, folder), source=str(origin))
+        write_file(folder.with_suffix(".json"), VERSIONS.dump_json(updated_version, indent=1))
+        return updated_version
 
     def _keep_base(self, base: str) -> None:
-        """Copies a base model that another machine, or this one tomorrow, does not have."""
+        """Copies a base model that exists only in the cache of this machine."""
         folder = Path(base)
-        if not is_merged(folder) or not folder.is_dir() or (self._bases / folder.name).is_dir():
+        if not is_merged(folder) or not folder.is_dir() or (self._bases_folder / folder.name).is_dir():
             return
-        self._bases.mkdir(exist_ok=True)
-        unfinished = self._versions / ".unfinished-base"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        _copy(folder, unfinished)
-        unfinished.rename(self._bases / folder.name)
-        to_disk(self._bases)
+        self._bases_folder.mkdir(exist_ok=True)
+        staging_folder = self._versions_folder / ".unfinished-base"
+        shutil.rmtree(staging_folder, ignore_errors=True)
+        staging_folder.mkdir()
+        _copy(folder, staging_folder)
+        staging_folder.rename(self._bases_folder / folder.name)
+        to_disk(self._bases_folder)
 
-    def _same(self, content: str) -> Version | None:
-        """The intact version with that content, if there is one."""
+    def _find_by_content(self, content: str) -> Version | None:
+        """The intact version with this content hash, if there is one."""
         for number in self._numbers():
-            with suppress(CheckpointError, OSError):  # a damaged one is of no use, and a fresh copy is
-                if (self._place(number) / COMMITTED).read_text() == content:
+            with suppress(CheckpointError, OSError):  # a damaged version is passed over: a new copy replaces it
+                if (self._version_folder(number) / COMMITTED).read_text() == content:
                     self.verify(number)
                     return self.version(number)
         return None
 
-    def _keep(self, unfinished: Path, origin: Path, content: str, parent: int | None) -> Version:
+    def _store_version(self, staging_folder: Path, origin: Path, content: str, parent: int | None) -> Version:
+        """Gives a complete copy its number, writes its record, and moves it to its final place."""
         version = Version(
-            number=max([0, *self._numbers(), *self._deleted()]) + 1,
+            number=max([0, *self._numbers(), *self._deleted_numbers()]) + 1,
             name=name_of(str(origin)),
             kind="adapter" if is_adapter(origin) else "full",
             base=base_of(origin) if is_adapter(origin) else None,
             content=content,
             source=str(origin),
             parent=parent,
-            stamp=_stamp(origin, unfinished),
+            stamp=_files_stamp(origin, staging_folder),
             base_stamp=base_stamp(base_of(origin)) if is_adapter(origin) else None,
             created=time.time(),
-            **_history(origin),
+            **_training_history(origin),
         )
-        folder = self._place(version.number)
+        folder = self._version_folder(version.number)
         write_file(folder.with_suffix(".json"), VERSIONS.dump_json(version, indent=1))
-        unfinished.rename(folder)
-        to_disk(self._versions)
+        staging_folder.rename(folder)
+        to_disk(self._versions_folder)
         return version
 
-    def _place(self, number: int) -> Path:
-        return self._versions / f"{number:05d}"
+    def _version_folder(self, number: int) -> Path:
+        return self._versions_folder / f"{number:05d}"
 
-    def _deleted(self) -> list[int]:
-        return [int(file.stem) for file in self._versions.glob("[0-9]*.deleted")]
+    def _deleted_numbers(self) -> list[int]:
+        return [int(file.stem) for file in self._versions_folder.glob("[0-9]*.deleted")]
 
     def _numbers(self) -> list[int]:
-        folders = self._versions.glob("[0-9]*")
+        folders = self._versions_folder.glob("[0-9]*")
         return sorted(int(folder.name) for folder in folders if folder.name.isdecimal() and folder.is_dir())
 
 
 def name_of(checkpoint: str) -> str:
-    """What a checkpoint is called: after its run, folder or hub id."""
+    """The name of a checkpoint: that of its run, folder or hub id."""
     path = Path(checkpoint).expanduser().resolve()
     if not path.is_dir():
         return checkpoint
@@ -529,164 +555,167 @@ def name_of(checkpoint: str) -> str:
     return BUNDLED if path.name == bundled_folder().name else path.name
 
 
-def _promoted(now: State, number: int) -> State:
-    if number == now.current:
-        return _settled(now)
-    older = now.older if now.previous is None else (now.previous, *now.older)
-    return replace(_settled(now), current=number, previous=now.current or None, older=older[:REMEMBERED])
+def _promote(state: State, number: int) -> State:
+    if number == state.current:
+        return _without_canary(state)
+    older = state.older if state.previous is None else (state.previous, *state.older)
+    previous = state.current or None
+    return replace(_without_canary(state), current=number, previous=previous, older=older[:MAX_PREVIOUS_VERSIONS])
 
 
-def _before(now: State) -> int:
-    if now.previous is None:
-        raise ServingError(f"nothing answered before version {now.current}, so there is nothing to go back to")
-    return now.previous
+def _previous_number(state: State) -> int:
+    if state.previous is None:
+        raise ServingError(f"nothing answered before version {state.current}, so there is nothing to go back to")
+    return state.previous
 
 
-def _check_settled(now: State) -> None:
-    change = now.change()
+def _check_no_change(state: State) -> None:
+    change = state.change()
     if change is not None:
         raise ChangeUnderWay(f"{change}; versions are changed one after the other, so try again when it has ended")
 
 
-def _pending(now: State, token: str) -> PendingChange:
-    if now.pending is None or now.pending.token != token:
+def _own_change(state: State, token: str) -> PendingChange:
+    if state.pending is None or state.pending.token != token:
         raise ServingError(
-            f"the change has been given up, since its process was silent for {SILENT_S:g} s and longer; try again"
+            f"the change has been given up, since its process was silent for {HEARTBEAT_TIMEOUT_S:g} s and longer; "
+            "try again"
         )
-    return now.pending
+    return state.pending
 
 
-def clock(at: float) -> str:
-    """A time (seconds since 1970, UTC) as people write it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at)) + " UTC"
+def clock(time_s: float) -> str:
+    """A time (seconds since 1970, UTC) for people to read."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time_s)) + " UTC"
 
 
-def _tried(now: State, number: int, share: float) -> State:
+def _start_canary(state: State, number: int, share: float) -> State:
     if not 0 <= share < 1:
         raise ServingError(f"the share of a canary is from 0 to below 1, not {share:g}; to give it all, promote it")
-    if number == now.current:
+    if number == state.current:
         raise ServingError(f"version {number} answers already, so it cannot be tried beside itself")
-    if now.canary not in (None, number):
-        raise ServingError(f"version {now.canary} is being tried already; promote it first, or roll it back")
-    return replace(now, canary=number, share=share)
+    if state.canary not in (None, number):
+        raise ServingError(f"version {state.canary} is being tried already; promote it first, or roll it back")
+    return replace(state, canary=number, share=share)
 
 
-def _settled(now: State) -> State:
-    return replace(now, canary=None, share=0.0)
+def _without_canary(state: State) -> State:
+    return replace(state, canary=None, share=0.0)
 
 
-def _folder(checkpoint: Path) -> Path:
+def _checkpoint_folder(checkpoint: Path) -> Path:
     try:
         origin = Path(checkpoint_or_path(str(checkpoint))).expanduser().resolve()
         if origin.is_dir():
             return origin
     except (OSError, RuntimeError, ValueError):
-        pass  # no path at all: too long, or of a user that there is not
+        pass  # not a valid path: it is too long, or names a user who does not exist
     raise CheckpointError(f"{str(checkpoint)[:200]} is not a folder here (looked from {Path.cwd()})")
 
 
 def _copy(origin: Path, target: Path) -> str:
-    """Brings a model's files into an empty folder; returns their content hash.
+    """Copies a model's files into an empty folder; returns the hash of their content.
 
     Raises:
-        CheckpointError: one of ours is not what was committed any more.
+        CheckpointError: a file of a checkpoint that raylign wrote has changed since its commit.
     """
-    known = _manifest(origin)
-    for name in known or [file.name for file in origin.iterdir() if file.is_file()]:
-        if _belongs(name, weight_files(origin)):
-            _bring((origin / name).resolve(), target / name)
+    manifest = _manifest(origin)
+    for name in manifest or [file.name for file in origin.iterdir() if file.is_file()]:
+        if _is_model_file(name, weight_files(origin)):
+            _copy_file((origin / name).resolve(), target / name)
     content = commit(target)
     for file in target.iterdir():
         file.chmod(READ_ONLY)
-    changed = [name for name, entry in _manifest(target).items() if known and known[name] != entry]
-    if changed:
-        raise CheckpointError(f"{origin} changed while it was copied ({', '.join(changed)}); add it again")
+    changed_names = [name for name, entry in _manifest(target).items() if manifest and manifest[name] != entry]
+    if changed_names:
+        raise CheckpointError(f"{origin} changed while it was copied ({', '.join(changed_names)}); add it again")
     return content
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Size and hash of every file, by name; empty for a folder that training did not write."""
+    """Size and hash of every file, by name; empty for a folder that raylign did not write."""
     file = folder / MANIFEST
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
-def _belongs(name: str, weights: list[str]) -> bool:
+def _is_model_file(name: str, weights: list[str]) -> bool:
     suffix = Path(name).suffix
     if suffix == ".safetensors":
-        return name in weights  # some folders hold the same weights in a second form
-    return suffix in COPIED and "/" not in name and name != MANIFEST
+        return name in weights  # some folders hold the same weights in a second format
+    return suffix in MODEL_FILE_SUFFIXES and "/" not in name and name != MANIFEST
 
 
-def _bring(source: Path, target: Path) -> None:
-    """Copies a file: a link would be the same file, which changes when the other one is written over.
+def _copy_file(source: Path, target: Path) -> None:
+    """Copies a file. A hard link would not do: the version would change when the original is overwritten.
 
-    Where the file system can share the bytes of two files until one is written to (XFS, Btrfs), or copy them by itself
-    (NFS 4.2), it does.
+    Some file systems share the bytes of both files until one is written to (XFS, Btrfs), or copy on the server (NFS
+    4.2); this function lets them.
     """
-    with source.open("rb") as opened, target.open("xb") as copied:
+    with source.open("rb") as source_file, target.open("xb") as target_file:
         try:
-            while os.copy_file_range(opened.fileno(), copied.fileno(), COPIED_BYTES):
+            while os.copy_file_range(source_file.fileno(), target_file.fileno(), COPY_CHUNK_BYTES):
                 pass
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
-            opened.seek(0)
-            copied.seek(0)
-            shutil.copyfileobj(opened, copied, length=2**22)
+            source_file.seek(0)
+            target_file.seek(0)
+            shutil.copyfileobj(source_file, target_file, length=2**22)
 
 
-def _delete(folder: Path) -> int:
-    """Returns the bytes that it took on the disk; of a file that lies elsewhere too, none."""
-    freed = sum(
+def _delete_folder(folder: Path) -> int:
+    """Deletes a folder; returns the bytes freed. A file with another hard link frees none."""
+    freed_bytes = sum(
         status.st_size for file in folder.rglob("*") if (status := file.lstat()).st_nlink == 1 and file.is_file()
     )
     shutil.rmtree(folder)
-    return freed
+    return freed_bytes
 
 
-def _newest(checkpoint: Path) -> Path:
-    """The folder that a path means if nothing is damaged: itself, or the newest checkpoint of a run."""
-    run = checkpoint.parent if checkpoint.name == checkpoints_of(checkpoint.parent).name else checkpoint
-    committed = [folder for folder in checkpoints_of(run).glob("step-*") if (folder / COMMITTED).is_file()]
-    return max(committed, default=checkpoint)
+def _newest_checkpoint(checkpoint: Path) -> Path:
+    """The folder that a path stands for: a run's newest committed checkpoint, else the path itself."""
+    run_folder = checkpoint.parent if checkpoint.name == checkpoints_of(checkpoint.parent).name else checkpoint
+    folders = [folder for folder in checkpoints_of(run_folder).glob("step-*") if (folder / COMMITTED).is_file()]
+    return max(folders, default=checkpoint)
 
 
-def _stamp(*folders: Path) -> str:
-    """What changes when a file of the folders is written, replaced, added or deleted."""
+def _files_stamp(*folders: Path) -> str:
+    """A hash that changes when a file of the folders is written, replaced, added or deleted."""
     files = ((file.name, file.stat()) for folder in folders for file in sorted(folder.iterdir()) if file.is_file())
-    known = [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in files]
-    return hashlib.sha256(repr(known).encode()).hexdigest()
+    fingerprints = [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in files]
+    return hashlib.sha256(repr(fingerprints).encode()).hexdigest()
 
 
-def _history(origin: Path) -> dict[str, Any]:
-    """What a checkpoint and the run around it say about how it was made."""
+def _training_history(origin: Path) -> dict[str, Any]:
+    """Data, configuration and evaluation of the run that a checkpoint comes from, as far as they are recorded."""
     if STATE not in _manifest(origin):
         return {"data": None, "config": None}
     state = json.loads((origin / STATE).read_bytes())
-    data, run = state["identity"]["data"], origin.parent.parent
-    if origin.parent != checkpoints_of(run):
+    data, run_folder = state["identity"]["data"], origin.parent.parent
+    if origin.parent != checkpoints_of(run_folder):
         return {"data": data, "config": None}
-    return {"data": data, "config": _config(run / "config.json"), "metrics": _evaluation(run, state["step"])}
+    config, metrics = _read_config(run_folder / "config.json"), _last_evaluation(run_folder, state["step"])
+    return {"data": data, "config": config, "metrics": metrics}
 
 
-def _config(file: Path) -> dict[str, Any] | None:
+def _read_config(file: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError):  # none, or the run is starting again and writes it just now
+    except (OSError, ValueError):  # there is none, or the run starts again and is writing it
         return None
 
 
-def _evaluation(run: Path, step: int) -> dict[str, float]:
-    """The last figures on held-out data up to a step."""
-    for line in reversed(read_metrics(run)):
-        found = {name: value for name, value in line.items() if name.startswith("eval/") and math.isfinite(value)}
-        if found and line["step"] <= step:
-            return {"step": line["step"], **found}
+def _last_evaluation(run_folder: Path, step: int) -> dict[str, float]:
+    """The last metrics on held-out data up to a step."""
+    for line in reversed(read_metrics(run_folder)):
+        metrics = {name: value for name, value in line.items() if name.startswith("eval/") and math.isfinite(value)}
+        if metrics and line["step"] <= step:
+            return {"step": line["step"], **metrics}
     return {}
 
 
-def read_file(file: Path, kind: TypeAdapter[Read]) -> Read | None:
-    """What a file holds; None if there is no such file."""
+def read_file(file: Path, kind: TypeAdapter[Content]) -> Content | None:
+    """Reads and checks a JSON file; None if there is no such file."""
     try:
         return kind.validate_json(file.read_bytes())
     except FileNotFoundError:
@@ -696,11 +725,11 @@ def read_file(file: Path, kind: TypeAdapter[Read]) -> Read | None:
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Replaces a file whole, and waits until it is on the disk. Called under a lock."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    unfinished.replace(file)
+    """Replaces a file atomically, and returns when it is on the disk. The caller must hold a lock."""
+    temporary_file = file.with_name(f".{file.name}.unfinished")
+    with temporary_file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary_file.replace(file)
     to_disk(file.parent)

@@ -11,8 +11,8 @@ from alignment.errors import AlignmentError, ServingError
 from alignment.models.folders import base_of, model_source
 from serving.audit import folder_of, leave
 from serving.bases import base_stamp
+from serving.compatibility import Adapter, LoraCapacity, adapter_of, template_of
 from serving.config import ServeConfig
-from serving.fits import Adapter, Room, adapter_of, template_of
 from serving.parsers import tool_call_parser_of
 from serving.registry import Registry, Version, name_of
 from serving.store.records import AuditEntry, operator
@@ -34,7 +34,7 @@ class Served:
     base_name: str | None
     """Model name of `source`, if versions are adapters on it; None if they are whole models."""
     adapter: Adapter | None
-    room: Room | None
+    lora_capacity: LoraCapacity | None
     """What the engine has to be able to hold; None for whole models."""
     can_chat: bool = True
     """Whether there is a template for chats; without one only `/v1/completions` answers."""
@@ -97,7 +97,9 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
     before = current = registry.state().current
     must_fit = bool(current) and (is_live or not config.promote)
     try:
-        version = registry.add(_folder(config.checkpoint), parent=current or None, fits=current if must_fit else None)
+        version = registry.add(
+            _folder(config.checkpoint), parent=current or None, compatible_with=current if must_fit else None
+        )
     except AlignmentError as error:
         if not current or config.promote:
             raise
@@ -204,7 +206,7 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
         source=str(folder),
         base_name=None,
         adapter=None,
-        room=None,
+        lora_capacity=None,
         can_chat=template is not None,
         tool_call_parser=_tool_call_parser(config, template),
     )
@@ -228,7 +230,7 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
         revision=None if is_folder else version.base_stamp,
         base_name=name_of(base),
         adapter=adapter_of(folder, name),
-        room=registry.room(),
+        lora_capacity=registry.lora_capacity(),
     )
 
 

@@ -60,7 +60,7 @@ def routes(service: Service) -> APIRouter:
 
     def registered(checkpoint: str) -> Version:
         current = registry.state().current
-        return registry.add(Path(checkpoint), parent=current, fits=current)
+        return registry.add(Path(checkpoint), parent=current, compatible_with=current)
 
     @router.delete("/v1/admin/versions/{number}")
     async def delete(number: Annotated[int, FromPath(ge=1, le=10**9)]) -> Response:

@@ -474,7 +474,7 @@ def endpoint_problems(endpoint: ServeConfig, http: Document, spec: Document) -> 
 
 def gpus_wanted(endpoint: ServeConfig) -> float:
     """GPUs of all replicas that an endpoint's deployments may have at once."""
-    served = Served(name="assistant", source="/model", base_name=None, adapter=None, room=None)
+    served = Served(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
     bound, gpus = [application(endpoint, served, Registry(Path("/nowhere")), owner="")._bound_deployment], 0.0
     while bound:
         deployment = bound.pop()

@@ -149,7 +149,7 @@ def make_app(standin: Standin) -> FastAPI:
     @app.post("/v1/admin/versions")
     def add(body: dict[str, Any]) -> Any:
         current = registry.state().current
-        return asdict(registry.add(Path(body["checkpoint"]), parent=current, fits=current))
+        return asdict(registry.add(Path(body["checkpoint"]), parent=current, compatible_with=current))
 
     @app.delete("/v1/admin/versions/{number}")
     def delete(number: int) -> Any:

@@ -10,8 +10,8 @@ import pytest
 
 from alignment.errors import ServingError
 from alignment.models.folders import base_of
+from serving.compatibility import check_compatible
 from serving.config import ServeConfig
-from serving.fits import check_fits
 from serving.registry import Registry
 from serving.served import publish, served_version
 from tests.serving.tiny import adapter, whole
@@ -32,13 +32,13 @@ def start(checkpoint: Path, tmp_path: Path, **settings: Any) -> tuple[ServeConfi
 def test_an_adapter_on_a_merged_one_is_served_where_that_is_not_in_the_cache(merged: Path, tmp_path: Path) -> None:
     first = adapter(tmp_path / "first", base_model_name_or_path=str(merged))
     config, registry = start(first, tmp_path)
-    second = registry.add(adapter(tmp_path / "second", seed=2, base_model_name_or_path=str(merged)), fits=1)
+    second = registry.add(adapter(tmp_path / "second", seed=2, base_model_name_or_path=str(merged)), compatible_with=1)
     shutil.rmtree(tmp_path / "cache")
     served = served_version(config, registry, 1)
     kept = registry.folder / "bases" / merged.name
     assert (served.source, served.base_name) == (str(kept), merged.name)
     assert base_of(registry.folder_of(2)) == str(kept)
-    check_fits(registry.folder_of(2), registry.folder_of(1))
+    check_compatible(registry.folder_of(2), registry.folder_of(1))
     registry.folder.rename(tmp_path / "elsewhere")
     moved = Registry(tmp_path / "elsewhere")
     assert served_version(config, moved, 2).source == str(moved.folder / "bases" / merged.name)

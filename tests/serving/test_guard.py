@@ -421,7 +421,7 @@ def test_a_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_route_with_a_body_reads_it_once(tmp_path: Path) -> None:
-    served = Served(name="m", source="", base_name=None, adapter=None, room=None)
+    served = Served(name="m", source="", base_name=None, adapter=None, lora_capacity=None)
     service: Any = SimpleNamespace(
         config=ServeConfig(checkpoint="x"),
         served=served,

@@ -144,7 +144,7 @@ def test_a_lease_of_another_machine_counts_while_it_is_renewed_whatever_its_cloc
 def test_a_candidate_takes_over_when_the_other_has_ended_or_is_silent(
     registry: Registry, tenants: Callable[[str], Tenant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SILENT_S", 0.5)
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.5)
     elsewhere(registry, age_s=-0.4)
     candidate = tenants("ours")
     assert candidate.take() is not None

@@ -194,7 +194,7 @@ def test_an_ingress_that_dies_half_way_stops_nobody_for_long(
             await fleet.replicas[0].move(2)
         with pytest.raises(ChangeUnderWay, match="version 2, which Anna asked for"):
             await ingress().promote(3)
-        monkeypatch.setattr(registry_module, "SILENT_S", 0.0)  # time passes
+        monkeypatch.setattr(registry_module, "HEARTBEAT_TIMEOUT_S", 0.0)  # time passes
         await fleet.adopt()  # as each replica does every two seconds
         assert fleet.answers == [1, 1], "what was under way counts for nothing any more"
         assert (await ingress().promote(3)).current == 3 and fleet.answers == [3, 3]

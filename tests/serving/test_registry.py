@@ -20,7 +20,7 @@ import pytest
 
 from alignment.errors import CheckpointError, ServingError
 from serving import registry as module
-from serving.fits import Room
+from serving.compatibility import LoraCapacity
 from serving.registry import ChangeUnderWay, Registry, State
 from tests.serving.tiny import adapter, of_run, whole
 
@@ -54,7 +54,7 @@ def in_child(do: Callable[[], object]) -> int:
 def test_a_new_registry_is_empty_and_writes_nothing(registry: Registry) -> None:
     assert registry.versions() == []
     assert registry.state() == State(current=0, previous=None, canary=None, share=0.0, serial=0)
-    assert registry.room() is None
+    assert registry.lora_capacity() is None
     assert not registry.folder.exists()
 
 
@@ -339,18 +339,18 @@ def test_what_holds_no_model_is_refused(registry: Registry, tmp_path: Path, path
 
 def test_a_candidate_that_does_not_fit_is_not_kept(three: Registry, tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="rank 64"):
-        three.add(adapter(tmp_path / "large", rank=64), fits=1)
+        three.add(adapter(tmp_path / "large", rank=64), compatible_with=1)
     with pytest.raises(ServingError, match="rank is 600"):
         three.add(adapter(tmp_path / "too-large", rank=600))
     assert len(three.versions()) == 3
-    assert three.add(adapter(tmp_path / "fine", rank=4), fits=1).number == 4
+    assert three.add(adapter(tmp_path / "fine", rank=4), compatible_with=1).number == 4
 
 
 def test_there_is_room_for_every_adapter_that_was_ever_added(three: Registry, tmp_path: Path) -> None:
-    assert three.room() == Room(rank=8, target_modules=("q_proj", "v_proj"))
+    assert three.lora_capacity() == LoraCapacity(rank=8, target_modules=("q_proj", "v_proj"))
     three.add(adapter(tmp_path / "large", rank=20, modules=("k_proj",)))
     three.add(whole(tmp_path / "whole"))
-    assert three.room() == Room(rank=32, target_modules=("k_proj", "q_proj", "v_proj"))
+    assert three.lora_capacity() == LoraCapacity(rank=32, target_modules=("k_proj", "q_proj", "v_proj"))
 
 
 def test_verify_finds_a_change_and_names_the_file(three: Registry) -> None:
@@ -458,18 +458,18 @@ def test_a_change_whose_process_died_is_over_after_a_while_and_cannot_be_committ
     three: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = three.begin_change(2)
-    assert three.state().change(dead.heartbeat + module.SILENT_S - 1) == dead
-    assert three.state().change(dead.heartbeat + module.SILENT_S) is None
-    now = dead.heartbeat + module.SILENT_S
+    assert three.state().change(dead.heartbeat + module.HEARTBEAT_TIMEOUT_S - 1) == dead
+    assert three.state().change(dead.heartbeat + module.HEARTBEAT_TIMEOUT_S) is None
+    now = dead.heartbeat + module.HEARTBEAT_TIMEOUT_S
     monkeypatch.setattr("time.time", lambda: now)
     second = three.begin_change(3)
     for late in (three.renew_change, three.commit_change):
         with pytest.raises(ServingError, match="was silent"):
             late(dead.token)
     three.abort_change(dead.token)
-    now += module.SILENT_S - 1
+    now += module.HEARTBEAT_TIMEOUT_S - 1
     three.renew_change(second.token)
-    now += module.SILENT_S - 1
+    now += module.HEARTBEAT_TIMEOUT_S - 1
     assert three.state().change(now) is not None, "it is renewed"
     assert three.commit_change(second.token).current == 3
 

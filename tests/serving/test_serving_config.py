@@ -105,8 +105,8 @@ def test_a_damaged_checkpoint_is_not_served(tmp_path: Path) -> None:
 def test_an_adapter_brings_its_base_and_a_hub_id_keeps_its_name(tmp_path: Path) -> None:
     served = published(adapter(tmp_path / "my-dpo", rank=12), tmp_path)
     assert served.names == ["my-dpo", BASE]
-    assert served.adapter is not None and served.room is not None
-    assert (served.adapter.rank, served.room.rank, served.room.target_modules) == (12, 16, MODULES)
+    assert served.adapter is not None and served.lora_capacity is not None
+    assert (served.adapter.rank, served.lora_capacity.rank, served.lora_capacity.target_modules) == (12, 16, MODULES)
 
 
 def test_a_given_name_replaces_the_folders(tmp_path: Path) -> None:

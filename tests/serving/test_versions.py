@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import CheckpointError, ServingError
-from serving.registry import SILENT_S, PendingChange, State
+from serving.registry import HEARTBEAT_TIMEOUT_S, PendingChange, State
 from serving.versions import HalfLoaded, MoveLimits, NotHere, Versions, candidate_version
 
 
@@ -274,7 +274,7 @@ def test_a_replica_keeps_what_a_promotion_under_way_brought_and_goes_back_when_t
         await versions.move(2)
         await versions.adopt()
         assert versions.loaded == (2,)
-        move(books, pending=PendingChange(number=2, heartbeat=time.time() - SILENT_S))
+        move(books, pending=PendingChange(number=2, heartbeat=time.time() - HEARTBEAT_TIMEOUT_S))
         await versions.adopt()
         assert versions.loaded == (1,)
         await versions.move(2)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignment.errors import CheckpointError, ModelError, ServingError
-from serving.fits import Room, adapter_of, check_fits, check_servable, room_for
+from serving.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable
 from tests.serving.tiny import HIDDEN, SETTINGS, VOCABULARY, adapter, lora, numbers, whole
 
 
@@ -23,29 +23,29 @@ def test_a_sound_adapter_and_a_sound_model_may_be_served(tmp_path: Path) -> None
 
 def test_another_adapter_on_the_same_base_fits(tmp_path: Path) -> None:
     serving, candidate = adapter(tmp_path / "1"), adapter(tmp_path / "2", seed=5)
-    check_fits(candidate, serving)
+    check_compatible(candidate, serving)
 
 
 def test_other_weights_of_the_same_model_fit(tmp_path: Path) -> None:
     settings = {"attention_dropout": 0.0, "transformers_version": "6", "use_cache": False, "_name_or_path": "x"}
-    check_fits(whole(tmp_path / "2", seed=5, **settings), whole(tmp_path / "1", attention_dropout=0.1))
+    check_compatible(whole(tmp_path / "2", seed=5, **settings), whole(tmp_path / "1", attention_dropout=0.1))
 
 
 def test_a_setting_that_only_one_config_names_is_no_difference(tmp_path: Path) -> None:
-    check_fits(whole(tmp_path / "2", rope_parameters={"theta": 1}), whole(tmp_path / "1", rope_theta=1))
+    check_compatible(whole(tmp_path / "2", rope_parameters={"theta": 1}), whole(tmp_path / "1", rope_theta=1))
 
 
 def test_an_adapter_on_another_base_does_not_fit(tmp_path: Path) -> None:
     serving = adapter(tmp_path / "1")
     with pytest.raises(ServingError, match=r"an adapter on org/other, and this endpoint serves org/base"):
-        check_fits(adapter(tmp_path / "2", base_model_name_or_path="org/other"), serving)
+        check_compatible(adapter(tmp_path / "2", base_model_name_or_path="org/other"), serving)
 
 
 def test_one_base_by_two_paths_is_one_base(tmp_path: Path) -> None:
     base = whole(tmp_path / "base")
     (tmp_path / "link").symlink_to(base)
     serving = adapter(tmp_path / "1", base_model_name_or_path=str(base))
-    check_fits(adapter(tmp_path / "2", base_model_name_or_path=str(tmp_path / "link")), serving)
+    check_compatible(adapter(tmp_path / "2", base_model_name_or_path=str(tmp_path / "link")), serving)
 
 
 def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -60,31 +60,31 @@ def test_an_engine_takes_ranks_up_to_the_next_that_vllm_knows(
 ) -> None:
     folders = adapter(tmp_path / "2", rank=candidate), adapter(tmp_path / "1", rank=serving)
     if fits:
-        check_fits(*folders)
+        check_compatible(*folders)
     else:
         with pytest.raises(ServingError, match="rank 9, and the engines were started for ranks up to 8"):
-            check_fits(*folders)
+            check_compatible(*folders)
 
 
 def test_layers_that_engines_were_not_started_for_are_refused(tmp_path: Path) -> None:
     serving = adapter(tmp_path / "1", modules=("q_proj", "v_proj"))
-    check_fits(adapter(tmp_path / "2", modules=("q_proj",)), serving)
+    check_compatible(adapter(tmp_path / "2", modules=("q_proj",)), serving)
     with pytest.raises(ServingError, match=r"adapts o_proj, and the engines were started for q_proj, v_proj"):
-        check_fits(adapter(tmp_path / "3", modules=("q_proj", "o_proj")), serving)
+        check_compatible(adapter(tmp_path / "3", modules=("q_proj", "o_proj")), serving)
 
 
 def test_a_pattern_of_layers_leaves_room_for_all(tmp_path: Path) -> None:
     serving = adapter(tmp_path / "1", target_modules=".*_proj")
-    check_fits(adapter(tmp_path / "2", modules=("o_proj",)), serving)
+    check_compatible(adapter(tmp_path / "2", modules=("o_proj",)), serving)
 
 
 def test_an_engine_with_room_for_several_adapters_can_go_back_to_the_largest(tmp_path: Path) -> None:
     large, small = adapter(tmp_path / "1", rank=16), adapter(tmp_path / "2", rank=4, modules=("k_proj",))
     with pytest.raises(ServingError, match="rank 16"):
-        check_fits(large, small)
-    room = room_for(adapter_of(folder, folder.name) for folder in (large, small))
-    assert room == Room(rank=16, target_modules=("k_proj", "q_proj", "v_proj"))
-    check_fits(large, small, room=room)
+        check_compatible(large, small)
+    capacity = capacity_for(adapter_of(folder, folder.name) for folder in (large, small))
+    assert capacity == LoraCapacity(rank=16, target_modules=("k_proj", "q_proj", "v_proj"))
+    check_compatible(large, small, capacity=capacity)
 
 
 def test_an_adapter_of_other_shapes_does_not_fit(tmp_path: Path) -> None:
@@ -92,19 +92,19 @@ def test_an_adapter_of_other_shapes_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
         ServingError, match=r"q_proj is from 32 to 16 numbers, and the one that is served from 16 to 16"
     ):
-        check_fits(wide, adapter(tmp_path / "1"))
+        check_compatible(wide, adapter(tmp_path / "1"))
 
 
 @pytest.mark.parametrize("order", ["adapter", "whole"])
 def test_an_adapter_and_a_whole_model_do_not_fit(tmp_path: Path, order: str) -> None:
     folders = adapter(tmp_path / "adapter"), whole(tmp_path / "whole")
     with pytest.raises(ServingError, match=f"{order} is a"):
-        check_fits(*(folders if order == "adapter" else reversed(folders)))
+        check_compatible(*(folders if order == "adapter" else reversed(folders)))
 
 
 def test_a_model_with_another_setting_is_another_model(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="num_attention_heads is 8, and in that of the one that is served 4"):
-        check_fits(whole(tmp_path / "2", num_attention_heads=8), whole(tmp_path / "1"))
+        check_compatible(whole(tmp_path / "2", num_attention_heads=8), whole(tmp_path / "1"))
 
 
 @pytest.mark.parametrize(
@@ -117,31 +117,31 @@ def test_a_model_with_another_setting_is_another_model(tmp_path: Path) -> None:
 )
 def test_other_tensors_are_another_model(tmp_path: Path, tensors: dict[str, Any], why: str) -> None:
     with pytest.raises(ServingError, match=why):
-        check_fits(whole(tmp_path / "2", tensors=tensors), whole(tmp_path / "1"))
+        check_compatible(whole(tmp_path / "2", tensors=tensors), whole(tmp_path / "1"))
 
 
 def test_the_number_format_may_differ_for_the_engine_has_its_own(tmp_path: Path) -> None:
     tensors = {"model.embed_tokens.weight": numbers(32, 16, seed=0, dtype="float16"), "model.norm.weight": np.ones(16)}
-    check_fits(whole(tmp_path / "2", tensors=tensors), whole(tmp_path / "1"))
+    check_compatible(whole(tmp_path / "2", tensors=tensors), whole(tmp_path / "1"))
 
 
 def test_a_tied_output_head_may_be_stored_or_not(tmp_path: Path) -> None:
     embedding, norm = numbers(32, 16, seed=0), np.ones(16)
     tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding, "model.norm.weight": norm}
     stored = whole(tmp_path / "1", tie_word_embeddings=True, tensors=tensors)
-    check_fits(whole(tmp_path / "2", tie_word_embeddings=True), stored)
+    check_compatible(whole(tmp_path / "2", tie_word_embeddings=True), stored)
     with pytest.raises(ServingError, match=r"it lacks lm_head\.weight"):
-        check_fits(whole(tmp_path / "4"), whole(tmp_path / "3", tensors=tensors))
+        check_compatible(whole(tmp_path / "4"), whole(tmp_path / "3", tensors=tensors))
 
 
 @pytest.mark.parametrize("make", [adapter, whole])
 def test_another_vocabulary_does_not_fit(tmp_path: Path, make: Any) -> None:
     serving, candidate = make(tmp_path / "1"), make(tmp_path / "2")
     (candidate / "tokenizer.json").write_text(json.dumps({**VOCABULARY, "padding": {"strategy": "BatchLongest"}}))
-    check_fits(candidate, serving)
+    check_compatible(candidate, serving)
     (candidate / "tokenizer.json").write_text(json.dumps({**VOCABULARY, "added_tokens": [{"id": 2, "content": "<x>"}]}))
     with pytest.raises(ServingError, match=r"another vocabulary .*tokenizer\.json"):
-        check_fits(candidate, serving)
+        check_compatible(candidate, serving)
 
 
 @pytest.mark.parametrize("make", [adapter, whole])
@@ -151,22 +151,22 @@ def test_another_chat_template_does_not_fit_wherever_it_is_written(tmp_path: Pat
     (candidate / "chat_template.jinja").unlink(missing_ok=True)
     settings = candidate / "tokenizer_config.json"
     settings.write_text("{}")
-    check_fits(candidate, serving)
+    check_compatible(candidate, serving)
     settings.write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    check_fits(candidate, serving)
+    check_compatible(candidate, serving)
     settings.write_text(json.dumps({"chat_template": "{{ messages[0] }}"}))
     with pytest.raises(ServingError, match="another chat template"):
-        check_fits(candidate, serving)
+        check_compatible(candidate, serving)
 
 
 def test_an_adapter_without_a_tokenizer_is_held_against_its_base(tmp_path: Path) -> None:
     base = whole(tmp_path / "base")
     folders = [adapter(tmp_path / str(number), base_model_name_or_path=str(base)) for number in (1, 2)]
     (folders[0] / "tokenizer.json").unlink()
-    check_fits(folders[1], folders[0])
+    check_compatible(folders[1], folders[0])
     (base / "tokenizer.json").write_text("{}")
     with pytest.raises(ServingError, match="another vocabulary"):
-        check_fits(folders[1], folders[0])
+        check_compatible(folders[1], folders[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -248,7 +248,7 @@ def test_every_shard_has_to_be_there(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     check_servable(folder)
-    check_fits(folder, whole(tmp_path / "2"))
+    check_compatible(folder, whole(tmp_path / "2"))
     index.write_text(json.dumps({"weight_map": {**places, "lm_head.weight": "model-2.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors is missing"):
         check_servable(folder)
