@@ -22,7 +22,7 @@ from serving.ingress import Ingress
 from serving.lease import LeaseTaken, lease_of
 from serving.nodes import check_nodes
 from serving.registry import Registry
-from serving.routing import ByConversation
+from serving.routing import ConversationRouter
 from serving.scoring import MAX_BATCH, SCORING_NAME, Scoring
 from serving.served import Served, publish, registry_of
 from serving.store.opening import default_database
@@ -75,7 +75,7 @@ def build(args: dict[str, Any]) -> Application:
     lease = lease_of(registry)
     if lease is not None and not lease.owner.startswith(f"{owner}/"):
         if config.on_lease == "refuse":
-            raise LeaseTaken.by(lease, registry)
+            raise LeaseTaken.at_start(lease, registry)
         logger.warning("The registry belongs to %s. Until that has ended, this one changes no versions.", lease)
         config = config.model_copy(update={"promote": False})
     publication = publish(config, is_live=lease is not None)
@@ -167,7 +167,7 @@ def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
             "look_back_period_s": LOOK_BACK_S,
             "metrics_interval_s": METRICS_S,
         },
-        "request_router_config": RequestRouterConfig(request_router_class=ByConversation),
+        "request_router_config": RequestRouterConfig(request_router_class=ConversationRouter),
         "max_ongoing_requests": config.max_num_seqs,
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,

@@ -19,7 +19,7 @@ from serving.candidate import CandidateReplica, serve_reason
 from serving.config import ServeConfig
 from serving.engine import Status
 from serving.registry import Registry, State
-from serving.routing import beginning, canary_answers
+from serving.routing import canary_answers, conversation_key
 from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, refusal
 from serving.scoring import SCORING_NAME, Job, Rated
 
@@ -193,7 +193,7 @@ class Backend:
         canary, share = self._state.canary, self._state.share
         if canary is None or not share or route in TOKEN_ROUTES or body.get("model") != self._model:
             return None
-        begun = beginning((route, body))
+        begun = conversation_key((route, body))
         return canary if begun is not None and canary_answers(begun, canary, share) else None
 
     def _other(self, target: _Target, told: Elsewhere) -> _Target:

@@ -1,7 +1,7 @@
-"""Whether the base model of an adapter is still the one that it was registered with.
+"""Identifies the base model of an adapter, to notice when it is no longer the one that the adapter was registered with.
 
-A base that lies only in a cache of raylign's is kept in the registry. Others stay where they are, as a shared folder or
-on a hub: of these it is remembered which they were.
+A base model that exists only in one of raylign's caches is copied into the registry. Other base models stay where they
+are, in a folder or on a hub; for these the registry keeps a stamp.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from pathlib import Path
 
 from alignment.models.folders import bundled_folder, is_merged
 
-SAMPLES = 16
-"""Places of a file of weights that are looked at; other weights differ nearly everywhere."""
+NUM_SAMPLES = 16
+"""How many pieces of a weights file are read. The weights of two models differ nearly everywhere."""
 SAMPLE_BYTES = 64 * 2**10
 HEADER_BYTES = 2**20
 
 
 def base_stamp(base: str) -> str | None:
-    """What tells a base model from another one in its place.
+    """A stamp that differs between a base model and another model in its place.
 
-    Of a folder a hash over a sample of its weights, which takes less than a second whatever their size, and over its
-    tokenizer; of a hub id the revision that this machine has. None for what raylign makes itself, and for a hub id that
-    this machine does not have.
+    For a folder it is a hash over samples of its weights, which takes less than a second for any size, and over its
+    tokenizer. For a hub id it is the revision that this machine has. It is None for a model that raylign makes itself,
+    and for a hub id that this machine does not have.
     """
     folder = Path(base)
     if is_merged(folder) or folder.name == bundled_folder().name:
         return None
-    return _folder_stamp(folder) if folder.is_dir() else revision_here(base)
+    return _folder_stamp(folder) if folder.is_dir() else local_revision(base)
 
 
-def revision_here(hub_id: str) -> str | None:
-    """The revision of a model that this machine's cache of the hub has as the newest; None if it has none."""
+def local_revision(hub_id: str) -> str | None:
+    """The newest revision of a model in this machine's cache of the hub; None if the cache has none."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     with suppress(OSError):
@@ -46,11 +46,11 @@ def _folder_stamp(folder: Path) -> str:
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(HEADER_BYTES))
-            for place in range(SAMPLES):
-                opened.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1), os.SEEK_SET)
-                digest.update(opened.read(SAMPLE_BYTES))
+        with file.open("rb") as stream:
+            digest.update(stream.read(HEADER_BYTES))
+            for index in range(NUM_SAMPLES):
+                stream.seek(max(0, size - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1), os.SEEK_SET)
+                digest.update(stream.read(SAMPLE_BYTES))
     tokenizer = folder / "tokenizer.json"
     digest.update(tokenizer.read_bytes() if tokenizer.is_file() else b"")
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""The events of a stream on their way out of a replica: several in one message, when they come faster than it pays.
+"""The events of a stream on their way out of a replica: events that follow each other fast share one message.
 
-Each message costs replica, ingress and proxy together a millisecond or two of a CPU, whatever it holds.
+Each message costs replica, ingress and proxy together one or two milliseconds of CPU time, whatever its size.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 INTERVAL_S = 0.05
-"""Seconds between two messages of one stream: what Ray Serve LLM takes, which sleeps for so long before the first."""
+"""Seconds between two messages of one stream. Ray Serve LLM has the same interval, but also waits before the first
+message."""
 
 
-async def batched(items: AsyncGenerator[Item], interval_s: float = INTERVAL_S) -> AsyncGenerator[list[Item]]:
-    """Items in lists. The first goes at once, and so does one that comes late; others wait for the interval's end.
+async def batch_items(items: AsyncGenerator[Item], interval_s: float = INTERVAL_S) -> AsyncGenerator[list[Item]]:
+    """Passes items on in lists. The first item is passed on at once, and so is one that comes after the interval; the
+    others wait for the end of the interval.
 
-    Nothing runs while there are none: with many streams, waking each to find nothing costs more than passing on.
+    No timer runs while there are no items: with many streams, waking each one for nothing costs more than the messages.
     """
-    waiting: list[Item] = []
+    pending_items: list[Item] = []
     wake = asyncio.Event()
     may_send = True
 
     async def read() -> None:
         try:
             async for item in items:
-                waiting.append(item)
+                pending_items.append(item)
                 if may_send:
                     wake.set()
         finally:
@@ -36,26 +38,26 @@ async def batched(items: AsyncGenerator[Item], interval_s: float = INTERVAL_S) -
     def allow() -> None:
         nonlocal may_send
         may_send = True
-        if waiting:
+        if pending_items:
             wake.set()
 
     loop = asyncio.get_running_loop()
-    reading = asyncio.create_task(read())
+    reader = asyncio.create_task(read())
     pause: asyncio.TimerHandle | None = None
     try:
         while True:
             await wake.wait()
             wake.clear()
-            is_over = reading.done()
-            if waiting:
-                batch, waiting, may_send = waiting, [], False
+            is_over = reader.done()
+            if pending_items:
+                message, pending_items, may_send = pending_items, [], False
                 pause = loop.call_later(interval_s, allow)
-                yield batch
+                yield message
             if is_over:
-                reading.result()
+                reader.result()
                 return
     finally:
         if pause is not None:
             pause.cancel()
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)

@@ -30,7 +30,7 @@ from ray import serve
 from alignment.errors import AlignmentError, ServingError
 from alignment.settings.section import NumberFormat
 from alignment.start_failure import SettingNames, StartLog
-from serving.batching import batched
+from serving.batching import batch_items
 from serving.compatibility import Adapter, LoraCapacity
 from serving.config import Device, ServeConfig
 from serving.grammar import forms_of
@@ -257,7 +257,7 @@ class Engine:
     async def _parts(self, route: Route, request: Any, names: _Names) -> AsyncIterator[str | Reply]:
         request.model = names.inside
         began = False
-        async for batch in batched(await getattr(self._server, route)(request)):
+        async for batch in batch_items(await getattr(self._server, route)(request)):
             told = _outgoing(batch, names)
             if isinstance(told, str) and not began:
                 told = Reply(

@@ -1,4 +1,4 @@
-"""Small files that are whole or not there, whenever a process or the machine stops."""
+"""Small files that are complete or absent, even if the process or the machine stops in the middle of a write."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Replaces a file that its owner alone may read; returns when it is on the disk.
+    """Replaces a file atomically, readable by its owner alone; returns when it is on the disk.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: the file cannot be written; the old content is still there.
     """
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as written:
-        written.write(content)
-        written.flush()
-        os.fsync(written.fileno())
-    unfinished.replace(file)
+    temporary_file = file.with_name(f".{file.name}.unfinished")
+    descriptor = os.open(temporary_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary_file.replace(file)

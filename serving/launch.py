@@ -165,7 +165,7 @@ def _leased(config: ServeConfig, registry: Registry, owner: str) -> Iterator[boo
     from serving.lease import Tenant
 
     tenant = Tenant(registry, owner=owner, url=config.url)
-    is_held = tenant.acquire(wait=config.on_lease == "wait", tell=typer.echo)
+    is_held = tenant.acquire(wait=config.on_lease == "wait", notify=typer.echo)
     try:
         yield is_held
     finally:

@@ -1,6 +1,7 @@
-"""Requests of an ingress that wait for a replica.
+"""The requests of an ingress that wait for a replica.
 
-In a module of its own: Ray Serve pickles that of its routers by value, so that what it holds is another object there.
+This is a module of its own because Ray Serve pickles the module of its routers by value: a variable of that module
+would be another object in the router.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from weakref import WeakSet
 
 
 class Queue(Protocol):
-    """What requests wait in."""
+    """A queue of requests."""
 
     @property
     def num_waiting(self) -> int:
-        """How many do."""
+        """How many requests wait in it."""
 
 
 QUEUES: WeakSet[Queue] = WeakSet()
-"""Those of this process."""
+"""The queues of this process."""
 
 
 def num_waiting() -> int:
-    """Requests of this process that wait for a replica."""
+    """How many requests of this process wait for a replica."""
     return sum(queue.num_waiting for queue in list(QUEUES))

@@ -1,8 +1,9 @@
-"""Which replica and which version answer: the turns of one conversation go where its beginning is still in the prefix
-cache, and stay with one version of a canary.
+"""Chooses the replica and the version that answer a request. All turns of a conversation go to the replica that has its
+beginning in the prefix cache, and while there is a canary, all of them are answered by the same version.
 
-A conversation's home is found by rendezvous hashing (Thaler and Ravishankar, 1998) of its beginning over the replicas.
-So every ingress finds the same one without asking anybody, and a replica that comes or goes moves only its own share.
+A conversation's home replica is found by rendezvous hashing (Thaler and Ravishankar, 1998) of its key, which is its
+beginning. So every ingress finds the same home without asking anybody, and a replica that comes or goes moves only its
+own conversations.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 
 from serving import queues
 
-BEGINNING = 1024
-"""Characters, or tokens, of a text that tell one conversation from another."""
-AHEAD = 0.25
-"""How much more a home may have to do than the idlest replica, as a part of what it can do at once."""
+KEY_LENGTH = 1024
+"""How many characters, or tokens, of a text belong to the conversation's key."""
+MAX_LEAD = 0.25
+"""How much longer the home replica's queue may be than the shortest one, as a fraction of the requests that a replica
+answers at once."""
 
 
-class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """Ray Serve's choice of a replica: a conversation's home, unless it is much busier than the others."""
+class ConversationRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
+    """The request router of Ray Serve. It chooses the conversation's home replica, unless that replica is much busier
+    than others."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -31,75 +34,79 @@ class ByConversation(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a replica. In Ray's own `num_pending_requests` are some that have found one, too."""
-        return sum(not pending.future.done() for pending in list(self._pending_requests_to_fulfill))
+        """Requests that wait for a replica. Ray's own `num_pending_requests` also counts some that have a replica."""
+        return sum(not request.future.done() for request in list(self._pending_requests_to_fulfill))
 
     def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
-        """The request that a replica was chosen for. Two that one route sends at once, as for a comparison, have one id
-        between them: then the other one is found by `FIFOMixin`, where `RequestRouter` alone would wait for ever."""
+        """The request that a replica was chosen for. Two requests that one route sends at once, as for a comparison,
+        have the same id; then `FIFOMixin` finds the other one, where `RequestRouter` alone would wait for ever."""
         return self._get_pending_request_matching_internal_request_id(request_metadata)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Groups of replicas, in the order in which they are tried; of each, the one with the least to do is taken."""
+        """Groups of replicas, in the order in which they are tried. Ray Serve takes the least busy replica of a
+        group."""
         if pending_request is not None:
-            # If none has room they are asked again after a pause. Ray's default is at once, for ever.
+            # If no replica has a free place, Ray asks again after a pause. Its default is to ask again at once.
             pending_request.routing_context.should_backoff = True
-            candidate_replicas = _without(candidate_replicas, pending_request.kwargs.get("avoid", ()))
+            candidate_replicas = _without_avoided(candidate_replicas, pending_request.kwargs.get("avoid", ()))
         if len(candidate_replicas) < 2:
             return [candidate_replicas]
-        any_two = random.sample(candidate_replicas, 2)
-        begun = beginning(pending_request.args) if pending_request is not None else None
-        if begun is None:
-            return [any_two]
-        at_home = candidate_replicas[home(begun, [one.replica_id.unique_id for one in candidate_replicas])]
-        return [any_two] if self._is_busier(at_home, candidate_replicas) else [[at_home], any_two]
+        random_pair = random.sample(candidate_replicas, 2)
+        key = conversation_key(pending_request.args) if pending_request is not None else None
+        if key is None:
+            return [random_pair]
+        names = [replica.replica_id.unique_id for replica in candidate_replicas]
+        home = candidate_replicas[home_index(key, names)]
+        return [random_pair] if self._is_busier(home, candidate_replicas) else [[home], random_pair]
 
-    def _is_busier(self, one: RunningReplica, others: Sequence[RunningReplica]) -> bool:
-        """Whether a replica is so much busier than the idlest that waiting costs more than its cache saves."""
-        lengths = {other.replica_id: self.replica_queue_len_cache.get(other.replica_id) for other in others}
-        own, least = lengths[one.replica_id], min((known for known in lengths.values() if known is not None), default=0)
-        return own is not None and own - least > AHEAD * one.max_ongoing_requests
-
-
-def _without(replicas: list[RunningReplica], avoided: Sequence[str]) -> list[RunningReplica]:
-    """The replicas that did not send a request elsewhere; if each did, the one that did so last."""
-    others = [one for one in replicas if one.replica_id.unique_id not in avoided]
-    return others or sorted(replicas, key=lambda one: avoided.index(one.replica_id.unique_id))[-1:]
+    def _is_busier(self, replica: RunningReplica, replicas: Sequence[RunningReplica]) -> bool:
+        """Whether a replica is so much busier than the idlest one that waiting costs more than its cache saves."""
+        queue_lengths = [self.replica_queue_len_cache.get(candidate.replica_id) for candidate in replicas]
+        length = self.replica_queue_len_cache.get(replica.replica_id)
+        shortest = min((candidate for candidate in queue_lengths if candidate is not None), default=0)
+        return length is not None and length - shortest > MAX_LEAD * replica.max_ongoing_requests
 
 
-def canary_answers(begun: str, canary: int, share: float) -> bool:
-    """Whether a conversation is among those that a canary answers.
+def _without_avoided(replicas: list[RunningReplica], avoid: Sequence[str]) -> list[RunningReplica]:
+    """The replicas that have not sent the request elsewhere; if all of them have, the one that did so last."""
+    remaining_replicas = [replica for replica in replicas if replica.replica_id.unique_id not in avoid]
+    return remaining_replicas or sorted(replicas, key=lambda replica: avoid.index(replica.replica_id.unique_id))[-1:]
 
-    Every ingress finds the same without asking anybody, a conversation keeps its version, and a larger share adds
-    conversations to those of a smaller one. Another canary gets others.
+
+def canary_answers(key: str, canary: int, share: float) -> bool:
+    """Whether the canary answers a conversation.
+
+    Every ingress finds the same without asking anybody, and a conversation keeps its version. A larger share keeps the
+    conversations of a smaller one and adds others. Another canary answers other conversations.
 
     Args:
-        begun: the conversation's beginning.
+        key: the conversation's key.
         canary: number of the version.
         share: fraction of the conversations, 0 to 1.
     """
-    digest = blake2b(f"canary {canary} {begun}".encode(), digest_size=8).digest()
+    digest = blake2b(f"canary {canary} {key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def home(begun: str, names: Sequence[str]) -> int:
-    """Place of the name that a beginning belongs to."""
-    return max(range(len(names)), key=lambda place: blake2b(f"{names[place]} {begun}".encode(), digest_size=8).digest())
+def home_index(key: str, names: Sequence[str]) -> int:
+    """Index of the replica, among `names`, that is the home of a conversation."""
+    digests = [blake2b(f"{name} {key}".encode(), digest_size=8).digest() for name in names]
+    return digests.index(max(digests))
 
 
-def beginning(arguments: Sequence[Any]) -> str | None:
-    """What all requests of a conversation have in common, from the arguments of `Engine.answer`; None if nothing.
+def conversation_key(arguments: Sequence[Any]) -> str | None:
+    """The text that all requests of a conversation begin with, from the arguments of `Engine.answer`; None if they
+    hold no request.
 
-    Of a chat these are the messages up to the first of the user, of other texts the first characters.
+    Of a chat it is the messages up to the user's first one; of other prompts, the first characters or tokens.
     """
-    bodies = [each for each in arguments if isinstance(each, dict)]
-    if not bodies:
+    body = next((argument for argument in arguments if isinstance(argument, dict)), None)
+    if body is None:
         return None
-    body = bodies[0]
     if "messages" not in body:
-        return str(body.get("prompt", "")[:BEGINNING])
+        return str(body.get("prompt", "")[:KEY_LENGTH])
     turns = body["messages"]
-    asked = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), 0)
-    return "".join(str(turn.get("content"))[:BEGINNING] for turn in turns[: asked + 1])
+    first_question = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    return "".join(str(turn.get("content"))[:KEY_LENGTH] for turn in turns[: first_question + 1])

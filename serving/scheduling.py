@@ -1,7 +1,7 @@
-"""vLLM's scheduler, in an engine's process, with forms of answers compiled at a lower priority than answers.
+"""vLLM's scheduler with one change: grammars of structured outputs are compiled at a lower priority than answers.
 
-vLLM compiles what an answer has to look like in the engine's own process, with eight threads. `serving.trial` bounds
-how long that takes, but for these seconds all answers would be slower where cores are few.
+vLLM compiles the grammar of an answer in the engine's own process, with eight threads. `serving.trial` limits how long
+that takes, but meanwhile all answers would be slower on a machine with few cores.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from vllm.v1.structured_output import StructuredOutputManager
 
 SCHEDULER = f"{__name__}.scheduler"
-"""What vLLM finds `scheduler` by."""
+"""The name by which vLLM imports `scheduler`."""
 NUM_COMPILERS = 4
-"""Forms that are compiled at once: of those that take long, `serving.trial` lets one at a time come here."""
+"""How many grammars are compiled at once. Of the slow ones, `serving.trial` lets only one at a time come here."""
 
 
 def scheduler(
-    *, vllm_config: VllmConfig, structured_output_manager: StructuredOutputManager, **more: Any
+    *, vllm_config: VllmConfig, structured_output_manager: StructuredOutputManager, **arguments: Any
 ) -> SchedulerInterface:
-    """Called by vLLM where it would make its own scheduler, which is what it gets."""
-    # Threads have the priority of the thread that starts them; xgrammar's are started by the one that compiles.
-    structured_output_manager.executor = ThreadPoolExecutor(NUM_COMPILERS, initializer=_give_way)
+    """Makes vLLM's own scheduler, with threads of low priority for grammars. vLLM calls this in place of the class."""
+    # A thread has the priority of the thread that starts it; the compiling thread starts xgrammar's threads.
+    structured_output_manager.executor = ThreadPoolExecutor(NUM_COMPILERS, initializer=_lower_priority)
     settings = copy(vllm_config.scheduler_config)
     settings.scheduler_cls = None
-    own: Callable[..., SchedulerInterface] = settings.get_scheduler_cls()
-    return own(vllm_config=vllm_config, structured_output_manager=structured_output_manager, **more)
+    scheduler_class: Callable[..., SchedulerInterface] = settings.get_scheduler_cls()
+    return scheduler_class(vllm_config=vllm_config, structured_output_manager=structured_output_manager, **arguments)
 
 
-def _give_way() -> None:
-    """Lowers the priority of this thread alone, which is what Linux does by a thread's id."""
+def _lower_priority() -> None:
+    """Lowers the priority of this thread alone: Linux takes the id 0 for the calling thread."""
     os.setpriority(os.PRIO_PROCESS, 0, NICENESS)

@@ -27,7 +27,7 @@ from serving.candidate import CANDIDATE_NAME
 from serving.config import ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings
 from serving.registry import Registry, State
-from serving.routing import ByConversation
+from serving.routing import ConversationRouter
 from serving.schema import Reply, Route, event, refusal
 from serving.scoring import Job, Rated, Scoring
 from serving.served import served_version
@@ -193,7 +193,7 @@ def fleet(registry: Registry, *, replicas: int, candidate_cpus: float = 0.0) -> 
     settings = EngineSettings(config=config, registry=str(registry.folder), device="cpu")
     common: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0},
-        "request_router_config": RequestRouterConfig(request_router_class=ByConversation),
+        "request_router_config": RequestRouterConfig(request_router_class=ConversationRouter),
         "max_ongoing_requests": 64,
         "health_check_period_s": 0.5,
         "graceful_shutdown_timeout_s": 1.0,

@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from serving.batching import batched
+from serving.batching import batch_items
 
 
 async def _collected(items: AsyncGenerator[int], interval_s: float) -> list[list[int]]:
-    return [batch async for batch in batched(items, interval_s)]
+    return [batch async for batch in batch_items(items, interval_s)]
 
 
 def test_the_first_item_goes_at_once_and_those_that_come_meanwhile_together() -> None:
@@ -33,7 +33,7 @@ def test_an_item_that_comes_late_waits_for_nothing() -> None:
             yield 2
             await asyncio.Event().wait()
 
-        batches = batched(items(), 0.01)
+        batches = batch_items(items(), 0.01)
         assert await anext(batches) == [1]
         await asyncio.sleep(0.05)  # the interval is over, and nothing was there
         arrival = asyncio.ensure_future(anext(batches))
@@ -56,7 +56,7 @@ def test_what_is_waiting_goes_when_the_interval_is_over() -> None:
             yield 3
             await asyncio.Event().wait()
 
-        batches = batched(items(), 0.02)
+        batches = batch_items(items(), 0.02)
         assert [await anext(batches), await anext(batches)] == [[1], [2, 3]]
         await batches.aclose()
 
@@ -69,7 +69,7 @@ def test_items_before_a_failure_arrive_and_then_the_failure() -> None:
         raise ValueError("gone")
 
     async def scene() -> None:
-        batches = batched(items(), 60)
+        batches = batch_items(items(), 60)
         assert await anext(batches) == [1]
         with pytest.raises(ValueError, match="gone"):
             await anext(batches)
@@ -88,7 +88,7 @@ def test_who_stops_reading_ends_what_is_read() -> None:
             finally:
                 ended.set()
 
-        batches = batched(items(), 60)
+        batches = batch_items(items(), 60)
         await anext(batches)
         await batches.aclose()
         assert ended.is_set()

@@ -91,14 +91,14 @@ def test_a_second_endpoint_is_refused_and_told_by_whom_and_since_when(
         assert other.pid is not None
         os.kill(other.pid, signal.SIGKILL)
         other.join()
-    assert candidate.take() is None, "of a process of this machine it is known that it has died"
+    assert candidate.try_acquire() is None, "of a process of this machine it is known that it has died"
     candidate.check()
 
 
 def test_a_process_that_got_a_dead_one_s_number_is_not_taken_for_it(
     registry: Registry, tenants: Callable[[str], Tenant]
 ) -> None:
-    ours = module._this()
+    ours = module._current_process()
     lease = Lease(owner="theirs", url=URL, began=1.7e9, processes=(replace(ours, started="another time"),))
     registry.folder.mkdir(parents=True)
     write_file(registry.folder / FILE, LEASES.dump_json(lease))
@@ -123,8 +123,8 @@ def test_the_ingresses_of_an_endpoint_share_its_lease_and_the_last_gives_it_back
 def test_a_lease_of_another_machine_counts_while_it_is_renewed_whatever_its_clock_says(
     registry: Registry, tenants: Callable[[str], Tenant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.1)
-    monkeypatch.setattr(module, "WATCH_S", 0.6)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(module, "WATCH_TIME_S", 0.6)
     for age_s in (3600.0, -3600.0):  # its clock is an hour late, or early
         elsewhere(registry, age_s=age_s)
 
@@ -133,8 +133,8 @@ def test_a_lease_of_another_machine_counts_while_it_is_renewed_whatever_its_cloc
             elsewhere(registry, age_s=age_s - 0.001)
 
         with pytest.raises(LeaseTaken, match="node-7"):
-            tenants("ours").acquire(tell=beat)
-        assert tenants("ours").acquire(tell=lambda line: None), "nobody renewed it this time"
+            tenants("ours").acquire(notify=beat)
+        assert tenants("ours").acquire(notify=lambda line: None), "nobody renewed it this time"
         (registry.folder / FILE).unlink()
     elsewhere(registry)
     with pytest.raises(LeaseTaken, match="node-7"):
@@ -147,22 +147,22 @@ def test_a_candidate_takes_over_when_the_other_has_ended_or_is_silent(
     monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.5)
     elsewhere(registry, age_s=-0.4)
     candidate = tenants("ours")
-    assert candidate.take() is not None
+    assert candidate.try_acquire() is not None
     end = time.monotonic() + 60
-    while candidate.take() is not None:
+    while candidate.try_acquire() is not None:
         assert time.monotonic() < end
         time.sleep(0.05)
     candidate.check()
     elsewhere(registry)  # it was only slow, and finds its place taken
     (registry.folder / FILE).unlink()
-    assert tenants("ours").take() is None
+    assert tenants("ours").try_acquire() is None
 
 
 def test_whoever_lost_the_lease_changes_nothing_any_more(registry: Registry, tenants: Callable[[str], Tenant]) -> None:
     ours = tenants("ours")
     assert ours.acquire()
     elsewhere(registry)
-    assert ours.take() is not None
+    assert ours.try_acquire() is not None
     with pytest.raises(LeaseTaken, match="belongs to the endpoint http://node-7:8000 on node-7"):
         ours.check()
 

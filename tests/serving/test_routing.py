@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.routing import BEGINNING, beginning, canary_answers, home
+from serving.routing import KEY_LENGTH, canary_answers, conversation_key, home_index
 
 NAMES = [f"replica-{number}" for number in range(5)]
 BEGUN = [f"conversation {number}" for number in range(2000)]
@@ -20,10 +20,10 @@ def chat(*contents: Any) -> tuple[Any, ...]:
 
 
 def test_later_turns_of_a_conversation_begin_like_the_first() -> None:
-    first = beginning(chat("Be kind.", "Hello"))
-    assert first == beginning(chat("Be kind.", "Hello", "Hi!", "How are you?"))
-    assert first != beginning(chat("Be kind.", "Good-bye"))
-    assert first != beginning(chat("Be rude.", "Hello"))
+    first = conversation_key(chat("Be kind.", "Hello"))
+    assert first == conversation_key(chat("Be kind.", "Hello", "Hi!", "How are you?"))
+    assert first != conversation_key(chat("Be kind.", "Good-bye"))
+    assert first != conversation_key(chat("Be rude.", "Hello"))
 
 
 @pytest.mark.parametrize(
@@ -32,25 +32,25 @@ def test_later_turns_of_a_conversation_begin_like_the_first() -> None:
         ((), None),
         ((3, None), None),
         (("completions", {"prompt": "abc"}, None), "abc"),
-        (("completions", {"prompt": "a" * 5000}, None), "a" * BEGINNING),
+        (("completions", {"prompt": "a" * 5000}, None), "a" * KEY_LENGTH),
         (("completions", {"prompt": [1, 2]}, None), "[1, 2]"),
         (("chat", {"messages": [{"role": "assistant", "content": "I"}]}, None), "I"),
         (chat("", [{"type": "text", "text": "parts"}]), "[{'type': 'text', 'text': 'parts'}]"),
     ],
 )
 def test_the_beginning_of_anything_that_can_be_asked(arguments: tuple[Any, ...], expected: str | None) -> None:
-    assert beginning(arguments) == expected
+    assert conversation_key(arguments) == expected
 
 
 def test_each_replica_is_home_to_its_share() -> None:
-    shares = Counter(home(begun, NAMES) for begun in BEGUN)
+    shares = Counter(home_index(begun, NAMES) for begun in BEGUN)
     assert all(300 < shares[place] < 500 for place in range(len(NAMES)))
 
 
 def test_when_a_replica_goes_only_its_conversations_move() -> None:
     left = NAMES[:2] + NAMES[3:]
     for begun in BEGUN:
-        before, after = NAMES[home(begun, NAMES)], left[home(begun, left)]
+        before, after = NAMES[home_index(begun, NAMES)], left[home_index(begun, left)]
         assert before in (after, NAMES[2])
 
 
@@ -71,5 +71,8 @@ def test_a_larger_share_keeps_the_conversations_of_a_smaller_one_and_another_can
 
 def test_every_turn_of_a_conversation_has_one_version() -> None:
     for place in range(50):
-        turns = [beginning(chat("Be kind.", f"Hello {place}", *rest)) for rest in ((), ("Hi!", "More"), ("Yes?", "No"))]
+        turns = [
+            conversation_key(chat("Be kind.", f"Hello {place}", *rest))
+            for rest in ((), ("Hi!", "More"), ("Yes?", "No"))
+        ]
         assert len({canary_answers(str(begun), 2, 0.5) for begun in turns}) == 1
