@@ -1,8 +1,8 @@
-"""The replica that holds a canary of whole weights, as an ingress sees it: kept while there is one, and no longer.
+"""An ingress's handle on the candidate: the replica that holds a canary of whole weights while there is one.
 
-Its deployment has no replica until it is asked for something. Every ingress asks it to stay, again and again, while the
-registry says that there is a canary or that one is being made; nobody asks any more when it has ended, and Ray Serve
-ends the replica.
+The candidate's deployment has no replica until it gets a call. While the registry has a canary, or prepares one, every
+ingress calls it again and again to keep its replica. When the canary has ended the calls stop, and Ray Serve stops the
+replica.
 """
 
 from __future__ import annotations
@@ -24,46 +24,51 @@ from serving.versions import candidate_version
 logger = logging.getLogger("ray.serve")
 
 CANDIDATE_NAME = "candidate"
-"""The deployment's name."""
+"""Name of the candidate's deployment."""
 POLL_S = 0.2
-"""Seconds between looks at whether it is ready."""
+"""Seconds between two checks whether the candidate is ready."""
 PAUSE_S = 1.0
-"""Seconds before it is asked again after it could not be reached."""
+"""Seconds before the next call after the candidate could not be reached."""
 
 
 class CandidateReplica:
-    """One ingress's side of the candidate."""
+    """One ingress's handle on the candidate."""
 
     def __init__(self, handle: DeploymentHandle, *, start_s: float) -> None:
-        """`start_s`: seconds in which it has to have started."""
+        """
+        Args:
+            handle: the candidate's deployment.
+            start_s: seconds in which the candidate must have started.
+        """
         self.streaming = handle.options(stream=True)
         self._start_s = start_s
         self._status: Status | None = None
-        self._staying: asyncio.Task[None] | None = None
+        self._keep_task: asyncio.Task[None] | None = None
 
     @property
     def status(self) -> Status | None:
-        """What it said of itself last; None if nothing keeps it, or it has not said anything."""
+        """The candidate's last status; None if it is not kept, or has not reported yet."""
         return self._status
 
     def holds(self, number: int | None) -> bool:
-        """Whether it answers with a version, as far as is known here."""
+        """Whether the candidate answers with a version, according to its last status."""
         return number is not None and self._status is not None and self._status.version == number
 
     def follow(self, state: State) -> None:
-        """Keeps the replica if there is something for it to hold, and else no longer."""
+        """Keeps the replica while the state has a version for it to hold, and releases it otherwise."""
         if candidate_version(state) is None:
-            if self._staying is not None:
-                self._staying.cancel()
-            self._staying = self._status = None
-        elif self._staying is None:
-            self._staying = asyncio.create_task(self._keep())
+            if self._keep_task is not None:
+                self._keep_task.cancel()
+            self._keep_task = self._status = None
+        elif self._keep_task is None:
+            self._keep_task = asyncio.create_task(self._keep_alive())
 
     async def wait_for(self, number: int) -> None:
-        """Returns when it answers with a version.
+        """Returns when the candidate answers with a version.
 
         Raises:
-            ServingError: it could not load it, or has not started in time, as when there is no room for it.
+            ServingError: the candidate could not load it, or has not started in time, for example because no machine
+                has free memory for it.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._start_s):
@@ -78,13 +83,13 @@ class CandidateReplica:
             f"which needs as much memory, and as many GPUs, as one of them (candidate_start_s). {reason}".strip()
         )
 
-    async def _keep(self) -> None:
+    async def _keep_alive(self) -> None:
         while True:
             call = self.streaming.stay.remote()
             try:
                 async for status in call:
                     self._status = status
-            except (RayError, RayServeException):  # it died, and Ray Serve starts another
+            except (RayError, RayServeException):  # the replica died, and Ray Serve starts another one
                 self._status = None
                 await asyncio.sleep(PAUSE_S)
             finally:
@@ -92,7 +97,11 @@ class CandidateReplica:
 
 
 def serve_reason(deployment: str) -> str:
-    """What Ray Serve says of a deployment."""
+    """Ray Serve's message about a deployment."""
     applications = serve.status().applications.values()
-    messages = [each.deployments[deployment].message for each in applications if deployment in each.deployments]
+    messages = [
+        application.deployments[deployment].message
+        for application in applications
+        if deployment in application.deployments
+    ]
     return " ".join(message for message in messages if message)

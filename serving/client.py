@@ -1,4 +1,4 @@
-"""A running endpoint, asked over HTTP: what `raylign promote` and its gate need of it."""
+"""An HTTP client of a running endpoint, for `raylign promote` and its gate."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     import httpx
 
 KEY_VARIABLE = "RAYLIGN_KEY"
-BUSY = {429, 503}
-"""HTTP statuses of an endpoint that has no room for a request just now."""
-ATTEMPTS = 8
-"""Times that a request is sent which an endpoint has no room for."""
+BUSY_STATUSES = {429, 503}
+"""HTTP statuses of an endpoint that is too busy to accept a request now."""
+MAX_ATTEMPTS = 8
+"""How many times a request is sent while the endpoint is busy."""
 
-Answer = TypeVar("Answer")
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Response = TypeVar("Response")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Replica(BaseModel):
-    """What a replica of an endpoint holds."""
+    """A replica of an endpoint and the version that it holds."""
 
     replica: str
-    """Its name."""
+    """Name of the replica."""
     version: int
-    """Number of the version that answers; 0 before it has loaded one."""
+    """Number of the version that answers; 0 before the replica has loaded one."""
     error: str | None = None
-    """Why it could not load what it was to."""
+    """Why the replica could not load a version; None if it could."""
     failed: int | None = None
     """Number of the version that `error` is about."""
 
 
 class Listing(BaseModel):
-    """What an endpoint has."""
+    """The versions and replicas of an endpoint."""
 
     versions: list[Version]
     state: State
@@ -53,22 +53,23 @@ class Listing(BaseModel):
 
 
 class Deletion(BaseModel):
-    """What an endpoint says of a version that it has deleted."""
+    """An endpoint's answer when it has deleted a version."""
 
     freed_bytes: int
 
 
-class Service:
-    """An endpoint at a URL. Safe to use from several threads.
+class EndpointClient:
+    """A client of the endpoint at a URL. Several threads may share it.
 
-    Every method raises a ServingError when the endpoint cannot be reached, refuses, or answers something else; the text
-    has the endpoint's own words.
+    Every method raises a ServingError if the endpoint cannot be reached, refuses the request, or answers in an unknown
+    form; the message quotes the endpoint's own.
     """
 
     def __init__(self, url: str, *, timeout_s: float) -> None:
-        """Opens no connection yet.
+        """Prepares the client; the first request opens a connection.
 
         Args:
+            url: the endpoint, without `/v1`.
             timeout_s: seconds that the endpoint may be silent while it works on a request.
 
         Raises:
@@ -89,84 +90,90 @@ class Service:
         self._client.close()
 
     def listing(self) -> Listing:
-        """The versions, and which of them answers."""
+        """The endpoint's versions, which of them answer, and its replicas."""
         return self.get("/v1/admin/versions", Listing)
 
     def register(self, checkpoint: str) -> Version:
-        """Has the endpoint copy and check a checkpoint, which it must see at the same path."""
+        """Makes the endpoint copy and check a checkpoint, which it must see at the same path."""
         return self.post("/v1/admin/versions", {"checkpoint": checkpoint}, Version)
 
     def promote(self, number: int, *, canary: float | None = None) -> None:
-        """Has a version answer a share of the requests, or all of them; returns when every replica has it."""
+        """Makes a version answer a share of the requests, or all; returns when every replica has loaded it."""
         self.post("/v1/admin/promote", {"version": number, "canary": canary}, dict)
 
     def delete(self, number: int) -> int:
-        """Deletes a version's files; returns the bytes that were freed."""
-        return self._ask("DELETE", f"/v1/admin/versions/{number}", Deletion).freed_bytes
+        """Deletes a version's files; returns the bytes freed."""
+        return self._request("DELETE", f"/v1/admin/versions/{number}", Deletion).freed_bytes
 
     def end_canary(self) -> None:
-        """Gives the canary's requests back to the current version, which may have been all along."""
-        self._ask("DELETE", "/v1/admin/canary", dict)
+        """Ends the canary, if there is one: the current version answers all requests."""
+        self._request("DELETE", "/v1/admin/canary", dict)
 
     def rollback(self) -> None:
-        """Takes the newest change back."""
+        """Undoes the newest change."""
         self.post("/v1/admin/rollback", {}, dict)
 
-    def get(self, path: str, answer: type[Answer]) -> Answer:
-        """Asks for something that has the form of `answer`, again while the endpoint has no room; more than that is
-        left aside."""
-        return self._ask("GET", path, answer, attempts=ATTEMPTS)
+    def get(self, path: str, response_type: type[Response]) -> Response:
+        """Reads a path and parses the response, whose other fields are ignored. Repeats the request while the endpoint
+        is busy."""
+        return self._request("GET", path, response_type, max_attempts=MAX_ATTEMPTS)
 
     def post(
         self,
         path: str,
         body: dict[str, Any],
-        answer: type[Answer],
+        response_type: type[Response],
         *,
-        version: int | None = None,
-        patient: bool = False,
-    ) -> Answer:
-        """Sends JSON and reads the answer.
+        model_version: int | None = None,
+        retry_when_busy: bool = False,
+    ) -> Response:
+        """Sends JSON and parses the response.
 
         Args:
-            version: the model version that has to answer.
-            patient: ask again when the endpoint has no room.
+            response_type: the form of the response; other fields are ignored.
+            model_version: number of the version that must answer; None leaves the choice to the endpoint.
+            retry_when_busy: whether to repeat the request while the endpoint is busy.
         """
-        return self._ask("POST", path, answer, body=body, version=version, attempts=ATTEMPTS if patient else 1)
+        max_attempts = MAX_ATTEMPTS if retry_when_busy else 1
+        return self._request(
+            "POST", path, response_type, body=body, model_version=model_version, max_attempts=max_attempts
+        )
 
-    def _ask(
+    def _request(
         self,
         method: str,
         path: str,
-        answer: type[Answer],
+        response_type: type[Response],
         *,
         body: dict[str, Any] | None = None,
-        version: int | None = None,
-        attempts: int = 1,
-    ) -> Answer:
-        headers = {} if version is None else {"x-model-version": str(version)}
-        for attempt in range(1, attempts + 1):
+        model_version: int | None = None,
+        max_attempts: int = 1,
+    ) -> Response:
+        headers = {} if model_version is None else {"x-model-version": str(model_version)}
+        for attempt in range(1, max_attempts + 1):
             response = self._send(method, path, body, headers)
-            if response.status_code not in BUSY or attempt == attempts:
+            if response.status_code not in BUSY_STATUSES or attempt == max_attempts:
                 break
-            time.sleep(_pause(response, attempt))
+            time.sleep(_pause_s(response, attempt))
         if not response.is_success:
-            raise ServingError(f"{self.url} refuses {method} {path}: {_words(response)}")
-        if version is not None and response.headers.get("x-model-version") != str(version):
-            told = response.headers.get("x-model-version", "nobody says which")
-            raise ServingError(f"{self.url} was asked for an answer of version {version}, and gave one of {told}")
+            raise ServingError(f"{self.url} refuses {method} {path}: {_error_message(response)}")
+        if model_version is not None and response.headers.get("x-model-version") != str(model_version):
+            answered_by = response.headers.get("x-model-version", "nobody says which")
+            raise ServingError(
+                f"{self.url} was asked for an answer of version {model_version}, and gave one of {answered_by}"
+            )
         try:
-            return TypeAdapter(answer).validate_json(response.content)
+            return TypeAdapter(response_type).validate_json(response.content)
         except ValidationError as error:
-            place = ".".join(map(str, error.errors()[0]["loc"])) or "the beginning"
-            problems = f"{error.error_count()} problems, as at {place}"
+            location = ".".join(map(str, error.errors()[0]["loc"])) or "the beginning"
+            problems = f"{error.error_count()} problems, as at {location}"
             raise ServingError(f"{self.url}{path} answers in a form that is not raylign's: {problems}") from error
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str]) -> httpx.Response:
         import httpx
 
         try:
-            as_json = {"content-type": "application/json"}  # wanted of what changes something, also without a body
+            as_json = {"content-type": "application/json"}  # the endpoint requires it of every change, body or not
             return self._client.request(method, self.url + path, json=body, headers=headers | as_json)
         except httpx.TimeoutException as error:
             raise ServingError(f"{self.url}{path} did not answer within {self._client.timeout.read:g} s") from error
@@ -176,31 +183,33 @@ class Service:
             ) from error
 
 
-def side_by_side(ask: Callable[[Given], Made], given: Sequence[Given], *, concurrency: int, text: str) -> list[Made]:
-    """Calls a function with every item, several at a time, under a progress bar; results in the items' order.
+def map_concurrently(
+    function: Callable[[Item], Result], items: Sequence[Item], *, concurrency: int, description: str
+) -> list[Result]:
+    """Calls a function with every item, several at a time, and shows progress. Results are in the order of the items.
 
-    Raises whatever the function raised first; what has not begun by then never does.
+    Raises the function's first error; calls that have not begun by then are cancelled.
     """
     from tqdm import tqdm
 
     pool = ThreadPoolExecutor(concurrency)
     try:
-        asked = [pool.submit(ask, each) for each in given]
-        return [each.result() for each in tqdm(asked, desc=text, disable=None)]
+        futures = [pool.submit(function, future) for future in items]
+        return [future.result() for future in tqdm(futures, desc=description, disable=None)]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error, nobody waits for the answers under way
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, the calls in progress are not waited for
 
 
-def _pause(response: httpx.Response, attempt: int) -> float:
-    """Seconds to wait: what the endpoint asks for, or twice as long each time."""
-    asked = response.headers.get("retry-after", "")
-    return min(MAX_PAUSE_S, float(asked) if asked.isdecimal() else 2.0 ** (attempt - 2))
+def _pause_s(response: httpx.Response, attempt: int) -> float:
+    """Seconds until the next attempt: those that the endpoint asks for, else twice as many each time."""
+    retry_after = response.headers.get("retry-after", "")
+    return min(MAX_PAUSE_S, float(retry_after) if retry_after.isdecimal() else 2.0 ** (attempt - 2))
 
 
-def _words(response: httpx.Response) -> str:
+def _error_message(response: httpx.Response) -> str:
     try:
-        said = str(response.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):  # a proxy's page, or another service
-        said = response.reason_phrase
+        message = str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):  # the page of a proxy, or another service
+        message = response.reason_phrase
     hint = f"; {KEY_VARIABLE} has to hold an admin's key" if response.status_code in (401, 403) else ""
-    return f"{said} (HTTP status {response.status_code}{hint})"
+    return f"{message} (HTTP status {response.status_code}{hint})"

@@ -42,12 +42,12 @@ from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, event
 from serving.served import Served, adapter_name, served_version
 from serving.trial import Trials
 from serving.versions import (
-    TURN,
-    Failure,
-    HalfLoaded,
+    TURN_LOCK,
     Loader,
+    LoadFailure,
     MoveLimits,
-    NotHere,
+    PartialLoadError,
+    ReplicaUnavailable,
     Versions,
     candidate_version,
     fleet_version,
@@ -174,7 +174,7 @@ class Engine:
                 drain_s=settings.config.request_timeout_s + MORE_DRAIN_S, wait_s=settings.config.promotion_wait_s
             ),
             target=candidate_version if is_candidate else fleet_version,
-            turn=None if is_candidate else registry.folder / TURN,
+            lock_file=None if is_candidate else registry.folder / TURN_LOCK,
         )
         self._versions.begin(state, number)
         try:
@@ -222,7 +222,7 @@ class Engine:
                     )
                     async for part in self._parts(route, request, names):
                         yield part
-        except NotHere as error:
+        except ReplicaUnavailable as error:
             yield Elsewhere(replica=self._replica, moves_to=error.moves_to, is_broken=error.is_broken)
         except Refused as refused:
             yield refused.reply
@@ -301,7 +301,7 @@ class Engine:
         return Status(
             replica=self._replica,
             version=versions.current,
-            loaded=versions.loaded,
+            loaded=versions.loaded_numbers,
             asked=self._asked,
             max_model_len=self._server.engine._engine_client.model_config.max_model_len,
             error=error,
@@ -314,8 +314,8 @@ class Engine:
             EngineDeadError: the engine is gone.
             HalfLoaded: it got stuck between two versions.
         """
-        if self._versions.broken:
-            raise HalfLoaded("this replica got stuck between two versions")
+        if self._versions.is_broken:
+            raise PartialLoadError("this replica got stuck between two versions")
         await self._server.check_health()
 
     def __del__(self) -> None:
@@ -334,7 +334,7 @@ class CandidateEngine(Engine):
         self._begin(settings)
         self._settings = settings
         self._is_up = False
-        self._failure: Failure | None = None
+        self._failure: LoadFailure | None = None
         self._following = asyncio.create_task(self._live())
 
     async def _live(self) -> None:
@@ -345,7 +345,7 @@ class CandidateEngine(Engine):
         except Exception as error:  # of any kind: vLLM raises what its model code raises
             logger.exception("The candidate did not start")
             self._cleanup.close()
-            self._failure = Failure(number=number, reason=str(error)[:MAX_MESSAGE])
+            self._failure = LoadFailure(number=number, reason=str(error)[:MAX_MESSAGE])
             return
         self._is_up = True
         await self._versions.follow()
@@ -371,7 +371,7 @@ class CandidateEngine(Engine):
         return Status(
             replica=self._replica,
             version=self._versions.current if self._is_up else 0,
-            loaded=self._versions.loaded if self._is_up else (),
+            loaded=self._versions.loaded_numbers if self._is_up else (),
             asked=self._asked,
             error=failure.reason if failure else None,
             failed=failure.number if failure else None,
@@ -382,13 +382,13 @@ class CandidateEngine(Engine):
         if self._is_up:
             await super().check_health()
         elif self._failure is not None and candidate_version(self._registry.state()) != self._failure.number:
-            raise HalfLoaded(f"the candidate did not start: {self._failure.reason}")
+            raise PartialLoadError(f"the candidate did not start: {self._failure.reason}")
 
 
 class Adapters:
     """LoRA adapters on their way into an engine, one beside the other."""
 
-    beside = True
+    holds_many = True
 
     def __init__(self, models: Any, registry: Registry) -> None:
         """`models`: vLLM's registry of the names that requests can give. Ray's own way to adapters wants them in a
@@ -417,7 +417,7 @@ class Adapters:
 class WholeWeights:
     """All weights of a model on their way into an engine, in place of those before."""
 
-    beside = False
+    holds_many = False
 
     def __init__(self, client: AsyncLLM, registry: Registry) -> None:
         self._client = client
@@ -437,7 +437,7 @@ class WholeWeights:
         try:
             await wait_while_alive(self._client, self._replace(files, number))
         except Exception as error:  # of any kind: vLLM passes on what happened in its process
-            raise HalfLoaded(f"version {number} got stuck half-way into the engine: {error}") from error
+            raise PartialLoadError(f"version {number} got stuck half-way into the engine: {error}") from error
 
     async def _replace(self, files: list[str], number: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

@@ -24,7 +24,7 @@ from alignment.settings.data import SourceConfig
 from alignment.settings.load import load_config
 from alignment.settings.plugins import Scorers
 from alignment.settings.section import Fraction, NonNegative, Positive, PositiveCount, Section
-from serving.client import Service, side_by_side
+from serving.client import EndpointClient, map_concurrently
 
 if TYPE_CHECKING:
     from alignment.groups import Group
@@ -102,7 +102,7 @@ class Verdict:
         for line in self.lines:
             mark = "" if not line.allowed else "ok" if line.passed else "WORSE"
             rows.append((line.name, f"{line.current:.4g}", f"{line.candidate:.4g}", line.allowed, mark))
-        return aligned(rows)
+        return format_table(rows)
 
 
 def load_gate(path: Path) -> GateConfig:
@@ -133,7 +133,7 @@ def judge(current: Figures, candidate: Figures, margins: Margins) -> Verdict:
     )
 
 
-def evaluate(config: GateConfig, service: Service, versions: Sequence[int]) -> list[Figures]:
+def evaluate(config: GateConfig, service: EndpointClient, versions: Sequence[int]) -> list[Figures]:
     """Has versions that the endpoint has loaded answer the held-out prompts; figures in the order of the versions.
 
     Raises:
@@ -151,8 +151,8 @@ def evaluate(config: GateConfig, service: Service, versions: Sequence[int]) -> l
         _check_names(config.margins, judges.names)
         examiner = Examiner(config, service)
         asked = [(version, group) for group in groups for version in versions]
-        papers = side_by_side(
-            lambda each: examiner.sit(*each), asked, concurrency=config.concurrency, text="held-out prompts"
+        papers = map_concurrently(
+            lambda each: examiner.sit(*each), asked, concurrency=config.concurrency, description="held-out prompts"
         )
         by_version = {version: papers[place :: len(versions)] for place, version in enumerate(versions)}
         return [figures_of(by_version[version], judges) for version in versions]
@@ -197,7 +197,7 @@ class Paper:
 class Examiner:
     """Asks an endpoint one prompt after the other."""
 
-    def __init__(self, config: GateConfig, service: Service) -> None:
+    def __init__(self, config: GateConfig, service: EndpointClient) -> None:
         self._config = config
         self._service = service
         self._model = service.get("/v1/models", _Models).data[0].id  # the aligned one stands first
@@ -224,11 +224,11 @@ class Examiner:
     def _completed(self, version: int, group: Group) -> _Completed:
         body = {**_prompt(group), "model": self._model, "max_tokens": self._config.max_tokens, "temperature": 0}
         path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
-        return self._service.post(path, body, _Completed, version=version, patient=True)
+        return self._service.post(path, body, _Completed, model_version=version, retry_when_busy=True)
 
     def _rated(self, version: int, group: Group, texts: list[str]) -> _Item:
         body = {"model": self._model, "version": version, "items": [{**_prompt(group), "completions": texts}]}
-        (item,) = self._service.post("/v1/rewards", body, _Rated, patient=True).items
+        (item,) = self._service.post("/v1/rewards", body, _Rated, retry_when_busy=True).items
         if self._config.margins.max_kl is not None and item.logratios is None:
             raise ServingError(
                 f"{self._service.url} rates answers by a reward model, which knows of no divergence; set "
@@ -258,7 +258,7 @@ def figures_of(papers: Sequence[Paper], judges: Rewards) -> Figures:
     }
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """A table for the terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter
 
 from alignment.errors import CheckpointError, ServingError
-from serving.registry import HEARTBEAT_TIMEOUT_S, Registry, clock, read_file, write_file
+from serving.registry import HEARTBEAT_TIMEOUT_S, Registry, format_time, read_file, write_file
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,7 +61,7 @@ class Lease:
 
     def __str__(self) -> str:
         machines = ", ".join(sorted({f"{process.host} (process {process.pid})" for process in self.processes}))
-        return f"the endpoint {self.url} on {machines}, since {clock(self.began)}"
+        return f"the endpoint {self.url} on {machines}, since {format_time(self.began)}"
 
 
 LEASES = TypeAdapter(Lease)

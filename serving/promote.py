@@ -1,4 +1,4 @@
-"""`raylign promote`, `rollback` and `versions`: which version a running endpoint answers with, told from outside.
+"""`raylign promote`, `rollback` and `versions`: the commands that change and list the versions of a running endpoint.
 
 checkpoint ─► the endpoint copies and checks it ─► loads it beside the one that answers ─► gate ─► switch, or not
 """
@@ -16,22 +16,22 @@ import typer
 from alignment.errors import ServingError
 
 if TYPE_CHECKING:
-    from serving.client import Listing, Service
+    from serving.client import EndpointClient, Listing
     from serving.gate import GateConfig
     from serving.registry import State, Version
 
 URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 7200.0
-"""Seconds that an endpoint may take to copy a checkpoint, or to load it into every replica: of whole weights, each in
-turn waits for its longest answer."""
-FIGURES = (
+"""Seconds that an endpoint may take to copy a checkpoint, or to load it into every replica. With whole weights the
+replicas change one after the other, and each waits for its longest answer."""
+SHOWN_METRICS = (
     ("eval/rewards/accuracies", "accuracy"),
     ("eval/reward", "reward"),
     ("eval/kl", "kl"),
     ("eval/length", "tokens"),
     ("eval/loss", "loss"),
 )
-"""What the list shows of a version's metrics, and under which name."""
+"""The metrics that the list shows of a version, each with its name there."""
 
 Url = Annotated[str, typer.Option(help="Where the endpoint is. The key of an admin is read from $RAYLIGN_KEY.")]
 
@@ -49,57 +49,60 @@ def promote(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, and ask the gate, but switch nothing.")] = False,
 ) -> None:
-    """Makes a running endpoint answer with another checkpoint, without a request lost.
+    """Makes a running endpoint answer with another checkpoint, without losing a request.
 
-    The endpoint has to see the same folders. It copies the checkpoint, proves it, and refuses what it cannot change to.
-    With --gate, both versions answer held-out prompts first; status 1 says that the candidate lost more than allowed.
+    The endpoint must see the same folders. It copies the checkpoint, checks it, and refuses one that it cannot change
+    to. With --gate, both versions answer held-out prompts first; exit status 1 means that the candidate was worse than
+    the gate allows.
     """
-    from serving.client import Service
+    from serving.client import EndpointClient
     from serving.gate import load_gate
 
     if canary is not None and not 0 < canary < 1:
         raise ServingError(f"--canary is a share of the requests, above 0 to below 1, not {canary:g}")
     config = None if gate is None else load_gate(gate)
-    with Service(url, timeout_s=TIMEOUT_S) as service:
-        version = _candidate(service, checkpoint)
-        state = service.listing().state
+    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+        version = _candidate_version(client, checkpoint)
+        state = client.listing().state
         if version.number == state.current:
-            typer.echo(f"{_called(version)} answers already.")
+            typer.echo(f"{_label(version)} answers already.")
         elif config is None:
-            _switch(service, version, state, canary, dry_run)
+            _switch(client, version, state, canary, dry_run)
         else:
-            with _loaded(service, version, state):
-                _examine(config, service, version, state)
-                _switch(service, version, state, canary, dry_run)
+            with _loaded_canary(client, version, state):
+                _run_gate(config, client, version, state)
+                _switch(client, version, state, canary, dry_run)
 
 
 def rollback(url: Url = URL) -> None:
-    """Makes a running endpoint answer with the version before; a canary, if there is one, only ends.
+    """Makes a running endpoint answer with its previous version. If there is a canary, only the canary ends.
 
-    The next rollback goes one further back.
+    Each further rollback goes one version further back.
     """
-    from serving.client import Service
+    from serving.client import EndpointClient
 
-    with Service(url, timeout_s=TIMEOUT_S) as service:
-        before = service.listing().state
-        service.rollback()
-        now = service.listing().state
-    if before.canary is not None:
-        typer.echo(f"Version {before.canary} is no canary any more; version {now.current} answers everything.")
+    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+        previous_state = client.listing().state
+        client.rollback()
+        state = client.listing().state
+    if previous_state.canary is not None:
+        typer.echo(
+            f"Version {previous_state.canary} is no canary any more; version {state.current} answers everything."
+        )
     else:
-        typer.echo(f"Version {now.current} answers again, in place of version {before.current}.")
+        typer.echo(f"Version {state.current} answers again, in place of version {previous_state.current}.")
 
 
 def versions(
     action: Annotated[
-        list[str] | None, typer.Argument(metavar="[delete NUMBER...]", help="To free the disk of what nobody needs.")
+        list[str] | None, typer.Argument(metavar="[delete NUMBER...]", help="Deletes these versions, to free the disk.")
     ] = None,
     url: Url = URL,
 ) -> None:
-    """Lists the versions that a running endpoint has, what its replicas hold, and the change that is under way; or
-    deletes some of them.
+    """Lists the versions of a running endpoint, the version that each replica holds, and the change in progress; or
+    deletes versions.
 
-    What answers, is being tried, or is one rollback away is not deleted.
+    The current version, the canary, and the version that a rollback returns to cannot be deleted.
     """
     if not action:
         list_versions(url)
@@ -110,25 +113,25 @@ def versions(
 
 
 def list_versions(url: str) -> None:
-    """Prints the versions that a running endpoint has, what its replicas hold, and the change that is under way."""
-    from serving.client import Service
-    from serving.gate import aligned
+    """Prints the versions of a running endpoint, the version that each replica holds, and the change in progress."""
+    from serving.client import EndpointClient
+    from serving.gate import format_table
 
-    with Service(url, timeout_s=TIMEOUT_S) as service:
-        listing = service.listing()
+    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+        listing = client.listing()
     rows = [("version", "", "kind", "created", "source", "held out")]
-    typer.echo(aligned([*rows, *(_row(version, listing.state) for version in listing.versions)]))
-    typer.echo(_held(listing))
+    typer.echo(format_table([*rows, *(_row(version, listing.state) for version in listing.versions)]))
+    typer.echo(_replica_report(listing))
     change = listing.state.change()
     if change is not None:
         typer.echo(f"{str(change)[0].upper()}{str(change)[1:]}.")
 
 
-def _held(listing: Listing) -> str:
-    """Which replica holds which version, the candidate last."""
+def _replica_report(listing: Listing) -> str:
+    """Lines that say which version each replica holds, the candidate last."""
     if not listing.replicas and listing.candidate is None:
         return "No replica says what it holds."
-    lines = [f"Replica {each.replica} holds version {each.version}." for each in listing.replicas]
+    lines = [f"Replica {replica.replica} holds version {replica.version}." for replica in listing.replicas]
     candidate = listing.candidate
     if candidate is not None:
         name = f"The candidate's replica {candidate.replica}"
@@ -141,72 +144,72 @@ def _held(listing: Listing) -> str:
 
 def delete_versions(numbers: list[int], url: str) -> None:
     """Deletes versions of a running endpoint, one after the other."""
-    from serving.client import Service
+    from serving.client import EndpointClient
 
-    with Service(url, timeout_s=TIMEOUT_S) as service:
+    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
         for number in numbers:
-            freed = service.delete(number)
-            typer.echo(f"Version {number} is deleted; {freed / 2**20:.3g} MiB are free again.")
+            freed_bytes = client.delete(number)
+            typer.echo(f"Version {number} is deleted; {freed_bytes / 2**20:.3g} MiB are free again.")
 
 
-def _candidate(service: Service, checkpoint: str) -> Version:
-    """The version that is asked for: a new one, or one that is known by its number."""
+def _candidate_version(client: EndpointClient, checkpoint: str) -> Version:
+    """The version to promote: a new copy of a checkpoint, or a version given by its number."""
     path = Path(checkpoint).expanduser()
     if checkpoint.isdecimal() and not path.exists():
-        known = {version.number: version for version in service.listing().versions}
-        if int(checkpoint) not in known:
-            raise ServingError(f"{service.url} has no version {checkpoint}; it has {', '.join(map(str, known))}")
-        return known[int(checkpoint)]
+        versions = {version.number: version for version in client.listing().versions}
+        if int(checkpoint) not in versions:
+            raise ServingError(f"{client.url} has no version {checkpoint}; it has {', '.join(map(str, versions))}")
+        return versions[int(checkpoint)]
     typer.echo(f"The endpoint copies and checks {path} …")
-    return service.register(str(path.absolute()))
+    return client.register(str(path.absolute()))
 
 
 @contextmanager
-def _loaded(service: Service, version: Version, state: State) -> Iterator[None]:
-    """Has a version loaded beside the one that answers, without any requests; let go of afterwards, if nothing has
-    become of it. One that is a canary already stays that."""
+def _loaded_canary(client: EndpointClient, version: Version, state: State) -> Iterator[None]:
+    """Loads a version as a canary without requests, and ends the canary afterwards if it was not promoted. A version
+    that is the canary already stays the canary."""
     try:
         if state.canary != version.number:
-            typer.echo(f"Loading {_called(version)} beside version {state.current} …")
-            service.promote(version.number, canary=0.0)
+            typer.echo(f"Loading {_label(version)} beside version {state.current} …")
+            client.promote(version.number, canary=0.0)
         yield
     finally:
-        now = service.listing().state
-        if now.canary == version.number and not now.share:
-            service.end_canary()
+        new_state = client.listing().state
+        if new_state.canary == version.number and not new_state.share:
+            client.end_canary()
 
 
-def _examine(config: GateConfig, service: Service, version: Version, state: State) -> None:
-    """Holds a version against the current one, and prints the figures.
+def _run_gate(config: GateConfig, client: EndpointClient, version: Version, state: State) -> None:
+    """Compares a version with the current one, and prints the figures.
 
     Raises:
-        typer.Exit: it did not pass; it is no canary any more.
+        typer.Exit: the version is worse than the gate allows; it is no longer the canary.
     """
-    from serving.client import Service
+    from serving.client import EndpointClient
     from serving.gate import evaluate, judge
 
-    with Service(service.url, timeout_s=config.timeout_s) as examined:
-        current, candidate = evaluate(config, examined, [state.current, version.number])
-    now = service.listing().state
-    if (now.current, now.canary) != (state.current, version.number):
+    with EndpointClient(client.url, timeout_s=config.timeout_s) as gate_client:
+        current, candidate = evaluate(config, gate_client, [state.current, version.number])
+    new_state = client.listing().state
+    if (new_state.current, new_state.canary) != (state.current, version.number):
         raise ServingError(
-            f"the versions of {service.url} were changed meanwhile: version {now.current} answers, and the canary is "
-            f"{now.canary}. The comparison with version {state.current} is void; run the command again"
+            f"the versions of {client.url} were changed meanwhile: version {new_state.current} answers, and the "
+            f"canary is {new_state.canary}. The comparison with version {state.current} is void; run the command again"
         )
     verdict = judge(current, candidate, config.margins)
     typer.echo(verdict.table(f"version {state.current}", f"version {version.number}"))
     if not verdict.passed:
-        service.end_canary()
-        typer.echo(f"{_called(version)} is worse than allowed, and was not promoted.")
+        client.end_canary()
+        typer.echo(f"{_label(version)} is worse than allowed, and was not promoted.")
         raise typer.Exit(1)
 
 
-def _switch(service: Service, version: Version, state: State, canary: float | None, dry_run: bool) -> None:
+def _switch(client: EndpointClient, version: Version, state: State, canary: float | None, dry_run: bool) -> None:
     if dry_run:
-        typer.echo(f"{_called(version)} may be promoted. Nothing was switched.")
+        typer.echo(f"{_label(version)} may be promoted. Nothing was switched.")
         return
-    typer.echo(f"Switching to {_called(version)} …")
-    service.promote(version.number, canary=canary)
+    typer.echo(f"Switching to {_label(version)} …")
+    client.promote(version.number, canary=canary)
     if canary is None:
         typer.echo(
             f"Version {version.number} answers, in place of version {state.current}; `raylign rollback` undoes it."
@@ -220,7 +223,7 @@ def _switch(service: Service, version: Version, state: State, canary: float | No
 
 def _row(version: Version, state: State) -> tuple[str, ...]:
     marks = {state.previous: "previous", state.canary: f"canary {state.share:.3g}", state.current: "current"}
-    figures = [f"{name} {version.metrics[key]:.3g}" for key, name in FIGURES if key in version.metrics]
+    figures = [f"{name} {version.metrics[key]:.3g}" for key, name in SHOWN_METRICS if key in version.metrics]
     return (
         str(version.number),
         marks.get(version.number, ""),
@@ -231,5 +234,5 @@ def _row(version: Version, state: State) -> tuple[str, ...]:
     )
 
 
-def _called(version: Version) -> str:
+def _label(version: Version) -> str:
     return f"version {version.number} ({version.name})"

@@ -1,10 +1,10 @@
-"""How a running endpoint changes its version: announced, made ready by every replica, and only then true.
+"""Changes the version of a running endpoint: the change is announced, every replica prepares, and then it is committed.
 
 begin ─► verify ─► prepare ─► roll (whole weights) ─► commit ─► adopt
-  └───────── any failure, or a client that goes away ─► abort ─► back
+  └─── any failure, or a client that disconnects ─► abort ─► as before
 
-What is under way stands in the registry, so that of several ingresses one changes versions at a time. While it does, it
-says every few seconds that it is still there; a change whose ingress died is over without anybody's doing.
+The change in progress is written into the registry, so that only one of several ingresses changes versions at a time.
+That ingress sends a heartbeat every few seconds; a change whose ingress has died therefore ends by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from serving.registry import PendingChange, Registry, State
 
 logger = logging.getLogger("ray.serve")
 
-BEAT_S = 5.0
-"""Seconds between the signs of life of a change that is under way."""
+HEARTBEAT_S = 5.0
+"""Seconds between the heartbeats of a change in progress."""
 
 
 class Replicas(Protocol):
@@ -29,11 +29,11 @@ class Replicas(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether versions are whole weights, of which a replica holds one at a time."""
+        """Whether versions are whole weights (not adapters), of which a replica holds one at a time."""
         ...
 
     async def prepare(self, number: int, *, canary: bool = False) -> None:
-        """Makes a version ready, as far as requests do not notice."""
+        """Prepares a version on every replica, as far as this does not affect requests."""
         ...
 
     async def roll(self, number: int) -> None:
@@ -41,89 +41,91 @@ class Replicas(Protocol):
         ...
 
     async def adopt(self) -> None:
-        """Has every replica move to what the registry says."""
+        """Makes every replica follow the registry's state."""
         ...
 
 
 class Promotions:
-    """Changes of version at one ingress. Used inside one event loop."""
+    """The changes of version at one ingress. Use it inside one event loop."""
 
-    def __init__(self, registry: Registry, replicas: Replicas, *, may_change: Callable[[], None]) -> None:
+    def __init__(self, registry: Registry, replicas: Replicas, *, check_lease: Callable[[], None]) -> None:
         """
         Args:
-            may_change: raises a ServingError where the registry belongs to another endpoint.
+            check_lease: raises a ServingError if the registry belongs to another endpoint.
         """
         self._registry = registry
         self._replicas = replicas
-        self._may_change = may_change
-        self._courses: set[_Course] = set()
+        self._check_lease = check_lease
+        self._runners: set[_StoppableTask] = set()
 
-    async def promote(self, number: int, share: float | None = None, *, asker: str = "") -> State:
-        """Brings a version to every replica and lets it answer: all requests, or a share of them as a canary.
+    async def promote(self, number: int, share: float | None = None, *, started_by: str = "") -> State:
+        """Loads a version into every replica and lets it answer all requests, or a share of them as a canary.
+
+        After an error, the same versions answer as before.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
-            CheckpointError: a file of it is damaged.
-            ServingError: it cannot be, a replica could not load it, or the change took longer than its own signs of
-                life; what answered before does.
+            ChangeUnderWay: another change is in progress.
+            CheckpointError: a file of the version is damaged.
+            ServingError: the change is not possible, a replica could not load the version, or the change lost its place
+                in the registry because its heartbeats came too late.
         """
-        return await self._carry_out(lambda: self._registry.begin_change(number, share, started_by=asker))
+        return await self._carry_out(lambda: self._registry.begin_change(number, share, started_by=started_by))
 
-    async def roll_back(self, *, asker: str = "") -> State:
-        """Takes the newest change back, as `Registry.rollback` says.
+    async def roll_back(self, *, started_by: str = "") -> State:
+        """Undoes the newest change, as `Registry.rollback` describes.
 
         Raises:
-            AlignmentError: as `promote`.
+            AlignmentError: as for `promote`.
         """
         state = await asyncio.to_thread(self._registry.state)
         if state.canary is not None:
             return await self.end_canary()
-        return await self._carry_out(lambda: self._registry.begin_rollback(started_by=asker))
+        return await self._carry_out(lambda: self._registry.begin_rollback(started_by=started_by))
 
     async def end_canary(self) -> State:
-        """Gives the canary's share back to the version that answers.
+        """Ends the canary: the current version answers its share of the requests again.
 
         Raises:
-            ChangeUnderWay: another change has not ended.
+            ChangeUnderWay: another change is in progress.
         """
-        self._may_change()
+        self._check_lease()
         state = await asyncio.to_thread(self._registry.end_canary)
-        await self._tell_replicas()
+        await self._notify_replicas()
         return state
 
     async def _carry_out(self, begin: Callable[[], PendingChange]) -> State:
-        """Runs in a task of its own: a client that goes away stops it, and what it began is put in order."""
-        self._may_change()
-        course = _Course()
-        task = asyncio.create_task(self._run(course, begin))
-        self._courses.add(course)
-        task.add_done_callback(lambda done: self._end(course, done))
+        """Runs a change in a task of its own, so that it is aborted in order when the client disconnects."""
+        self._check_lease()
+        runner = _StoppableTask()
+        task = asyncio.create_task(self._run(runner, begin))
+        self._runners.add(runner)
+        task.add_done_callback(lambda finished_task: self._finish(runner, finished_task))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            course.stop("the client that asked for it went away")
+            runner.stop("the client that asked for it went away")
             raise
 
-    def _end(self, course: _Course, task: asyncio.Task[State]) -> None:
-        self._courses.discard(course)
+    def _finish(self, runner: _StoppableTask, task: asyncio.Task[State]) -> None:
+        self._runners.discard(runner)
         if not task.cancelled() and task.exception() is not None:
             logger.warning("A change of version was not made: %s", task.exception())
 
-    async def _run(self, course: _Course, begin: Callable[[], PendingChange]) -> State:
+    async def _run(self, runner: _StoppableTask, begin: Callable[[], PendingChange]) -> State:
         change = await asyncio.to_thread(begin)
-        beating = asyncio.create_task(self._beat(change.token, course))
+        heartbeats = asyncio.create_task(self._send_heartbeats(change.token, runner))
         try:
-            await course.run(self._make_ready(change))
+            await runner.run(self._prepare(change))
             state = await asyncio.to_thread(self._registry.commit_change, change.token)
         except BaseException:
-            await self._give_up(change)
+            await self._abort(change)
             raise
         finally:
-            beating.cancel()
-        await self._tell_replicas()
+            heartbeats.cancel()
+        await self._notify_replicas()
         return state
 
-    async def _make_ready(self, change: PendingChange) -> None:
+    async def _prepare(self, change: PendingChange) -> None:
         await asyncio.to_thread(self._check, change.number)
         is_canary = change.share is not None
         await self._replicas.prepare(change.number, canary=is_canary)
@@ -135,23 +137,23 @@ class Promotions:
         current = self._registry.folder_of(self._registry.state().current)
         check_compatible(self._registry.folder_of(number), current, capacity=self._registry.lora_capacity())
 
-    async def _beat(self, token: str, course: _Course) -> None:
+    async def _send_heartbeats(self, token: str, runner: _StoppableTask) -> None:
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
             try:
                 await asyncio.to_thread(self._registry.renew_change, token)
             except ServingError as error:
-                course.stop(str(error))
+                runner.stop(str(error))
                 return
-            except CheckpointError:  # a disk that is full for a moment; if it stays so, the change is over by itself
-                logger.exception("A change of version could not say that it is still there")
+            except CheckpointError:  # the disk may be full for a moment; if it stays full, the change ends by itself
+                logger.exception("The heartbeat of a change of version could not be written")
 
-    async def _give_up(self, change: PendingChange) -> None:
-        """Leaves registry and replicas as they were; what fails here, each replica does by itself a little later."""
+    async def _abort(self, change: PendingChange) -> None:
+        """Brings registry and replicas back to the former version. A replica that fails here follows by itself soon."""
         try:
             state = await asyncio.to_thread(self._registry.abort_change, change.token)
             if state.change() is not None:
-                return  # another process has found this one silent, and changes versions itself
+                return  # another process has taken over, since the heartbeats stopped, and changes versions itself
             if self._replicas.is_whole and change.share is None:
                 await self._replicas.roll(state.current)
             else:
@@ -159,28 +161,28 @@ class Promotions:
         except AlignmentError:
             logger.exception("A replica did not go back to the version that answers")
 
-    async def _tell_replicas(self) -> None:
-        """The registry says already what is true; a replica that did not hear of it reads it there."""
+    async def _notify_replicas(self) -> None:
+        """Makes replicas follow the registry now; one that misses this reads the registry a little later."""
         try:
             await self._replicas.adopt()
         except AlignmentError:
             logger.exception("A replica has not followed the registry yet")
 
 
-class _Course:
-    """The part of a change that can be stopped."""
+class _StoppableTask:
+    """Runs a coroutine that another task may stop with a reason."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def run(self, moving: Coroutine[Any, Any, None]) -> None:
-        """Does it, up to its end or to `stop`.
+    async def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs the coroutine to its end, or until `stop`.
 
         Raises:
-            ServingError: it was stopped.
+            ServingError: it was stopped; the message says why.
         """
-        self._task = asyncio.create_task(moving)
+        self._task = asyncio.create_task(coroutine)
         if self._reason is not None:
             self._task.cancel()
         try:
@@ -192,7 +194,7 @@ class _Course:
             raise ServingError(f"the change was given up: {self._reason}")
 
     def stop(self, reason: str) -> None:
-        """Has no effect after its end."""
+        """Stops the coroutine. After its end this has no effect."""
         self._reason = self._reason or reason
         if self._task is not None:
             self._task.cancel()

@@ -120,8 +120,8 @@ class PendingChange:
 
     def __str__(self) -> str:
         kind = "the rollback to" if self.is_rollback else "the promotion of" if self.share is None else "the trial of"
-        asker = f", which {self.started_by} asked for" if self.started_by else ""
-        return f"{kind} version {self.number}{asker}, is under way since {clock(self.began)}"
+        requester = f", which {self.started_by} asked for" if self.started_by else ""
+        return f"{kind} version {self.number}{requester}, is under way since {format_time(self.began)}"
 
 
 class ChangeUnderWay(ServingError):
@@ -584,7 +584,7 @@ def _own_change(state: State, token: str) -> PendingChange:
     return state.pending
 
 
-def clock(time_s: float) -> str:
+def format_time(time_s: float) -> str:
     """A time (seconds since 1970, UTC) for people to read."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time_s)) + " UTC"
 

@@ -1,10 +1,10 @@
-"""The model versions inside one replica: which it holds, which answers a request, and how it moves to another.
+"""The model versions inside one replica: which ones it holds, which one answers a request, and how it changes.
 
-registry's state ─► adopt: load what is missing ─► switch ─► let go of what nobody uses any more
+registry's state ─► adopt: load missing versions ─► switch ─► unload versions that no request uses
 
-An adapter is loaded beside the others and requests in progress end with the one they began with. Whole weights are
-there once: the replica sends new requests elsewhere, ends those in progress, changes, and takes requests again. Where
-nobody else can answer, new requests wait for it, but not for long.
+An adapter is loaded beside the others, and a request in progress ends with the adapter that it began with. Of whole
+weights a replica holds one version: it sends new requests to other replicas, lets those in progress end, changes, and
+accepts requests again. If no other replica can answer, new requests wait for the change, but not for long.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from serving.registry import Registry, State
 
 logger = logging.getLogger("ray.serve")
 
-FOLLOW_S = 2.0
-"""Seconds between looks at the registry, for a replica that missed the message."""
-MAX_FOLLOW_S = 60.0
-"""The same after failures, each of which doubles it."""
+FOLLOW_INTERVAL_S = 2.0
+"""Seconds between two readings of the registry, for a replica that missed a call."""
+MAX_FOLLOW_INTERVAL_S = 60.0
+"""The longest such interval; every failure doubles the interval."""
 POLL_S = 0.1
-"""Seconds between looks at what is still in progress, and at whose turn it is."""
-TURN = ".turn.lock"
-"""File in the registry's folder that the replica locks which changes its weights."""
+"""Seconds between two checks of the requests in progress, and of the lock."""
+TURN_LOCK = ".turn.lock"
+"""File in the registry's folder. A replica locks it while it changes its weights."""
 
 
 class Loader(Protocol):
-    """How weights come into an engine and leave it."""
+    """Loads weights into an engine and unloads them."""
 
-    beside: bool
-    """True if several versions can be held at once."""
+    holds_many: bool
+    """True if the engine can hold several versions at once."""
 
     async def load(self, number: int) -> None:
-        """Makes a version ready to answer, whose files have been verified.
+        """Loads a version whose files have been verified.
 
         Raises:
-            ServingError: it could not be loaded; what is loaded already answers as before.
-            HalfLoaded: it could not be loaded, and the engine is good for nothing any more.
+            ServingError: the version could not be loaded; the versions that are loaded answer as before.
+            PartialLoadError: the version could not be loaded, and the engine can no longer be used.
         """
         ...
 
     async def unload(self, number: int) -> None:
-        """Gives a version's memory back."""
+        """Frees a version's memory."""
         ...
 
 
-class HalfLoaded(ServingError):
-    """An engine got stuck between two versions; only a restart helps."""
+class PartialLoadError(ServingError):
+    """A load failed half-way and left the engine between two versions; only a restart helps."""
 
 
-class NotHere(Exception):
-    """A replica does not take a request, of which nothing has begun; another one may."""
+class ReplicaUnavailable(Exception):
+    """A replica does not accept a request, which has not begun; another replica may answer it."""
 
     def __init__(self, *, moves_to: int | None = None, is_broken: bool = False) -> None:
         """
         Args:
-            moves_to: number of the version that the replica changes to; None if it does not hold the wanted one.
-            is_broken: whether it takes nothing any more.
+            moves_to: number of the version that the replica changes to; None if it does not hold the requested one.
+            is_broken: whether the replica accepts no requests any more.
         """
         super().__init__("another replica has to answer")
         self.moves_to = moves_to
@@ -76,39 +76,40 @@ class NotHere(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class MoveLimits:
-    """How long a change of whole weights may take of other people's time (seconds)."""
+    """How long a change of whole weights may wait (seconds); after that it is given up."""
 
     drain_s: float = 630.0
-    """For answers in progress to end, while other replicas answer."""
+    """Time for answers in progress to end, while other replicas answer."""
     wait_s: float = 30.0
-    """That a request waits for them which no other replica can answer; then the change is given up."""
+    """Time that a request which no other replica can answer may wait for the change."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
+class LoadFailure:
     """A version that could not be loaded."""
 
     number: int
     reason: str
 
 
-def fleet_version(state: State, held: set[int]) -> int | None:
-    """The version that a replica of the fleet has to hold: the current one, or what it changed to already in a
-    promotion that is under way."""
+def fleet_version(state: State, loaded_numbers: set[int]) -> int | None:
+    """Number of the version that an ordinary replica must hold: the current one, or the one that a promotion in
+    progress has already loaded into it."""
     change = state.change()
-    if change is not None and change.share is None and change.number in held:
+    if change is not None and change.share is None and change.number in loaded_numbers:
         return change.number
     return state.current
 
 
-def candidate_version(state: State, held: set[int] | None = None) -> int | None:
-    """The version that the candidate replica has to hold: the canary, or what is to become one; None if nothing is."""
+def candidate_version(state: State, loaded_numbers: set[int] | None = None) -> int | None:
+    """Number of the version that the candidate replica must hold: the canary, or the version that becomes the canary;
+    None if there is none."""
     change = state.change()
     return state.canary if change is None or change.share is None else change.number
 
 
 class Versions:
-    """The versions of one replica. Used inside one event loop."""
+    """The versions of one replica. Use it inside one event loop."""
 
     def __init__(
         self,
@@ -117,192 +118,197 @@ class Versions:
         *,
         limits: MoveLimits | None = None,
         target: Callable[[State, set[int]], int | None] = fleet_version,
-        turn: Path | None = None,
+        lock_file: Path | None = None,
     ) -> None:
         """
         Args:
-            target: the version of whole weights to hold, from the registry's state and what is held; None for any.
-            turn: file that the replicas lock which change whole weights, so that one does at a time; None for no turns.
+            target: function of the registry's state and the loaded numbers; it returns the version of whole weights
+                that the replica must hold, or None if any will do.
+            lock_file: file that a replica locks while it changes whole weights, so that one does at a time; None for no
+                lock.
         """
         self._registry = registry
         self._loader = loader
         self._limits = limits or MoveLimits()
         self._target = target
-        self._turn = Turn(turn)
+        self._turn_lock = TurnLock(lock_file)
         self._state: State | None = None
-        self._loaded: set[int] = set()
-        self._verified: set[int] = set()
-        self._in_use: Counter[int] = Counter()
-        self._moving = asyncio.Lock()
-        self._open = asyncio.Event()
+        self._loaded_numbers: set[int] = set()
+        self._verified_numbers: set[int] = set()
+        self._num_requests: Counter[int] = Counter()
+        self._move_lock = asyncio.Lock()
+        self._accepts_requests = asyncio.Event()
         self._moves_to: int | None = None
         self._waiting_since: float | None = None
-        self.broken = False
-        """True when only a restart of the replica helps."""
-        self.failure: Failure | None = None
-        """The last version that could not be loaded; None after one could."""
+        self.is_broken = False
+        """Whether the replica can no longer answer and must be restarted."""
+        self.failure: LoadFailure | None = None
+        """The last failed load; None after a successful one."""
 
     @property
     def current(self) -> int:
         """Number of the version that answers."""
         assert self._state is not None, "begin comes first"
-        return self._state.current if self._loader.beside else next(iter(self._loaded))
+        return self._state.current if self._loader.holds_many else next(iter(self._loaded_numbers))
 
     @property
-    def loaded(self) -> tuple[int, ...]:
+    def loaded_numbers(self) -> tuple[int, ...]:
         """Numbers of the versions that can answer."""
-        return tuple(sorted(self._loaded))
+        return tuple(sorted(self._loaded_numbers))
 
     def begin(self, state: State, number: int) -> None:
-        """Takes over a version that the engine was started with, and the state that said so."""
-        self._state, self._loaded = state, {number}
-        self._open.set()
+        """Records the version that the engine was started with, and the registry's state at that moment."""
+        self._state, self._loaded_numbers = state, {number}
+        self._accepts_requests.set()
 
     async def adopt(self) -> int:
-        """Moves to what the registry says now; returns the number of the current version.
+        """Follows the registry's state; returns the number of the current version.
 
         Raises:
             AlignmentError: a version could not be loaded; the replica answers as before.
-            HalfLoaded: the same, and the replica has to be restarted.
+            PartialLoadError: a version could not be loaded, and the replica must be restarted.
         """
-        async with self._moving:
+        async with self._move_lock:
             state = self._registry.state()
-            if self._loader.beside:
+            if self._loader.holds_many:
                 for number in (state.current, state.canary):
                     if number is not None:
                         await self._add(number)
                 self._state = state
-                await self._let_go(state)
+                await self._unload_unused(state)
             else:
-                if self._is_elsewhere(state):
-                    async with self._turn.taken():
+                if self._must_move(state):
+                    async with self._turn_lock.acquire():
                         await self._follow_target()
                 self._state = state
             return self.current
 
     async def move(self, number: int) -> None:
-        """Whole weights: changes to a version, whatever the registry says of it so far.
+        """For whole weights: changes to a version, whether or not it is the registry's current one yet.
 
         Raises:
-            AlignmentError: it could not be loaded, or the answers in progress took too long; nothing has changed.
-            HalfLoaded: it could not be loaded, and the replica has to be restarted.
+            AlignmentError: the version could not be loaded, or the answers in progress took too long; the replica
+                answers as before.
+            PartialLoadError: the version could not be loaded, and the replica must be restarted.
         """
-        async with self._moving, self._turn.taken():
-            if number not in self._loaded:
+        async with self._move_lock, self._turn_lock.acquire():
+            if number not in self._loaded_numbers:
                 await self._replace(number)
 
     async def prepare(self, number: int) -> None:
-        """Makes a version ready that may become the current one, as far as requests do not notice: an adapter is
-        loaded, of whole weights the files are verified.
+        """Prepares a version that may become the current one, as far as this does not affect requests: it loads an
+        adapter, or verifies the files of whole weights.
 
         Raises:
-            AlignmentError: it could not be loaded, or a file is not what it was.
+            AlignmentError: the version could not be loaded, or a file has changed.
         """
-        async with self._moving:
-            if self._loader.beside:
+        async with self._move_lock:
+            if self._loader.holds_many:
                 await self._add(number)
             else:
                 await self._verify(number)
 
     async def follow(self) -> None:
-        """Looks at the registry from time to time, for ever."""
-        pause_s = FOLLOW_S
+        """Reads the registry at intervals, for ever, and follows its state."""
+        pause_s = FOLLOW_INTERVAL_S
         while True:
             await asyncio.sleep(pause_s)
             try:
                 state = self._registry.state()
-                if state != self._state or self._is_elsewhere(state):
+                if state != self._state or self._must_move(state):
                     await self.adopt()
-                pause_s = FOLLOW_S
-            except HalfLoaded:
+                pause_s = FOLLOW_INTERVAL_S
+            except PartialLoadError:
                 return
             except Exception:  # the replica still answers with what it has
                 logger.exception("A replica could not follow the registry")
-                pause_s = min(2 * pause_s, MAX_FOLLOW_S)
+                pause_s = min(2 * pause_s, MAX_FOLLOW_INTERVAL_S)
 
     @asynccontextmanager
-    async def hold(self, wanted: int | None, *, may_leave: bool = True) -> AsyncIterator[int]:
-        """The version that answers a request, kept in place until the request has ended.
+    async def hold(self, model_version: int | None, *, may_leave: bool = True) -> AsyncIterator[int]:
+        """Holds the version that answers a request until the request has ended; yields the version's number.
 
         Args:
-            wanted: a version by number; None takes the current one.
-            may_leave: whether another replica may be asked instead. If not, the request waits for this one's change.
+            model_version: number of the requested version; None takes the current one.
+            may_leave: whether another replica may answer instead. If not, the request waits for a change of this one.
 
         Raises:
-            NotHere: another replica has to be asked.
-            ServingError: the wanted version is not loaded, and the request may not leave.
+            ReplicaUnavailable: another replica must answer.
+            ServingError: the requested version is not loaded, and the request may not leave.
         """
-        if may_leave and not self._open.is_set():
-            raise NotHere(moves_to=self._moves_to)
-        while not self._open.is_set():
+        if may_leave and not self._accepts_requests.is_set():
+            raise ReplicaUnavailable(moves_to=self._moves_to)
+        while not self._accepts_requests.is_set():
             if self._waiting_since is None:
                 self._waiting_since = time.monotonic()
-            await self._open.wait()
-        if self.broken:
-            raise NotHere(is_broken=True)
-        number = self.current if wanted is None else wanted
-        if number not in self._loaded:
+            await self._accepts_requests.wait()
+        if self.is_broken:
+            raise ReplicaUnavailable(is_broken=True)
+        number = self.current if model_version is None else model_version
+        if number not in self._loaded_numbers:
             if may_leave:
-                raise NotHere
-            raise ServingError(f"Version {number} is not loaded; {sorted(self._loaded)} are.")
-        self._in_use[number] += 1
+                raise ReplicaUnavailable
+            raise ServingError(f"Version {number} is not loaded; {sorted(self._loaded_numbers)} are.")
+        self._num_requests[number] += 1
         try:
             yield number
         finally:
-            self._in_use[number] -= 1
+            self._num_requests[number] -= 1
 
-    def _is_elsewhere(self, state: State) -> bool:
-        """Whether whole weights have to be changed."""
-        if self._loader.beside:
+    def _must_move(self, state: State) -> bool:
+        """Whether the replica must change its whole weights."""
+        if self._loader.holds_many:
             return False
-        return self._target(state, self._loaded) not in {None, *self._loaded}
+        return self._target(state, self._loaded_numbers) not in {None, *self._loaded_numbers}
 
     async def _follow_target(self) -> None:
-        number = self._target(self._registry.state(), self._loaded)  # it may have changed while others had their turn
-        if number is not None and number not in self._loaded:
+        # The state is read again: it may have changed while this replica waited for the lock.
+        number = self._target(self._registry.state(), self._loaded_numbers)
+        if number is not None and number not in self._loaded_numbers:
             await self._replace(number)
 
     async def _verify(self, number: int) -> None:
-        if number not in self._verified:
+        if number not in self._verified_numbers:
             await asyncio.to_thread(self._registry.verify, number)
-            self._verified.add(number)
+            self._verified_numbers.add(number)
 
     async def _add(self, number: int) -> None:
-        """Adapters: loads one beside the others."""
-        if number not in self._loaded:
-            with self._noted(number):
+        """For adapters: loads one beside the others."""
+        if number not in self._loaded_numbers:
+            with self._record_failure(number):
                 await self._verify(number)
                 await self._loader.load(number)
-            self._loaded.add(number)
+            self._loaded_numbers.add(number)
 
     async def _replace(self, number: int) -> None:
-        """Whole weights: nothing may be in progress while they change. What takes long and can be done before, is."""
-        with self._noted(number):
+        """For whole weights: changes to a version when no request is in progress. The slow part that can be done
+        before, reading the files, is done before."""
+        with self._record_failure(number):
             await self._verify(number)
             self._moves_to = number
-            self._open.clear()
+            self._accepts_requests.clear()
             try:
                 await self._drain()
                 await self._loader.load(number)
-                self._loaded = {number}
-            except HalfLoaded:
-                self.broken = True
+                self._loaded_numbers = {number}
+            except PartialLoadError:
+                self.is_broken = True
                 raise
             finally:
-                self._verified.discard(number)  # the next change may be long after
+                self._verified_numbers.discard(number)  # the files may change until the next load
                 self._moves_to = self._waiting_since = None
-                self._open.set()
+                self._accepts_requests.set()
 
     async def _drain(self) -> None:
-        """Waits until nothing is in progress.
+        """Waits until no request is in progress.
 
         Raises:
-            ServingError: it took too long, or others waited for it too long.
+            ServingError: this took too long, or new requests waited for it too long.
         """
         end = time.monotonic() + self._limits.drain_s
-        while in_progress := self._in_use.total():
-            waiting = self._waiting_since
-            waited_long = waiting is not None and time.monotonic() - waiting > self._limits.wait_s
+        while in_progress := self._num_requests.total():
+            waiting_since = self._waiting_since
+            waited_long = waiting_since is not None and time.monotonic() - waiting_since > self._limits.wait_s
             if waited_long or time.monotonic() > end:
                 limit = self._limits.wait_s if waited_long else self._limits.drain_s
                 raise ServingError(
@@ -313,40 +319,41 @@ class Versions:
                 )
             await asyncio.sleep(POLL_S)
 
-    async def _let_go(self, state: State) -> None:
-        """Unloads what is neither current nor canary nor in use; the one before stays, for a rollback."""
+    async def _unload_unused(self, state: State) -> None:
+        """Unloads versions that no request uses, except the current one, the canary, the previous one, to which a
+        rollback returns, and the one of a change in progress."""
         change = state.change()
-        kept = {state.current, state.canary, state.previous, None if change is None else change.number}
-        for number in self._loaded - kept:
-            if not self._in_use[number]:
-                self._loaded.discard(number)
-                self._verified.discard(number)
+        needed_numbers = {state.current, state.canary, state.previous, None if change is None else change.number}
+        for number in self._loaded_numbers - needed_numbers:
+            if not self._num_requests[number]:
+                self._loaded_numbers.discard(number)
+                self._verified_numbers.discard(number)
                 await self._loader.unload(number)
 
     @contextmanager
-    def _noted(self, number: int) -> Iterator[None]:
-        """Remembers whether a version could be loaded."""
+    def _record_failure(self, number: int) -> Iterator[None]:
+        """Records whether a load fails inside the `with` block."""
         try:
             yield
         except AlignmentError as error:
-            self.failure = Failure(number=number, reason=str(error))
+            self.failure = LoadFailure(number=number, reason=str(error))
             raise
         self.failure = None
 
 
-class Turn:
-    """Leave to change whole weights, which one replica of an endpoint has at a time, so that the others answer.
+class TurnLock:
+    """The lock that lets one replica of an endpoint change whole weights at a time, so that the others answer.
 
-    The system takes it from a process that dies.
+    The operating system releases it when its process dies.
     """
 
     def __init__(self, file: Path | None) -> None:
         self._lock = None if file is None else FileLock(file, thread_local=False)
 
     @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
-        """Waits for it, and gives it back."""
-        while not self._has_it():
+    async def acquire(self) -> AsyncIterator[None]:
+        """Waits for the lock, and releases it after the `with` block."""
+        while not self._try_acquire():
             await asyncio.sleep(POLL_S)
         try:
             yield
@@ -354,13 +361,13 @@ class Turn:
             if self._lock is not None:
                 self._lock.release()
 
-    def _has_it(self) -> bool:
+    def _try_acquire(self) -> bool:
         if self._lock is None:
             return True
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
             return False
-        except OSError:  # a folder that replicas can only read: whoever promotes has them change in turn anyway
+        except OSError:  # replicas may only read the folder; then a promotion still changes them one after the other
             return True
         return True

@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
     """The router of this module."""
     router = APIRouter(tags=["admin"], route_class=ReadRoute)
     registry, backend, tenant = service.registry, service.backend, service.tenant
-    promotions = Promotions(registry, backend, may_change=tenant.check)
+    promotions = Promotions(registry, backend, check_lease=tenant.check)
 
     @router.get("/v1/admin/versions")
     async def versions() -> Response:
@@ -76,7 +76,7 @@ def routes(service: Service) -> APIRouter:
     async def promote(body: PromoteBody, request: Request) -> Response:
         """Brings a version to every replica and lets it answer: all requests, or a share of them."""
         asker = key_of(request).name
-        return JSONResponse(asdict(await _or_refused(promotions.promote(body.version, body.canary, asker=asker))))
+        return JSONResponse(asdict(await _or_refused(promotions.promote(body.version, body.canary, started_by=asker))))
 
     @router.delete("/v1/admin/canary")
     async def end_canary() -> Response:
@@ -86,7 +86,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/admin/rollback")
     async def rollback(request: Request) -> Response:
         """Goes back to the version before."""
-        return JSONResponse(asdict(await _or_refused(promotions.roll_back(asker=key_of(request).name))))
+        return JSONResponse(asdict(await _or_refused(promotions.roll_back(started_by=key_of(request).name))))
 
     return router
 

@@ -32,7 +32,7 @@ from serving.schema import Reply, Route, event, refusal
 from serving.scoring import Job, Rated, Scoring
 from serving.served import served_version
 from serving.trial import Trials
-from serving.versions import TURN, HalfLoaded, MoveLimits, Versions, candidate_version, fleet_version
+from serving.versions import TURN_LOCK, MoveLimits, PartialLoadError, Versions, candidate_version, fleet_version
 
 MODEL = "assistant"
 LOAD_S = 0.3
@@ -53,7 +53,7 @@ class Health:
 class Shelf:
     """A loader that notes what it loads, and fails when a file of the registry says so."""
 
-    beside = False
+    holds_many = False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,7 +66,7 @@ class Shelf:
         if order.is_file():
             kth, half = json.loads(order.read_text())
             if (self._folder / f"loads-{number}").stat().st_size == kth:
-                raise (HalfLoaded if half else ServingError)(f"version {number} is not to be loaded here")
+                raise (PartialLoadError if half else ServingError)(f"version {number} is not to be loaded here")
 
     async def unload(self, number: int) -> None:
         return None
@@ -89,7 +89,7 @@ class WithoutModel:
             Shelf(registry.folder),
             limits=MoveLimits(drain_s=60.0, wait_s=WAIT_S),
             target=candidate_version if is_candidate else fleet_version,
-            turn=None if is_candidate else registry.folder / TURN,
+            lock_file=None if is_candidate else registry.folder / TURN_LOCK,
         )
         self._versions.begin(state, number)
 

@@ -11,7 +11,7 @@ import pytest
 
 from alignment.errors import ConfigError, DataError, RewardError, ServingError
 from alignment.settings.load import check_config
-from serving.client import Service
+from serving.client import EndpointClient
 from serving.gate import Figures, GateConfig, Margins, Verdict, evaluate, held_out, judge, load_gate
 from serving.registry import Registry
 from tests.serving.standin import MODEL, Standin, broken, running
@@ -49,7 +49,7 @@ def gate(write_rows: Any, rows: list[dict[str, Any]] | None = None, **settings: 
 
 
 def figures(config: GateConfig, standin: Standin, versions: tuple[int, ...] = (1, 2)) -> list[Figures]:
-    with Service(standin.url, timeout_s=10) as service:
+    with EndpointClient(standin.url, timeout_s=10) as service:
         return evaluate(config, service, versions)
 
 
@@ -120,10 +120,10 @@ def test_a_busy_endpoint_is_asked_again(service: Standin, write_rows: Any) -> No
 def test_an_endpoint_that_stays_busy_is_told_so(service: Standin) -> None:
     service.busy = 1000
     with (
-        Service(service.url, timeout_s=10) as asked,
+        EndpointClient(service.url, timeout_s=10) as asked,
         pytest.raises(ServingError, match=r"refuses POST /x: Too busy\. \(HTTP status 429\)"),
     ):
-        asked.post("/x", {}, dict, patient=True)
+        asked.post("/x", {}, dict, retry_when_busy=True)
     assert service.busy == 992
 
 

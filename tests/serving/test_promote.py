@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from alignment.errors import ConfigError, ServingError
-from serving.client import Listing, Service
+from serving.client import EndpointClient, Listing
 from serving.engine import Status
 from serving.promote import delete_versions, list_versions, promote, rollback, versions
 from serving.registry import Registry, State
@@ -263,7 +263,7 @@ def test_something_else_at_the_url_is_told_so(service: Standin) -> None:
     with pytest.raises(ServingError, match=r"refuses GET /v1/admin/versions: Not Found \(HTTP status 404\)"):
         list_versions(url=f"{service.url}/v1/models")
     with (
-        Service(service.url, timeout_s=10) as asked,
+        EndpointClient(service.url, timeout_s=10) as asked,
         pytest.raises(ServingError, match="in a form that is not raylign's: 2 problems, as at versions"),
     ):
         asked.get("/v1/models", Listing)

@@ -24,7 +24,7 @@ from tests.serving.tiny import adapter, whole
 class Shelf:
     """A loader that notes what is asked of it, and cannot load some versions."""
 
-    beside: bool
+    holds_many: bool
     fails: set[int]
     load_s: float = 0.0
     loaded: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Fleet:
     def __init__(self, registry: Registry, *, is_whole: bool, count: int = 2) -> None:
         self.is_whole = is_whole
         self.fails: set[int] = set()
-        self.shelves = [Shelf(beside=not is_whole, fails=self.fails) for _ in range(count)]
+        self.shelves = [Shelf(holds_many=not is_whole, fails=self.fails) for _ in range(count)]
         self.replicas = [Versions(registry, shelf) for shelf in self.shelves]
         for replica in self.replicas:
             replica.begin(registry.state(), registry.state().current)
@@ -84,7 +84,7 @@ def run(registry: Registry, scene: Callable[[Fleet, Callable[[], Promotions]], C
 
     async def played() -> None:
         fleet = Fleet(registry, is_whole=registry.version(1).kind == "full")
-        await scene(fleet, lambda: Promotions(Registry(registry.folder), fleet, may_change=lambda: None))
+        await scene(fleet, lambda: Promotions(Registry(registry.folder), fleet, check_lease=lambda: None))
 
     asyncio.run(played())
 
@@ -92,7 +92,7 @@ def run(registry: Registry, scene: Callable[[Fleet, Callable[[], Promotions]], C
 def test_a_version_is_promoted_and_taken_back(registry: Registry) -> None:
     async def scene(fleet: Fleet, ingress: Callable[[], Promotions]) -> None:
         promotions = ingress()
-        assert await promotions.promote(2, asker="Anna") == State(current=2, previous=1, serial=2)
+        assert await promotions.promote(2, started_by="Anna") == State(current=2, previous=1, serial=2)
         assert fleet.answers == [2, 2]
         assert await promotions.roll_back() == State(current=1, serial=3)
         assert fleet.answers == [1, 1]
@@ -108,8 +108,8 @@ def test_of_two_ingresses_that_promote_at_once_one_does_and_the_other_is_told_by
     async def scene(fleet: Fleet, ingress: Callable[[], Promotions]) -> None:
         for shelf in fleet.shelves:
             shelf.load_s = 0.05
-        first = asyncio.ensure_future(ingress().promote(2, asker="Anna"))
-        second = asyncio.ensure_future(ingress().promote(3, asker="Ben"))
+        first = asyncio.ensure_future(ingress().promote(2, started_by="Anna"))
+        second = asyncio.ensure_future(ingress().promote(3, started_by="Ben"))
         results = await asyncio.gather(first, second, return_exceptions=True)
         refused = [result for result in results if isinstance(result, ChangeUnderWay)]
         (won,) = [result for result in results if isinstance(result, State)]
@@ -155,7 +155,7 @@ def test_a_client_that_goes_away_leaves_everything_as_it_was(registry: Registry,
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
-        while promotions._courses:
+        while promotions._runners:
             await asyncio.sleep(0.01)
         assert registry.state() == State(current=1, serial=1)
         assert fleet.answers == [1, 1]
@@ -178,7 +178,7 @@ def test_a_client_that_goes_away_once_it_is_true_changes_nothing(registry: Regis
         request = asyncio.ensure_future(promotions.promote(2))
         await reached.wait()
         request.cancel()
-        while promotions._courses:
+        while promotions._runners:
             await asyncio.sleep(0.01)
         assert registry.state().current == 2 and fleet.answers == [2, 2]
 
@@ -203,7 +203,7 @@ def test_an_ingress_that_dies_half_way_stops_nobody_for_long(
 
 
 def test_what_takes_long_says_that_it_is_still_there(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.02)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
 
     async def scene(fleet: Fleet, ingress: Callable[[], Promotions]) -> None:
         ready = asyncio.Event()
@@ -229,7 +229,7 @@ def test_what_takes_long_says_that_it_is_still_there(registry: Registry, monkeyp
 def test_a_change_that_others_took_for_dead_ends_without_a_trace(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.05)
 
     async def scene(fleet: Fleet, ingress: Callable[[], Promotions]) -> None:
         for shelf in fleet.shelves:
@@ -253,7 +253,7 @@ def test_an_endpoint_without_the_registry_s_lease_changes_nothing(registry: Regi
         raise LeaseTaken("it belongs to another")
 
     async def scene(fleet: Fleet, _: Callable[[], Promotions]) -> None:
-        promotions = Promotions(registry, fleet, may_change=refuse)
+        promotions = Promotions(registry, fleet, check_lease=refuse)
         changes = (promotions.promote(2), promotions.promote(2, 0.1), promotions.roll_back(), promotions.end_canary())
         for change in changes:
             with pytest.raises(LeaseTaken):

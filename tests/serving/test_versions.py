@@ -13,7 +13,7 @@ import pytest
 
 from alignment.errors import CheckpointError, ServingError
 from serving.registry import HEARTBEAT_TIMEOUT_S, PendingChange, State
-from serving.versions import HalfLoaded, MoveLimits, NotHere, Versions, candidate_version
+from serving.versions import MoveLimits, PartialLoadError, ReplicaUnavailable, Versions, candidate_version
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Books:
 class Shelf:
     """A loader that notes what is asked of it."""
 
-    beside: bool
+    holds_many: bool
     present: set[int] = field(default_factory=set)
     fails: type[ServingError] | None = None
     in_progress: int = 0
@@ -55,7 +55,7 @@ class Shelf:
         self.loading.pop()
         if self.fails:
             raise self.fails("broken")
-        if not self.beside:
+        if not self.holds_many:
             assert self.in_progress == 0, "whole weights changed under a request"
             self.present.clear()
         self.present.add(number)
@@ -64,8 +64,8 @@ class Shelf:
         self.present.remove(number)
 
 
-def replica(*, beside: bool, limits: MoveLimits | None = None, **state: Any) -> tuple[Versions, Books, Shelf]:
-    books, shelf = Books(State(current=1, serial=1, **state)), Shelf(beside=beside, present={1})
+def replica(*, holds_many: bool, limits: MoveLimits | None = None, **state: Any) -> tuple[Versions, Books, Shelf]:
+    books, shelf = Books(State(current=1, serial=1, **state)), Shelf(holds_many=holds_many, present={1})
     versions = Versions(books, shelf, limits=limits)  # type: ignore[arg-type]
     versions.begin(books.now, 1)
     return versions, books, shelf
@@ -85,10 +85,10 @@ async def answer(versions: Versions, shelf: Shelf, seconds: float, wanted: int |
         return number, number
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_requests_in_progress_end_with_the_version_they_began_with(beside: bool) -> None:
+@pytest.mark.parametrize("holds_many", [True, False])
+def test_requests_in_progress_end_with_the_version_they_began_with(holds_many: bool) -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=beside)
+        versions, books, shelf = replica(holds_many=holds_many)
         early = [asyncio.ensure_future(answer(versions, shelf, 0.05)) for _ in range(5)]
         await asyncio.sleep(0.01)
         move(books, current=2, previous=1)
@@ -105,26 +105,26 @@ def test_requests_in_progress_end_with_the_version_they_began_with(beside: bool)
 
 def test_a_version_that_cannot_be_loaded_leaves_the_old_one_answering() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=True)
+        versions, books, shelf = replica(holds_many=True)
         shelf.fails = ServingError
         move(books, current=2, previous=1)
         with pytest.raises(ServingError):
             await versions.adopt()
         assert (await answer(versions, shelf, 0.0))[0] == 1
-        assert not versions.broken
+        assert not versions.is_broken
 
     asyncio.run(scene())
 
 
 def test_weights_that_got_stuck_half_way_answer_nothing_any_more() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=False)
-        shelf.fails = HalfLoaded
+        versions, books, shelf = replica(holds_many=False)
+        shelf.fails = PartialLoadError
         move(books, current=2, previous=1)
-        with pytest.raises(HalfLoaded):
+        with pytest.raises(PartialLoadError):
             await versions.adopt()
-        assert versions.broken
-        with pytest.raises(NotHere) as turned_away:
+        assert versions.is_broken
+        with pytest.raises(ReplicaUnavailable) as turned_away:
             await answer(versions, shelf, 0.0)
         assert turned_away.value.is_broken
 
@@ -133,14 +133,14 @@ def test_weights_that_got_stuck_half_way_answer_nothing_any_more() -> None:
 
 def test_a_canary_answers_whoever_asks_for_it_and_nobody_else() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=True)
+        versions, books, shelf = replica(holds_many=True)
         move(books, canary=2, share=0.9)
         await versions.adopt()
         assert {(await answer(versions, shelf, 0.0))[0] for _ in range(20)} == {1}
         assert (await answer(versions, shelf, 0.0, wanted=2))[0] == 2
         with pytest.raises(ServingError, match="Version 9 is not loaded"):
             await answer(versions, shelf, 0.0, wanted=9)
-        with pytest.raises(NotHere):
+        with pytest.raises(ReplicaUnavailable):
             async with versions.hold(9):
                 pass
 
@@ -149,7 +149,7 @@ def test_a_canary_answers_whoever_asks_for_it_and_nobody_else() -> None:
 
 def test_what_nobody_needs_is_let_go_but_never_while_a_request_uses_it() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=True)
+        versions, books, shelf = replica(holds_many=True)
         slow = asyncio.ensure_future(answer(versions, shelf, 0.1))
         await asyncio.sleep(0.01)
         for current in (2, 3, 4):
@@ -168,12 +168,12 @@ def test_a_replica_that_ends_its_answers_sends_new_requests_elsewhere_and_keeps_
     None
 ):
     async def scene() -> None:
-        versions, _, shelf = replica(beside=False)
+        versions, _, shelf = replica(holds_many=False)
         early = asyncio.ensure_future(answer(versions, shelf, 0.3))
         await asyncio.sleep(0.01)
         moving = asyncio.ensure_future(versions.move(2))
         await asyncio.sleep(0.1)
-        with pytest.raises(NotHere) as turned_away:
+        with pytest.raises(ReplicaUnavailable) as turned_away:
             async with versions.hold(None):
                 pass
         assert turned_away.value.moves_to == 2
@@ -189,7 +189,7 @@ def test_a_replica_that_ends_its_answers_sends_new_requests_elsewhere_and_keeps_
 
 def test_the_files_are_verified_while_requests_are_still_taken_and_once() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=False)
+        versions, books, shelf = replica(holds_many=False)
         books.verify_s = 0.2
         await versions.prepare(2)
         moving = asyncio.ensure_future(versions.move(2))
@@ -207,7 +207,7 @@ def test_the_files_are_verified_while_requests_are_still_taken_and_once() -> Non
 
 def test_a_damaged_version_changes_nothing_and_is_named() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=False)
+        versions, books, shelf = replica(holds_many=False)
         books.damaged = {2}
         with pytest.raises(CheckpointError, match="version 2 is damaged"):
             await versions.move(2)
@@ -221,7 +221,7 @@ def test_a_damaged_version_changes_nothing_and_is_named() -> None:
 
 def test_nobody_waits_longer_for_a_long_answer_than_the_limit_says_and_then_nothing_has_changed() -> None:
     async def scene() -> None:
-        versions, _, shelf = replica(beside=False, limits=MoveLimits(wait_s=0.2))
+        versions, _, shelf = replica(holds_many=False, limits=MoveLimits(wait_s=0.2))
         long = asyncio.ensure_future(answer(versions, shelf, 1.5))
         await asyncio.sleep(0.01)
         moving = asyncio.ensure_future(versions.move(2))
@@ -233,14 +233,14 @@ def test_nobody_waits_longer_for_a_long_answer_than_the_limit_says_and_then_noth
         assert not long.done()
         assert await short == (1, 1)
         assert await long == (1, 1)
-        assert versions.loaded == (1,)
+        assert versions.loaded_numbers == (1,)
 
     asyncio.run(scene())
 
 
 def test_answers_that_do_not_end_are_waited_for_no_longer_than_the_limit_says() -> None:
     async def scene() -> None:
-        versions, _, shelf = replica(beside=False, limits=MoveLimits(drain_s=0.2))
+        versions, _, shelf = replica(holds_many=False, limits=MoveLimits(drain_s=0.2))
         long = asyncio.ensure_future(answer(versions, shelf, 1.0))
         await asyncio.sleep(0.01)
         with pytest.raises(ServingError, match=r"did not end within 0\.2 s; nothing has changed"):
@@ -254,7 +254,9 @@ def test_replicas_that_follow_the_registry_change_one_after_the_other(tmp_path: 
     async def scene() -> None:
         books, loading = Books(State(current=1, serial=1)), list[str]()
         replicas = [
-            Versions(books, Shelf(beside=False, present={1}, loading=loading, load_s=0.2), turn=tmp_path / "turn")  # type: ignore[arg-type]
+            Versions(
+                books, Shelf(holds_many=False, present={1}, loading=loading, load_s=0.2), lock_file=tmp_path / "turn"
+            )  # type: ignore[arg-type]
             for _ in range(3)
         ]
         for versions in replicas:
@@ -267,16 +269,16 @@ def test_replicas_that_follow_the_registry_change_one_after_the_other(tmp_path: 
 
 def test_a_replica_keeps_what_a_promotion_under_way_brought_and_goes_back_when_that_falls_silent() -> None:
     async def scene() -> None:
-        versions, books, shelf = replica(beside=False)
+        versions, books, shelf = replica(holds_many=False)
         move(books, pending=PendingChange(number=2, heartbeat=time.time()))
         await versions.adopt()
-        assert versions.loaded == (1,), "its turn has not come"
+        assert versions.loaded_numbers == (1,), "its turn has not come"
         await versions.move(2)
         await versions.adopt()
-        assert versions.loaded == (2,)
+        assert versions.loaded_numbers == (2,)
         move(books, pending=PendingChange(number=2, heartbeat=time.time() - HEARTBEAT_TIMEOUT_S))
         await versions.adopt()
-        assert versions.loaded == (1,)
+        assert versions.loaded_numbers == (1,)
         await versions.move(2)
         move(books, current=2, previous=1, pending=None)
         await versions.adopt()
@@ -287,14 +289,14 @@ def test_a_replica_keeps_what_a_promotion_under_way_brought_and_goes_back_when_t
 
 def test_an_adapter_that_was_made_ready_stays_while_its_promotion_is_under_way() -> None:
     async def scene() -> None:
-        versions, books, _ = replica(beside=True)
+        versions, books, _ = replica(holds_many=True)
         await versions.prepare(2)
         move(books, pending=PendingChange(number=2, heartbeat=time.time()))
         await versions.adopt()
-        assert versions.loaded == (1, 2)
+        assert versions.loaded_numbers == (1, 2)
         move(books, pending=None)
         await versions.adopt()
-        assert versions.loaded == (1,)
+        assert versions.loaded_numbers == (1,)
 
     asyncio.run(scene())
 
