@@ -1,9 +1,9 @@
-"""The gate before a promotion: the served version and the candidate answer the same held-out prompts, and are compared.
+"""The gate before a promotion: the current version and the candidate answer the same held-out prompts and are compared.
 
 held-out rows ─┬─► greedy answers of both, over HTTP ─► judges, in this process ─► reward, length ─┬─► margins
-               └─► /v1/rewards for both ─────► accuracy on pairs, divergence of the answers ───────┘   ─► verdict
+               └─► /v1/rewards for both ─────► accuracy on pairs, divergence of the answers ───────┘   ─► result
 
-The endpoint holds both already, so no second copy of a model is loaded.
+The endpoint has already loaded both versions, so the gate loads no model.
 """
 
 from __future__ import annotations
@@ -31,77 +31,78 @@ if TYPE_CHECKING:
     from alignment.rewards import Rewards
 
 Figures = dict[str, float]
-"""What a version is worth: `accuracy`, `reward`, `judges/NAME`, `length`, `truncated`, `kl`, as far as it is known."""
+"""The figures of a version: `accuracy`, `reward`, `judges/NAME`, `length`, `truncated` and `kl`, as far as they are
+measured."""
 
-SLACK = 1e-9
-"""What sums of floating-point numbers may be off."""
+TOLERANCE = 1e-9
+"""Rounding error that a sum of floating-point numbers may have."""
 
 
 class Margins(Section):
-    """How much worse a candidate may be than the version that answers now. None asks for nothing."""
+    """How much worse a candidate may be than the current version. A margin of None is not checked."""
 
     accuracy: Fraction | None = 0.02
     """Largest fall of the share of held-out pairs whose better answer has the larger implicit reward, 0 to 1. With n
     pairs, chance alone moves it by up to 0.5 / √n."""
     reward: NonNegative | None = 0.05
-    """Largest fall of the mean reward, the weighted sum of the judges, in their units."""
+    """Largest fall of the mean reward, which is the weighted sum of the judges, in their units."""
     judges: dict[str, NonNegative] = Field(default_factory=dict)
     """Largest fall of the mean of single judges, by name, each in its own unit."""
     max_length_ratio: Positive | None = 1.5
-    """Most times the present mean length of an answer (tokens)."""
+    """Largest ratio of the candidate's mean answer length (tokens) to the current version's."""
     max_kl: Positive | None = None
     """Largest divergence of the candidate from its reference: mean log π/π_ref of its own answers, in nats per
-    answer. It is an estimate from greedy answers, and not comparable with a run's, which are drawn at random."""
+    answer. It is estimated from greedy answers and cannot be compared with a run's, which samples its answers."""
 
 
 class GateConfig(Section):
-    """What a candidate is examined on, and what it may not lose."""
+    """The held-out data of a gate, the scorers, and how much worse a candidate may be."""
 
     data: SourceConfig
-    """Held-out prompts or preference pairs; `keep` names what the judges compare with."""
+    """Held-out prompts or preference pairs; `keep` names the columns that the judges need."""
     prompts: PositiveCount = 64
-    """Rows that are used, from the front."""
+    """How many rows are used, from the beginning of the data."""
     judges: Scorers = ()
-    """What the answers are worth: scorers as in a run's `judges`. They run in this process and see text alone."""
+    """Scorers that rate the answers, as in a run's `judges`. They run in this process and see only text."""
     max_tokens: PositiveCount = 256
-    """Most tokens of an answer. Answers are greedy, at temperature 0."""
+    """Largest number of tokens of an answer. Answers are greedy, at temperature 0."""
     margins: Margins = Field(default_factory=Margins)
-    """What it may lose."""
+    """How much worse the candidate may be."""
     concurrency: PositiveCount = 8
-    """Requests at a time; the endpoint answers others too."""
+    """Requests in progress at a time; the endpoint also answers other clients meanwhile."""
     timeout_s: Positive = 300.0
     """Seconds to wait for one answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class FigureComparison:
     """One figure of both versions."""
 
     name: str
     current: float
     candidate: float
-    allowed: str
-    """What the candidate's has to be, as `≥ 0.93`; empty if nothing is asked of it."""
-    passed: bool
+    limit: str
+    """The values that pass, for example `≥ 0.93`; empty if no margin concerns the figure."""
+    passes: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a gate says."""
+class GateResult:
+    """The result of a gate."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[FigureComparison, ...]
 
     @property
-    def passed(self) -> bool:
-        """True if the candidate loses nowhere more than the margins allow."""
-        return all(line.passed for line in self.lines)
+    def passes(self) -> bool:
+        """True if no figure of the candidate is worse than its margin allows."""
+        return all(line.passes for line in self.lines)
 
     def table(self, current: str, candidate: str) -> str:
-        """All figures for the terminal, under the names of the two versions."""
+        """A table of all figures for the terminal, under the names of the two versions."""
         rows = [("", current, candidate, "allowed", "")]
         for line in self.lines:
-            mark = "" if not line.allowed else "ok" if line.passed else "WORSE"
-            rows.append((line.name, f"{line.current:.4g}", f"{line.candidate:.4g}", line.allowed, mark))
+            mark = "" if not line.limit else "ok" if line.passes else "WORSE"
+            rows.append((line.name, f"{line.current:.4g}", f"{line.candidate:.4g}", line.limit, mark))
         return format_table(rows)
 
 
@@ -117,29 +118,28 @@ def load_gate(path: Path) -> GateConfig:
     return config
 
 
-def judge(current: Figures, candidate: Figures, margins: Margins) -> Verdict:
-    """Compares two versions, figure by figure. A figure that is asked for and missing, or NaN, does not pass."""
+def compare(current: Figures, candidate: Figures, margins: Margins) -> GateResult:
+    """Compares two versions, figure by figure. A figure with a margin does not pass if it is missing or NaN."""
     falls = {"accuracy": margins.accuracy, "reward": margins.reward}
     falls |= {f"judges/{name}": fall for name, fall in margins.judges.items()}
-    least = {name: current[name] - fall for name, fall in falls.items() if fall is not None and name in current}
-    most = {} if margins.max_kl is None else {"kl": margins.max_kl}
+    minima = {name: current[name] - fall for name, fall in falls.items() if fall is not None and name in current}
+    maxima = {} if margins.max_kl is None else {"kl": margins.max_kl}
     if margins.max_length_ratio is not None and "length" in current:
-        most["length"] = current["length"] * margins.max_length_ratio
-    return Verdict(
-        lines=tuple(
-            _line(name, current.get(name, math.nan), candidate.get(name, math.nan), least.get(name), most.get(name))
-            for name in {**current, **candidate}
-        )
-    )
+        maxima["length"] = current["length"] * margins.max_length_ratio
+    lines = []
+    for name in {**current, **candidate}:
+        values = current.get(name, math.nan), candidate.get(name, math.nan)
+        lines.append(_compare_figure(name, *values, minimum=minima.get(name), maximum=maxima.get(name)))
+    return GateResult(lines=tuple(lines))
 
 
-def evaluate(config: GateConfig, service: EndpointClient, versions: Sequence[int]) -> list[Figures]:
-    """Has versions that the endpoint has loaded answer the held-out prompts; figures in the order of the versions.
+def evaluate_versions(config: GateConfig, client: EndpointClient, versions: Sequence[int]) -> list[Figures]:
+    """Asks versions that the endpoint has loaded the held-out prompts; returns their figures, in the same order.
 
     Raises:
-        ConfigError: a margin names a judge that there is not.
+        ConfigError: a margin names a judge that does not exist.
         DataError: a held-out row cannot be used.
-        RewardError: an answer could not be judged.
+        RewardError: an answer could not be scored.
         ServingError: the endpoint did not answer.
     """
     import torch
@@ -147,22 +147,25 @@ def evaluate(config: GateConfig, service: EndpointClient, versions: Sequence[int
     from alignment.rewards import Rewards
 
     groups = held_out(config)
-    with closing(Rewards(config.judges, torch.device("cpu"))) as judges:
-        _check_names(config.margins, judges.names)
-        examiner = Examiner(config, service)
-        asked = [(version, group) for group in groups for version in versions]
-        papers = map_concurrently(
-            lambda each: examiner.sit(*each), asked, concurrency=config.concurrency, description="held-out prompts"
+    with closing(Rewards(config.judges, torch.device("cpu"))) as rewards:
+        _check_margin_names(config.margins, rewards.names)
+        evaluator = VersionEvaluator(config, client)
+        tasks = [(version, group) for group in groups for version in versions]
+        results = map_concurrently(
+            lambda task: evaluator.evaluate(*task),
+            tasks,
+            concurrency=config.concurrency,
+            description="held-out prompts",
         )
-        by_version = {version: papers[place :: len(versions)] for place, version in enumerate(versions)}
-        return [figures_of(by_version[version], judges) for version in versions]
+        by_version = {version: results[offset :: len(versions)] for offset, version in enumerate(versions)}
+        return [figures_of(by_version[version], rewards) for version in versions]
 
 
 def held_out(config: GateConfig) -> list[Group]:
-    """The rows that are used.
+    """The held-out rows as groups.
 
     Raises:
-        DataError: there are none, or one cannot be used; the text names it.
+        DataError: there are no rows, or one cannot be used; the message names it.
     """
     from alignment.data.shapes import to_group
     from alignment.data.sources import read_rows
@@ -181,85 +184,87 @@ def held_out(config: GateConfig) -> list[Group]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paper:
-    """What one version made of one prompt."""
+class EvaluationResult:
+    """The answer of one version to one prompt, and its scores."""
 
     group: Group
     """The prompt, with the version's answer as its only completion."""
-    tokens: int
-    """Length of the answer."""
-    outcomes: tuple[float, ...]
-    """For every held-out pair: 1 if the better answer has the larger implicit reward, 0.5 for a tie, else 0."""
-    ratio: float | None
-    """log π/π_ref of the answer (nats); None if nobody asked, or the answer is empty."""
+    num_tokens: int
+    """Length of the answer (tokens)."""
+    pair_outcomes: tuple[float, ...]
+    """For every held-out pair: 1 if the chosen answer has the larger implicit reward, 0.5 for a tie, else 0."""
+    log_ratio: float | None
+    """log π/π_ref of the answer (nats); None if no margin concerns it, or if the answer is empty."""
 
 
-class Examiner:
-    """Asks an endpoint one prompt after the other."""
+class VersionEvaluator:
+    """Evaluates versions of an endpoint on single prompts."""
 
-    def __init__(self, config: GateConfig, service: EndpointClient) -> None:
+    def __init__(self, config: GateConfig, client: EndpointClient) -> None:
         self._config = config
-        self._service = service
-        self._model = service.get("/v1/models", _Models).data[0].id  # the aligned one stands first
+        self._client = client
+        self._model = client.get("/v1/models", _Models).data[0].id  # the aligned model is listed first
 
-    def sit(self, version: int, group: Group) -> Paper:
-        """One prompt of one version's examination."""
+    def evaluate(self, version: int, group: Group) -> EvaluationResult:
+        """Asks one version one prompt, and scores the answers."""
         from alignment.groups import Completion
 
-        completed = self._completed(version, group)
-        (choice,) = completed.choices
+        response = self._complete(version, group)
+        (choice,) = response.choices
         text = (choice.text if choice.message is None else choice.message.content) or ""
         answer = Completion(text=text, truncated=choice.finish_reason == "length")
         pairs = group.pairs if self._config.margins.accuracy is not None else []
-        known = [completion.text for completion in group.completions] if pairs else []
-        own = [text] if text and self._config.margins.max_kl is not None else []
-        rated = self._rated(version, group, known + own) if known + own else _Item(rewards=[])
-        return Paper(
+        needs_kl = bool(text) and self._config.margins.max_kl is not None
+        texts = [completion.text for completion in group.completions] if pairs else []
+        texts += [text] if needs_kl else []
+        scores = self._score(version, group, texts) if texts else _ItemScores(rewards=[])
+        rewards = scores.rewards
+        return EvaluationResult(
             group=replace(group, completions=(answer,)),
-            tokens=completed.usage.completion_tokens,
-            outcomes=tuple(_outcome(rated.rewards[better], rated.rewards[worse]) for better, worse in pairs),
-            ratio=rated.logratios[-1] if own and rated.logratios else None,
+            num_tokens=response.usage.completion_tokens,
+            pair_outcomes=tuple(_pair_outcome(rewards[chosen], rewards[rejected]) for chosen, rejected in pairs),
+            log_ratio=scores.logratios[-1] if needs_kl and scores.logratios else None,
         )
 
-    def _completed(self, version: int, group: Group) -> _Completed:
+    def _complete(self, version: int, group: Group) -> _CompletionResponse:
         body = {**_prompt(group), "model": self._model, "max_tokens": self._config.max_tokens, "temperature": 0}
         path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
-        return self._service.post(path, body, _Completed, model_version=version, retry_when_busy=True)
+        return self._client.post(path, body, _CompletionResponse, model_version=version, retry_when_busy=True)
 
-    def _rated(self, version: int, group: Group, texts: list[str]) -> _Item:
+    def _score(self, version: int, group: Group, texts: list[str]) -> _ItemScores:
         body = {"model": self._model, "version": version, "items": [{**_prompt(group), "completions": texts}]}
-        (item,) = self._service.post("/v1/rewards", body, _Rated, retry_when_busy=True).items
+        (item,) = self._client.post("/v1/rewards", body, _ScoreResponse, retry_when_busy=True).items
         if self._config.margins.max_kl is not None and item.logratios is None:
             raise ServingError(
-                f"{self._service.url} rates answers by a reward model, which knows of no divergence; set "
+                f"{self._client.url} rates answers by a reward model, which knows of no divergence; set "
                 "margins.max_kl to null"
             )
-        if any(len(given) != len(texts) for given in (item.rewards, item.logratios) if given is not None):
-            raise ServingError(f"{self._service.url} gave {len(item.rewards)} rewards for {len(texts)} answers")
+        if any(len(values) != len(texts) for values in (item.rewards, item.logratios) if values is not None):
+            raise ServingError(f"{self._client.url} gave {len(item.rewards)} rewards for {len(texts)} answers")
         return item
 
 
-def figures_of(papers: Sequence[Paper], judges: Rewards) -> Figures:
+def figures_of(results: Sequence[EvaluationResult], rewards: Rewards) -> Figures:
     """A version's figures: means over the prompts, and over the pairs for the accuracy.
 
     Raises:
-        RewardError: an answer could not be judged.
+        RewardError: an answer could not be scored.
     """
-    answers = [group.completions[0] for group in judges.score([paper.group for paper in papers])]
-    outcomes = [outcome for paper in papers for outcome in paper.outcomes]
-    ratios = [paper.ratio for paper in papers if paper.ratio is not None]
+    answers = [group.completions[0] for group in rewards.score([result.group for result in results])]
+    pair_outcomes = [outcome for result in results for outcome in result.pair_outcomes]
+    log_ratios = [result.log_ratio for result in results if result.log_ratio is not None]
     return {
-        **({"accuracy": statistics.fmean(outcomes)} if outcomes else {}),
-        **({"reward": statistics.fmean(answer.reward or 0.0 for answer in answers)} if judges.names else {}),
-        **{f"judges/{name}": statistics.fmean(answer.scores[name] for answer in answers) for name in judges.names},
-        "length": statistics.fmean(paper.tokens for paper in papers),
+        **({"accuracy": statistics.fmean(pair_outcomes)} if pair_outcomes else {}),
+        **({"reward": statistics.fmean(answer.reward or 0.0 for answer in answers)} if rewards.names else {}),
+        **{f"judges/{name}": statistics.fmean(answer.scores[name] for answer in answers) for name in rewards.names},
+        "length": statistics.fmean(result.num_tokens for result in results),
         "truncated": statistics.fmean(answer.truncated for answer in answers),
-        **({"kl": statistics.fmean(ratios)} if ratios else {}),
+        **({"kl": statistics.fmean(log_ratios)} if log_ratios else {}),
     }
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal."""
+    """A table for the terminal, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -287,35 +292,38 @@ class _Usage(BaseModel):
     completion_tokens: int
 
 
-class _Completed(BaseModel):
+class _CompletionResponse(BaseModel):
     choices: list[_Choice] = Field(min_length=1, max_length=1)
     usage: _Usage
 
 
-class _Item(BaseModel):
+class _ItemScores(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     rewards: list[float]
     logratios: list[float] | None = None
 
 
-class _Rated(BaseModel):
-    items: list[_Item] = Field(min_length=1, max_length=1)
+class _ScoreResponse(BaseModel):
+    items: list[_ItemScores] = Field(min_length=1, max_length=1)
 
 
-def _line(name: str, current: float, candidate: float, least: float | None, most: float | None) -> Line:
-    allowed, passed = "", True
-    if least is not None:
-        allowed, passed = f"≥ {least:.4g}", candidate >= least - SLACK
-    elif most is not None:
-        allowed, passed = f"≤ {most:.4g}", candidate <= most + SLACK
-    return Line(name=name, current=current, candidate=candidate, allowed=allowed, passed=passed)
+def _compare_figure(
+    name: str, current: float, candidate: float, *, minimum: float | None, maximum: float | None
+) -> FigureComparison:
+    limit, passes = "", True
+    if minimum is not None:
+        limit, passes = f"≥ {minimum:.4g}", candidate >= minimum - TOLERANCE
+    elif maximum is not None:
+        limit, passes = f"≤ {maximum:.4g}", candidate <= maximum + TOLERANCE
+    return FigureComparison(name=name, current=current, candidate=candidate, limit=limit, passes=passes)
 
 
-def _check_names(margins: Margins, judges: Sequence[str]) -> None:
+def _check_margin_names(margins: Margins, scorer_names: Sequence[str]) -> None:
     for name in margins.judges:
-        if name not in judges:
-            raise ConfigError(f"margins.judges: there is no judge {name!r}; there are {', '.join(judges) or 'none'}")
+        if name not in scorer_names:
+            names = ", ".join(scorer_names) or "none"
+            raise ConfigError(f"margins.judges: there is no judge {name!r}; there are {names}")
 
 
 def _prompt(group: Group) -> dict[str, Any]:
@@ -325,5 +333,6 @@ def _prompt(group: Group) -> dict[str, Any]:
     return {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
 
 
-def _outcome(better: float, worse: float) -> float:
-    return 0.5 if better == worse else float(better > worse)
+def _pair_outcome(chosen: float, rejected: float) -> float:
+    """1 if the chosen answer has the larger reward, 0.5 for a tie, else 0."""
+    return 0.5 if chosen == rejected else float(chosen > rejected)

@@ -101,7 +101,7 @@ class Tenant:
         self._observation: tuple[Lease, float] | None = None
         """Another endpoint's lease, and the time since which it has not changed (monotonic seconds)."""
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._stop_event = threading.Event()
         self._thread: threading.Thread | None = None
         self._other_lease: Lease | None = None
         self._is_held = False
@@ -176,7 +176,7 @@ class Tenant:
 
     def close(self) -> None:
         """Removes this process from the lease; the last process of an endpoint releases the lease."""
-        self._closed.set()
+        self._stop_event.set()
         with self._lock:
             self._is_held = False
             try:
@@ -188,7 +188,7 @@ class Tenant:
                 logger.warning("%s could not be given back", self._file)
 
     def _renew_until_closed(self) -> None:
-        while not self._closed.wait(HEARTBEAT_S):
+        while not self._stop_event.wait(HEARTBEAT_S):
             was_held = self._is_held
             try:
                 other_lease = self.try_acquire()
@@ -233,7 +233,7 @@ class Tenant:
 
     def _write(self, lease: Lease | None, processes: list[Process]) -> None:
         """Writes the lease with these processes and this one; deletes the file if there is none."""
-        own_processes = [] if self._closed.is_set() else [_current_process()]
+        own_processes = [] if self._stop_event.is_set() else [_current_process()]
         other_processes = [process for process in processes if not _is_current_process(process)]
         if not (other_processes or own_processes):
             self._file.unlink(missing_ok=True)

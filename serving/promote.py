@@ -186,19 +186,19 @@ def _run_gate(config: GateConfig, client: EndpointClient, version: Version, stat
         typer.Exit: the version is worse than the gate allows; it is no longer the canary.
     """
     from serving.client import EndpointClient
-    from serving.gate import evaluate, judge
+    from serving.gate import compare, evaluate_versions
 
     with EndpointClient(client.url, timeout_s=config.timeout_s) as gate_client:
-        current, candidate = evaluate(config, gate_client, [state.current, version.number])
+        current, candidate = evaluate_versions(config, gate_client, [state.current, version.number])
     new_state = client.listing().state
     if (new_state.current, new_state.canary) != (state.current, version.number):
         raise ServingError(
             f"the versions of {client.url} were changed meanwhile: version {new_state.current} answers, and the "
             f"canary is {new_state.canary}. The comparison with version {state.current} is void; run the command again"
         )
-    verdict = judge(current, candidate, config.margins)
-    typer.echo(verdict.table(f"version {state.current}", f"version {version.number}"))
-    if not verdict.passed:
+    result = compare(current, candidate, config.margins)
+    typer.echo(result.table(f"version {state.current}", f"version {version.number}"))
+    if not result.passes:
         client.end_canary()
         typer.echo(f"{_label(version)} is worse than allowed, and was not promoted.")
         raise typer.Exit(1)

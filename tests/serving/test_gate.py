@@ -12,7 +12,7 @@ import pytest
 from alignment.errors import ConfigError, DataError, RewardError, ServingError
 from alignment.settings.load import check_config
 from serving.client import EndpointClient
-from serving.gate import Figures, GateConfig, Margins, Verdict, evaluate, held_out, judge, load_gate
+from serving.gate import Figures, GateConfig, GateResult, Margins, compare, evaluate_versions, held_out, load_gate
 from serving.registry import Registry
 from tests.serving.standin import MODEL, Standin, broken, running
 from tests.serving.tiny import adapter
@@ -50,12 +50,12 @@ def gate(write_rows: Any, rows: list[dict[str, Any]] | None = None, **settings: 
 
 def figures(config: GateConfig, standin: Standin, versions: tuple[int, ...] = (1, 2)) -> list[Figures]:
     with EndpointClient(standin.url, timeout_s=10) as service:
-        return evaluate(config, service, versions)
+        return evaluate_versions(config, service, versions)
 
 
-def names(verdict: Verdict) -> list[str]:
+def names(result: GateResult) -> list[str]:
     """Of the figures that did not pass."""
-    return [line.name for line in verdict.lines if not line.passed]
+    return [line.name for line in result.lines if not line.passes]
 
 
 def test_figures_are_means_over_prompts_pairs_and_answers(service: Standin, write_rows: Any) -> None:
@@ -100,7 +100,7 @@ def test_an_empty_answer_has_no_divergence_and_is_not_rated(service: Standin, wr
     service.says[2] = lambda prompt: ""
     found = figures(gate(write_rows), service)
     assert "kl" not in found[1]
-    assert "kl" in names(judge(*found, Margins(max_kl=60)))
+    assert "kl" in names(compare(*found, Margins(max_kl=60)))
 
 
 def test_only_so_many_prompts_are_used_and_so_many_at_once(service: Standin, write_rows: Any) -> None:
@@ -183,9 +183,9 @@ def test_no_rows_are_no_examination(write_rows: Any) -> None:
 
 
 def test_an_equal_candidate_passes() -> None:
-    assert judge(
+    assert compare(
         SAME, SAME, Margins(max_kl=10, max_length_ratio=1, reward=0, accuracy=0, judges={"keywords": 0})
-    ).passed
+    ).passes
 
 
 @pytest.mark.parametrize(
@@ -203,20 +203,20 @@ def test_an_equal_candidate_passes() -> None:
 )
 def test_every_margin_has_an_edge(figure: str, passes: float, fails: float) -> None:
     margins = Margins(accuracy=0.02, reward=0.05, judges={"keywords": 0.1}, max_length_ratio=1.5, max_kl=30)
-    assert judge(SAME, {**SAME, figure: passes}, margins).passed
-    assert names(judge(SAME, {**SAME, figure: fails}, margins)) == [figure]
+    assert compare(SAME, {**SAME, figure: passes}, margins).passes
+    assert names(compare(SAME, {**SAME, figure: fails}, margins)) == [figure]
 
 
 def test_what_is_not_asked_for_is_shown_and_does_not_count() -> None:
     nothing = Margins(accuracy=None, reward=None, max_length_ratio=None)
-    verdict = judge(SAME, dict.fromkeys(SAME, 1e9), nothing)
-    assert verdict.passed
-    assert [line.name for line in verdict.lines] == list(SAME)
+    result = compare(SAME, dict.fromkeys(SAME, 1e9), nothing)
+    assert result.passes
+    assert [line.name for line in result.lines] == list(SAME)
 
 
 def test_a_verdict_is_a_table() -> None:
-    verdict = judge(SAME, {**SAME, "accuracy": 0.5, "length": 27.0}, Margins(max_kl=30))
-    assert verdict.table("version 2", "version 3").splitlines() == [
+    result = compare(SAME, {**SAME, "accuracy": 0.5, "length": 27.0}, Margins(max_kl=30))
+    assert result.table("version 2", "version 3").splitlines() == [
         "                 version 2  version 3  allowed",
         "accuracy         0.9        0.5        ≥ 0.88   WORSE",
         "reward           0.5        0.5        ≥ 0.45   ok",
