@@ -24,7 +24,7 @@ from serving.nodes import check_nodes
 from serving.registry import Registry
 from serving.routing import ConversationRouter
 from serving.scoring import MAX_BATCH, SCORING_NAME, Scoring
-from serving.served import Served, publish, registry_of
+from serving.served import ServedModel, publish, registry_of
 from serving.store.opening import default_database
 
 logger = logging.getLogger("ray.serve")
@@ -81,7 +81,7 @@ def build(args: dict[str, Any]) -> Application:
     publication = publish(config, is_live=lease is not None)
     if publication.note:
         logger.warning("%s", publication.note)
-    return application(config, publication.served, registry, owner)
+    return application(config, publication.served_model, registry, owner)
 
 
 def cluster_id() -> str | None:
@@ -91,7 +91,7 @@ def cluster_id() -> str | None:
     return str(ray._private.worker.global_worker.gcs_client.cluster_id.hex())
 
 
-def application(config: ServeConfig, served: Served, registry: Registry, owner: str) -> Application:
+def application(config: ServeConfig, served: ServedModel, registry: Registry, owner: str) -> Application:
     """The same for a checkpoint that is published already, since proving a large one takes a while.
 
     Args:

@@ -256,5 +256,5 @@ def load_serve_config(checkpoint: str, overrides: list[str], path: Path | None) 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
     """
-    given = [f"checkpoint={json.dumps(checkpoint)}", *overrides]  # JSON is YAML that no name can break out of
-    return load_config(path, given, kind=ServeConfig)
+    settings = [f"checkpoint={json.dumps(checkpoint)}", *overrides]  # JSON is YAML that no name can break out of
+    return load_config(path, settings, kind=ServeConfig)

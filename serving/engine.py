@@ -39,7 +39,7 @@ from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
 from serving.scheduling import SCHEDULER
 from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, event, invalid, refusal
-from serving.served import Served, adapter_name, served_version
+from serving.served import ServedModel, adapter_name, served_version
 from serving.trial import Trials
 from serving.versions import (
     TURN_LOCK,
@@ -215,7 +215,7 @@ class Engine:
                 async with self._versions.hold(wanted, may_leave=self._replica not in avoid) as number:
                     names = _Names(
                         asked=body["model"],
-                        inside=self._served.inside(number),
+                        inside=self._served.version_name(number),
                         version=number,
                         version_s=time.perf_counter() - asked_at,
                         form_s=form_s,
@@ -473,7 +473,7 @@ def _setting_names(settings: EngineSettings) -> SettingNames:
     return SettingNames(cache=cache, length="max_model_len", gpus="tensor_parallel_size")
 
 
-def _llm_config(settings: EngineSettings, served: Served, log: StartLog) -> LLMConfig:
+def _llm_config(settings: EngineSettings, served: ServedModel, log: StartLog) -> LLMConfig:
     from ray.serve.llm import LLMConfig
 
     config = LLMConfig(
@@ -505,7 +505,7 @@ def _engine_class(settings: EngineSettings) -> type[VLLMEngine]:
     return OneProcessEngine if one_process else VLLMEngine
 
 
-def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]:
+def engine_arguments(settings: EngineSettings, served: ServedModel) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`."""
     from vllm.config import StructuredOutputsConfig
 
@@ -549,7 +549,7 @@ def engine_arguments(settings: EngineSettings, served: Served) -> dict[str, Any]
     )
 
 
-def chat_template_of(config: ServeConfig, served: Served) -> str | None:
+def chat_template_of(config: ServeConfig, served: ServedModel) -> str | None:
     """Text of the template for chats that the configuration or an adapter sets; None leaves it to the model's own."""
     from alignment.data.chat import chat_template
 
@@ -560,7 +560,7 @@ def chat_template_of(config: ServeConfig, served: Served) -> str | None:
     return None
 
 
-def _reasoning_parser(config: ServeConfig, served: Served) -> str | None:
+def _reasoning_parser(config: ServeConfig, served: ServedModel) -> str | None:
     """The configured parser of thoughts, or the one for a template whose prompt opens one."""
     if config.reasoning_parser != "auto" or not served.can_chat:
         return None if config.reasoning_parser == "auto" else config.reasoning_parser

@@ -48,7 +48,7 @@ from serving.routes import (
 )
 from serving.schema import Refused, invalid, refusal
 from serving.scrape import Figures, gather, page
-from serving.served import Served, check_here
+from serving.served import ServedModel, check_here
 from serving.store import Store
 from serving.store.opening import default_database
 from serving.store.records import StoreAway
@@ -71,7 +71,7 @@ class Ingress:
         candidate: DeploymentHandle | None,
         scoring: DeploymentHandle,
         config: ServeConfig,
-        served: Served,
+        served: ServedModel,
         registry: str,
         owner: str,
     ) -> None:

@@ -1,4 +1,4 @@
-"""`raylign serve`: from a checkpoint to an answering endpoint, and down again without a trace."""
+"""`raylign serve`: starts an endpoint for a checkpoint, and removes every trace of it at the end."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ if TYPE_CHECKING:
 
     from serving.config import ServeConfig
     from serving.registry import Registry
-    from serving.served import Served
+    from serving.served import ServedModel
 
 APPLICATION = "raylign"
-LOGS = (
+LOG_HINT = (
     "Everything that was logged is in /tmp/ray/session_latest/logs of the machine where it happened: serve/ has the "
     "replicas' own, worker-* what vLLM's processes printed."
 )
-OURS = re.compile(r"^\s*(?:alignment|cluster|serving)(?:\.\w+)+: ", re.MULTILINE)
-"""How a line begins that names an exception of ours."""
-RAISED = re.compile(rf"[\w.]+(?:Error|Exception): |{OURS.pattern}")
-"""The same of any exception."""
+OWN_EXCEPTION = re.compile(r"^\s*(?:alignment|cluster|serving)(?:\.\w+)+: ", re.MULTILINE)
+"""The beginning of a line that names one of raylign's own exceptions."""
+ANY_EXCEPTION = re.compile(rf"[\w.]+(?:Error|Exception): |{OWN_EXCEPTION.pattern}")
+"""The beginning of a line that names any exception."""
 POLL_S = 0.5
-"""Seconds between looks at an endpoint that starts."""
-SIGN_OF_LIFE_S = 15.0
-ANSWER_S = 60.0
-"""Seconds in which an ingress says whether an answer has been drawn."""
+"""Seconds between two checks of an endpoint that starts."""
+PROGRESS_INTERVAL_S = 15.0
+"""Seconds of silence after which a line shows that the start goes on."""
+INGRESS_TIMEOUT_S = 60.0
+"""Seconds in which an ingress must say what the endpoint still waits for."""
 OBJECT_STORE_BYTES = 200 * 2**20  # only requests and answers pass through; Ray would take 30 % of the memory
 
 
@@ -66,41 +67,42 @@ def serve(
         bool, typer.Option("--promote", help="Change to CHECKPOINT where another version answers so far.")
     ] = False,
 ) -> None:
-    """Serve a checkpoint behind an OpenAI-compatible HTTP endpoint, until Ctrl-C.
+    """Serves a checkpoint behind an OpenAI-compatible HTTP endpoint, until Ctrl-C.
 
-    What was served last under the same name goes on being served: CHECKPOINT then only becomes a version to promote.
-    A LoRA checkpoint is served together with its base model: requests choose by the name they give as `model`.
-    Ray is started on this machine; with RAY_ADDRESS set, the endpoint is deployed on that cluster instead.
+    If another version was served under the same name before, that version is served again, and CHECKPOINT only becomes
+    a version that can be promoted. A LoRA checkpoint is served together with its base model: the name that a request
+    gives as `model` chooses between them. Ray is started on this machine; if RAY_ADDRESS is set, the endpoint is
+    deployed on that cluster instead.
     """
     from serving.config import load_serve_config
 
-    started = time.monotonic()
+    start_s = time.monotonic()
     _raise_on_signals()
     try:
         settings = [*(overrides or []), *(["promote=true"] if promote else [])]
-        with endpoint(load_serve_config(checkpoint, settings, config)) as running:
-            typer.echo(f"Ready after {time.monotonic() - started:.0f} s. {running}")
+        with endpoint(load_serve_config(checkpoint, settings, config)) as server:
+            typer.echo(f"Ready after {time.monotonic() - start_s:.0f} s. {server}")
             threading.Event().wait()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Endpoint:
+class RunningEndpoint:
     """A running endpoint."""
 
     url: str
-    """As `http://127.0.0.1:8000`; OpenAI's clients want `/v1` behind it."""
+    """For example `http://127.0.0.1:8000`; OpenAI's clients need `/v1` after it."""
     names: list[str]
-    """The model names it answers to, the aligned model first."""
+    """The model names that requests may give, the aligned model first."""
     version: int
     """Number of the version that answers."""
-    keys: bool
+    needs_keys: bool
     """Whether requests need a key."""
     can_chat: bool = True
-    """Whether the model has a template for chats."""
+    """Whether the model has a chat template."""
     is_asleep: bool = False
-    """Whether nothing is loaded before the first request."""
+    """Whether the first request must start a replica."""
 
     def __str__(self) -> str:
         question = {"messages": [{"role": "user", "content": "Hello!"}]} if self.can_chat else {"prompt": "Once upon"}
@@ -114,24 +116,24 @@ class Endpoint:
             "model; whether it can is seen then."
         )
         note = ("" if self.can_chat else no_template) + (asleep if self.is_asleep else "")
-        key = " -H 'Authorization: Bearer KEY'" if self.keys else ""
-        how = (
+        key = " -H 'Authorization: Bearer KEY'" if self.needs_keys else ""
+        access = (
             f" with a KEY from `raylign keys create`; its page is {self.url}/"
-            if self.keys
+            if self.needs_keys
             else f"; its page is {self.url}/"
         )
         return (
-            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{how}.{note} Try: "
+            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{access}.{note} Try: "
             f"curl {self.url}/v1/{route}{key} -H 'Content-Type: application/json' -d '{body}'"
         )
 
 
 @contextmanager
-def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
-    """An endpoint that answers inside the `with` block, and is gone after it.
+def endpoint(config: ServeConfig) -> Iterator[RunningEndpoint]:
+    """Starts an endpoint; it answers inside the `with` block and is removed after it.
 
     Raises:
-        ServingError: the port is taken, another endpoint has the registry, or the engine did not start.
+        ServingError: the port is in use, another endpoint holds the registry's lease, or the engine did not start.
         CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served.publish`).
     """
     from serving.served import publish, registry_of
@@ -139,29 +141,30 @@ def endpoint(config: ServeConfig) -> Iterator[Endpoint]:
     if _is_local():
         refuse_busy_port(config.host, config.port)
     owner = f"{secrets.token_hex(8)}/{APPLICATION}"
-    with _leased(config, registry_of(config), owner) as is_held:
+    with _hold_lease(config, registry_of(config), owner) as is_held:
         publication = publish(config if is_held else config.model_copy(update={"promote": False}), is_live=not is_held)
-        served = publication.served
+        served_model = publication.served_model
         if publication.note:
             typer.echo(publication.note)
         if note := _other_database(config, publication.registry):
             typer.echo(note)
-        doing = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
-        typer.echo(f"{doing} to serve {' and '.join(served.names)} …")
-        with _ray(config), _application(config, served, publication.registry, owner):
-            yield Endpoint(
+        action = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
+        typer.echo(f"{action} to serve {' and '.join(served_model.names)} …")
+        with _running_ray(config), _running_application(config, served_model, publication.registry, owner):
+            yield RunningEndpoint(
                 url=config.url,
-                names=served.names,
+                names=served_model.names,
                 version=publication.registry.state().current,
-                keys=not config.no_keys,
-                can_chat=served.can_chat,
+                needs_keys=not config.no_keys,
+                can_chat=served_model.can_chat,
                 is_asleep=not config.min_replicas,
             )
 
 
 @contextmanager
-def _leased(config: ServeConfig, registry: Registry, owner: str) -> Iterator[bool]:
-    """The registry belongs to this endpoint, or will when the other one has ended; whether it does already."""
+def _hold_lease(config: ServeConfig, registry: Registry, owner: str) -> Iterator[bool]:
+    """Holds the registry's lease inside the `with` block, or waits for it there while another endpoint holds it; yields
+    whether it is held at the start."""
     from serving.lease import Tenant
 
     tenant = Tenant(registry, owner=owner, url=config.url)
@@ -173,7 +176,7 @@ def _leased(config: ServeConfig, registry: Registry, owner: str) -> Iterator[boo
 
 
 def _other_database(config: ServeConfig, registry: Registry) -> str | None:
-    """That keys and feedback of before lie elsewhere, where this endpoint begins new ones; None if they do not."""
+    """A note that keys and feedback of former versions of raylign are in another database; None if there are none."""
     from serving.store.opening import FILE, old_file
 
     old = old_file()
@@ -190,10 +193,10 @@ def _is_local() -> bool:
 
 
 def refuse_busy_port(host: str, port: int) -> None:
-    """Finds out before anything heavy starts whether the port can be listened on.
+    """Checks whether the port can be used, before anything slow starts.
 
     Raises:
-        ServingError: another process listens there, or the address is not this machine's.
+        ServingError: another process listens on it, or the address is not this machine's.
     """
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
@@ -215,16 +218,16 @@ def _ignore_signals() -> None:
 
 
 @contextmanager
-def _ray(config: ServeConfig) -> Iterator[None]:
-    """A Ray of our own on this machine, gone afterwards; or a connection to the cluster at RAY_ADDRESS.
+def _running_ray(config: ServeConfig) -> Iterator[None]:
+    """Starts Ray on this machine and stops it afterwards; or connects to the cluster at RAY_ADDRESS.
 
     Raises:
-        ClusterError: no cluster answers there, or it answers those who have not its token.
+        ClusterError: no cluster answers there, or it also answers clients without its token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.update(RAY_worker_niceness="0")  # Ray's default of 15 lets every other program go before the engine
+    os.environ.update(RAY_worker_niceness="0")  # with Ray's default of 15, every other program precedes the engine
     if _is_local():
-        # Works on Linux too, whatever its name says: without it, Ray replaces 127.0.0.1 by the outside address.
+        # In spite of its name it works on Linux too; without it, Ray replaces 127.0.0.1 by the network address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     require_token()
     import ray
@@ -232,20 +235,20 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     try:
         if _is_local():
             ray.init(
-                address="local",  # not that of a `ray start` on this machine
+                address="local",  # a new Ray, even if `ray start` has run on this machine
                 num_cpus=_num_cpus(config),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                # Keeps Ray's own ports off the network; those of Serve's replicas are on all interfaces, and want the
-                # token.
+                # Keeps Ray's own ports off the network. The ports of Serve's replicas are open on all interfaces, but
+                # they require the token.
                 _node_ip_address="127.0.0.1",
             )
             protect_token_file()
         else:
             _join_ray()
-        _raise_on_signals()  # ray.init installs a handler of its own
+        _raise_on_signals()  # since ray.init installs its own handler
         yield
     finally:
         _ignore_signals()
@@ -263,17 +266,19 @@ def _join_ray() -> None:
 
 
 def _num_cpus(config: ServeConfig) -> int:
-    """CPUs that Ray shall believe in: with fewer than the replicas ask for, Serve would wait forever, silently."""
+    """The number of CPUs to tell Ray: if the replicas asked for more, Serve would wait for ever, without a message."""
     from serving.app import INGRESS_CPUS, REPLICA_CPUS, SCORING_CPUS
 
     scoring = SCORING_CPUS * config.rewards.max_replicas
-    replicas = config.max_replicas + 1  # the further one holds a canary of whole weights
+    replicas = config.max_replicas + 1  # one more, for a canary of whole weights
     return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + scoring + REPLICA_CPUS * replicas))
 
 
 @contextmanager
-def _application(config: ServeConfig, served: Served, registry: Registry, owner: str) -> Iterator[None]:
-    """The deployed endpoint, answering; taken down afterwards.
+def _running_application(
+    config: ServeConfig, served_model: ServedModel, registry: Registry, owner: str
+) -> Iterator[None]:
+    """Deploys the endpoint; it answers inside the `with` block and is removed after it.
 
     Raises:
         ServingError: the engine did not start.
@@ -290,47 +295,48 @@ def _application(config: ServeConfig, served: Served, registry: Registry, owner:
         http_options={"host": config.host, "port": config.port},
     )
     _check_address(config)
-    name = application_name(served)
-    _refuse_second(name)
+    name = application_name(served_model)
+    _check_no_other_application(name)
     check_nodes(registry, config.feedback.database or default_database(registry.folder))
-    target = application(config, served, registry, owner)
+    target = application(config, served_model, registry, owner)
     typer.echo(f"Loading the model on {choose_device(config)} …")
     try:
         _deploy(target, config, name)
         yield
     finally:
         typer.echo("Stopping when answers in progress have ended; Ctrl-C cuts them off …")
-        _delete(config, name)
+        _delete_application(config, name)
 
 
-def application_name(served: Served) -> str:
-    """What Ray Serve calls an endpoint: no two of a cluster alike, so that none is taken for another and replaced."""
-    return f"{APPLICATION}-{served.name.replace('/', '--')}"
+def application_name(served_model: ServedModel) -> str:
+    """The name of an endpoint's application in Ray Serve. It is unique in a cluster, since Ray Serve replaces an
+    application by another one of the same name."""
+    return f"{APPLICATION}-{served_model.name.replace('/', '--')}"
 
 
-def _refuse_second(name: str) -> None:
-    """One application of a cluster answers at `/`; another one would replace it, if only by its name.
+def _check_no_other_application(name: str) -> None:
+    """Checks that no other application of the cluster has this name, or answers at `/`: ours would replace it.
 
     Raises:
-        ServingError: there is one.
+        ServingError: there is such an application.
     """
     from ray.serve.context import _get_global_client
 
-    for other, details in _get_global_client().get_serve_details()["applications"].items():
-        if details["route_prefix"] == "/" or other == name:
-            code = f'from ray import serve; serve.delete("{other}")'
+    for application, details in _get_global_client().get_serve_details()["applications"].items():
+        if details["route_prefix"] == "/" or application == name:
+            code = f'from ray import serve; serve.delete("{application}")'
             raise ServingError(
-                f"The application {other!r} answers on this cluster's Ray Serve already. End it by Ctrl-C where it was "
-                f"started, or, if that process has died, by `python -c '{code}'`; or give this endpoint a cluster of "
-                "its own"
+                f"The application {application!r} answers on this cluster's Ray Serve already. End it by Ctrl-C where "
+                f"it was started, or, if that process has died, by `python -c '{code}'`; or give this endpoint a "
+                "cluster of its own"
             )
 
 
 def _check_address(config: ServeConfig) -> None:
-    """A Ray Serve that ran already goes on listening where it did.
+    """Checks that Ray Serve listens on the configured address. If it ran before, it keeps its former address.
 
     Raises:
-        ServingError: that is another address than the configured one.
+        ServingError: it listens on another address.
     """
     from ray.serve.context import _get_global_client
 
@@ -342,8 +348,8 @@ def _check_address(config: ServeConfig) -> None:
         )
 
 
-def _delete(config: ServeConfig, name: str) -> None:
-    """Takes the application down; another signal ends the waiting for what it still answers."""
+def _delete_application(config: ServeConfig, name: str) -> None:
+    """Removes the application when its answers in progress have ended, or at once after another signal."""
     from ray import serve
 
     deadline = time.monotonic() + config.drain_timeout_s
@@ -352,39 +358,39 @@ def _delete(config: ServeConfig, name: str) -> None:
             try:
                 serve.delete(name)
                 return
-            except TimeoutError:  # Ray waits for a minute, however long an answer may take
+            except TimeoutError:  # Ray waits for one minute, but an answer may take longer
                 if time.monotonic() > deadline:
                     return
 
 
 def _deploy(target: Application, config: ServeConfig, name: str) -> None:
-    """Returns when the endpoint has answered; shows meanwhile that time passes, and what is waited for, such as a CPU
-    that no machine has.
+    """Deploys the endpoint and returns when it answers. Meanwhile it shows progress, and what the start waits for, for
+    example a CPU that no machine has.
 
     Raises:
-        ServingError: it does not start.
+        ServingError: the endpoint does not start.
     """
     from ray import serve
 
     serve.run_many([serve.RunTarget(target, name=name, route_prefix="/")], wait_for_applications_running=False)
-    started = said_at = time.monotonic()
-    said = ""
-    while text := _obstacle(config, name):
-        now = time.monotonic()
-        if text.strip() and text != said:
-            typer.echo(text)
-            said, said_at = text, now
-        elif now - said_at >= SIGN_OF_LIFE_S:
-            typer.echo(f"… {now - started:.0f} s")
-            said_at = now
+    start_s = last_output_s = time.monotonic()
+    last_message = ""
+    while message := _obstacle(config, name):
+        time_s = time.monotonic()
+        if message.strip() and message != last_message:
+            typer.echo(message)
+            last_message, last_output_s = message, time_s
+        elif time_s - last_output_s >= PROGRESS_INTERVAL_S:
+            typer.echo(f"… {time_s - start_s:.0f} s")
+            last_output_s = time_s
         time.sleep(POLL_S)
 
 
 def _obstacle(config: ServeConfig, name: str) -> str:
-    """What the endpoint waits for, blank if nobody says; empty when it has answered.
+    """What the start of the endpoint waits for; a blank if that is not known, and empty when the endpoint answers.
 
     Raises:
-        ServingError: it does not start.
+        ServingError: the endpoint does not start.
     """
     from ray import serve
     from ray.exceptions import RayError
@@ -394,32 +400,38 @@ def _obstacle(config: ServeConfig, name: str) -> str:
     from serving.app import INGRESS_NAME
 
     application = serve.status().applications[name]
-    messages = {part: status.message for part, status in application.deployments.items() if status.message.strip()}
-    text = "\n".join(map(_gist, messages.values())) or " "
-    # What our own errors say would be the same a second time. An ingress may only wait for its database.
-    is_final = any(OURS.search(message) for part, message in messages.items() if part != INGRESS_NAME)
+    messages = {
+        deployment: status.message for deployment, status in application.deployments.items() if status.message.strip()
+    }
+    text = "\n".join(map(_exception_text, messages.values())) or " "
+    # A second attempt would end with the same error of raylign's. Only an ingress may be waiting, for its database.
+    is_final = any(
+        OWN_EXCEPTION.search(message) for deployment, message in messages.items() if deployment != INGRESS_NAME
+    )
     if is_final or application.status == ApplicationStatus.DEPLOY_FAILED:
-        raise ServingError(f"The endpoint did not start. {text}\n{LOGS}")
+        raise ServingError(f"The endpoint did not start. {text}\n{LOG_HINT}")
     if application.status != ApplicationStatus.RUNNING:
         return text
     try:
-        if config.min_replicas and (told := serve.get_app_handle(name).obstacle.remote().result(timeout_s=ANSWER_S)):
-            return str(told)
+        if config.min_replicas and (
+            obstacle := serve.get_app_handle(name).obstacle.remote().result(timeout_s=INGRESS_TIMEOUT_S)
+        ):
+            return str(obstacle)
     except (RayError, RayServeException, TimeoutError):
         return "The ingress does not answer yet."
-    # The proxy learns its routes a moment after the application runs. Of a cluster, it may be on another machine.
-    return " " if _is_local() and not _answers(f"{config.url}/healthz") else ""
+    # The proxy gets its routes a moment after the application runs. In a cluster it may be on another machine.
+    return " " if _is_local() and not _is_answering(f"{config.url}/healthz") else ""
 
 
-def _gist(text: str) -> str:
-    """The exception at the end of a traceback, of ours without its name, else the first line."""
+def _exception_text(text: str) -> str:
+    """The exception at the end of a traceback (one of raylign's without its name), or else the first line."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    raised = [place for place, line in enumerate(lines) if RAISED.match(line)]
-    gist = " ".join(lines[raised[-1] :]) if raised else lines[0]
-    return OURS.sub("", gist).partition(" [type=")[0]  # where pydantic begins to print the whole input
+    line_numbers = [number for number, line in enumerate(lines) if ANY_EXCEPTION.match(line)]
+    gist = " ".join(lines[line_numbers[-1] :]) if line_numbers else lines[0]
+    return OWN_EXCEPTION.sub("", gist).partition(" [type=")[0]  # after that, pydantic prints the whole input
 
 
-def _answers(url: str) -> bool:
+def _is_answering(url: str) -> bool:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(url, timeout=5) as response:

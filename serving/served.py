@@ -1,4 +1,4 @@
-"""From a configured checkpoint to a version in the registry, what an engine loads for it, and the names in requests."""
+"""The served model: how a configured checkpoint becomes a version in the registry, and what an engine loads for it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from serving.registry import Registry, Version, name_of
 from serving.store.records import AuditEntry, operator
 
 REWARDS_LENGTH = 2048
-"""Most tokens of a prompt and one completion that are rated where nothing is configured."""
+"""Default of `rewards.max_length`: the most tokens of a prompt and one completion."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServedModel:
     """One version of a model, as an engine loads it."""
 
     name: str
@@ -30,155 +30,157 @@ class Served:
     source: str
     """Absolute path or hub id of the whole model that the engine loads."""
     revision: str | None = None
-    """Of a `source` on a hub: the one that the adapter was registered with; None takes the newest."""
+    """If `source` is on a hub: the revision that the adapter was registered with; None takes the newest."""
     base_name: str | None
     """Model name of `source`, if versions are adapters on it; None if they are whole models."""
     adapter: Adapter | None
+    """The version's adapter; None for whole models."""
     lora_capacity: LoraCapacity | None
-    """What the engine has to be able to hold; None for whole models."""
+    """The adapters that the engine must be able to hold; None for whole models."""
     can_chat: bool = True
-    """Whether there is a template for chats; without one only `/v1/completions` answers."""
+    """Whether there is a chat template; without one only `/v1/completions` answers."""
     tool_call_parser: str | None = None
-    """vLLM's name for the form in which the model writes calls of tools; None if it is not known."""
+    """vLLM's name for the form in which the model writes tool calls; None if it is not known."""
 
     @property
     def names(self) -> list[str]:
-        """Every model name that clients can ask for, the aligned model first."""
+        """Every model name that requests may give, the aligned model first."""
         return [self.name] if self.base_name is None else [self.name, self.base_name]
 
     @property
     def engine_name(self) -> str:
-        """What the engine calls the model in `source`."""
+        """The engine's name for the model in `source`."""
         return self.base_name or self.name
 
-    def inside(self, number: int) -> str:
-        """What the engine calls a version."""
+    def version_name(self, number: int) -> str:
+        """The engine's name for a version."""
         return self.name if self.base_name is None else adapter_name(number)
 
 
 def adapter_name(number: int) -> str:
-    """What an engine calls a version's adapter; no model name of ours begins with this sign."""
+    """The engine's name for a version's adapter. No configured model name begins with this sign."""
     return f"@{number}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What a start has put into the registry, and what it serves."""
+    """The result of `publish`: the registry and the model that the endpoint serves."""
 
-    served: Served
+    served_model: ServedModel
     registry: Registry
     note: str | None
-    """A line for people if it is not the configured checkpoint that answers; None if it is."""
+    """A line for people if another version than the configured checkpoint answers; else None."""
 
 
 def registry_of(config: ServeConfig) -> Registry:
-    """Where the versions of an endpoint are kept."""
+    """The registry with the versions of an endpoint."""
     name = config.name or name_of(config.checkpoint)
     return Registry(Path(config.folder) / name.replace("/", "--"))
 
 
 def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
-    """Registers the configured checkpoint, and says what the endpoint serves: what answered before.
+    """Registers the configured checkpoint, and finds the version to serve: the one that was current before.
 
-    The checkpoint becomes the current version only if there is none yet, or if `config.promote` says so and no other
-    endpoint has the registry. A checkpoint that cannot be registered ends no service that has a version to go on with.
+    The checkpoint becomes the current version only if there is no current version, or if `config.promote` is true. If
+    the checkpoint cannot be registered, the endpoint still serves the current version.
 
     Args:
-        is_live: whether replicas may be answering from this registry now: those of another endpoint, or of this one,
-            whose configuration has changed.
+        is_live: whether replicas may be using the registry now: those of another endpoint, or those of this one if its
+            configuration has changed.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run has none.
-        ModelError: there is no model where the checkpoint, or its base, says.
-        ServingError: it is of a kind that is not served, does not fit what is served, or an adapter would have the same
-            name as its base; or `rewards.max_length` is more than the model's positions.
+        ModelError: the model, or the base model of an adapter, does not exist.
+        ServingError: the checkpoint is of a kind that is not served, is not compatible with the current version, or is
+            an adapter with the same name as its base; or `rewards.max_length` is more than the model's positions.
     """
     registry = registry_of(config)
-    before = current = registry.state().current
+    previous = current = registry.state().current
     must_fit = bool(current) and (is_live or not config.promote)
     try:
         version = registry.add(
-            _folder(config.checkpoint), parent=current or None, compatible_with=current if must_fit else None
+            _checkpoint_folder(config.checkpoint), parent=current or None, compatible_with=current if must_fit else None
         )
     except AlignmentError as error:
         if not current or config.promote:
             raise
-        _write_down_start(config, registry, version=None, before=before)
-        told = f"{config.checkpoint} was not registered: {error}. {_as_before(registry, current)}"
-        return _publication(config, registry, told)
+        _record_start(config, registry, version=None, previous=previous)
+        refusal = f"{config.checkpoint} was not registered: {error}. {_unchanged_note(registry, current)}"
+        return _publication(config, registry, refusal)
     if not current or config.promote:
         current = registry.promote(version.number).current
-    _write_down_start(config, registry, version=version.number, before=before)
-    note = None if version.number == current else _not_current(config, registry, version, current)
+    _record_start(config, registry, version=version.number, previous=previous)
+    note = None if version.number == current else _not_current_note(config, registry, version, current)
     return _publication(config, registry, note)
 
 
 def _publication(config: ServeConfig, registry: Registry, note: str | None) -> Publication:
-    served = served_version(config, registry, registry.state().current)
+    served_model = served_version(config, registry, registry.state().current)
     reference = reference_of(config, registry)
     if config.rewards.model is None and reference is not None:
-        is_base = served.base_name is not None and config.rewards.reference is None
-        rewards_length(config, served.source if is_base else reference)
-    return Publication(served=served, registry=registry, note=note)
+        is_base = served_model.base_name is not None and config.rewards.reference is None
+        rewards_length(config, served_model.source if is_base else reference)
+    return Publication(served_model=served_model, registry=registry, note=note)
 
 
 def reference_of(config: ServeConfig, registry: Registry) -> str | None:
-    """What the implicit rewards of the current version are held against: the base of an adapter; of whole weights, what
-    is configured or their training began with. None if nobody says."""
+    """The reference model of the current version's implicit rewards: the base model of an adapter; for whole weights
+    the configured reference, or the model that their training started from. None if it is not known."""
     version = registry.version(registry.state().current)
     base = base_of(registry.folder_of(version.number)) if version.kind == "adapter" else None
     return config.rewards.reference or base or (version.config or {}).get("model", {}).get("path")
 
 
 def rewards_length(config: ServeConfig, model: str) -> int:
-    """Most tokens of a prompt and one completion that a model rates. What is no folder here has positions enough.
+    """The most tokens of a prompt and one completion that a model rates. A model that is not a folder on this machine
+    is assumed to have enough positions.
 
     Raises:
         ServingError: `rewards.max_length` is more than the model's positions.
     """
-    positions = _positions(Path(model).expanduser())
-    wanted = config.rewards.max_length
-    if wanted is None:
+    positions = _num_positions(Path(model).expanduser())
+    max_length = config.rewards.max_length
+    if max_length is None:
         return min(REWARDS_LENGTH, positions or REWARDS_LENGTH)
-    if positions is not None and wanted > positions:
+    if positions is not None and max_length > positions:
         raise ServingError(
-            f"rewards.max_length ({wanted}) is more than the {positions} positions of {model}, by which answers are "
-            "rated; lower it, or leave it out"
+            f"rewards.max_length ({max_length}) is more than the {positions} positions of {model}, by which answers "
+            "are rated; lower it, or leave it out"
         )
-    return wanted
+    return max_length
 
 
-def _positions(folder: Path) -> int | None:
-    """Of a model's folder; None where there is none, or it does not say."""
+def _num_positions(folder: Path) -> int | None:
+    """The number of positions of a model; None if the folder does not exist, or does not say."""
     try:
-        settings = json.loads((folder / "config.json").read_bytes())
-        found = settings.get("text_config", settings).get("max_position_embeddings")
+        config = json.loads((folder / "config.json").read_bytes())
+        positions = config.get("text_config", config).get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, int) and found > 0 else None
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _write_down_start(config: ServeConfig, registry: Registry, *, version: int | None, before: int) -> None:
-    """Into the audit trail: what a start registered, and what answered before and after it."""
+def _record_start(config: ServeConfig, registry: Registry, *, version: int | None, previous: int) -> None:
+    """Writes a start into the audit trail: the version that it registered, and those that answered before and after."""
     current = registry.state().current
-    detail = {"checkpoint": config.checkpoint, "version": version, "before": before, "current": current}
+    detail = {"checkpoint": config.checkpoint, "version": version, "before": previous, "current": current}
     leave(folder_of(registry), AuditEntry(action="start", who=operator(), detail=detail))
 
 
-def _as_before(registry: Registry, current: int) -> str:
+def _unchanged_note(registry: Registry, current: int) -> str:
     return f"Version {current} ({registry.version(current).name}) answers, as before."
 
 
-def _not_current(config: ServeConfig, registry: Registry, version: Version, current: int) -> str:
+def _not_current_note(config: ServeConfig, registry: Registry, version: Version, current: int) -> str:
     url = "" if config.port == 8000 else f" --url http://127.0.0.1:{config.port}"
     return (
-        f"{config.checkpoint} is version {version.number}. {_as_before(registry, current)} "
+        f"{config.checkpoint} is version {version.number}. {_unchanged_note(registry, current)} "
         f"`raylign promote {version.number}{url}` changes to version {version.number}; so does a start with --promote."
     )
 
 
 def check_here(registry: Registry) -> None:
-    """Checks on a machine where a part of the endpoint starts that it sees what is served.
+    """Checks that this machine, on which a part of the endpoint starts, sees the registry's versions.
 
     Raises:
         ServingError: it does not.
@@ -190,18 +192,18 @@ def check_here(registry: Registry) -> None:
         )
 
 
-def served_version(config: ServeConfig, registry: Registry, number: int) -> Served:
-    """What an engine loads for a version.
+def served_version(config: ServeConfig, registry: Registry, number: int) -> ServedModel:
+    """The model that an engine loads for a version.
 
     Raises:
-        ServingError: there is no such version, or it would have the same name as its base.
+        ServingError: there is no such version, its base model has changed, or it has the same name as its base.
     """
     check_here(registry)
     version = registry.version(number)
     name = config.name or name_of(config.checkpoint)
     folder = registry.folder_of(number)
     template = _template(config, folder)
-    whole = Served(
+    served_model = ServedModel(
         name=name,
         source=str(folder),
         base_name=None,
@@ -211,31 +213,35 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
         tool_call_parser=_tool_call_parser(config, template),
     )
     if version.kind == "full":
-        return whole
+        return served_model
     base = base_of(folder)
-    is_folder = Path(base).is_dir()
-    if is_folder and version.base_stamp is not None and base_stamp(base) != version.base_stamp:
-        raise ServingError(
-            f"the base model {base} is another one than when version {number} was registered, whose adapter changes "
-            "what it was trained on and nothing else. Put the former one back there, or train on this one"
-        )
+    _check_base(base, version)
     if name_of(base) == name:
         raise ServingError(
             f"The adapter {config.checkpoint} and its base model would both be called {name!r}, and requests choose "
             "between them by name; give the adapter another with name=..."
         )
     return replace(
-        whole,
+        served_model,
         source=model_source(base),
-        revision=None if is_folder else version.base_stamp,
+        revision=None if Path(base).is_dir() else version.base_stamp,
         base_name=name_of(base),
         adapter=adapter_of(folder, name),
         lora_capacity=registry.lora_capacity(),
     )
 
 
+def _check_base(base: str, version: Version) -> None:
+    """Checks that the base model of an adapter is the one that the adapter was registered with."""
+    if Path(base).is_dir() and version.base_stamp is not None and base_stamp(base) != version.base_stamp:
+        raise ServingError(
+            f"the base model {base} is another one than when version {version.number} was registered, whose adapter "
+            "changes what it was trained on and nothing else. Put the former one back there, or train on this one"
+        )
+
+
 def _template(config: ServeConfig, folder: Path) -> str | None:
-    """Text of the template for chats."""
+    """The text of the chat template; None if there is none."""
     if config.chat_template is None:
         return template_of(folder)
     from alignment.data.chat import chat_template
@@ -247,8 +253,8 @@ def _tool_call_parser(config: ServeConfig, template: str | None) -> str | None:
     return tool_call_parser_of(template) if config.tool_call_parser == "auto" else config.tool_call_parser
 
 
-def _folder(checkpoint: str) -> Path:
-    """The folder of a checkpoint; what is bundled or lies on a hub is fetched first."""
+def _checkpoint_folder(checkpoint: str) -> Path:
+    """The folder of a checkpoint. A bundled model is unpacked first, and a model on a hub is downloaded."""
     if Path(checkpoint).expanduser().is_dir():
         return Path(checkpoint)
     source = Path(model_source(checkpoint))

@@ -19,7 +19,7 @@ from serving.meters import NONE, Meters
 from serving.recording import Recorder
 from serving.registry import Registry
 from serving.schema import Refused
-from serving.served import Served
+from serving.served import ServedModel
 from serving.shares import KeyShare
 from serving.store import Store
 
@@ -33,7 +33,7 @@ class Service:
     """All that routes use."""
 
     config: ServeConfig
-    served: Served
+    served: ServedModel
     backend: Backend
     store: Store
     registry: Registry

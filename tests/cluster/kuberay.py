@@ -31,7 +31,7 @@ from cluster.plan import plan
 from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS, application
 from serving.config import ServeConfig
 from serving.registry import Registry
-from serving.served import Served
+from serving.served import ServedModel
 from tests.cluster.reach import (
     CLIENT,
     OPERATOR,
@@ -474,7 +474,7 @@ def endpoint_problems(endpoint: ServeConfig, http: Document, spec: Document) -> 
 
 def gpus_wanted(endpoint: ServeConfig) -> float:
     """GPUs of all replicas that an endpoint's deployments may have at once."""
-    served = Served(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
+    served = ServedModel(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
     bound, gpus = [application(endpoint, served, Registry(Path("/nowhere")), owner="")._bound_deployment], 0.0
     while bound:
         deployment = bound.pop()

@@ -21,7 +21,7 @@ from serving.keys import Key
 from serving.meters import Meters
 from serving.registry import Registry
 from serving.routes import ReadRoute, audit, feedback, openai, rewards, versions
-from serving.served import Served
+from serving.served import ServedModel
 
 ANNA = Key(name="anna", role="user")
 SECRET = "a secret in /etc/passwd"
@@ -421,7 +421,7 @@ def test_a_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_route_with_a_body_reads_it_once(tmp_path: Path) -> None:
-    served = Served(name="m", source="", base_name=None, adapter=None, lora_capacity=None)
+    served = ServedModel(name="m", source="", base_name=None, adapter=None, lora_capacity=None)
     service: Any = SimpleNamespace(
         config=ServeConfig(checkpoint="x"),
         served=served,

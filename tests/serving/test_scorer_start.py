@@ -19,7 +19,7 @@ from serving.config import ServeConfig
 from serving.registry import Registry
 from serving.schema import Refused
 from serving.scoring import SCORING_NAME, Asked, Job, Rated
-from serving.served import Served
+from serving.served import ServedModel
 from tests.serving.fleet import LightScoring, start_light_ray
 
 JOB = Job(items=(Asked(prompt="a", completions=("b",)),), version=None)
@@ -85,7 +85,7 @@ def test_a_scorer_that_runs_has_all_the_time_of_a_request(light_ray: None, tmp_p
 @pytest.mark.parametrize(("num_gpus", "device"), [(1.0, "cuda"), (0.0, "cpu")])
 def test_a_scorer_without_gpus_rates_on_the_cpu(num_gpus: float, device: str, tmp_path: Path) -> None:
     config = ServeConfig(checkpoint="model", device="cuda", rewards={"num_gpus": num_gpus})  # type: ignore[arg-type]
-    served = Served(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
+    served = ServedModel(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
     parts = application(config, served, Registry(tmp_path), owner="")._bound_deployment.init_args
     bound = [part._bound_deployment for part in parts if isinstance(part, Application)]
     (scoring,) = [deployment for deployment in bound if deployment.name == SCORING_NAME]

@@ -15,19 +15,19 @@ from alignment.errors import CheckpointError, ConfigError, ServingError
 from alignment.models.folders import BUNDLED
 from serving.app import build
 from serving.config import ServeConfig, load_serve_config
-from serving.launch import Endpoint, _gist, refuse_busy_port
+from serving.launch import RunningEndpoint, _exception_text, refuse_busy_port
 from serving.registry import Registry
 from serving.schema import Refused, sound_json
-from serving.served import Served, check_here, publish, rewards_length
+from serving.served import ServedModel, check_here, publish, rewards_length
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
 
 
-def published(checkpoint: Path, tmp_path: Path, **settings: Any) -> Served:
+def published(checkpoint: Path, tmp_path: Path, **settings: Any) -> ServedModel:
     """What an endpoint of a checkpoint serves."""
     config = ServeConfig(checkpoint=str(checkpoint), folder=str(tmp_path / "serving"), **settings)
-    return publish(config).served
+    return publish(config).served_model
 
 
 def test_importing_serving_imports_neither_ray_nor_vllm() -> None:
@@ -135,7 +135,7 @@ def test_a_start_goes_on_with_what_was_promoted_and_registers_what_is_new(tmp_pa
     third = config.model_copy(update={"checkpoint": str(adapter(tmp_path / "c", seed=3)), "port": 8123})
     started = publish(third)
     assert registry.state().current == 2
-    assert started.served.adapter is not None and started.served.adapter.folder.endswith("/00002")
+    assert started.served_model.adapter is not None and started.served_model.adapter.folder.endswith("/00002")
     assert "`raylign promote 3 --url http://127.0.0.1:8123` changes to version 3" in str(started.note)
     assert publish(third.model_copy(update={"promote": True})).note is None
     assert registry.state().current == 3
@@ -188,18 +188,20 @@ def test_a_busy_port_is_refused_by_number() -> None:
 
 def test_the_gist_of_a_traceback_is_its_exception() -> None:
     trace = 'Failed. Error:\n  File "x.py", line 1\nValueError: too long\n  by 3 tokens [type=value_error]\n\n'
-    assert _gist(trace) == "ValueError: too long by 3 tokens"
-    assert _gist("Waiting for a CPU.\nSee the log.") == "Waiting for a CPU."
-    assert _gist(f"{trace}\n  x = 1\nalignment.errors.ServingError: vLLM does not start: no room\n") == (
+    assert _exception_text(trace) == "ValueError: too long by 3 tokens"
+    assert _exception_text("Waiting for a CPU.\nSee the log.") == "Waiting for a CPU."
+    assert _exception_text(f"{trace}\n  x = 1\nalignment.errors.ServingError: vLLM does not start: no room\n") == (
         "vLLM does not start: no room"
     )
-    assert _gist(f"{trace}\nserving.store.records.StoreAway: The database is away\n") == "The database is away"
+    assert (
+        _exception_text(f"{trace}\nserving.store.records.StoreAway: The database is away\n") == "The database is away"
+    )
 
 
 def test_ready_says_what_it_means_where_nothing_is_loaded_yet() -> None:
-    text = str(Endpoint(url="http://x", names=["m"], version=1, keys=True, is_asleep=True))
+    text = str(RunningEndpoint(url="http://x", names=["m"], version=1, needs_keys=True, is_asleep=True))
     assert "No replica runs yet (min_replicas=0): the first request starts one" in text and "\n" not in text
-    assert "No replica" not in str(Endpoint(url="http://x", names=["m"], version=1, keys=True))
+    assert "No replica" not in str(RunningEndpoint(url="http://x", names=["m"], version=1, needs_keys=True))
 
 
 def test_more_tokens_to_rate_than_the_model_has_positions_are_refused_at_the_start(tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_a_model_without_a_chat_template_says_so_and_shows_what_works(
         (model / "chat_template.jinja").write_text(template)
     served = published(model, tmp_path, **settings)
     assert served.can_chat == can_chat
-    text = str(Endpoint(url="http://x", names=["base"], version=1, keys=False, can_chat=served.can_chat))
+    text = str(RunningEndpoint(url="http://x", names=["base"], version=1, needs_keys=False, can_chat=served.can_chat))
     assert ("/v1/chat/completions" in text) == can_chat
     assert ("no chat template" in text) == (not can_chat)
 
