@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from alignment import cli
-from alignment.config import MODULE_FOLDERS
 from alignment.metrics import read_metrics
+from alignment.settings.plugins import MODULE_FOLDERS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "how-to"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md"))

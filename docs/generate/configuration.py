@@ -9,8 +9,10 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from alignment.config import AlgorithmConfig, ScorerConfig, Section, SourceConfig, algorithm_class, algorithm_names
 from alignment.rewards import scorer_class, scorer_names
+from alignment.settings.data import SourceConfig
+from alignment.settings.plugins import AlgorithmConfig, ScorerConfig, algorithm_class, algorithm_names
+from alignment.settings.section import Section
 from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig
 from docs.generate.text import NOTICE, anchor, first_paragraph, item, listed, page_text, type_text, value_text
