@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from alignment.rewards import scorer_class, scorer_names
 from alignment.settings.data import SourceConfig
+from alignment.settings.old_names import OLD_KEYS, OLD_VALUES
 from alignment.settings.plugins import AlgorithmConfig, ScorerConfig, algorithm_class, algorithm_names
 from alignment.settings.section import Section
 from cluster.config import ClusterRunConfig
@@ -44,8 +45,17 @@ def configuration_page() -> str:
         *sections.render("", ServeConfig),
         "## A gate: `raylign promote --gate`",
         *sections.render("", GateConfig),
+        "## Names of before",
+        "Keys and values of the release before are read by these names too, with a note that says the new one.",
+        *_old_names(),
     ]
     return page_text(blocks)
+
+
+def _old_names() -> Iterator[str]:
+    values = {f"{key}: {old}": f"{key}: {new}" for (key, old), new in OLD_VALUES.items()}
+    rows = "\n".join(f"| `{old}` | `{new}` |" for old, new in (OLD_KEYS | values).items())
+    yield f"| before | now |\n|---|---|\n{rows}"
 
 
 class _Sections:
