@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from alignment.errors import ConfigError, RewardError
 from alignment.settings.explain import nearest
-from alignment.settings.plugins import ScorerConfig, imported
+from alignment.settings.plugins import ScorerConfig, load_attribute
 
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch
@@ -157,7 +157,7 @@ def callable_named(name: str) -> Any:
     Raises:
         ConfigError: there is no such attribute, or it is neither a function nor a class.
     """
-    target = imported(name, "scorer")
+    target = load_attribute(name, "scorer")
     if not callable(target):
         raise ConfigError(f"scorer {name!r} is a {type(target).__name__}, not a function")
     return target
@@ -197,7 +197,8 @@ class Rewards:
 
         Returns:
             The groups in the given order, with `reward` = Σ weight · clipped reward over the scorers that did not
-            abstain, and with their unweighted rewards in `scores`. Without scorers, the groups are unchanged.
+            abstain, plus what an environment gave, and with the unweighted rewards in `scores`. Without scorers, the
+            groups are unchanged.
 
         Raises:
             RewardError: after all attempts, a reward is missing, late or not a finite number, or all scorers abstain;
@@ -266,9 +267,12 @@ class Rewards:
         scored_rewards = [
             (entry, reward) for entry, reward in zip(self._entries, rewards, strict=True) if reward is not None
         ]
+        summands = [entry.weigh(reward) for entry, reward in scored_rewards]
+        if completion.reward is not None:  # what its environment gave
+            summands.append(completion.reward)
         return replace(
             completion,
-            reward=math.fsum(entry.weigh(reward) for entry, reward in scored_rewards) if scored_rewards else None,
+            reward=math.fsum(summands) if summands else None,
             scores={entry.name: reward for entry, reward in scored_rewards},
         )
 

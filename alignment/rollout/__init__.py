@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,10 @@ class Rollout:
     """True if the completion was cut off because it reached the length limit."""
     weight_version: int
     """Version of the weights that generated it; the oldest one if they changed meanwhile."""
-
-
-Rollouts = list[list[Rollout]]
-"""The completions of each prompt, in the order of the prompts."""
+    loss_mask: tuple[bool, ...] = ()
+    """Which of the tokens the policy has sampled; the others are what an environment said. Empty if all of them."""
+    reward: float | None = None
+    """What an environment gave for it; None without one."""
 
 
 class Weights(Protocol):
@@ -78,14 +80,25 @@ class Weights(Protocol):
         """
 
 
+class Policy(Protocol):
+    """The actor, as it is sampled from."""
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates the completions of one prompt.
+
+        Raises:
+            RolloutError: they could not be generated.
+        """
+
+
 class Generator(Protocol):
     """The port to the engines that generate completions. Only the main worker calls it, except for `load`."""
 
-    def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
-        """Starts the generation of completions; the returned function waits for them.
+    def start(self, work: Callable[[Policy], Coroutine[Any, Any, Result]]) -> Callable[[], Result]:
+        """Starts work that asks the policy, beside the training; the returned function waits for its result.
 
         Raises:
-            RolloutError: (from the returned function) not all completions were generated within the time limit.
+            RolloutError: (from the returned function) the work has not ended within the time limit.
         """
 
     def load(self, weights: Weights) -> None:

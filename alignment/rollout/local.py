@@ -5,8 +5,9 @@ It serves for samples, and for tiny models.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from alignment.models.load import LanguageModel
-from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
+from alignment.rollout import Policy, Prompt, Result, Rollout, Sampling, Weights
 
 
 @torch.no_grad()
@@ -39,10 +40,14 @@ class LocalGenerator:
         self.model = model
         self.version = 0
 
-    def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
-        """Generates at once, and each prompt by itself, so that its completions do not depend on other prompts."""
-        rollouts = [self._sample(prompt, sampling) for prompt in prompts]
-        return lambda: rollouts
+    def start(self, work: Callable[[Policy], Coroutine[Any, Any, Result]]) -> Callable[[], Result]:
+        """Does the work at once: the module cannot be trained and sampled from at the same time."""
+        result = asyncio.run(work(self))
+        return lambda: result
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        """Generates for each prompt by itself, so that its completions do not depend on other prompts."""
+        return self._sample(prompt, sampling)
 
     def load(self, weights: Weights) -> None:
         """Notes the version; the module has the weights already."""

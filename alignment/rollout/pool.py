@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from alignment.errors import RolloutError
-from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
+from alignment.rollout import Policy, Prompt, Rollout, Sampling, Weights
 from alignment.rollout.weights import FileWeightTransfer, GatherOnce, WeightUpdate
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class EnginePool:
         """The update that a restarted engine has to load."""
         self._offer_available = asyncio.Event()
         """Is set while all files of the offer exist."""
-        self._pending_rollouts: list[Future[Rollouts]] = []
+        self._pending_work: list[Future[Any]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
@@ -170,17 +170,17 @@ class EnginePool:
             self.transfer.clear()
             self._wait(self._schedule(self._begin()), "the engines did not start")
 
-    def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
-        """Sends prompts to the engines; the returned function waits for the rollouts.
+    def start(self, work: Callable[[Policy], Coroutine[Any, Any, Result]]) -> Callable[[], Result]:
+        """Starts work that asks this pool for completions; the returned function waits for its result.
 
         Raises:
-            RolloutError: no weights have been loaded; or, from the returned function, not all prompts were answered.
+            RolloutError: no weights have been loaded; or, from the returned function, the work was not finished.
         """
         if self.update is None:
             raise RolloutError("the engines have no weights: load() must have ended well before rollouts can begin")
-        future = self._schedule(self._generate_all(prompts, sampling))
-        self._pending_rollouts.append(future)
-        return lambda: self._wait(future, f"{len(prompts)} prompts were not answered")
+        future = self._schedule(self._supervise(work(self)))
+        self._pending_work.append(future)
+        return lambda: self._wait(future, "the rollouts were not finished")
 
     def load(self, weights: Weights) -> None:
         """Sends weights to all engines, after unfinished rollouts; every training worker must call this.
@@ -219,10 +219,10 @@ class EnginePool:
 
     def _finish_rollouts(self) -> None:
         """Waits for all rollouts in progress."""
-        for future in self._pending_rollouts:
+        for future in self._pending_work:
             with contextlib.suppress(RolloutError):  # it is raised where the rollouts are waited for
                 self._wait(future, "")
-        self._pending_rollouts.clear()
+        self._pending_work.clear()
 
     async def _begin(self) -> None:
         """Waits until every engine has started or is lost."""
@@ -306,18 +306,16 @@ class EnginePool:
                 if attempt + 1 == ATTEMPTS:
                     raise
 
-    async def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> Rollouts:
-        """Generates the completions of all prompts within the time limit, and checks the engines meanwhile."""
+    async def _supervise(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Does work within the time limit, and checks the engines meanwhile."""
         health_task = asyncio.ensure_future(self._watch_health())
-        rollout_tasks = [asyncio.ensure_future(self._generate(prompt, sampling)) for prompt in prompts]
         try:
             async with asyncio.timeout(self.timeout_s):
-                return list(await asyncio.gather(*rollout_tasks))
+                return await work
         finally:
-            for task in (health_task, *rollout_tasks):
-                task.cancel()
+            health_task.cancel()
 
-    async def _generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         """Generates the completions of a prompt; tries another engine if one is lost."""
         num_tokens = len(prompt.tokens) + sampling.num_completions * sampling.max_tokens
         for attempt in range(ATTEMPTS):

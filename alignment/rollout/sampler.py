@@ -5,24 +5,40 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from alignment.groups import Completion, Group
 from alignment.models.load import LanguageModel
 from alignment.models.parallel import World, run_on_all, run_on_main
 from alignment.models.roles import Roles
-from alignment.rollout import Generator, Prompt, Rollout, Sampling
+from alignment.rollout import Generator, Policy, Rollout, Sampling
+from alignment.rollout.rollouter import Conversation, Rollouter, SingleTurn, gather_all
+from alignment.settings.plugins import load_attribute
 from alignment.settings.run import RunConfig
 
 
 class Sampler:
     """Completes groups by what the actor answers to their prompts. Every worker calls each method."""
 
-    def __init__(self, config: RunConfig, model: LanguageModel, generator: Generator | None, world: World) -> None:
-        """`generator`: the engines, on the main worker; on the others it may be None and only receives weights."""
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LanguageModel,
+        generator: Generator | None,
+        world: World,
+        rollouter: Rollouter | None = None,
+    ) -> None:
+        """Makes a sampler.
+
+        Args:
+            generator: the engines, on the main worker; on the others it may be None, or only receive weights.
+            rollouter: makes the completions of a group; None is the one that the configuration names.
+        """
         self.config = config
         self.model = model
         self.generator = generator
         self.world = world
+        self.rollouter = rollouter or make_rollouter(config, model)
 
     def start(
         self, groups: list[Group], numbers: Sequence[int], *, num_completions: int | None = None
@@ -39,11 +55,16 @@ class Sampler:
         wait = None
         if self.world.is_main:
             assert self.generator is not None, "the main worker has the generator"
-            prompts = [
-                Prompt(tokens=group.prompt_tokens, seed=self._seed(number))
-                for group, number in zip(groups, numbers, strict=True)
-            ]
-            wait = self.generator.submit(prompts, self._sampling(num_completions))
+            seeds = [self._seed(number) for number in numbers]
+            sampling = self._sampling(num_completions)
+
+            async def complete_groups(policy: Policy) -> list[list[Rollout]]:
+                return await gather_all(
+                    self.rollouter.complete(group, policy, sampling, seed)
+                    for group, seed in zip(groups, seeds, strict=True)
+                )
+
+            wait = self.generator.start(complete_groups)
 
         def completed_groups() -> list[Group]:
             rollouts = run_on_main(wait, self.world)
@@ -67,11 +88,12 @@ class Sampler:
         return time.perf_counter() - started_at
 
     def completion(self, rollout: Rollout) -> Completion:
-        """The completion that a rollout is; every token that the actor has sampled is trained on."""
+        """The completion that a rollout is; the tokens that the actor has sampled are trained on, and no others."""
         return Completion(
             text=self.model.tokenizer.decode(rollout.tokens, skip_special_tokens=True),
             tokens=rollout.tokens,
-            learned=(True,) * len(rollout.tokens),
+            learned=rollout.loss_mask or (True,) * len(rollout.tokens),
+            reward=rollout.reward,
             truncated=rollout.truncated,
             sampled_logprobs=rollout.logprobs,
             version=rollout.weight_version,
@@ -91,3 +113,16 @@ class Sampler:
 
     def _seed(self, number: int) -> int:
         return (self.config.seed * 1_000_003 + number * 7919) % 2**31
+
+
+def make_rollouter(config: RunConfig, model: LanguageModel) -> Rollouter:
+    """The rollouter that a configuration names: one answer to each prompt, or a conversation with an environment.
+
+    Raises:
+        ConfigError: the environment's name stands for nothing that can be imported.
+    """
+    environment = config.rollout.environment
+    if environment is None:
+        return SingleTurn()
+    make_environment = partial(load_attribute(environment.name, "environment"), **environment.arguments)
+    return Conversation(make_environment, model.tokenizer, max_turns=environment.max_turns)

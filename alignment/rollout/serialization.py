@@ -45,7 +45,8 @@ def to_tensors(scored_groups: Sequence[Group], pending_batches: Sequence[Sequenc
         "logprobs": torch.tensor([p for c in completions for p in c.sampled_logprobs or ()], dtype=torch.float64),
         "versions": torch.tensor([completion.version or 0 for completion in completions]),
         "truncated": torch.tensor([completion.truncated for completion in completions]),
-        "rewards": _numbers([completion.reward for completion in scored_completions]),
+        "rewards": _numbers([completion.reward for completion in completions]),  # an environment's, if not scored yet
+        "loss_mask": torch.tensor([learned for completion in completions for learned in completion.learned]),
         **{
             f"{SCORE}{name}": _numbers([completion.scores.get(name) for completion in scored_completions])
             for name in names
@@ -86,10 +87,11 @@ def from_tensors(
 
 
 def _completions(tensors: dict[str, Tensor], completion_of: Callable[[Rollout], Completion]) -> Iterator[Completion]:
-    """Yields all completions in order; the first ones have rewards."""
+    """Yields all completions in order, with the rewards and scores that they have."""
     tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
     columns = (tensors[name].tolist() for name in ("lengths", "versions", "truncated"))
     rewards = tensors["rewards"].tolist()
+    loss_masks = iter(tensors["loss_mask"].tolist() if "loss_mask" in tensors else ())
     scores = {name.removeprefix(SCORE): tensors[name].tolist() for name in tensors if name.startswith(SCORE)}
     for index, (length, version, is_truncated) in enumerate(zip(*columns, strict=True)):
         completion = completion_of(
@@ -98,11 +100,14 @@ def _completions(tensors: dict[str, Tensor], completion_of: Callable[[Rollout], 
                 logprobs=tuple(itertools.islice(logprobs, length)),
                 truncated=is_truncated,
                 weight_version=version,
+                loss_mask=tuple(itertools.islice(loss_masks, length)),
             )
         )
         if index < len(rewards):
             completion_scores = {
-                name: values[index] for name, values in scores.items() if not math.isnan(values[index])
+                name: values[index]
+                for name, values in scores.items()
+                if index < len(values) and not math.isnan(values[index])
             }
             reward = None if math.isnan(rewards[index]) else rewards[index]
             completion = dataclasses.replace(completion, reward=reward, scores=completion_scores)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
@@ -25,7 +25,7 @@ def search_for_modules(folder: Path) -> None:
         MODULE_FOLDERS.append(path)
 
 
-def imported(name: str, what: str) -> Any:
+def load_attribute(name: str, what: str) -> Any:
     """What a dotted `package.module:attribute` names.
 
     Args:
@@ -75,13 +75,25 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
         ConfigError: no module of that name, or `package.module:Class` does not exist.
     """
     if ":" in name:
-        found = imported(name, "algorithm")
+        found = load_attribute(name, "algorithm")
         if not (isinstance(found, type) and issubclass(found, AlgorithmConfig)):
             raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
         return found
     if name not in algorithm_names():
         raise ConfigError(f"there is no algorithm {name!r}{nearest(name, algorithm_names())}")
     return importlib.import_module(f"alignment.algorithms.{name.replace('++', '_plus_plus')}").ALGORITHM  # type: ignore[no-any-return]
+
+
+class EnvironmentConfig(Section):
+    """What the model talks with, so that a completion is a conversation of several turns."""
+
+    name: Annotated[str, Field(pattern=":")]
+    """A dotted `package.module:function_or_class` of one's own. Called with the group (and `arguments`), it returns the
+    environment of one completion: an object with `async def step(answer: str) -> Observation`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments that it is called with beside the group."""
+    max_turns: PositiveCount = 4
+    """Most answers of the model in one conversation; `rollout.max_tokens` bounds the whole of it."""
 
 
 class ScorerConfig(Section):

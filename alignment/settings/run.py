@@ -15,7 +15,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from alignment.errors import ConfigError
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
-from alignment.settings.plugins import AlgorithmConfig, Scorers, algorithm_class, algorithm_names
+from alignment.settings.plugins import AlgorithmConfig, EnvironmentConfig, Scorers, algorithm_class, algorithm_names
 from alignment.settings.section import Count, Fraction, NonNegative, NumberFormat, Positive, PositiveCount, Section
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -105,6 +105,8 @@ class RolloutConfig(Section):
     """Completions that an engine works on at once."""
     tensor_parallel: PositiveCount = 1
     """GPUs of one engine."""
+    environment: EnvironmentConfig | None = None
+    """What the model talks with; None has every prompt answered once."""
 
 
 class CriticConfig(Section):
@@ -259,7 +261,7 @@ class RunConfig(Section):
             return self
         if self.rollout.engine == "local" and self.optim.zero.stage == 3:
             raise ValueError("rollout.engine local needs all weights on one worker, which optim.zero.stage 3 spreads")
-        if not self.rewards:
+        if not self.rewards and self.rollout.environment is None:
             raise ValueError(f"{algorithm.name} learns from rewards, and none are given; see `rewards`")
         if self.rollout.completions < algorithm.min_completions:
             raise ValueError(

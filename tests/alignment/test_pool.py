@@ -18,6 +18,7 @@ from alignment.errors import ModelError, RolloutError
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EngineLost, EnginePool, longest_wait_s
 from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
+from tests.rollouts import submit
 
 TIMEOUT_S = 2.0
 PROMPTS = [Prompt(tokens=(1, 2, 3), seed=seed) for seed in range(8)]
@@ -139,7 +140,7 @@ class Run:
 
     def draw(self) -> None:
         """Draws, and checks that everything is of the newest version."""
-        drawn = self.pool.submit(PROMPTS, SAMPLING)()
+        drawn = submit(self.pool, PROMPTS, SAMPLING)()
         assert [(rollout.tokens, rollout.weight_version) for (rollout,) in drawn] == [
             ((self.version,), self.version)
         ] * 8

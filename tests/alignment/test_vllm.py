@@ -25,7 +25,7 @@ from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.parallel import TrainableModule, World, wrap
 from alignment.models.roles import ActorWeights
-from alignment.rollout import Prompt, Rollout, Rollouts, Sampling
+from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool
 from alignment.rollout.vllm import RolloutEngine, RolloutEngineSettings, local_generator, seed_of
 from alignment.rollout.weights import FileWeightTransfer
@@ -34,6 +34,7 @@ from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import OptimConfig, RolloutConfig
 from tests.conftest import make_tokenizer
 from tests.processes import engine_processes
+from tests.rollouts import submit
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_LENGTH = 96
@@ -73,7 +74,7 @@ class Trainer:
         return ActorWeights(actor=self.actor, backend=self.backend, version=self.version)
 
     @torch.no_grad()
-    def mismatch(self, drawn: Rollouts, *, temperature: float = 1.0) -> Tensor:
+    def mismatch(self, drawn: list[list[Rollout]], *, temperature: float = 1.0) -> Tensor:
         """[T] |log π_trainer − log π_engine| of every drawn token."""
         groups = [
             Group(id="", prompt="", prompt_tokens=prompt.tokens, completions=tuple(map(completion, rollouts)))
@@ -161,7 +162,7 @@ def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
     memory = []
     for _ in range(10):
         pair.sync()
-        drawn = pair.engine.submit(PROMPTS, sampling())()
+        drawn = submit(pair.engine, PROMPTS, sampling())()
         assert {rollout.weight_version for each in drawn for rollout in each} == {pair.trainer.version}
         assert_equal_within_rounding(pair.trainer.mismatch(drawn))
         memory.append(process.memory_info().rss)
@@ -169,27 +170,27 @@ def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
 
 
 def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(pair: Pair) -> None:
-    drawn = pair.engine.submit(PROMPTS, sampling(temperature=0.6))()
+    drawn = submit(pair.engine, PROMPTS, sampling(temperature=0.6))()
     assert_equal_within_rounding(pair.trainer.mismatch(drawn, temperature=0.6))
 
 
 def test_the_same_seeds_draw_the_same_and_others_something_else(pair: Pair) -> None:
-    once, again = (pair.engine.submit(PROMPTS, sampling())() for _ in range(2))
+    once, again = (submit(pair.engine, PROMPTS, sampling())() for _ in range(2))
     assert tokens_of(once) == tokens_of(again)
     assert len({rollout.tokens for rollout in once[0]}) > 1, "completions of one prompt differ"
     others = [Prompt(tokens=prompt.tokens, seed=prompt.seed + 100) for prompt in PROMPTS]
-    assert tokens_of(pair.engine.submit(others, sampling())()) != tokens_of(once)
+    assert tokens_of(submit(pair.engine, others, sampling())()) != tokens_of(once)
 
 
-def tokens_of(drawn: Rollouts) -> list[tuple[int, ...]]:
+def tokens_of(drawn: list[list[Rollout]]) -> list[tuple[int, ...]]:
     return [rollout.tokens for rollouts in drawn for rollout in rollouts]
 
 
 def test_a_completion_ends_with_its_end_token_or_for_lack_of_room(pair: Pair) -> None:
-    free = pair.engine.submit(PROMPTS, sampling(max_tokens=30))()
+    free = submit(pair.engine, PROMPTS, sampling(max_tokens=30))()
     assert all(rollout.truncated and len(rollout.tokens) == 30 for each in free for rollout in each)
     end = free[0][0].tokens[9]
-    ended = pair.engine.submit(PROMPTS, sampling(max_tokens=30, end_tokens=frozenset({end})))()
+    ended = submit(pair.engine, PROMPTS, sampling(max_tokens=30, end_tokens=frozenset({end})))()
     for rollout, longer in zip(ended[0], free[0], strict=True):
         length = longer.tokens.index(end) + 1 if end in longer.tokens else 30
         assert rollout.tokens == longer.tokens[:length]
@@ -199,28 +200,28 @@ def test_a_completion_ends_with_its_end_token_or_for_lack_of_room(pair: Pair) ->
 
 def test_prompt_and_completion_fit_together_into_the_window(pair: Pair) -> None:
     long = Prompt(tokens=tuple(range(20, 20 + MAX_LENGTH - 2)), seed=0)
-    ((rollout, *_),) = pair.engine.submit([long], sampling())()
+    ((rollout, *_),) = submit(pair.engine, [long], sampling())()
     assert len(rollout.tokens) == 2
     assert rollout.truncated
     with pytest.raises(RolloutError, match="96 tokens leaves no room within 96"):
-        pair.engine.submit([Prompt(tokens=(5,) * MAX_LENGTH, seed=0)], sampling())()
+        submit(pair.engine, [Prompt(tokens=(5,) * MAX_LENGTH, seed=0)], sampling())()
 
 
 @pytest.mark.parametrize("pair", ["tied"], indirect=True)
 def test_more_prompts_than_fit_into_one_pass_are_all_answered(pair: Pair) -> None:
     tokens = torch.randint(5, 340, (40, MAX_LENGTH - 6), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [Prompt(tokens=tuple(row), seed=number) for number, row in enumerate(tokens)]
-    drawn = pair.engine.submit(prompts, sampling(num_completions=1))()
+    drawn = submit(pair.engine, prompts, sampling(num_completions=1))()
     assert [len(rollouts) for rollouts in drawn] == [1] * 40
     assert all(slot.generation == 0 for slot in pair.engine.slots), "no engine was lost over it"
 
 
 def test_what_is_being_drawn_when_weights_come_is_drawn_from_the_old_ones(pair: Pair) -> None:
     version = pair.trainer.version
-    wait = pair.engine.submit(PROMPTS, sampling(max_tokens=40))
+    wait = submit(pair.engine, PROMPTS, sampling(max_tokens=40))
     pair.sync()
     assert {rollout.weight_version for each in wait() for rollout in each} == {version}
-    assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
+    assert_equal_within_rounding(pair.trainer.mismatch(submit(pair.engine, PROMPTS, sampling())()))
 
 
 class Failure(Exception):
@@ -247,9 +248,9 @@ def test_a_sender_that_fails_half_way_leaves_nothing_to_draw_from(pair: Pair) ->
     with pytest.raises(Failure):
         pair.engine.load(Failing(weights))
     with pytest.raises(RolloutError, match="no weights"):
-        pair.engine.submit(PROMPTS, sampling())
+        submit(pair.engine, PROMPTS, sampling())
     pair.engine.load(weights)
-    assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
+    assert_equal_within_rounding(pair.trainer.mismatch(submit(pair.engine, PROMPTS, sampling())()))
 
 
 class Damaging(FileWeightTransfer):
@@ -276,19 +277,19 @@ def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
         pair.engine.load(pair.trainer.change())
     pair.engine.transfer = good
     with pytest.raises(RolloutError, match="no weights"):
-        pair.engine.submit(PROMPTS, sampling())
+        submit(pair.engine, PROMPTS, sampling())
     with pytest.raises(RolloutError, match="stale"):
         asyncio.run(pair.engine.slots[0].handle.generate(PROMPTS[0], sampling()))
     pair.sync()
     assert not processes & set(engine_processes())
-    assert_equal_within_rounding(pair.trainer.mismatch(pair.engine.submit(PROMPTS, sampling())()))
+    assert_equal_within_rounding(pair.trainer.mismatch(submit(pair.engine, PROMPTS, sampling())()))
 
 
 @pytest.mark.parametrize("pair", ["tied"], indirect=True)
 def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair: Pair) -> None:
     (process,) = engine_processes()
-    expected = pair.engine.submit(PROMPTS, sampling(max_tokens=40))()
-    wait = pair.engine.submit(PROMPTS, sampling(max_tokens=40))
+    expected = submit(pair.engine, PROMPTS, sampling(max_tokens=40))()
+    wait = submit(pair.engine, PROMPTS, sampling(max_tokens=40))
     time.sleep(0.05)
     process.kill()
     drawn = wait()
@@ -304,7 +305,7 @@ def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(model
     with contextlib.closing(local_generator(settings_of(config))) as engine:
         engine.load(Trainer.of(config).weights())
         processes = set(engine_processes())
-        (drawn,) = engine.submit([Prompt(tokens=(20,), seed=1)], sampling(num_completions=2))()
+        (drawn,) = submit(engine, [Prompt(tokens=(20,), seed=1)], sampling(num_completions=2))()
         assert len(drawn) == 2
         assert set(engine_processes()) == processes, "the engine was replaced"
 

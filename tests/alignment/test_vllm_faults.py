@@ -40,6 +40,7 @@ from tests.alignment.test_vllm import (
 )
 from tests.conftest import make_tokenizer
 from tests.processes import engine_processes
+from tests.rollouts import submit
 
 NOTICED_S = 5.0
 """Seconds within which the death of an engine is noticed."""
@@ -85,7 +86,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def assert_same(pair: Pair) -> None:
-    drawn = pair.engine.submit(PROMPTS, sampling())()
+    drawn = submit(pair.engine, PROMPTS, sampling())()
     assert {rollout.weight_version for each in drawn for rollout in each} == {pair.trainer.version}
     assert_equal_within_rounding(pair.trainer.mismatch(drawn))
 
@@ -231,7 +232,7 @@ if __name__ == "__main__":
     pool = local_generator(settings)
     pool.load(Whole())
     sampling = Sampling(num_completions=1, max_tokens=2, max_length=96, temperature=1.0)
-    ((rollout,),) = pool.submit([Prompt(tokens=(20, 21), seed=1)], sampling)()
+    ((rollout,),) = submit(pool, [Prompt(tokens=(20, 21), seed=1)], sampling)()
     print("VERSION", rollout.weight_version)
     pool.close()
 """

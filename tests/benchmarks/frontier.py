@@ -118,6 +118,7 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
     from alignment.rollout.vllm import RolloutEngineSettings, local_generator
     from alignment.settings.model import ModelConfig
     from alignment.settings.run import RolloutConfig
+    from tests.rollouts import submit
 
     config = ModelConfig(path=model)
     tokenizer, rule = load_tokenizer(config), Sentiment()
@@ -133,7 +134,7 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
     try:
         generator.load(starting_weights(config, torch.device("cpu")))
         asked = [Prompt(tokens=tuple(tokenizer(text)["input_ids"]), seed=at) for at, text in enumerate(prompts)]
-        drawn = generator.submit(asked, sampling)()
+        drawn = submit(generator, asked, sampling)()
     finally:
         generator.close()
     rows = []

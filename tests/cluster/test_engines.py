@@ -17,7 +17,7 @@ import ray
 import alignment.rollout.weights as movement
 from alignment.errors import RolloutError
 from alignment.models.parallel import World
-from alignment.rollout import Rollouts
+from alignment.rollout import Rollout
 from alignment.rollout.pool import EnginePool
 from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.data import DataConfig
@@ -38,6 +38,7 @@ from tests.alignment.test_vllm import (
     write_model,
 )
 from tests.processes import descendants, engine_processes
+from tests.rollouts import submit
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def pool(engines: Engines, config: RunConfig, trainer: Trainer) -> Iterator[Engi
     """What a training worker has; like a restarted one, it attaches to engines that others have used before."""
     found = attach(engines, config, World())
     with pytest.raises(RolloutError, match="no weights"):
-        found.submit(PROMPTS, sampling())
+        submit(found, PROMPTS, sampling())
     found.load(trainer.change())
     yield found
     found.close()
@@ -104,11 +105,11 @@ def wait_until_all_are_back(pool: EnginePool) -> None:
         time.sleep(0.1)
 
 
-def draw(pool: EnginePool, **settings: Any) -> Rollouts:
-    return pool.submit(PROMPTS, sampling(**settings))()
+def draw(pool: EnginePool, **settings: Any) -> list[list[Rollout]]:
+    return submit(pool, PROMPTS, sampling(**settings))()
 
 
-def assert_right(pool: EnginePool, trainer: Trainer, drawn: Rollouts) -> None:
+def assert_right(pool: EnginePool, trainer: Trainer, drawn: list[list[Rollout]]) -> None:
     assert [len(rollouts) for rollouts in drawn] == [3] * len(PROMPTS)
     assert {rollout.weight_version for rollouts in drawn for rollout in rollouts} == {trainer.version}
     assert_equal_within_rounding(trainer.mismatch(drawn))
@@ -117,7 +118,7 @@ def assert_right(pool: EnginePool, trainer: Trainer, drawn: Rollouts) -> None:
 def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: EnginePool, trainer: Trainer) -> None:
     for _ in range(3):
         pool.load(trainer.change())
-        wait = pool.submit(PROMPTS, sampling())
+        wait = submit(pool, PROMPTS, sampling())
         assert_right(pool, trainer, wait())
     assert_engine_processes(2)
 
@@ -125,7 +126,7 @@ def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: Engin
 def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: EnginePool, trainer: Trainer) -> None:
     expected = draw(pool, max_tokens=40)
     killed = engine_processes()[0]
-    wait = pool.submit(PROMPTS, sampling(max_tokens=40))
+    wait = submit(pool, PROMPTS, sampling(max_tokens=40))
     time.sleep(0.05)
     killed.kill()
     drawn = wait()
@@ -161,7 +162,7 @@ def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(
     (slot,) = pool.slots
     killed = psutil.Process(ray.get(slot.handle.actor.__ray_call__.remote(lambda _: os.getpid())))
     (engine,) = engine_processes(of=killed.pid)
-    wait = pool.submit(PROMPTS, sampling(max_tokens=40))
+    wait = submit(pool, PROMPTS, sampling(max_tokens=40))
     time.sleep(0.05)
     killed.kill()
     _, alive = psutil.wait_procs([engine], timeout=60)

@@ -26,6 +26,7 @@ from tests.alignment.test_vllm import (
     sampling,
     write_model,
 )
+from tests.rollouts import submit
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +78,7 @@ def test_the_loss_of_a_machine_ends_no_run_while_another_engine_lives(cluster: A
 
         def step() -> None:
             pool.load(trainer.change())
-            drawn = pool.submit(PROMPTS, sampling())()
+            drawn = submit(pool, PROMPTS, sampling())()
             assert {rollout.weight_version for each in drawn for rollout in each} == {trainer.version}
             assert_equal_within_rounding(trainer.mismatch(drawn))
 

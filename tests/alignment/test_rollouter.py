@@ -1,0 +1,204 @@
+"""Rollouters: one answer to a prompt, or a conversation with an environment, whose words are not trained on."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.groups import Group, Message
+from alignment.metrics import read_metrics
+from alignment.models.load import load_tokenizer
+from alignment.rollout import Prompt, Rollout, Sampling
+from alignment.rollout.rollouter import Conversation, Observation, SingleTurn
+from alignment.settings.model import ModelConfig
+from tests.alignment.test_ppo_run import letters, named, rows_of
+from tests.alignment.test_train import assert_same_run, run
+from tests.conftest import TEXT
+
+Settings = dict[str, Any]
+
+SAMPLING = Sampling(num_completions=2, max_tokens=60, max_length=200, temperature=1.0)
+QUESTION = (Message(role="user", content="the cat"),)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class SecondQuestion:
+    """Asks a second question in the middle, and gives a reward for each answer."""
+
+    def __init__(self, group: Group, first_reward: float = 1.0) -> None:
+        self.group = group
+        self.first_reward = first_reward
+        self.answers: list[str] = []
+
+    async def step(self, answer: str) -> Observation:
+        self.answers.append(answer)
+        if len(self.answers) == 2:
+            return Observation(reward=0.25, is_done=True)
+        return Observation(messages=(Message(role="user", content="and the dog?"),), reward=self.first_reward)
+
+
+class Endless:
+    """Never ends the conversation."""
+
+    def __init__(self, group: Group) -> None: ...
+
+    async def step(self, answer: str) -> Observation:
+        return Observation(messages=(Message(role="user", content="go on"),), reward=0.5)
+
+
+class ScriptedPolicy:
+    """Answers from a list, the same to every completion, and keeps what it was asked."""
+
+    def __init__(self, answers: list[tuple[int, ...]]) -> None:
+        self.answers = answers
+        self.prompts: list[Prompt] = []
+        self.sampling: list[Sampling] = []
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        self.prompts.append(prompt)
+        self.sampling.append(sampling)
+        turn = sum(1 for other in self.prompts if len(other.tokens) < len(prompt.tokens)) and 1
+        tokens = self.answers[turn][: sampling.max_tokens]
+        rollout = Rollout(
+            tokens=tokens,
+            logprobs=(-1.0,) * len(tokens),
+            truncated=len(tokens) < len(self.answers[turn]),
+            weight_version=7 - turn,
+        )
+        return [rollout] * sampling.num_completions
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(ModelConfig(path=str(tiny_model)))
+
+
+@pytest.fixture
+def group(tokenizer: Any) -> Group:
+    text = tokenizer.apply_chat_template(
+        [turn.template_fields() for turn in QUESTION], tokenize=False, add_generation_prompt=True
+    )
+    return Group(id="row", prompt=QUESTION, prompt_tokens=tuple(tokenizer.encode(text, add_special_tokens=False)))
+
+
+@pytest.fixture
+def answers(tokenizer: Any) -> list[tuple[int, ...]]:
+    """Two answers, each with the end token."""
+    return [(*tokenizer.encode(text), tokenizer.eos_token_id) for text in ("sat on the mat", "ran away")]
+
+
+def sampling_of(tokenizer: Any, **changes: Any) -> Sampling:
+    return dataclasses.replace(SAMPLING, end_tokens=frozenset({tokenizer.eos_token_id}), **changes)
+
+
+def test_a_single_turn_is_what_the_policy_generates(group: Group, answers: list[tuple[int, ...]]) -> None:
+    policy = ScriptedPolicy(answers)
+    rollouts = asyncio.run(SingleTurn().complete(group, policy, SAMPLING, 5))
+    assert policy.prompts == [Prompt(tokens=group.prompt_tokens, seed=5)]
+    assert [rollout.tokens for rollout in rollouts] == [answers[0]] * 2
+
+
+def test_a_conversation_reads_as_the_chat_template_prints_it_and_only_answers_are_trained_on(
+    group: Group, answers: list[tuple[int, ...]], tokenizer: Any
+) -> None:
+    policy = ScriptedPolicy(answers)
+    rollouter = Conversation(SecondQuestion, tokenizer, max_turns=3)
+    first, second = asyncio.run(rollouter.complete(group, policy, sampling_of(tokenizer), 5))
+    assert first == second, "the policy says the same to both"
+    assert len({prompt.seed for prompt in policy.prompts}) == 4, "every answer has a seed of its own"
+
+    turns = [
+        *QUESTION,
+        Message(role="assistant", content="sat on the mat"),
+        Message(role="user", content="and the dog?"),
+    ]
+    turns.append(Message(role="assistant", content="ran away"))
+    printed = tokenizer.apply_chat_template([turn.template_fields() for turn in turns], tokenize=False)
+    assert tokenizer.decode(group.prompt_tokens + first.tokens) == printed.removesuffix("\n")
+    trained = [token for token, is_trained in zip(first.tokens, first.loss_mask, strict=True) if is_trained]
+    assert trained == [*answers[0], *answers[1]]
+    assert all(
+        (logprob == -1) == is_trained for logprob, is_trained in zip(first.logprobs, first.loss_mask, strict=True)
+    )
+    assert first.reward == 1.25 and first.weight_version == 6 and not first.truncated
+
+
+def test_a_conversation_ends_where_its_room_does(group: Group, answers: list[tuple[int, ...]], tokenizer: Any) -> None:
+    length = len(answers[0])
+    for room, tokens, is_truncated in (
+        (length - 1, answers[0][:-1], True),  # in the first answer
+        (length + 5, answers[0], True),  # in the second question
+    ):
+        policy = ScriptedPolicy(answers)
+        rollouter = Conversation(SecondQuestion, tokenizer, max_turns=3)
+        rollout, _ = asyncio.run(rollouter.complete(group, policy, sampling_of(tokenizer, max_tokens=room), 5))
+        assert (rollout.tokens, rollout.truncated) == (tokens, is_truncated)
+
+
+def test_a_conversation_has_no_more_turns_than_it_may(
+    group: Group, answers: list[tuple[int, ...]], tokenizer: Any
+) -> None:
+    policy = ScriptedPolicy(answers)
+    rollouter = Conversation(Endless, tokenizer, max_turns=2)
+    rollout, _ = asyncio.run(rollouter.complete(group, policy, sampling_of(tokenizer), 5))
+    assert len(policy.prompts) == 4 and rollout.reward == 1.0 and rollout.loss_mask[-1]
+
+
+@pytest.fixture
+def brief_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with so many end tokens that its answers are short."""
+    folder = tmp_path / "brief-model"
+    shutil.copytree(tiny_model, folder)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "eos_token_id": [settings["eos_token_id"], *range(100, 200)]}))
+    return folder
+
+
+@pytest.fixture
+def conversations(run_settings: Settings, write_rows: Callable[..., Path], brief_model: Path) -> Settings:
+    """Settings of a run in which every prompt is a conversation of two questions."""
+    words = TEXT.split()
+    rows = [{"prompt": [{"role": "user", "content": " ".join(words[i : i + 2 + i % 3])}]} for i in range(8)]
+    environment = {"name": f"{__name__}:SecondQuestion", "arguments": {"first_reward": 10.0}}
+    return {
+        **run_settings,
+        "model": {"path": str(brief_model), "dtype": "fp32"},
+        "data": {"path": str(write_rows(rows, "prompts.jsonl")), "max_length": 96},
+        "algorithm": {"name": "grpo"},
+        "rollout": {
+            "engine": "local",
+            "completions": 2,
+            "max_tokens": 48,
+            "environment": environment,
+            "steps_ahead": 1,
+        },
+        "rewards": [named(letters)],
+    }
+
+
+def test_rewards_of_environment_and_scorers_add_up_and_a_run_resumes_bit_for_bit(
+    conversations: Settings, tmp_path: Path
+) -> None:
+    whole = run(conversations, steps=4)
+    halves = {**conversations, "output": str(tmp_path / "halves")}
+    run(halves, steps=2)
+    resumed = run(halves, steps=4)
+    assert_same_run(whole, resumed)
+    assert (whole / "provenance.jsonl").read_text() == (resumed / "provenance.jsonl").read_text()
+    extras = [line["reward"] - line["scores/letters"] for line in read_metrics(whole)]
+    assert max(extras) > 0 and all(-1e-9 <= extra <= 10.25 for extra in extras), extras
+    assert len(rows_of(whole / "provenance.jsonl")) == 4
+
+
+def test_an_environment_can_be_all_that_gives_rewards(conversations: Settings) -> None:
+    line = read_metrics(run({**conversations, "rewards": []}, steps=1))[-1]
+    assert 0 <= line["reward"] <= 10.25
