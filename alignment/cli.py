@@ -23,7 +23,7 @@ COMMANDS = {
     "promote": ("serving.promote:promote", "make an endpoint answer with another checkpoint, checked and gated"),
     "rollback": ("serving.promote:rollback", "make an endpoint answer with the version before"),
     "versions": ("serving.promote:versions", "list the versions that an endpoint has, and which of them answers"),
-    "reward-server": ("serving.rewards:reward_server", "put a reward model behind HTTP, for runs to ask"),
+    "reward-server": ("serving.reward_server:reward_server", "put a reward model behind HTTP, for runs to ask"),
     "keys": ("serving.keys:commands", "create, list, change and revoke the keys that an endpoint lets in"),
     "audit": ("serving.audit:audit", "list who changed, exported or deleted what at an endpoint"),
     "report": ("alignment.report:report", "write a run's curves and samples as one HTML page"),

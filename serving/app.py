@@ -31,35 +31,35 @@ logger = logging.getLogger("ray.serve")
 
 INGRESS_NAME = "ingress"
 ENGINE_NAME = "engine"
-"""The deployments' names; a Serve config file overrides a deployment's options by it."""
+"""Names of the deployments. A Serve config file overrides the options of a deployment by its name."""
 INGRESS_CPUS = 0.1
 REPLICA_CPUS = 1.0
 SCORING_CPUS = 0.1
-AT_ONCE = 10_000
-"""Requests in progress in a replica that only passes on."""
+INGRESS_REQUESTS = 10_000
+"""Most requests in progress in an ingress, which only passes them on."""
 LOOK_BACK_S = 15.0
-"""Over which autoscaling takes the mean of what there is to do; longer than Ray counts it, which is every 10 s."""
+"""Seconds over which autoscaling averages the requests in progress; Ray counts them every 10 s."""
 METRICS_S = 2.0
-"""Between two reports of it; Ray Serve wants several of them in the time above."""
+"""Seconds between two reports of that number; Ray Serve needs several reports in the time above."""
 CANDIDATE_IDLE_S = 5.0
-"""Seconds after the end of a canary of whole weights in which its replica ends."""
+"""Seconds after the end of a canary of whole weights within which its replica ends."""
 SCORING_DRAIN_S = 60.0
-"""Seconds that what is being rated still gets when a scorer stops."""
+"""Seconds that a scorer that stops has for the requests in progress."""
 SCORING_IDLE_S = 600.0
-"""Seconds without a request after which a scorer that nobody wants to keep ends."""
+"""Seconds without a request after which a scorer ends, if more of them run than have to."""
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Builds the application from the fields of `ServeConfig`; the import path for `serve run` is `serving:build`.
+    """Builds the application from the fields of `ServeConfig`. The import path for `serve run` is `serving:build`.
 
-    Ray builds again whenever the configuration changes or the head starts again. Where another cluster's endpoint has
-    the registry, as while this one is to replace it, nothing changes there.
+    Ray calls this again whenever the configuration changes or the head starts again. If the registry belongs to another
+    cluster's endpoint, for example while this endpoint replaces that one, nothing in the registry changes.
 
     Raises:
         ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
-        ClusterError: the Ray cluster answers those who have not its token.
+        ClusterError: the Ray cluster answers also clients without its token.
         AlignmentError: the checkpoint cannot be served (see `serving.served.publish`).
-        LeaseTaken: another endpoint has the registry, and `on_lease` is `refuse`.
+        LeaseTaken: the registry belongs to another endpoint, and `on_lease` is `refuse`.
     """
     config = check_config(args, kind=ServeConfig)
     if config.no_keys:
@@ -67,7 +67,7 @@ def build(args: dict[str, Any]) -> Application:
             "no_keys: is for `raylign serve` on 127.0.0.1; what listens here is Ray Serve's own http_options, which "
             "this configuration does not choose, so requests need keys: `raylign keys create`"
         )
-    if ray.is_initialized():  # in a cluster that others have started, as KubeRay
+    if ray.is_initialized():  # in a cluster that something else has started, as KubeRay
         check_token(ray.get_runtime_context().gcs_address)
     owner, registry = cluster_id() or secrets.token_hex(8), registry_of(config)
     if ray.is_initialized():
@@ -85,18 +85,19 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def cluster_id() -> str | None:
-    """What no other Ray cluster is called; None where none is connected."""
+    """Returns an id that no other Ray cluster has; None where no cluster is connected."""
     if not ray.is_initialized():
         return None
     return str(ray._private.worker.global_worker.gcs_client.cluster_id.hex())
 
 
-def application(config: ServeConfig, served: ServedModel, registry: Registry, owner: str) -> Application:
-    """The same for a checkpoint that is published already, since proving a large one takes a while.
+def application(config: ServeConfig, served_model: ServedModel, registry: Registry, owner: str) -> Application:
+    """Builds the application for a checkpoint that is published already; publishing a large one takes a while.
 
     Args:
-        owner: of the registry's lease (see `serving.lease`); without a `/` a cluster's, and each application's of it is
-            another one.
+        served_model: the version that answers at the start.
+        owner: owner of the registry's lease (see `serving.lease`). Without a `/` it is a cluster, and each of its
+            applications becomes an owner of its own.
     """
     device = choose_device(config)
     limits = config.limits_on(device, num_cores=len(os.sched_getaffinity(0)))
@@ -107,15 +108,15 @@ def application(config: ServeConfig, served: ServedModel, registry: Registry, ow
     scoring = serve.deployment(Scoring, name=SCORING_NAME, **_scoring_options(config, device))
     ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS_NAME, **_ingress_options(config))
     candidate = None
-    if served.base_name is None:
+    if served_model.base_name is None:
         options = _candidate_options(config, device)
         candidate = serve.deployment(CandidateEngine, name=CANDIDATE_NAME, **options).bind(settings)
     scorer = scoring.bind(config, _scoring_device(config, device), folder)
-    return ingress.bind(engine, candidate, scorer, config, served, folder, owner)
+    return ingress.bind(engine, candidate, scorer, config, served_model, folder, owner)
 
 
 def choose_device(config: ServeConfig) -> Device:
-    """Where the engine runs, after asking Ray if the configuration leaves it open."""
+    """Returns where the engine runs. It asks Ray, if the configuration leaves it open."""
     if config.device != "auto":
         return config.device
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
@@ -124,7 +125,7 @@ def choose_device(config: ServeConfig) -> Device:
 def _ingress_options(config: ServeConfig) -> dict[str, Any]:
     return {
         "ray_actor_options": {"num_cpus": INGRESS_CPUS},
-        "max_ongoing_requests": AT_ONCE,  # the limits are the engine's
+        "max_ongoing_requests": INGRESS_REQUESTS,  # the engine's own limits count
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
@@ -146,7 +147,7 @@ def _scoring_options(config: ServeConfig, device: Device) -> dict[str, Any]:
         },
         "max_ongoing_requests": 2 * MAX_BATCH,  # one batch in progress, one waiting
         "max_queued_requests": config.max_queued_requests,
-        # One that still waits for a GPU ends no sooner, and an endpoint that ends waits for it.
+        # A scorer that still waits for a GPU ends no sooner, and an endpoint that ends waits for it.
         "graceful_shutdown_timeout_s": min(config.drain_timeout_s, SCORING_DRAIN_S),
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 2,
@@ -172,14 +173,14 @@ def _engine_options(config: ServeConfig, device: Device) -> dict[str, Any]:
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
-        "health_check_period_s": 2.0,  # an engine that died is replaced
-        # Each attempt loads the whole model, and what failed twice (memory, a bad file) fails a third time.
+        "health_check_period_s": 2.0,  # so that an engine that died is replaced soon
+        # Each attempt loads the whole model. What failed twice (memory, a bad file) would fail a third time.
         "max_constructor_retry_count": 2,
     }
 
 
 def _candidate_options(config: ServeConfig, device: Device) -> dict[str, Any]:
-    """As of the engine; there is no replica until one is asked to stay."""
+    """Returns the engine's options, but there is no replica until one is asked to stay."""
     return _engine_options(config, device) | {
         "autoscaling_config": {
             "min_replicas": 0,
@@ -194,7 +195,7 @@ def _candidate_options(config: ServeConfig, device: Device) -> dict[str, Any]:
 
 
 def _bundles(config: ServeConfig, device: Device) -> list[dict[str, float]]:
-    """The replica's process and its first GPU together, then one bundle per further GPU."""
+    """Returns the replica's process and its first GPU as one bundle, and one bundle per further GPU."""
     if device == "cpu":
         return [{"CPU": REPLICA_CPUS}]
     return [{"CPU": REPLICA_CPUS, "GPU": 1.0}] + [{"GPU": 1.0}] * (config.tensor_parallel_size - 1)

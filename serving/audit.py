@@ -1,8 +1,8 @@
-"""The audit trail: who changed, exported or deleted something, when and from where; `raylign audit` lists it.
+"""The audit trail: who changed, exported or deleted something, when and from where. `raylign audit` prints it.
 
 admin's request ─► route ─► file in the registry's folder (on the disk before the client has its answer) ─► database
 
-An entry that the database does not take now stays a file until it does, and whichever ingress lives stores it.
+An entry stays in its file until the database takes it. Any ingress that runs stores it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serving.files import write_whole
-from serving.keys import Database, opened_store
+from serving.keys import Database, open_store
 
 if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
     from serving.store.records import AuditEntry
 
 RETRY_S = 5.0
-"""Seconds between attempts to store what has become a file."""
+"""Seconds between attempts to store the entries in files."""
 MAX_DETAIL = 2000
-"""Characters of a request's body that an entry holds."""
+"""Most characters of a request's body that an entry holds."""
 ACTIONS = {
     ("POST", "/v1/admin/versions"): "register",
     ("DELETE", "/v1/admin/versions/{number}"): "delete version",
@@ -43,66 +43,71 @@ ACTIONS = {
     ("GET", "/v1/feedback/export"): "export",
     ("DELETE", "/v1/records/{id}"): "delete record",
 }
-"""What is written down by which name; any other change that needs an admin is called by its method and path."""
+"""The names of actions. Any other change that needs an admin is named by its method and path."""
 READS = ("GET", "HEAD", "OPTIONS")
 
 logger = logging.getLogger("ray.serve")
 
 
 class AuditTrail:
-    """Writes entries down so that neither the database's absence nor a killed process loses one."""
+    """Stores entries. Neither the absence of the database nor the end of a process loses an entry."""
 
     def __init__(self, store: Store, folder: Path, *, on_loss: Callable[[], None] = lambda: None) -> None:
-        """
+        """Starts a thread that stores the entries in files.
+
         Args:
-            folder: of the files; several ingresses may share it.
-            on_loss: is told of every entry that is in the log alone.
+            folder: folder of the files; several ingresses may share it.
+            on_loss: is called for every entry that only the log has.
         """
         self._store = store
         self._folder = folder
         self._on_loss = on_loss
         self.num_waiting = 0
-        """Entries that the database did not take yet, as of a few seconds ago."""
-        self._done = threading.Event()
+        """Number of entries in files, as of a few seconds ago."""
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._retry, name="audit trail", daemon=True)
         self._thread.start()
 
     def record(self, entry: AuditEntry) -> None:
-        """Returns when the entry is on the disk; if it cannot be, the log has it."""
-        is_left = leave(self._folder, entry)
-        stored = self._submit(entry, _file(self._folder, entry))
-        if not is_left:
-            stored.add_done_callback(lambda done: self._on_loss() if done.exception() else None)
+        """Returns when the entry is on the disk. If it cannot be written there, the log has it."""
+        is_written = write_entry(self._folder, entry)
+        future = self._submit(entry, _file(self._folder, entry))
+        if not is_written:
+            future.add_done_callback(lambda finished_future: self._on_loss() if finished_future.exception() else None)
 
     def close(self) -> None:
-        """Ends the retries; the store stays open."""
-        self._done.set()
+        """Ends the thread. The store stays open."""
+        self._stop.set()
         self._thread.join()
 
     def _submit(self, entry: AuditEntry, file: Path) -> Future[None]:
-        def settled(future: Future[None]) -> None:
+        def on_done(future: Future[None]) -> None:
             if future.exception() is None and file.exists():
                 file.unlink(missing_ok=True)
 
         future = self._store.audit(entry)
-        future.add_done_callback(settled)
+        future.add_done_callback(on_done)
         return future
 
     def _retry(self) -> None:
-        while not self._done.wait(RETRY_S):
+        while not self._stop.wait(RETRY_S):
             files = sorted(self._folder.glob("aud-*.json"))
             self.num_waiting = len(files)
             for file in files:
                 try:
                     self._submit(_read(file), file).exception(timeout=60)
-                except FileNotFoundError:  # stored meanwhile
+                except FileNotFoundError:  # it was stored in the meantime
                     continue
                 except Exception:  # one bad file, or a slow database, must not end the retries
                     logger.exception("An entry of the audit trail cannot be stored yet: %s", file)
 
 
-def leave(folder: Path, entry: AuditEntry) -> bool:
-    """Writes an entry into a folder, from which the next ingress stores it; if it cannot be, the log has it."""
+def write_entry(folder: Path, entry: AuditEntry) -> bool:
+    """Writes an entry into a folder, from which an ingress stores it. If it cannot be written, the log has it.
+
+    Returns:
+        Whether it was written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(_file(folder, entry), json.dumps(asdict(entry)).encode())
@@ -113,7 +118,7 @@ def leave(folder: Path, entry: AuditEntry) -> bool:
 
 
 def folder_of(registry: Registry) -> Path:
-    """Where entries about a registry wait."""
+    """Returns the folder of a registry in which entries wait for the database."""
     return registry.folder / "audit"
 
 
@@ -121,10 +126,10 @@ def _file(folder: Path, entry: AuditEntry) -> Path:
     return folder / f"{entry.id}.json"
 
 
-class Audited:
-    """Plain ASGI around the routes, behind `serving.guard`: writes down what admins do, by any route there will be.
+class AuditMiddleware:
+    """ASGI middleware between `serving.access` and the routes: adds an entry for what admins do, by any route.
 
-    What a key may not do is refused, and not written down: anybody could fill a disk.
+    What a key may not do is refused, and gets no entry: otherwise anybody could fill the disk.
     """
 
     def __init__(self, app: ASGIApp, trail: AuditTrail) -> None:
@@ -137,7 +142,7 @@ class Audited:
             return
         status: int | None = None
 
-        async def sending(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -145,33 +150,33 @@ class Audited:
             await send(message)
 
         try:
-            await self._app(scope, receive, sending)
+            await self._app(scope, receive, send_and_record)
         finally:
-            if status is None:  # its client has gone, or it failed; what it began may go on
+            if status is None:  # the client went away, or the request failed; what it began may continue
                 await self._record(scope, None)
 
     async def _record(self, scope: Scope, status: int | None) -> None:
         action, key = action_of(scope), scope["state"]["key"]
-        if action is not None and key.may("admin"):
+        if action is not None and key.allows("admin"):
             from serving.store.records import AuditEntry
 
-            detail = {"status": status, **_what(scope)}
+            detail = {"status": status, **_request_detail(scope)}
             client = scope.get("client")
             entry = AuditEntry(action=action, who=key.name, address=client[0] if client else None, detail=detail)
             await asyncio.to_thread(self._trail.record, entry)
 
 
 def action_of(scope: Scope) -> str | None:
-    """What a request that was routed does, if it is something to write down."""
+    """Returns the name of what a routed request does; None if it needs no entry."""
     route = scope.get("route")
     if route is None:
         return None
     method, path = scope["method"], route.path
-    named = ACTIONS.get((method, path))
-    if named == "promote" and _body(scope).get("canary") is not None:
+    action = ACTIONS.get((method, path))
+    if action == "promote" and _body(scope).get("canary") is not None:
         return "canary"
     is_change = next(iter(route.tags), "admin") == "admin" and method not in READS
-    return named or (f"{method} {path}" if is_change else None)
+    return action or (f"{method} {path}" if is_change else None)
 
 
 def _body(scope: Scope) -> dict[str, Any]:
@@ -179,15 +184,15 @@ def _body(scope: Scope) -> dict[str, Any]:
     return body
 
 
-def _what(scope: Scope) -> dict[str, Any]:
-    """The parts of a request that say what it was done to."""
+def _request_detail(scope: Scope) -> dict[str, Any]:
+    """Returns the parts of a request that say what it was about."""
     body, query = _body(scope), scope.get("query_string", b"").decode("latin-1")
-    found: dict[str, Any] = dict(scope.get("path_params", {}))
+    detail: dict[str, Any] = dict(scope.get("path_params", {}))
     if query:
-        found["query"] = query[:MAX_DETAIL]
+        detail["query"] = query[:MAX_DETAIL]
     if body:
-        found["body"] = body if len(json.dumps(body)) <= MAX_DETAIL else "too long"
-    return found
+        detail["body"] = body if len(json.dumps(body)) <= MAX_DETAIL else "too long"
+    return detail
 
 
 def _read(file: Path) -> AuditEntry:
@@ -197,8 +202,8 @@ def _read(file: Path) -> AuditEntry:
 
 
 def _line(entry: AuditEntry) -> str:
-    when = datetime.fromtimestamp(entry.created, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-    return f"{when}  {entry.who:24} {entry.address or '-':15} {entry.action:14} {json.dumps(entry.detail)}"
+    timestamp = datetime.fromtimestamp(entry.created, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return f"{timestamp}  {entry.who:24} {entry.address or '-':15} {entry.action:14} {json.dumps(entry.detail)}"
 
 
 def audit(
@@ -210,6 +215,6 @@ def audit(
     Commands are written down as the operating system's user@host, requests by the name of their key and the address
     that they came from, which behind a load balancer is its own.
     """
-    with opened_store(database) as store:
+    with open_store(database) as store:
         for entry in store.audit_trail(limit=limit):
             typer.echo(_line(entry))

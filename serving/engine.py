@@ -38,7 +38,16 @@ from serving.parsers import OPENED, reasoning_parser_of
 from serving.prompts import read_shielded_prompts, shield_chat
 from serving.registry import Registry, State
 from serving.scheduling import SCHEDULER
-from serving.schema import TOKEN_ROUTES, Elsewhere, Refused, Reply, Route, event, invalid, refusal
+from serving.schema import (
+    TOKEN_ROUTES,
+    Redirect,
+    Reply,
+    RequestError,
+    Route,
+    error_reply,
+    event,
+    validation_error_reply,
+)
 from serving.served import ServedModel, adapter_name, served_version
 from serving.trial import Trials
 from serving.versions import (
@@ -184,10 +193,10 @@ class Engine:
 
     async def answer(
         self, route: Route, body: dict[str, Any], wanted: int | None, avoid: tuple[str, ...] = ()
-    ) -> AsyncIterator[str | Reply | Elsewhere]:
+    ) -> AsyncIterator[str | Reply | Redirect]:
         """Answers one request: with server-sent events if it asks for a stream, else with one `Reply`.
 
-        What comes first is always a `Reply`, that of a stream without a body yet; or `Elsewhere` and nothing more.
+        What comes first is always a `Reply`, that of a stream without a body yet; or `Redirect` and nothing more.
 
         Args:
             wanted: number of the model version to answer; None takes what this replica holds.
@@ -195,7 +204,7 @@ class Engine:
         """
         self._asked += 1
         if self._server.engine._engine_client.errored:
-            yield Elsewhere(replica=self._replica, moves_to=None, is_broken=True)
+            yield Redirect(replica=self._replica, moves_to=None, is_broken=True)
             return
         try:
             form_s = await self._trials.check([] if route in TOKEN_ROUTES else forms_of(body))
@@ -223,18 +232,18 @@ class Engine:
                     async for part in self._parts(route, request, names):
                         yield part
         except ReplicaUnavailable as error:
-            yield Elsewhere(replica=self._replica, moves_to=error.moves_to, is_broken=error.is_broken)
-        except Refused as refused:
+            yield Redirect(replica=self._replica, moves_to=error.moves_to, is_broken=error.is_broken)
+        except RequestError as refused:
             yield refused.reply
         except ServingError as error:
-            yield refusal(409, str(error))
+            yield error_reply(409, str(error))
         except Exception:  # the client must get an answer, and must not get the exception's text
             logger.exception("A request failed in the engine")
             if self._server.engine._engine_client.errored:
                 raise  # the ingress says so; no other replica is given what may have killed this engine
-            failure = refusal(500, "The engine failed on this request.")
+            failure = error_reply(500, "The engine failed on this request.")
             if FORMS & body.keys():  # the grammar is compiled after the request has been taken
-                failure = refusal(400, "The engine could not answer in the form that was asked for.")
+                failure = error_reply(400, "The engine could not answer in the form that was asked for.")
             yield event(failure) if body.get("stream") else failure
 
     def _request(self, route: Route, body: dict[str, Any]) -> Any:
@@ -249,7 +258,7 @@ class Engine:
             told = await ask(request, None)
         except Exception as error:  # a template may raise anything about messages that it does not expect
             logger.info("A text could not be tokenized: %s", type(error).__name__)
-            return refusal(400, "The chat template, or the tokenizer, does not take this.")
+            return error_reply(400, "The chat template, or the tokenizer, does not take this.")
         if isinstance(told, ErrorResponse):
             return _refusal(told.error.code, told.error.message)
         return Reply(status=200, body=told.model_dump_json(exclude_none=True))
@@ -358,10 +367,10 @@ class CandidateEngine(Engine):
 
     async def answer(
         self, route: Route, body: dict[str, Any], wanted: int | None, avoid: tuple[str, ...] = ()
-    ) -> AsyncIterator[str | Reply | Elsewhere]:
+    ) -> AsyncIterator[str | Reply | Redirect]:
         """As the others; before it has loaded anything it sends all away."""
         if not self._is_up:
-            yield Elsewhere(replica=self._replica, moves_to=None)
+            yield Redirect(replica=self._replica, moves_to=None)
             return
         async for part in super().answer(route, body, wanted, avoid):
             yield part
@@ -655,9 +664,9 @@ def _parse(route: Route, body: dict[str, Any]) -> Any:
     try:
         return kinds[route].model_validate(body)
     except ValidationError as error:
-        return invalid(error.errors(), body)
+        return validation_error_reply(error.errors(), body)
     except VLLMClientError as error:
-        return refusal(400, f"The request is not valid. {error}"[:MAX_MESSAGE])
+        return error_reply(400, f"The request is not valid. {error}"[:MAX_MESSAGE])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -723,6 +732,6 @@ def _without_exceptions(text: str) -> str:
 def _refusal(status: int, message: str) -> Reply:
     if status < 500:
         is_too_long = status == 400 and TOO_LONG.search(message) is not None
-        return refusal(status, message[:MAX_MESSAGE], code="context_length_exceeded" if is_too_long else None)
+        return error_reply(status, message[:MAX_MESSAGE], code="context_length_exceeded" if is_too_long else None)
     logger.error("The engine answered with an error: %s", message)
-    return refusal(500, "The engine failed on this request.")
+    return error_reply(500, "The engine failed on this request.")

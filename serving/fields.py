@@ -1,6 +1,6 @@
-"""Which fields of OpenAI's and vLLM's requests are taken, and what their many spellings become before the engine.
+"""Which fields of OpenAI's and vLLM's requests are supported, and how their many spellings are unified for the engine.
 
-What a client sends ─► `taken`: no nulls, no defaults, nothing that says nothing here ─► the engine
+a client's request ─► `to_engine_request`: without nulls, defaults and fields that ask for nothing ─► the engine
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.schema import Refused
+from serving.schema import RequestError
 
 SAMPLING = {
     *("model", "n", "seed", "stop", "stream", "stream_options", "user"),
@@ -18,8 +18,8 @@ SAMPLING = {
     *("truncate_prompt_tokens", "add_special_tokens", "return_token_ids", "return_tokens_as_token_ids"),
     *("truncation_side", "stream_interval", "response_format", "structured_outputs"),
 }
-"""Fields of both kinds of requests that reach vLLM."""
-TAKEN = {
+"""Fields of chats and of text completions that reach vLLM."""
+SUPPORTED = {
     "chat": SAMPLING
     | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
     | {"reasoning_effort", "include_reasoning", "chat_template_kwargs", "add_generation_prompt", "documents"}
@@ -33,7 +33,7 @@ IGNORED = {
     *("metadata", "store", "service_tier", "safety_identifier", "verbosity", "session_id"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
-"""Fields that say nothing about the answer of an endpoint that is one's own."""
+"""Fields that change nothing about the answer of an endpoint that is one's own."""
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "modalities": (["text"],),
@@ -58,8 +58,8 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "mm_payload": ("tensors", "none"),
     "routed_experts_prompt_start": (0,),
 }
-"""Values with which a field asks for what would be done without it; null does for every field."""
-REFUSED = {
+"""Values with which a field asks for what would be done without it. Null is such a value of every field."""
+UNSUPPORTED = {
     "chat_template": "templates come with the model",
     "request_id": "the service issues the ids",
     "prompt_embeds": "prompts are texts or tokens",
@@ -93,105 +93,120 @@ REFUSED = {
     "web_search_options": "nothing is searched",
     "moderation": "nothing is moderated",
 }
-"""Fields that clients know and that cannot be followed, and why, where `TAKEN` has them not; others are not known."""
-TURN = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"}
+"""Fields that clients know and that are not supported, and why. All fields that stand nowhere here are unknown."""
+MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"}
 """Fields of a message that a template may read."""
-TURN_DEFAULTS: dict[str, tuple[Any, ...]] = {"type": ("text",)}
-"""Values with which a field of a message says nothing; each of lm-eval 0.4.9 has this one."""
-TURN_IGNORED = {"refusal", "annotations", "audio", "function_call"}
-"""Fields of a message that the API's own answers have, empty, and that clients send back."""
+MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {"type": ("text",)}
+"""Values with which a field of a message asks for nothing. Every message of lm-eval 0.4.9 has this one."""
+MESSAGE_IGNORED = {"refusal", "annotations", "audio", "function_call"}
+"""Fields that the API's own answers have empty, so that clients send them back in messages."""
 SMALLEST_TOP_P = 1e-6
-"""Of OpenAI's 0, which vLLM does not take: the likeliest token alone."""
+"""What OpenAI's 0 becomes, which vLLM does not take: only the likeliest token is sampled."""
 
 
-def taken(kind: str, sent: Mapping[str, Any]) -> dict[str, Any]:
-    """A request as the engine is to have it.
+def to_engine_request(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a request as the engine needs it.
+
+    Args:
+        kind: a key of `SUPPORTED`.
+        body: the body that the client sent.
 
     Raises:
-        Refused: 400, a field is not known, or cannot be followed; `param` names it.
+        RequestError: 400, a field is unknown or not supported; `param` names it.
     """
     fields = {}
-    for name, value in sent.items():
-        if value is None or name in IGNORED or _is_default(value, DEFAULTS.get(name, ())) or _says_nothing(name, sent):
+    for name, value in body.items():
+        if value is None or name in IGNORED or _is_default(value, DEFAULTS.get(name, ())) or _is_neutral(name, body):
             continue
-        if name not in TAKEN[kind]:
-            raise _refused(name)
+        if name not in SUPPORTED[kind]:
+            raise _unsupported_field(name)
         fields[name] = value
     if fields.get("top_p") == 0:
         fields["top_p"] = SMALLEST_TOP_P
     if "messages" in fields:
-        fields["messages"] = turns(fields["messages"])
+        fields["messages"] = to_engine_messages(fields["messages"])
     if "tools" in fields and fields.get("tool_choice", "auto") not in ("auto", "none"):
-        fields["tools"] = [_strict(place, tool) for place, tool in enumerate(fields["tools"])]
+        fields["tools"] = [_strict_tool(index, tool) for index, tool in enumerate(fields["tools"])]
     return fields
 
 
-def _strict(place: int, tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool that has to be called. Where it is not strict, vLLM 0.32 has it called with any JSON: a list, a number."""
+def _strict_tool(index: int, tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tool that has to be called as a strict one.
+
+    Where it is not strict, vLLM 0.32 lets the model call it with any JSON, as a list or a number.
+    """
     function = tool["function"]
-    sent = function.get("parameters") or {"properties": {}}
-    parameters = {"type": "object", **sent} if isinstance(sent, Mapping) else {}
+    schema = function.get("parameters") or {"properties": {}}
+    parameters = {"type": "object", **schema} if isinstance(schema, Mapping) else {}
     if parameters.get("type") != "object":
-        message = f"The arguments of a call are an object, so the type of tools[{place}].function.parameters is object."
-        raise Refused(400, message, code="invalid_function_parameters", param=f"tools[{place}].function.parameters")
+        message = f"The arguments of a call are an object, so the type of tools[{index}].function.parameters is object."
+        raise RequestError(
+            400, message, code="invalid_function_parameters", param=f"tools[{index}].function.parameters"
+        )
     return {**tool, "function": {**function, "parameters": parameters, "strict": True}}
 
 
-def turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as the engine is to have them: one text each, and only what a template may read.
+def to_engine_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns messages as the engine needs them: each has one text, and only fields that a template may read.
 
     Raises:
-        Refused: 400, as for `taken`.
+        RequestError: 400, as `to_engine_request`.
     """
-    return [_turn(place, turn) for place, turn in enumerate(messages)]
+    return [_engine_message(index, message) for index, message in enumerate(messages)]
 
 
-def _turn(place: int, turn: Mapping[str, Any]) -> dict[str, Any]:
+def _engine_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns one message as the engine needs it; raises RequestError (400) for a field that is not supported."""
     fields = {
         name: value
-        for name, value in turn.items()
-        if name == "content" or (value is not None and not _is_default(value, TURN_DEFAULTS.get(name, ())))
+        for name, value in message.items()
+        if name == "content" or (value is not None and not _is_default(value, MESSAGE_DEFAULTS.get(name, ())))
     }
-    for name in fields.keys() - TURN:
-        if name not in TURN_IGNORED:
-            raise _refused(f"messages[{place}].{name}")
+    for name in fields.keys() - MESSAGE_FIELDS:
+        if name not in MESSAGE_IGNORED:
+            raise _unsupported_field(f"messages[{index}].{name}")
         if fields[name] and name != "refusal":
-            raise Refused(400, f"messages[{place}].{name} is not taken: there are only texts.", param="messages")
-    kept = {name: value for name, value in fields.items() if name in TURN and not (name == "tool_calls" and not value)}
-    content = kept.get("content")
+            raise RequestError(400, f"messages[{index}].{name} is not taken: there are only texts.", param="messages")
+    engine_message = {
+        name: value
+        for name, value in fields.items()
+        if name in MESSAGE_FIELDS and not (name == "tool_calls" and not value)
+    }
+    content = engine_message.get("content")
     if isinstance(content, list):
-        # As vLLM joins them; in one place, so that what is kept of a chat is what the model read.
-        kept["content"] = "\n".join(_text(part) for part in content)
+        # vLLM joins parts in the same way. They are joined here, so that records hold what the model read.
+        engine_message["content"] = "\n".join(_text(content_part) for content_part in content)
     elif content is None and isinstance(fields.get("refusal"), str):
-        kept["content"] = fields["refusal"]
-    if kept["role"] == "function":  # OpenAI's old name for it; the call's own has no id
-        kept |= {"role": "tool", "tool_call_id": kept.get("tool_call_id", kept.get("name", "function"))}
-    return kept
+        engine_message["content"] = fields["refusal"]
+    if engine_message["role"] == "function":  # OpenAI's old name of the role; the old form of a call has no id
+        call_id = engine_message.get("tool_call_id", engine_message.get("name", "function"))
+        engine_message |= {"role": "tool", "tool_call_id": call_id}
+    return engine_message
 
 
-def _text(part: Mapping[str, Any]) -> str:
-    return str(part["refusal" if part["type"] == "refusal" else "text"])
+def _text(content_part: Mapping[str, Any]) -> str:
+    return str(content_part["refusal" if content_part["type"] == "refusal" else "text"])
 
 
 def _is_default(value: Any, defaults: Sequence[Any]) -> bool:
     return any(type(value) is type(default) and bool(value == default) for default in defaults)
 
 
-def _says_nothing(name: str, sent: Mapping[str, Any]) -> bool:
-    """Whether a field asks for nothing beside the others of its request."""
-    value = sent[name]
-    if name == "best_of":  # the best n of n
-        return _is_default(value, (sent.get("n"),))
+def _is_neutral(name: str, body: Mapping[str, Any]) -> bool:
+    """Returns whether a field asks for nothing, given the other fields of its request."""
+    value = body[name]
+    if name == "best_of":  # the best n of n answers
+        return _is_default(value, (body.get("n"),))
     if name == "stream_options":
-        return not sent.get("stream") and isinstance(value, Mapping) and not any(value.values())
+        return not body.get("stream") and isinstance(value, Mapping) and not any(value.values())
     if name in ("tool_choice", "parallel_tool_calls"):
-        return not sent.get("tools") and (name != "tool_choice" or value in ("auto", "none"))
+        return not body.get("tools") and (name != "tool_choice" or value in ("auto", "none"))
     return False
 
 
-def _refused(name: str) -> Refused:
-    if name in REFUSED:
-        return Refused(
-            400, f"The field {name} is not taken: {REFUSED[name]}.", code="unsupported_parameter", param=name
+def _unsupported_field(name: str) -> RequestError:
+    if name in UNSUPPORTED:
+        return RequestError(
+            400, f"The field {name} is not taken: {UNSUPPORTED[name]}.", code="unsupported_parameter", param=name
         )
-    return Refused(400, f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter", param=name[:100])
+    return RequestError(400, f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter", param=name[:100])

@@ -1,7 +1,7 @@
-"""Forms that answers are asked for in (JSON schemas, regular expressions, grammars, tools), before engines see them.
+"""Forms of answers that requests ask for (JSON schemas, regular expressions, grammars, tools), and their limits.
 
-What compiles them is native code that recurses and multiplies: some that fit into a request kill its process, or keep
-it busy for minutes. So their size is bounded where requests come in (`check_structured_output`), and what an engine
+Native code compiles them. It recurses and multiplies: some forms that fit into a request kill its process, or keep it
+busy for minutes. So the size of forms is limited where requests come in (`check_structured_output`), and what an engine
 would compile (`forms_of`) is compiled on trial first (`serving.trial`).
 """
 
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serving.config import LimitsConfig
-from serving.schema import Refused
+from serving.schema import RequestError
 
 FORM_FIELDS = ("response_format", "structured_outputs", "tools")
 """Fields of a request from which grammars are made."""
 MAX_WORD = 1000
-"""Characters of a text that ends an answer, or that must not be in it."""
+"""Most characters of a text that ends an answer, or that must not be in it."""
 BRACKET = re.compile(r"[()\[\]{}]")
 REPEAT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 MAX_DIGITS = 9
 PROSE = frozenset({"description", "title", "$comment"})
-"""Members of a schema whose texts are for people: only their characters count."""
+"""Members of a schema whose texts are for people: only their characters are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +34,20 @@ class Form:
     kind: Literal["json", "regex", "ebnf", "lark", "structural_tag"]
     text: str
     is_needed: bool = True
-    """Whether an answer needs it, so that one that is no form at all has to be refused."""
+    """Whether the answer depends on it, so that a form that cannot be compiled has to be refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormSize:
     """How much there is to compile in a form."""
 
-    chars: int
-    """Characters of all texts in it, names included."""
-    nesting: int
-    """Levels of lists and objects, together with those of brackets in a text."""
-    parts: int
+    num_chars: int
+    """Characters of all its texts, names included."""
+    depth: int
+    """Levels of lists and objects, together with the levels of brackets in a text."""
+    num_parts: int
     """Members of lists and objects, and alternatives (`|`) in texts."""
-    repeat: int
+    max_repeat: int
     """Largest number in braces of a text, as 129 in `a{1,129}`."""
 
 
@@ -55,7 +55,7 @@ def check_structured_output(body: dict[str, Any], limits: LimitsConfig) -> None:
     """Refuses a request from which the engine would have to compile more than the limits allow.
 
     Raises:
-        Refused: 400 with the figure and the limit.
+        RequestError: 400 with the figure and the limit.
     """
     for field in FORM_FIELDS:
         if (form := body.get(field)) is not None:
@@ -67,11 +67,11 @@ def check_structured_output(body: dict[str, Any], limits: LimitsConfig) -> None:
 
 
 def forms_of(body: dict[str, Any]) -> list[Form]:
-    """All that vLLM would compile for a request that keeps to the limits. Imports vLLM for choices and grammars."""
+    """Returns all forms that vLLM would compile for a request within the limits; imports vLLM for some of them."""
     forms = [*_forms_of_format(body.get("response_format")), *_forms_of_tools(body)]
-    structured = body.get("structured_outputs")
-    if isinstance(structured, dict):
-        forms += [form for field in structured if (form := _form(field, structured[field])) is not None]
+    structured_outputs = body.get("structured_outputs")
+    if isinstance(structured_outputs, dict):
+        forms += [form for field in structured_outputs if (form := _form(field, structured_outputs[field])) is not None]
     return forms
 
 
@@ -87,7 +87,7 @@ def _forms_of_format(format: Any) -> list[Form]:
 
 
 def _forms_of_tools(body: dict[str, Any]) -> list[Form]:
-    """Schemas of the tools that an answer is held to: those that it has to call, and strict ones."""
+    """Returns the schemas of the tools that an answer has to follow: tools that it has to call, and strict tools."""
     tools, choice = body.get("tools"), body.get("tool_choice")
     if not isinstance(tools, list) or choice == "none":
         return []
@@ -104,7 +104,7 @@ def _forms_of_tools(body: dict[str, Any]) -> list[Form]:
 
 
 def _form(field: str, value: Any) -> Form | None:
-    """One field of `structured_outputs`; None for those that nothing is compiled from."""
+    """Returns the form of one field of `structured_outputs`; None for a field from which nothing is compiled."""
     if field == "json" and isinstance(value, str | dict):
         return Form(kind="json", text=value if isinstance(value, str) else json.dumps(value))
     if field == "regex" and isinstance(value, str):
@@ -123,26 +123,25 @@ def _form(field: str, value: Any) -> Form | None:
 
 
 def form_size(form: Any, limits: LimitsConfig) -> FormSize:
-    """Measures a form, which may be of any JSON type and hold anything.
+    """Measures a form, which may be any JSON value.
 
-    It stops where there are more characters or parts than allowed, so that it never takes longer than a few
-    milliseconds.
+    It stops at more characters or parts than the limits allow, so that it takes a few milliseconds at most.
     """
-    chars = nesting = parts = repeat = 0
+    num_chars = depth = num_parts = max_repeat = 0
     for member in _members(form):
         value = member.value
         if isinstance(value, list | dict):
-            parts += len(value)
-            nesting = max(nesting, member.level + 1)
+            num_parts += len(value)
+            depth = max(depth, member.level + 1)
         elif isinstance(value, str):
-            chars += len(value)
-            if member.name not in PROSE and chars <= limits.max_form_chars:
-                nesting = max(nesting, member.level + _bracket_depth(value))
-                parts += value.count("|")
-                repeat = max(repeat, _largest_repeat(value))
-        if chars > limits.max_form_chars or parts > limits.max_form_parts:
+            num_chars += len(value)
+            if member.name not in PROSE and num_chars <= limits.max_form_chars:
+                depth = max(depth, member.level + _bracket_depth(value))
+                num_parts += value.count("|")
+                max_repeat = max(max_repeat, _largest_repeat(value))
+        if num_chars > limits.max_form_chars or num_parts > limits.max_form_parts:
             break
-    return FormSize(chars=chars, nesting=nesting, parts=parts, repeat=repeat)
+    return FormSize(num_chars=num_chars, depth=depth, num_parts=num_parts, max_repeat=max_repeat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,28 +149,28 @@ class _Member:
     """A value in a form, or the name of one."""
 
     level: int
-    """Lists and objects around it."""
+    """Number of lists and objects around it."""
     name: str
-    """Under which an object has it; empty for members of lists, and for names."""
+    """Its name in its object; empty for members of lists, and for names."""
     value: Any
 
 
 def _members(form: Any) -> Iterator[_Member]:
-    """A form with everything in it."""
-    waiting = [_Member(level=0, name="", value=form)]
-    while waiting:
-        member = waiting.pop()
+    """Yields a form and everything in it."""
+    stack = [_Member(level=0, name="", value=form)]
+    while stack:
+        member = stack.pop()
         yield member
         level, value = member.level + 1, member.value
         if isinstance(value, dict):
-            waiting += [_Member(level=level, name="", value=name) for name in value]
-            waiting += [_Member(level=level, name=name, value=inner) for name, inner in value.items()]
+            stack += [_Member(level=level, name="", value=name) for name in value]
+            stack += [_Member(level=level, name=name, value=inner) for name, inner in value.items()]
         elif isinstance(value, list):
-            waiting += [_Member(level=level, name="", value=inner) for inner in value]
+            stack += [_Member(level=level, name="", value=inner) for inner in value]
 
 
 def _bracket_depth(text: str) -> int:
-    """Most brackets that are open at a place of a text, whatever their kinds and whether or not they are escaped."""
+    """Returns the most brackets that are open at once in a text, of whatever kind, and escaped or not."""
     depth = deepest = 0
     for bracket in BRACKET.findall(text):
         depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
@@ -180,20 +179,20 @@ def _bracket_depth(text: str) -> int:
 
 
 def _largest_repeat(text: str) -> int:
-    """Largest number of a repeat `{m}`, `{m,}` or `{m,n}` in a text; 0 without any."""
+    """Returns the largest number of a repeat `{m}`, `{m,}` or `{m,n}` in a text; 0 if there is no repeat."""
     counts = (count for braces in REPEAT.findall(text) for count in braces if count)
     return max((int(count[:MAX_DIGITS]) for count in counts), default=0)
 
 
 def _check_size(field: str, size: FormSize, limits: LimitsConfig) -> None:
     for measure, value, limit in (
-        ("characters", size.chars, limits.max_form_chars),
-        ("levels of nesting (of brackets in its texts too)", size.nesting, limits.max_form_nesting),
-        ("members and alternatives", size.parts, limits.max_form_parts),
-        ("times a part repeated in braces", size.repeat, limits.max_form_repeat),
+        ("characters", size.num_chars, limits.max_form_chars),
+        ("levels of nesting (of brackets in its texts too)", size.depth, limits.max_form_nesting),
+        ("members and alternatives", size.num_parts, limits.max_form_parts),
+        ("times a part repeated in braces", size.max_repeat, limits.max_form_repeat),
     ):
         if value > limit:
-            raise Refused(400, f"{field} has {value} {measure} or more, and at most {limit} are compiled here.")
+            raise RequestError(400, f"{field} has {value} {measure} or more, and at most {limit} are compiled here.")
 
 
 def _check_words(field: str, words: Any, limit: int) -> None:
@@ -201,10 +200,10 @@ def _check_words(field: str, words: Any, limit: int) -> None:
     texts = [word for word in (words if isinstance(words, list) else [words]) if isinstance(word, str)]
     longest = max((len(text) for text in texts), default=0)
     if longest > MAX_WORD:
-        raise Refused(400, f"A text in {field} has {longest} characters, and at most {MAX_WORD} are taken.")
+        raise RequestError(400, f"A text in {field} has {longest} characters, and at most {MAX_WORD} are taken.")
 
 
 def _check_count(name: str, members: Any, limit: int) -> None:
-    """Of what is neither a list nor an object, the engine says what is wrong."""
+    """Refuses too many members. The engine says what is wrong with a value that is neither a list nor an object."""
     if isinstance(members, list | dict) and len(members) > limit:
-        raise Refused(400, f"{name} is {len(members)}, and at most {limit} here.")
+        raise RequestError(400, f"{name} is {len(members)}, and at most {limit} here.")

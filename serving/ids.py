@@ -1,7 +1,7 @@
-"""Ids of answers, which tell an endpoint that it issued them, and when, before any database knows of them.
+"""Ids of answers. By an id, an endpoint knows that it issued it, and when, before any database knows the answer.
 
-An id ends in 32 hexadecimal digits: 8 of the second, 12 at random, 12 of a keyed check over both (HMAC, RFC 2104).
-All ingresses of an endpoint share the key. Who guesses a check gains nothing but to be told to ask again.
+An id ends with 32 hexadecimal digits: 8 are the second, 12 are random, and 12 are a keyed check of both (HMAC, RFC
+2104). All ingresses of an endpoint share the key. Somebody who guesses a check is only told to ask again.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from filelock import FileLock
 from serving.files import write_whole
 
 ID = re.compile(r"(?:chatcmpl|cmpl|cmp)-([0-9a-f]{20})([0-9a-f]{12})(?:-[0-9]{1,9})?")
-"""Of an answer, or of a group of answers."""
+"""The id of an answer, or of a group of answers."""
 
 
 class Ids:
-    """Issues ids and knows its own. Safe to use from several threads and processes."""
+    """Issues ids, and recognises them. It is safe to use from several threads and processes."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: of the endpoint, where the key is kept; it is made on first use."""
+        """`folder`: the endpoint's folder, which holds the key; the key is made on first use."""
         self._key = _key(folder)
 
-    def fresh(self) -> str:
-        """32 hexadecimal digits that were never issued before."""
+    def issue(self) -> str:
+        """Returns 32 hexadecimal digits that were never issued before."""
         body = f"{int(time.time()):08x}{secrets.token_hex(6)}"
         return body + self._check(body)
 
     def age_s(self, id: str) -> float | None:
-        """Seconds since this endpoint issued an id; None if it never did."""
-        parts = ID.fullmatch(id)
-        if parts is None or not hmac.compare_digest(parts[2], self._check(parts[1])):
+        """Returns the seconds since this endpoint issued an id; None if it never issued it."""
+        match = ID.fullmatch(id)
+        if match is None or not hmac.compare_digest(match[2], self._check(match[1])):
             return None
-        return max(0.0, time.time() - int(parts[1][:8], 16))
+        return max(0.0, time.time() - int(match[1][:8], 16))
 
     def _check(self, body: str) -> str:
         return hmac.new(self._key, body.encode(), hashlib.sha256).hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""Who may come in: bearer keys with roles, kept hashed, looked up in memory, and managed by `raylign keys`.
+"""Bearer keys with roles. They are stored as hashes, looked up in memory, and managed by `raylign keys`.
 
-A key is `rk_{id}_{secret}`. The id finds it, the secret proves it; the secret has 256 random bits, so one round of
-SHA-256 is enough to keep it.
+A key is `rk_{id}_{secret}`. The id finds the stored key, and the secret proves that the client has it. The secret has
+256 random bits, so that one round of SHA-256 is enough to hide it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
 
 Role = Literal["monitor", "user", "labeller", "admin"]
 ROLES: tuple[Role, ...] = ("user", "labeller", "admin")
-"""Each may do what those before it may. Beside them, `monitor` may read the figures, and nothing else."""
+"""Each role may do what the roles before it may. Apart from them, `monitor` may read the metrics, and nothing else."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}"
 KEY = re.compile(rb"Bearer rk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
@@ -44,138 +44,142 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """Whom a request comes from."""
+    """The key of a request: its name says who sent the request."""
 
     name: str
     role: Role
 
-    def may(self, role: Role) -> bool:
-        """Whether this key may do what is meant for `role`."""
+    def allows(self, role: Role) -> bool:
+        """Returns whether this key may do what needs a role."""
         if self.role == "monitor" or role == "monitor":
             return self.role in (role, "admin")
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
-class KeptKeys:
-    """The valid keys as they were last read, in a file that its owner alone may read, without their secrets: an ingress
-    can start by them while the database is away."""
+class KeyCache:
+    """The valid keys as they were last read, in a file without their secrets that only its owner may read.
+
+    An ingress can start with them while the database is away.
+    """
 
     def __init__(self, folder: Path, database: str) -> None:
         """
         Args:
-            folder: of the registry.
-            database: URL of the database that they are of; those of another one count for nothing.
+            folder: folder of the registry.
+            database: URL of the keys' database. Keys of another database are not used.
         """
         self._file = folder / "keys.json"
         self._database = database
-        self._written: bytes | None = None
+        self._content: bytes | None = None
 
     def read(self) -> list[StoredKey] | None:
-        """The keys; None if none were kept."""
+        """Returns the keys; None if there is no file with keys of this database."""
         from serving.store.records import StoredKey
 
         try:
-            kept = json.loads(self._file.read_bytes())
-            return [StoredKey(**key) for key in kept["keys"]] if kept["database"] == self._database else None
+            content = json.loads(self._file.read_bytes())
+            return [StoredKey(**key) for key in content["keys"]] if content["database"] == self._database else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def write(self, keys: list[StoredKey]) -> None:
-        """Keeps the keys, if they have changed.
+        """Writes the keys into the file, if they have changed.
 
         Raises:
-            OSError: they cannot be written. Another ingress may have done it at the same moment.
+            OSError: they cannot be written. Another ingress may have written them at the same moment.
         """
         content = json.dumps({"database": self._database, "keys": [asdict(key) for key in keys]}).encode()
-        if content != self._written:
+        if content != self._content:
             write_whole(self._file, content)
-            self._written = content
+            self._content = content
 
 
 class Keys:
-    """The valid keys, at most a second or two old. While the database is away, those that were valid last."""
+    """The valid keys, at most a second or two old; while the database is away, the keys that were last valid."""
 
-    def __init__(self, store: Store, kept: KeptKeys | None = None) -> None:
+    def __init__(self, store: Store, cache: KeyCache | None = None) -> None:
         """
         Args:
-            kept: where keys are kept for a start without the database.
+            cache: the file for a start without the database.
 
         Raises:
-            StoreAway: the database cannot be read, and none are kept.
+            StoreAway: the database cannot be read, and the file has no keys.
         """
         from serving.store.records import StoreAway
 
         self._store = store
-        self._kept = kept
-        self._cannot_keep = False
+        self._cache = cache
+        self._cache_fails = False
         try:
-            self._known = self._valid()
+            self._valid_keys = self._read_store()
         except StoreAway:
-            keys = kept.read() if kept is not None else None
+            keys = cache.read() if cache is not None else None
             if keys is None:
                 raise
-            self._known = {key.id: key for key in keys}
-        self._done = threading.Event()
+            self._valid_keys = {key.id: key for key in keys}
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="keys", daemon=True)
         self._thread.start()
 
-    def who(self, authorization: list[bytes]) -> Key | None:
-        """Whom a request comes from; None refuses it.
+    def authenticate(self, authorization: list[bytes]) -> Key | None:
+        """Returns the key of a request; None refuses the request.
 
         Args:
-            authorization: all its `Authorization` headers. Two are refused: another program may look at the other.
+            authorization: all `Authorization` headers of the request. Two headers are refused, since another program
+                on the way may have looked at the other one.
         """
-        found = KEY.fullmatch(authorization[0]) if len(authorization) == 1 else None
-        if found is None:
+        match = KEY.fullmatch(authorization[0]) if len(authorization) == 1 else None
+        if match is None:
             return None
-        stored = self._known.get(found[1].decode())
-        # An unknown id takes as long as a wrong secret.
-        matches = hmac.compare_digest(_digest(found[2]), stored.digest if stored else "0" * 64)
-        if stored is None or not matches or not stored.is_valid(time.time()):
+        stored_key = self._valid_keys.get(match[1].decode())
+        # An unknown id takes as much time as a wrong secret.
+        matches = hmac.compare_digest(_digest(match[2]), stored_key.digest if stored_key else "0" * 64)
+        if stored_key is None or not matches or not stored_key.is_valid(time.time()):
             return None
-        return Key(name=stored.name, role=stored.role)
+        return Key(name=stored_key.name, role=stored_key.role)
 
     def close(self) -> None:
-        """Ends the refreshing; the store stays open."""
-        self._done.set()
+        """Ends the thread that reads the keys. The store stays open."""
+        self._stop.set()
         self._thread.join()
 
     def _refresh(self) -> None:
         fails = False
-        while not self._done.wait(REFRESH_S):
+        while not self._stop.wait(REFRESH_S):
             try:
-                self._known, fails = self._valid(), False
-            except Exception as error:  # whatever it is: without this thread, no key could be revoked
+                self._valid_keys, fails = self._read_store(), False
+            except Exception as error:  # of any kind: without this thread, no key could be revoked
                 if not fails:
                     logger.warning("Keys stay as they are until the database can be read again: %s", error)
                 fails = True
 
-    def _valid(self) -> dict[str, StoredKey]:
+    def _read_store(self) -> dict[str, StoredKey]:
+        """Returns the valid keys of the database by their ids, and writes them into the cache."""
         keys = [key for key in self._store.keys() if key.revoked is None]  # noqa: SIM118  # not a dict
-        if self._kept is not None:
+        if self._cache is not None:
             try:
-                self._kept.write(keys)
-                self._cannot_keep = False
+                self._cache.write(keys)
+                self._cache_fails = False
             except OSError as error:
-                if not self._cannot_keep:
+                if not self._cache_fails:
                     logger.warning("Keys cannot be kept for a start while the database is away: %s", error)
-                self._cannot_keep = True
+                self._cache_fails = True
         return {key.id: key for key in keys}
 
 
-def create_key(store: Store, *, name: str, role: Role, lasts_s: float | None = None) -> str:
-    """Makes a key that is valid at once, and returns it: it is kept nowhere.
+def create_key(store: Store, *, name: str, role: Role, lifetime_s: float | None = None) -> str:
+    """Makes a key that is valid at once, and returns it. The key itself is stored nowhere.
 
     Args:
-        lasts_s: seconds after which it is refused; None is never.
+        lifetime_s: seconds after which the key is refused; None never refuses it.
 
     Raises:
-        ConfigError: the name is not one.
-        Conflict: it is taken.
+        ConfigError: the name has a wrong form.
+        Conflict: there is a key of this name.
     """
     _check_name(name)
-    stored, key = _new(name, role, lasts_s)
-    store.add_key(stored)
+    stored_key, key = _new_key(name, role, lifetime_s)
+    store.add_key(stored_key)
     return key
 
 
@@ -184,71 +188,71 @@ def _check_name(name: str) -> None:
         raise ConfigError("a key's name has 1 to 100 letters, digits, dots, dashes, underscores and @, a letter first")
 
 
-def register_key(store: Store, key: str, *, name: str, role: Role, lasts_s: float | None = None) -> None:
-    """Makes a key valid that was made elsewhere, in the form of ours. Once more with the same key changes nothing.
+def register_key(store: Store, key: str, *, name: str, role: Role, lifetime_s: float | None = None) -> None:
+    """Makes a key valid that was made elsewhere, in the form of our keys. A second time changes nothing.
 
     Raises:
-        ConfigError: the name is not one, or the key has another form.
+        ConfigError: the name or the key has a wrong form.
         Conflict: there is another key of this name.
     """
     _check_name(name)
-    parts = KEY.fullmatch(b"Bearer " + key.encode())
-    if parts is None:
+    match = KEY.fullmatch(b"Bearer " + key.encode())
+    if match is None:
         raise ConfigError("a key is rk_, 16 hexadecimal digits, _, and 43 letters, digits, dashes and underscores")
-    stored = _stored(parts[1].decode(), parts[2], name=name, role=role, lasts_s=lasts_s)
-    wanted = (stored.name, stored.id, stored.digest, stored.role)
-    valid = [other for other in store.keys() if other.revoked is None]  # noqa: SIM118  # not a dict
-    if wanted not in [(other.name, other.id, other.digest, other.role) for other in valid]:
-        store.add_key(stored)
+    stored_key = _stored_key(match[1].decode(), match[2], name=name, role=role, lifetime_s=lifetime_s)
+    properties = (stored_key.name, stored_key.id, stored_key.digest, stored_key.role)
+    valid_keys = [valid_key for valid_key in store.keys() if valid_key.revoked is None]  # noqa: SIM118  # not a dict
+    if properties not in [(valid_key.name, valid_key.id, valid_key.digest, valid_key.role) for valid_key in valid_keys]:
+        store.add_key(stored_key)
 
 
-def rotate_key(store: Store, name: str, *, lasts: Lasting | None = None) -> str:
-    """Makes another key in place of one of this name, and returns it; the old one is refused from then on.
+def rotate_key(store: Store, name: str, *, lifetime: KeyLifetime | None = None) -> str:
+    """Replaces the key of this name, and returns the new key. The old key is refused from then on.
 
     Args:
-        lasts: how long from now it is valid, also if the old one has expired; None leaves its expiry as it is.
+        lifetime: how long the new key is valid, also if the old one has expired; None keeps the expiry of the old key.
 
     Raises:
         UnknownId: there is no valid key of this name.
     """
-    stored, key = _new(name, "user", lasts.seconds if lasts else None)  # the role stays what it is
-    store.renew_key(stored, keeps_expiry=lasts is None)
+    stored_key, key = _new_key(name, "user", lifetime.seconds if lifetime else None)  # the role stays what it is
+    store.renew_key(stored_key, keeps_expiry=lifetime is None)
     return key
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lasting:
+class KeyLifetime:
     """How long a key is valid."""
 
     seconds: float | None
-    """None is for ever."""
+    """None never ends."""
 
     @classmethod
-    def of(cls, text: str) -> Lasting:
+    def parse(cls, text: str) -> KeyLifetime:
         """Reads `30d`, `12h` or `never`.
 
         Raises:
-            ConfigError: it is none of these.
+            ConfigError: the text is none of these.
         """
-        parts = re.fullmatch(r"([1-9][0-9]{0,4})([dh])", text)
-        if parts:
-            return cls(seconds=int(parts[1]) * UNITS_S[parts[2]])
+        match = re.fullmatch(r"([1-9][0-9]{0,4})([dh])", text)
+        if match:
+            return cls(seconds=int(match[1]) * UNITS_S[match[2]])
         if text == "never":
             return cls(seconds=None)
         raise ConfigError(f"--expires is a number of days or hours, as 30d or 12h, or never, and not {text!r}")
 
 
-def _new(name: str, role: Role, lasts_s: float | None = None) -> tuple[StoredKey, str]:
+def _new_key(name: str, role: Role, lifetime_s: float | None = None) -> tuple[StoredKey, str]:
     id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    return _stored(id, secret.encode(), name=name, role=role, lasts_s=lasts_s), f"rk_{id}_{secret}"
+    return _stored_key(id, secret.encode(), name=name, role=role, lifetime_s=lifetime_s), f"rk_{id}_{secret}"
 
 
-def _stored(id: str, secret: bytes, *, name: str, role: Role, lasts_s: float | None = None) -> StoredKey:
+def _stored_key(id: str, secret: bytes, *, name: str, role: Role, lifetime_s: float | None = None) -> StoredKey:
     from serving.store.records import StoredKey
 
-    now = time.time()
-    expires = None if lasts_s is None else now + lasts_s
-    return StoredKey(id=id, name=name, role=role, digest=_digest(secret), created=now, expires=expires)
+    created_at = time.time()
+    expires = None if lifetime_s is None else created_at + lifetime_s
+    return StoredKey(id=id, name=name, role=role, digest=_digest(secret), created=created_at, expires=expires)
 
 
 def _digest(secret: bytes) -> str:
@@ -293,20 +297,20 @@ def _create(
 
     A name is used once, also after its key was revoked: judgements bear it.
     """
-    lasts_s = Lasting.of(expires or "never").seconds
-    with opened_store(database) as store:
+    lifetime_s = KeyLifetime.parse(expires or "never").seconds
+    with open_store(database) as store:
         if key_from is None:
-            typer.echo(create_key(store, name=name, role=role, lasts_s=lasts_s))
+            typer.echo(create_key(store, name=name, role=role, lifetime_s=lifetime_s))
         else:
             from alignment.rewards.remote import key_from as value_of
 
-            register_key(store, value_of(key_from), name=name, role=role, lasts_s=lasts_s)
+            register_key(store, value_of(key_from), name=name, role=role, lifetime_s=lifetime_s)
 
 
 @commands.command("list")
 def _list(database: Database = None) -> None:
     """Print who has a key."""
-    with opened_store(database) as store:
+    with open_store(database) as store:
         keys = store.keys()
     typer.echo(f"{'name':24} {'role':9} {'created':17} {'id':17} state")
     for key in keys:
@@ -328,7 +332,7 @@ def _revoke(name: Annotated[str, typer.Argument(help="Whose key.")], database: D
 
     A running endpoint learns it within two seconds, and then ends answers in progress too.
     """
-    with opened_store(database) as store:
+    with open_store(database) as store:
         store.revoke_key(name)
 
 
@@ -342,7 +346,7 @@ def _set_role(
 
     A running endpoint learns it within two seconds.
     """
-    with opened_store(database) as store:
+    with open_store(database) as store:
         store.set_role(name, role)
 
 
@@ -354,22 +358,22 @@ def _rotate(
 
     A running endpoint refuses the old one within two seconds. Without --expires, the new one expires as the old one.
     """
-    lasts = None if expires is None else Lasting.of(expires)
-    with opened_store(database) as store:
-        typer.echo(rotate_key(store, name, lasts=lasts))
+    lifetime = None if expires is None else KeyLifetime.parse(expires)
+    with open_store(database) as store:
+        typer.echo(rotate_key(store, name, lifetime=lifetime))
 
 
 @contextmanager
-def opened_store(database: str | None) -> Iterator[Store]:
-    """The database of a command, closed afterwards.
+def open_store(database: str | None) -> Iterator[Store]:
+    """Opens the database that a command is about, and closes it when the block ends.
 
     Args:
-        database: its URL or the endpoint's folder; None is the one endpoint there is.
+        database: its URL, or the endpoint's folder; None is the only endpoint below `runs/serving`.
     """
     from serving.store import Store
-    from serving.store.opening import found_database
+    from serving.store.opening import find_database
 
-    store = Store(found_database(database))
+    store = Store(find_database(database))
     try:
         yield store
     finally:

@@ -1,6 +1,7 @@
-"""Whether every machine of a Ray cluster sees what an endpoint keeps: its registry and its database.
+"""Checks that every machine of a Ray cluster sees an endpoint's registry and its database.
 
-A replica on a machine that does not would find no version; an ingress there would know no key, and lose what is said.
+A replica on a machine that does not see them would find no version. An ingress there would know no key, and would lose
+feedback.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from serving.registry import Registry
 logger = logging.getLogger("ray.serve")
 
 ANSWER_S = 60.0
-"""For a process to start on a node that has not had one yet."""
+"""Seconds for a process to start on a node that has not had one yet."""
 
 
 def check_nodes(registry: Registry, database: str) -> None:
-    """Checks, where the connected Ray cluster has several nodes, that all of them can serve from one registry.
+    """Checks that all nodes of the connected Ray cluster can serve from one registry. A single node is not checked.
 
-    A node that comes later is not looked at here; on one that does not see the registry no replica starts.
+    Nodes that come later are not checked here. If such a node does not see the registry, no replica starts there.
 
     Args:
         database: URL of the endpoint's database.
 
     Raises:
-        ServingError: the database is a file, or a node does not see the registry's folder.
+        ServingError: there are several nodes, and the database is a file, or a node does not see the registry's folder.
     """
     import ray
 
@@ -35,9 +36,9 @@ def check_nodes(registry: Registry, database: str) -> None:
     if len(nodes) < 2:
         return
     check_database(database, num_nodes=len(nodes))
-    blind = _without_sight(registry, list(nodes))
-    if blind:
-        names = ", ".join(sorted(f"{nodes[node]} (node {node[:8]})" for node in blind))
+    blind_nodes = _without_sight(registry, list(nodes))
+    if blind_nodes:
+        names = ", ".join(sorted(f"{nodes[node]} (node {node[:8]})" for node in blind_nodes))
         raise ServingError(
             f"{registry.folder} is not the same folder on {names} as here, so no replica there would find a version: "
             "it must be shared between all nodes, as a network file system; folder=... names another"
@@ -59,27 +60,27 @@ def check_database(database: str, *, num_nodes: int) -> None:
 
 
 def _without_sight(registry: Registry, nodes: list[str]) -> list[str]:
-    """The nodes that do not see what is written into the registry's folder here."""
+    """Returns the nodes that do not see what is written into the registry's folder here."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     registry.folder.mkdir(parents=True, exist_ok=True)
-    look: Any = ray.remote(num_cpus=0, max_retries=0)(sees)
-    blind = []
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(sees)
+    blind_nodes = []
     with marked(registry.folder) as mark:
-        looks = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+        node_of = {
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 registry.folder, mark
             ): node
             for node in nodes
         }
-        ready, late = ray.wait(list(looks), num_returns=len(looks), timeout=WAIT_S + ANSWER_S)
-        for answer in ready:
+        answers, open_answers = ray.wait(list(node_of), num_returns=len(node_of), timeout=WAIT_S + ANSWER_S)
+        for answer in answers:
             try:
                 if not ray.get(answer):
-                    blind.append(looks[answer])
-            except ray.exceptions.RayError:  # it was lost meanwhile; whoever comes in its place is asked by the replica
-                logger.warning("Node %s could not be asked whether it sees the registry", looks[answer])
-        for answer in late:
-            logger.warning("Node %s did not say whether it sees the registry", looks[answer])
-    return blind
+                    blind_nodes.append(node_of[answer])
+            except ray.exceptions.RayError:  # the node was lost; a replica on a node in its place checks by itself
+                logger.warning("Node %s could not be asked whether it sees the registry", node_of[answer])
+        for answer in open_answers:
+            logger.warning("Node %s did not say whether it sees the registry", node_of[answer])
+    return blind_nodes

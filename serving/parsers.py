@@ -1,7 +1,7 @@
-"""How a model writes calls of tools and thoughts, told from its chat template: vLLM's names for the forms.
+"""Finds vLLM's parsers for a model's calls of tools and for its thoughts, by its chat template.
 
-A parser of calls does nothing to answers of requests without tools, so a guess costs nothing. A parser of thoughts
-takes an answer without marks for one long thought, so one is chosen only where the prompt itself opens a thought.
+A parser of calls changes nothing in answers to requests without tools, so a wrong guess costs nothing. A parser of
+thoughts takes an answer without marks for one long thought, so it is chosen only where the prompt opens a thought.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ TOOL_FORMS = (
     (("Environment: ipython",), "llama3_json"),
     (("functools[",), "phi4_mini_json"),
 )
-"""What stands in the template, all of it, and the form; the first that fits counts."""
+"""Texts that the template has to contain, all of them, and vLLM's name of the parser. The first that fits is taken."""
 OPENED = "<think>"
 CLOSED = "</think>"
 
 
 def tool_call_parser_of(template: str | None) -> str | None:
-    """vLLM's parser for the calls that a template teaches; None if it knows none of the forms."""
+    """Returns the name of vLLM's parser for the calls that a template teaches; None if none of the forms fits."""
     if template is None:
         return None
     return next((name for marks, name in TOOL_FORMS if all(mark in template for mark in marks)), None)
 
 
 def reasoning_parser_of(template: str | None, prompt: str) -> str | None:
-    """vLLM's parser for the thoughts of a model whose answers begin inside of one; None for all others.
+    """Returns the name of vLLM's parser for a model whose answers begin inside a thought; None for other models.
 
     Args:
-        prompt: a chat as the template renders it, up to where the answer begins.
+        prompt: a chat as the template renders it, up to the beginning of the answer.
     """
     if template is None or not prompt.rstrip().endswith(OPENED):
         return None

@@ -1,7 +1,7 @@
-"""Chats on their way into vLLM: what people write is never a control token, as it never is in training.
+"""Chats on their way into vLLM: what people write never becomes a control token, as in training.
 
-The messages are shielded before vLLM renders them, and the rendered text is encoded by `alignment.data.control_tokens`,
-which takes what was shielded for ordinary characters. A chat without control tokens goes vLLM's own way.
+Messages are shielded before vLLM renders them. `alignment.data.control_tokens` encodes the rendered text, and takes
+what was shielded for ordinary characters. vLLM itself encodes a chat without control tokens.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from alignment.errors import DataError
 
 
 def shield_chat(control_tokens: ControlTokens, body: dict[str, Any]) -> dict[str, Any]:
-    """The body of a chat request with a stand-in for every control token in its messages and tools."""
-    shielded = {**body, "messages": control_tokens.shield_messages(body["messages"])}
+    """Returns the body of a chat request, in which every control token in messages and tools is replaced by a mark."""
+    shielded_body = {**body, "messages": control_tokens.shield_messages(body["messages"])}
     if body.get("tools"):
-        shielded["tools"] = control_tokens.shield(body["tools"])
-    return shielded
+        shielded_body["tools"] = control_tokens.shield(body["tools"])
+    return shielded_body
 
 
 def read_shielded_prompts(renderer: Any) -> ControlTokens:
-    """Has a renderer of vLLM encode what was shielded as text; returns what shields for it.
+    """Has a renderer of vLLM encode shielded control tokens as text.
 
-    `_tokenize_prompt_async`, through which every text goes into token ids, is not public.
+    It replaces `_tokenize_prompt_async`, which is not public, and which encodes every text.
+
+    Returns:
+        The object that shields texts for this renderer.
     """
     control_tokens = ControlTokens(renderer.get_tokenizer())
     tokenize = renderer._tokenize_prompt_async
@@ -36,7 +39,7 @@ def read_shielded_prompts(renderer: Any) -> ControlTokens:
         try:
             encoding = await asyncio.to_thread(control_tokens.encode, text)
         except DataError as error:
-            raise ValueError(str(error)) from error  # which vLLM answers with status 400
+            raise ValueError(str(error)) from error  # vLLM answers it with the status 400
         return {**prompt, "prompt": control_tokens.unshield(text), "prompt_token_ids": encoding.ids}
 
     renderer._tokenize_prompt_async = tokenize_prompt

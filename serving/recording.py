@@ -1,7 +1,7 @@
-"""Answers on their way into the store: kept in files while the database is away, and stored when it is back.
+"""Records answers in the store. While the database is away, answers wait in files, and are stored when it is back.
 
 answer ─► store ─► done
-             └─ away, or full ─► UNSTORED/ID.json ─► again every few seconds, by whichever ingress lives
+             └─ away, or full ─► UNSTORED/ID.json ─► again every few seconds, by any ingress that runs
 """
 
 from __future__ import annotations
@@ -20,115 +20,121 @@ from typing import Any
 from alignment.rewards.remote import ChatMessage
 from serving.files import write_whole
 from serving.store import Store
-from serving.store.records import Issued, IssuedAnswer, StoreAway, StoreError, StoreFull
+from serving.store.records import GenerationRecord, RecordedAnswer, StoreAway, StoreError, StoreFull
 
 RETRY_S = 2.0
-"""Seconds between attempts to store what has become a file."""
+"""Seconds between attempts to store the answers in files."""
 MAX_FILES = 50_000
-"""Answers that wait in files; further ones are lost, which is logged and counted."""
-SAY_EVERY_S = 60.0
-"""Seconds between two lines in the log about the same."""
+"""Most answers that wait in files. Further answers are lost, which is logged and counted."""
+LOG_INTERVAL_S = 60.0
+"""Fewest seconds between two lines in the log."""
 MAX_DELETED = 1000
-"""Ids that were deleted lately, of which nothing is on its way any more."""
+"""How many of the newest deleted ids are remembered, so that nothing of them counts as pending."""
 STORED_S = 30.0
-"""Seconds after which an answer is in the store, or waits in a file."""
+"""Seconds after which an answer is in the store or in a file."""
 
 logger = logging.getLogger("ray.serve")
 
 
 class Recorder:
-    """Has answers stored, sooner or later, and never fails a request."""
+    """Stores answers, sooner or later. It never makes a request fail."""
 
     def __init__(self, store: Store, folder: Path, *, on_loss: Callable[[str], None] = lambda reason: None) -> None:
-        """
+        """Starts a thread that stores the answers in files.
+
         Args:
-            folder: of the files; several ingresses share it.
-            on_loss: is told why an answer was lost.
+            folder: folder of the files; several ingresses share it.
+            on_loss: is called with the reason whenever an answer is lost.
         """
         self._store = store
         self._folder = folder
         self._on_loss = on_loss
         self._next_line = 0.0
-        self._deleted: deque[str] = deque(maxlen=MAX_DELETED)
+        self._deleted_ids: deque[str] = deque(maxlen=MAX_DELETED)
         self.num_waiting = self._count()
-        """Answers in files, as of a few seconds ago."""
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._retry, name="answers", daemon=True)
+        """Number of answers in files, as of a few seconds ago."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._retry_files, name="answers", daemon=True)
         self._thread.start()
 
-    def record(self, issued: Issued) -> None:
-        """Has an answer stored; nobody waits for it."""
+    def record(self, group: GenerationRecord) -> None:
+        """Has answers stored, and returns at once."""
 
-        def settled(future: Future[None]) -> None:
+        def on_done(future: Future[None]) -> None:
             error = future.exception()
             if isinstance(error, StoreAway | StoreFull):
-                self._keep(issued, error)
+                self._write_file(group, error)
             elif error is not None:
-                self._lose(f"the database refused it ({type(error).__name__})", "refused")
+                self._report_loss(f"the database refused it ({type(error).__name__})", "refused")
 
-        self._store.record(issued).add_done_callback(settled)
+        self._store.record(group).add_done_callback(on_done)
 
-    def forget(self, id: str) -> bool:
-        """Deletes what waits of a group, so that it is not stored after it was deleted; True if something did."""
-        self._deleted.append(id)
+    def discard(self, id: str) -> bool:
+        """Deletes the file of a group, so that the group is not stored after it was deleted.
+
+        Returns:
+            Whether there was a file.
+        """
+        self._deleted_ids.append(id)
         file = self._file(id)
         if file is None or not file.is_file():
             return False
         file.unlink(missing_ok=True)
         return True
 
-    def may_come(self, id: str, age_s: float) -> bool:
-        """Whether an answer, or its group, that was issued so long ago may still be on its way into the store."""
-        if any(id == deleted or id.startswith(f"{deleted}-") for deleted in self._deleted):
+    def is_pending(self, id: str, age_s: float) -> bool:
+        """Returns whether an answer or a group of this age may still be on its way into the store."""
+        if any(id == deleted_id or id.startswith(f"{deleted_id}-") for deleted_id in self._deleted_ids):
             return False
         return age_s < STORED_S or self._count() > 0
 
     def close(self) -> None:
-        """Ends the retries; the store stays open, and what waits stays in its files."""
-        self._done.set()
+        """Ends the thread. The store stays open, and the files stay."""
+        self._stop.set()
         self._thread.join()
 
-    def _keep(self, issued: Issued, error: StoreError) -> None:
-        file = self._file(issued.id)
+    def _write_file(self, group: GenerationRecord, error: StoreError) -> None:
+        file = self._file(group.id)
         if file is None or self.num_waiting >= MAX_FILES:
-            self._lose("too many wait already", "too many wait")
+            self._report_loss("too many wait already", "too many wait")
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(file, _as_json(issued))
+            write_whole(file, _to_json(group))
         except OSError as problem:
-            self._lose(f"it cannot be kept in {self._folder} ({problem.strerror})", "no file")
+            self._report_loss(f"it cannot be kept in {self._folder} ({problem.strerror})", "no file")
             return
         self.num_waiting += 1
-        self._say(f"Answers are kept in {self._folder} until the feedback database takes them again: {error}")
+        self._log(f"Answers are kept in {self._folder} until the feedback database takes them again: {error}")
 
-    def _lose(self, why: str, reason: str) -> None:
+    def _report_loss(self, explanation: str, reason: str) -> None:
         self._on_loss(reason)
-        self._say(f"An answer was given and is not stored: {why}")
+        self._log(f"An answer was given and is not stored: {explanation}")
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
+        """Logs a line, unless another one was logged less than `LOG_INTERVAL_S` ago."""
         if time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + SAY_EVERY_S
+            self._next_line = time.monotonic() + LOG_INTERVAL_S
             logger.error("%s", line)
 
-    def _retry(self) -> None:
-        while not self._done.wait(RETRY_S):
+    def _retry_files(self) -> None:
+        while not self._stop.wait(RETRY_S):
             files = self._files()
             self.num_waiting = len(files)
             for file in files:
-                if self._done.is_set() or not self._stored(file):
+                if self._stop.is_set() or not self._store_file(file):
                     break
 
-    def _stored(self, file: Path) -> bool:
-        """Whether it makes sense to go on with the next file."""
+    def _store_file(self, file: Path) -> bool:
+        """Stores the answers in a file; returns whether it makes sense to continue with the next file."""
         try:
-            self._store.record(_issued(json.loads(file.read_text(encoding="utf-8")))).result(timeout=60)
+            self._store.record(_from_json(json.loads(file.read_text(encoding="utf-8")))).result(timeout=60)
         except FileNotFoundError:  # stored by another ingress, or deleted
             return True
         except (StoreAway, StoreFull, TimeoutError):
             return False
-        except Exception as error:  # this one never goes in; the next ones may
-            self._lose(f"{file} cannot be stored ({type(error).__name__})", "refused")
+        except Exception as error:  # this file can never be stored; the next files may be
+            self._report_loss(f"{file} cannot be stored ({type(error).__name__})", "refused")
             file.rename(file.with_suffix(".refused"))
             return True
         file.unlink(missing_ok=True)
@@ -141,19 +147,20 @@ class Recorder:
         return sum(1 for _ in self._folder.glob("*.json"))
 
     def _file(self, id: str) -> Path | None:
-        """Where an answer waits; None for an id that is no name of a file, which are never ours."""
+        """Returns the file of a group; None for an id that no group has, since no file can be called so."""
         return self._folder / f"{id}.json" if id.replace("-", "").isalnum() and len(id) < 100 else None
 
 
-def _as_json(issued: Issued) -> bytes:
-    turns = () if isinstance(issued.prompt, str) else issued.prompt
-    prompt = issued.prompt if not turns else [{"role": turn.role, "content": turn.content} for turn in turns]
-    return json.dumps(asdict(replace(issued, prompt="")) | {"prompt": prompt}).encode()
+def _to_json(group: GenerationRecord) -> bytes:
+    messages = () if isinstance(group.prompt, str) else group.prompt
+    json_messages = [{"role": message.role, "content": message.content} for message in messages]
+    prompt = json_messages if messages else group.prompt
+    return json.dumps(asdict(replace(group, prompt="")) | {"prompt": prompt}).encode()
 
 
-def _issued(values: dict[str, Any]) -> Issued:
+def _from_json(values: dict[str, Any]) -> GenerationRecord:
     prompt = values["prompt"]
     if not isinstance(prompt, str):
-        prompt = tuple(ChatMessage(role=turn["role"], content=turn["content"]) for turn in prompt)
-    answers = tuple(IssuedAnswer(**answer) for answer in values["answers"])
-    return Issued(**values | {"prompt": prompt, "answers": answers})
+        prompt = tuple(ChatMessage(role=message["role"], content=message["content"]) for message in prompt)
+    answers = tuple(RecordedAnswer(**answer) for answer in values["answers"])
+    return GenerationRecord(**values | {"prompt": prompt, "answers": answers})

@@ -1,4 +1,4 @@
-"""What the ingress and the engine say to each other: sound requests, and answers or refusals in OpenAI's form."""
+"""What the ingress and the engine send each other: checked requests, and answers or errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any, Literal, NoReturn
 
 Route = Literal["chat", "completions", "tokenize", "detokenize"]
 TOKEN_ROUTES: tuple[Route, ...] = ("tokenize", "detokenize")
-"""Those that ask for no answer of the model."""
+"""The routes that ask for no answer of the model."""
 
 NONCHARACTER = re.compile("[\ufdd0-\ufdd2]")
-"""Of Unicode, and no text's: `alignment.data.control_tokens` fences with them what stands for something else."""
-TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
-"""A text in JSON."""
-CODES = {
+"""Characters that Unicode gives to no text. `alignment.data.control_tokens` marks with them what it replaces."""
+JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+STATUS_CODES = {
     401: "invalid_api_key",
     403: "insufficient_permissions",
     404: "not_found",
@@ -26,50 +25,53 @@ CODES = {
     503: "service_unavailable",
     504: "timeout",
 }
-"""What programs may tell an error by, where nothing says it more exactly."""
-PROBLEMS = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
-"""The same for pydantic's kinds of problems."""
+"""Names of errors for programs, by their status, where no more exact name is given."""
+PROBLEM_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+"""Names of errors for programs, by pydantic's type of the problem."""
 MAX_DEPTH = 64  # levels of lists and objects; requests use about six
 MAX_MEMBERS = 10_000
-"""Of one object. Each that a route does not know is a problem of its own, and telling of 100,000 takes seconds."""
+"""Most members of one object. Each unknown member is a problem of its own, and reporting 100,000 takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A whole HTTP answer. It crosses Ray's process borders."""
+    """A whole HTTP answer, or the beginning of a stream. It is sent between Ray's processes."""
 
     status: int
     """HTTP status code."""
     body: str
     """JSON text; empty for a stream."""
     events: str = ""
-    """The first events of a stream, which save it a message between processes; the others follow as text."""
+    """The first events of a stream, so that they need no message of their own; the other events follow as text."""
     version: str | None = None
-    """Of the model that answers: a number, or `base` for the base model of an adapter; None if none does."""
+    """Version of the model that answers: a number, or `base` for the base model of an adapter; None if none does."""
     retry_after_s: float | None = None
-    """When it makes sense to ask again; None if it does not."""
+    """Seconds after which it makes sense to ask again; None if it makes no sense."""
     version_s: float = 0.0
-    """Seconds that the replica took to find the version that answers."""
+    """Seconds that the replica took to choose the version that answers."""
     form_s: float = 0.0
-    """CPU seconds that compiling the form of the answer on trial took; 0 for one that was known."""
+    """CPU seconds that compiling the answer's form on trial took; 0 for a form that was compiled before."""
     form_problem: str | None = None
-    """Why the form of the answer is refused, as `serving.trial.Outcome`; None if it is not."""
+    """Why the answer's form is refused, as `serving.trial.TrialOutcome`; None if it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere:
-    """A replica's answer to a request that it does not take, and of which nothing has begun: another one shall."""
+class Redirect:
+    """A replica's answer to a request that it does not take, so that another replica has to take it.
+
+    Nothing of the request has begun.
+    """
 
     replica: str
-    """Which one says so."""
+    """Name of the replica that answers so."""
     moves_to: int | None
     """Number of the version that it changes to; None if it does not hold the version that was asked for."""
     is_broken: bool = False
-    """Whether it takes nothing any more, and is about to be restarted."""
+    """Whether it takes no request any more, and is about to be restarted."""
 
 
-class Refused(Exception):
-    """A request that is not carried out; `reply` tells the client why."""
+class RequestError(Exception):
+    """A request that is not carried out. `reply` tells the client why."""
 
     def __init__(
         self,
@@ -81,17 +83,17 @@ class Refused(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.reply = refusal(status, message, code=code, param=param, retry_after_s=retry_after_s)
+        self.reply = error_reply(status, message, code=code, param=param, retry_after_s=retry_after_s)
 
     @classmethod
-    def by(cls, reply: Reply) -> Refused:
-        """The refusal that another process gave."""
-        refused = cls(reply.status, "refused")
-        refused.reply = reply
-        return refused
+    def from_reply(cls, reply: Reply) -> RequestError:
+        """Makes an error of the reply that another process gave."""
+        error = cls(reply.status, "refused")
+        error.reply = reply
+        return error
 
 
-def refusal(
+def error_reply(
     status: int,
     message: str,
     *,
@@ -99,108 +101,111 @@ def refusal(
     param: str | None = None,
     retry_after_s: float | None = None,
 ) -> Reply:
-    """An error in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
+    """Returns an error in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
 
     Args:
-        code: what programs may tell it by, as `context_length_exceeded`; None takes the status's own, if it has one.
-        param: the field of the request that it is about.
+        code: name of the error for programs, as `context_length_exceeded`; None takes the name of the status, if it
+            has one.
+        param: the field of the request that the error is about.
     """
-    known = code or CODES.get(status)
-    error = {"message": message, "type": _error_type(status), "param": param, "code": known}
+    error_code = code or STATUS_CODES.get(status)
+    error = {"message": message, "type": _error_type(status), "param": param, "code": error_code}
     return Reply(status=status, body=json.dumps({"error": error}), retry_after_s=retry_after_s)
 
 
-def invalid(problems: Sequence[Any], body: Any) -> Reply:
-    """What pydantic found wrong with a request, without the values, which may be anything and of any length.
+def validation_error_reply(problems: Sequence[Any], body: Any) -> Reply:
+    """Returns the error 400 for what pydantic found wrong with a request. It quotes no values, which may be anything.
 
     Args:
-        problems: `ValidationError.errors()`; those of a body may begin with the place `body`.
-        body: what was sent.
+        problems: `ValidationError.errors()`; the locations of problems in a body may begin with `body`.
+        body: the body that was sent.
     """
-    found: dict[tuple[str, ...], list[Any]] = {}
+    problems_by_path: dict[tuple[str, ...], list[Any]] = {}
     for problem in problems:
-        found.setdefault(_place(problem, body), []).append(problem)
-    # Of a value that may be of several kinds, every kind says what it misses: the one that came deepest was meant.
-    around = {place[:length] for place in found for length in range(len(place))}
-    places = [place for place in found if place not in around]
-    told = [
-        ": ".join([*filter(None, [".".join(place)]), _joined(problem["msg"] for problem in found[place])])
-        for place in places[:5]
-    ]
-    first = found[places[0]][0]
-    code = PROBLEMS.get(first["type"], "invalid_type" if "type" in first["type"] else "invalid_value")
-    field = places[0][0][:100] if places[0] else None
-    return refusal(400, f"The request is not valid. {'; '.join(told)}"[:1000], code=code, param=field)
+        problems_by_path.setdefault(_path(problem, body), []).append(problem)
+    # For a value of several possible types, pydantic reports the problems of each type. The deepest one was meant.
+    enclosing_paths = {path[:length] for path in problems_by_path for length in range(len(path))}
+    paths = [path for path in problems_by_path if path not in enclosing_paths]
+    sentences = []
+    for path in paths[:5]:
+        field = ".".join(path)
+        message = _join_messages(problem["msg"] for problem in problems_by_path[path])
+        sentences.append(f"{field}: {message}" if field else message)
+    kind = problems_by_path[paths[0]][0]["type"]
+    code = PROBLEM_CODES.get(kind, "invalid_type" if "type" in kind else "invalid_value")
+    param = paths[0][0][:100] if paths[0] else None
+    return error_reply(400, f"The request is not valid. {'; '.join(sentences)}"[:1000], code=code, param=param)
 
 
-def _place(problem: Any, body: Any) -> tuple[str, ...]:
-    """Where a problem is: pydantic's place, without the names of the kinds that it tried."""
-    parts = list(problem["loc"])
-    if parts[:1] != ["body"] and parts[:1] in (["header"], ["query"], ["path"]):
-        return tuple(map(str, parts))
-    place, value = [], body
-    for index, part in enumerate(parts):
-        if index == 0 and part == "body":
+def _path(problem: Any, body: Any) -> tuple[str, ...]:
+    """Returns the path of a field: pydantic's location of the problem, without the names of the types that it tried."""
+    location = list(problem["loc"])
+    if location[:1] != ["body"] and location[:1] in (["header"], ["query"], ["path"]):
+        return tuple(map(str, location))
+    path, value = [], body
+    for index, segment in enumerate(location):
+        if index == 0 and segment == "body":
             continue
-        is_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
-        if is_index or (isinstance(value, Mapping) and part in value):
-            value = value[part]
-        elif problem["type"] != "missing" or index + 1 < len(parts):
+        is_index = isinstance(value, list) and isinstance(segment, int) and segment < len(value)
+        if is_index or (isinstance(value, Mapping) and segment in value):
+            value = value[segment]
+        elif problem["type"] != "missing" or index + 1 < len(location):
             continue
-        place.append(str(part))
-    return tuple(place)
+        path.append(str(segment))
+    return tuple(path)
 
 
-def _joined(messages: Iterable[str]) -> str:
-    """Several kinds that a value may be of, in one sentence."""
-    first, *others = dict.fromkeys(messages)
-    common = "Input should be "
-    return " or ".join([first, *(other.removeprefix(common) for other in others)])
+def _join_messages(messages: Iterable[str]) -> str:
+    """Returns the problems with several possible types of a value as one sentence."""
+    head, *tail = dict.fromkeys(messages)
+    prefix = "Input should be "
+    return " or ".join([head, *(message.removeprefix(prefix) for message in tail)])
 
 
 def event(reply: Reply) -> str:
-    """The same as one server-sent event, for a stream that has begun."""
+    """Returns a reply as one server-sent event, for a stream that has begun."""
     return f"data: {reply.body}\n\n"
 
 
 def _error_type(status: int) -> str:
     if status >= 500:
         return "server_error"
-    known = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    return known.get(status, "invalid_request_error")
+    types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    return types.get(status, "invalid_request_error")
 
 
 def check_num_values(body: bytes, limit: int) -> None:
-    """Refuses a body that holds more values than it is worth reading; takes milliseconds, whatever is in it.
+    """Refuses a body that holds more values than the limit. It takes milliseconds, whatever the body holds.
 
     Raises:
-        Refused: 400 with the limit.
+        RequestError: 400 with the limit.
     """
     if _num_separators(body) <= limit:
         return
     num_quotes = body.count(b'"') - body.count(b'\\"')
-    # Most of the separators may stand in texts, of which no more are looked at than there may be.
-    if num_quotes > 2 * limit or _num_separators(TEXT.sub(b"", body, limit)) > limit:
-        raise Refused(400, f"The request body holds more than {limit} values (numbers, texts, lists and objects).")
+    # Most separators may stand in texts. No more texts are removed than the limit allows.
+    if num_quotes > 2 * limit or _num_separators(JSON_STRING.sub(b"", body, limit)) > limit:
+        raise RequestError(400, f"The request body holds more than {limit} values (numbers, texts, lists and objects).")
 
 
 def _num_separators(body: bytes) -> int:
     return sum(body.count(sign) for sign in (b",", b"[", b"{"))
 
 
-def sound_json(body: bytes) -> dict[str, Any]:
-    """Reads a request's body, and refuses what would break the tokenizer or the engine further on.
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Parses a request's body, and refuses what the tokenizer or the engine could not take.
 
     Raises:
-        Refused: 400 when it is not strict JSON in UTF-8, not an object, nested deeper than 64 levels, or holds
-            NaN, an infinity, a lone surrogate, a NUL character, or an object of more than `MAX_MEMBERS` members.
+        RequestError: 400, the body is not strict JSON in UTF-8, is not an object, is nested deeper than `MAX_DEPTH`
+            levels, or holds NaN, an infinity, a lone surrogate, a NUL character, or an object of more than
+            `MAX_MEMBERS` members.
     """
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, "The request body is not valid JSON in UTF-8.") from error
+        raise RequestError(400, "The request body is not valid JSON in UTF-8.") from error
     if not isinstance(value, dict):
-        raise Refused(400, "The request body must be a JSON object.")
+        raise RequestError(400, "The request body must be a JSON object.")
     _check_values(value)
     return value
 
@@ -216,7 +221,7 @@ def _check_values(value: Any) -> None:
         for item in level:
             if isinstance(item, dict):
                 if len(item) > MAX_MEMBERS:
-                    raise Refused(400, f"An object in the request body has more than {MAX_MEMBERS} members.")
+                    raise RequestError(400, f"An object in the request body has more than {MAX_MEMBERS} members.")
                 inner += [*item.keys(), *item.values()]
             elif isinstance(item, list):
                 inner += item
@@ -225,18 +230,18 @@ def _check_values(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise Refused(400, f"The request body is nested deeper than {MAX_DEPTH} levels.")
+    raise RequestError(400, f"The request body is nested deeper than {MAX_DEPTH} levels.")
 
 
 def _check_leaf(value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):  # 1e999 is valid JSON, and infinite
-        raise Refused(400, "A number in the request body is not finite.")
+        raise RequestError(400, "A number in the request body is not finite.")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise Refused(400, "A number in the request body does not fit into 64 bits.")
+        raise RequestError(400, "A number in the request body does not fit into 64 bits.")
     if isinstance(value, str) and ("\0" in value or _has_lone_surrogate(value)):
-        raise Refused(400, "A text in the request body holds a NUL character or half of a surrogate pair.")
+        raise RequestError(400, "A text in the request body holds a NUL character or half of a surrogate pair.")
     if isinstance(value, str) and NONCHARACTER.search(value):
-        raise Refused(400, "A text in the request body holds a noncharacter (U+FDD0 to U+FDD2).")
+        raise RequestError(400, "A text in the request body holds a noncharacter (U+FDD0 to U+FDD2).")
 
 
 def _has_lone_surrogate(text: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alignment.errors import AlignmentError, ServingError
 from alignment.models.folders import base_of, model_source
-from serving.audit import folder_of, leave
+from serving.audit import folder_of, write_entry
 from serving.bases import base_stamp
 from serving.compatibility import Adapter, LoraCapacity, adapter_of, template_of
 from serving.config import ServeConfig
@@ -164,7 +164,7 @@ def _record_start(config: ServeConfig, registry: Registry, *, version: int | Non
     """Writes a start into the audit trail: the version that it registered, and those that answered before and after."""
     current = registry.state().current
     detail = {"checkpoint": config.checkpoint, "version": version, "before": previous, "current": current}
-    leave(folder_of(registry), AuditEntry(action="start", who=operator(), detail=detail))
+    write_entry(folder_of(registry), AuditEntry(action="start", who=operator(), detail=detail))
 
 
 def _unchanged_note(registry: Registry, current: int) -> str:

@@ -1,4 +1,4 @@
-"""What one key has in progress, so that it cannot take all places of an engine and of those who wait for one."""
+"""What one key has in progress. It is limited, so that no key takes all of an engine and of the queue before it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.config import LimitsConfig
 from serving.keys import Role
-from serving.schema import Refused
+from serving.schema import RequestError
 
 BYTES_PER_TOKEN = 4
 RETRY_S = 1.0
-"""What a key is told to wait that has enough in progress."""
+"""After how many seconds a key that has enough in progress is told to ask again."""
 WAIT_S = 60.0
-"""For which a request waits at most for others of its key to end."""
-ALONE = 4
-"""How many times as many answers as its key may have in progress a request may ask for that is alone."""
-PAUSES = 4.0
-"""How many times as long as reading a large body took its key waits with the next one."""
+"""Most seconds that a request waits for others of its key to end."""
+ALONE_FACTOR = 4
+"""A request that is alone may ask for so many times the answers that its key may have in progress."""
+PAUSE_FACTOR = 4.0
+"""A key waits so many times the time that reading its large body took before its next large body is read."""
 MAX_PAUSE_S = 2.0
-"""For which it waits at most: the time may be that of a slow network."""
+"""Most seconds of this pause: the time may be that of a slow network."""
 WORK_FIELDS = ("messages", "prompt", "items")
-"""Fields of requests that an engine or a scorer works on."""
+"""Fields of the requests that an engine or a scorer works on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,52 +35,83 @@ class RequestSize:
 
     num_answers: int
     num_tokens: int
-    """Of its prompt, by its bytes, and of all its answers."""
+    """Tokens of the prompt, estimated by its bytes, and of all answers."""
 
 
 def request_size(body: dict[str, Any], num_bytes: int, limits: LimitsConfig) -> RequestSize:
-    """The size of a request whose fields were not checked yet: what is no number counts as if it were not there."""
+    """Returns the size of a request whose fields are not checked yet: a value that is no number counts as absent."""
     prompts = body.get("prompt")
-    several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
-    num_answers = _count(body.get("n"), 1) * (len(prompts) if several and prompts else 1)
-    wanted = _count(body.get("max_completion_tokens"), _count(body.get("max_tokens"), limits.max_tokens))
-    answered = num_answers * min(wanted, limits.max_tokens) if "messages" in body or "prompt" in body else 0
+    has_many_prompts = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+    num_answers = _count(body.get("n"), 1) * (len(prompts) if prompts and has_many_prompts else 1)
+    max_tokens = _count(body.get("max_completion_tokens"), _count(body.get("max_tokens"), limits.max_tokens))
+    num_answer_tokens = (
+        num_answers * min(max_tokens, limits.max_tokens) if "messages" in body or "prompt" in body else 0
+    )
     has_work = any(field in body for field in WORK_FIELDS)
-    return RequestSize(num_answers=num_answers if has_work else 0, num_tokens=num_bytes // BYTES_PER_TOKEN + answered)
+    return RequestSize(
+        num_answers=num_answers if has_work else 0, num_tokens=num_bytes // BYTES_PER_TOKEN + num_answer_tokens
+    )
 
 
 def _count(value: Any, default: int) -> int:
     return value if isinstance(value, int) and value > 0 else default
 
 
+class Rate:
+    """A bucket of requests that fills steadily: it allows so many per minute, and that many at once after a pause."""
+
+    def __init__(self, per_minute: int) -> None:
+        """`per_minute`: requests."""
+        self._size = float(per_minute)
+        self._level = self._size
+        self._filled_at = 0.0
+
+    def take(self, time_s: float) -> float:
+        """Takes one request out of the bucket.
+
+        Args:
+            time_s: seconds of a clock that never goes back.
+
+        Returns:
+            The seconds to wait if the bucket is empty, else 0.
+        """
+        if self._filled_at:
+            self._level = min(self._size, self._level + (time_s - self._filled_at) * self._size / 60)
+        self._filled_at = time_s
+        if self._level < 1:
+            return (1 - self._level) * 60 / self._size
+        self._level -= 1
+        return 0.0
+
+
 class FormSeconds:
-    """A bucket of CPU seconds that fills steadily, and from which more can be taken than there is, once."""
+    """A bucket of CPU seconds that fills steadily. One may take out more than there is, and then has to wait for it."""
 
     def __init__(self, per_minute: float) -> None:
-        """`per_minute`: seconds; 0 is no limit."""
+        """`per_minute`: CPU seconds; 0 is no limit."""
         self._size = self._level = per_minute
-        self._filled = 0.0
+        self._filled_at = 0.0
 
-    def spend(self, seconds: float, now: float) -> None:
-        """Takes seconds out, also if there are fewer."""
-        self._fill(now)
+    def spend(self, seconds: float, time_s: float) -> None:
+        """Takes CPU seconds out, also if there are fewer. `time_s`: seconds of a clock that never goes back."""
+        self._fill(time_s)
         self._level -= seconds
 
-    def wait_s(self, now: float) -> float:
-        """Seconds until there are some again; 0 if there are."""
-        self._fill(now)
+    def wait_s(self, time_s: float) -> float:
+        """Returns the seconds until the bucket is not empty any more; 0 if it is not."""
+        self._fill(time_s)
         return max(0.0, -self._level * 60 / self._size) if self._size else 0.0
 
-    def _fill(self, now: float) -> None:
-        self._level = min(self._size, self._level + (now - self._filled) * self._size / 60)
-        self._filled = now
+    def _fill(self, time_s: float) -> None:
+        self._level = min(self._size, self._level + (time_s - self._filled_at) * self._size / 60)
+        self._filled_at = time_s
 
 
 class KeyShare:
     """What one key has in progress at an ingress, and which of its requests wait for that to end."""
 
     def __init__(self, role: Role, limits: LimitsConfig) -> None:
-        """`limits.answers_in_progress` has to be a number: see `ServeConfig.limits_on`."""
+        """`limits.answers_in_progress` has to be a number (see `ServeConfig.limits_on`)."""
         self.role = role
         is_admin = role == "admin"
         max_answers = limits.admin_answers_in_progress if is_admin else limits.answers_in_progress
@@ -95,7 +126,7 @@ class KeyShare:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for others of the key to end."""
+        """Number of requests that wait for others of the key to end."""
         return len(self._queue)
 
     @contextmanager
@@ -103,7 +134,7 @@ class KeyShare:
         """Counts a request as long as the block lasts, from its first byte to the end of its answer.
 
         Raises:
-            Refused: 429, as many of the key are here as may be in progress and wait.
+            RequestError: 429, the key has as many requests here as may be in progress and wait.
         """
         if self._max_answers and self._num_requests >= self._max_answers + self._max_waiting:
             raise _too_much(f"{self._num_requests} requests here, and may have {self._max_answers} in progress")
@@ -114,23 +145,24 @@ class KeyShare:
             self._num_requests -= 1
 
     @asynccontextmanager
-    async def place(self, size: RequestSize, *, may_wait: bool = True) -> AsyncIterator[None]:
-        """Counts what a request asks for as long as the block lasts, which begins when the key has room for it.
+    async def slot(self, size: RequestSize, *, may_wait: bool = True) -> AsyncIterator[None]:
+        """Waits until the key has room for a request, and counts what it asks for as long as the block lasts.
 
-        Requests begin in the order in which they came. One that asks for no answers does not wait.
+        Requests begin in the order in which they came. A request that asks for no answers does not wait.
 
         Args:
-            may_wait: whether it may wait for the key's others to end.
+            may_wait: whether the request may wait for others of the key to end.
 
         Raises:
-            Refused: 400, it asks for more answers than it may even if it is alone; 429, there is no room, and it may
-                not wait, or as many wait as may, or it has waited for `WAIT_S`.
+            RequestError: 400, it asks for more answers than a request may that is alone; 429, there is no room, and it
+                may not wait, or too many requests wait already, or it has waited for `WAIT_S`.
         """
-        if self._max_answers and size.num_answers > ALONE * self._max_answers:
-            raise Refused(
+        max_answers = ALONE_FACTOR * self._max_answers
+        if self._max_answers and size.num_answers > max_answers:
+            raise RequestError(
                 400,
                 f"The request asks for {size.num_answers} answers, and one of this key may ask for "
-                f"{ALONE * self._max_answers}. Ask for fewer at a time.",
+                f"{max_answers}. Ask for fewer at a time.",
                 code="integer_above_max_value",
             )
         if size.num_answers and (self._queue or not self._has_room(size)):
@@ -146,44 +178,48 @@ class KeyShare:
 
     @asynccontextmanager
     async def large_body(self, received_s: float) -> AsyncIterator[None]:
-        """The key's large bodies are read in such blocks: one at a time, and with pauses, but for admins.
+        """Lets one large body of the key be parsed at a time, with pauses between them; admins do not wait.
 
-        So they take a fifth of the time of the ingress, and of Ray's proxy before it, at most.
+        So large bodies take at most a fifth of the time of the ingress, and of Ray's proxy before it.
 
         Args:
-            received_s: seconds that it took to come in. It has to be here before its turn comes: what is not taken out
-                of Ray Serve's queue is kept there, however much a client sends.
+            received_s: seconds that receiving the body took. The body is received before its turn comes: Ray Serve's
+                queue would keep everything that a client sends and nobody takes out.
         """
         if self._large_bodies is None:
             yield
             return
         await self._large_bodies.acquire()
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        start = loop.time()
         try:
             yield
         finally:
-            pause_s = PAUSES * (received_s + loop.time() - begun)
+            pause_s = PAUSE_FACTOR * (received_s + loop.time() - start)
             loop.call_later(min(pause_s, MAX_PAUSE_S), self._large_bodies.release)
 
-    def check_forms(self, now: float) -> None:
-        """Raises Refused (429) if the key has used up what it may spend on forms of answers."""
-        if wait_s := self.form_seconds.wait_s(now):
+    def check_forms(self, time_s: float) -> None:
+        """Checks that the key may have another form of answers compiled.
+
+        Raises:
+            RequestError: 429, the key has used up the CPU seconds that it may spend on forms.
+        """
+        if wait_s := self.form_seconds.wait_s(time_s):
             message = "This key has had too much time spent on compiling forms of answers. Try again later."
-            raise Refused(429, message, retry_after_s=wait_s)
+            raise RequestError(429, message, retry_after_s=wait_s)
 
     async def _wait(self, size: RequestSize) -> None:
-        """Returns when the request's turn has come; it is counted then."""
+        """Returns when the request's turn has come; it is counted from then on."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((size, turn))
         try:
             async with asyncio.timeout(WAIT_S):
                 await turn
-        except BaseException as error:  # its client is gone, or it has waited too long
+        except BaseException as error:  # the client is gone, or the request has waited too long
             if turn.done() and not turn.cancelled():  # its turn came at the same moment
                 self._leave(size)
             else:
-                with suppress(ValueError):  # `_begin_next` took it out, since another one ended at the same moment
+                with suppress(ValueError):  # `_begin_next` took it out, since another request ended at this moment
                     self._queue.remove((size, turn))
                 self._begin_next()
             if isinstance(error, TimeoutError):
@@ -207,18 +243,42 @@ class KeyShare:
         self._num_tokens += size.num_tokens
 
     def _has_room(self, size: RequestSize) -> bool:
-        return not any(present and limit and present + more > limit for _, present, more, limit in self._sums(size))
+        return all(quota.has_room for quota in self._quotas(size))
 
-    def _no_room(self, size: RequestSize) -> Refused:
-        what, present, more, limit = max(self._sums(size), key=lambda sums: (sums[1] + sums[2]) / (sums[3] or math.inf))
-        return _too_much(f"{present} {what} in progress, and may have {limit}; this request asks for {more}")
+    def _no_room(self, size: RequestSize) -> RequestError:
+        quota = max(self._quotas(size), key=lambda quota: quota.load)
+        return _too_much(
+            f"{quota.num_in_progress} {quota.unit} in progress, and may have {quota.limit}; "
+            f"this request asks for {quota.num_requested}"
+        )
 
-    def _sums(self, size: RequestSize) -> tuple[tuple[str, int, int, int], ...]:
+    def _quotas(self, size: RequestSize) -> tuple[_Quota, _Quota]:
+        """Returns the key's two quotas with what a request would add to them."""
         return (
-            ("answers", self._num_answers, size.num_answers, self._max_answers),
-            ("tokens", self._num_tokens, size.num_tokens, self._max_tokens),
+            _Quota("answers", self._num_answers, size.num_answers, self._max_answers),
+            _Quota("tokens", self._num_tokens, size.num_tokens, self._max_tokens),
         )
 
 
-def _too_much(what: str) -> Refused:
-    return Refused(429, f"This key has {what}. Try again later.", retry_after_s=RETRY_S)
+class _Quota(NamedTuple):
+    """What a key has in progress of one thing, and what a request adds."""
+
+    unit: str
+    num_in_progress: int
+    num_requested: int
+    limit: int
+    """0 is no limit."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the request may begin. A request that is alone always may."""
+        return not (self.num_in_progress and self.limit and self.num_in_progress + self.num_requested > self.limit)
+
+    @property
+    def load(self) -> float:
+        """Fraction of the limit that would be in progress."""
+        return (self.num_in_progress + self.num_requested) / (self.limit or math.inf)
+
+
+def _too_much(present: str) -> RequestError:
+    return RequestError(429, f"This key has {present}. Try again later.", retry_after_s=RETRY_S)

@@ -1,8 +1,8 @@
-"""Forms of answers on trial: compiled first where it hurts nobody, and only then by the engine.
+"""Forms of answers are compiled on trial first, in a process where a failure harms nobody, and only then by the engine.
 
-No bound on a form's size catches all that would kill what compiles it, or keep it busy for minutes. So a replica has a
-process beside it (`serving.trial_process`) that compiles every form that it has not seen, with limits of time and
-memory. Forms that take their time come one after the other, so that they hold up no others.
+No limit of a form's size finds every form that kills its compiler, or keeps it busy for minutes. So every replica has
+another process (`serving.trial_process`) that compiles each new form with limits of time and memory. Forms that take
+long are compiled one after the other, so that they do not delay other forms.
 """
 
 from __future__ import annotations
@@ -23,138 +23,139 @@ from typing import Any, Literal
 
 from serving.config import LimitsConfig
 from serving.grammar import Form
-from serving.schema import Refused, refusal
+from serving.schema import RequestError, error_reply
 from serving.trial_process import LENGTH, frame
 
 logger = logging.getLogger("ray.serve")
 
-Outcome = Literal["ok", "error", "time", "memory", "crash", "busy"]
+TrialOutcome = Literal["ok", "error", "time", "memory", "crash", "busy"]
 
-REMEMBERED = 1024
-"""Forms whose outcome is known."""
+MAX_RESULTS = 1024
+"""How many results are remembered."""
 QUICK_S = 0.5
-"""CPU seconds within which ordinary forms are compiled; others come one after the other."""
+"""CPU seconds within which ordinary forms are compiled; slower forms are compiled one after the other."""
 QUICK_AT_ONCE = 4
 MAX_WAITING = 8
-"""Large forms that may wait for one another."""
-SLOWEST = 10.0
-"""Seconds that may pass for one of CPU, on a machine that has much else to do."""
+"""Most slow forms that may wait for one another."""
+SECONDS_PER_CPU_SECOND = 10.0
+"""Most seconds that may pass for one CPU second, on a machine that has much else to do."""
 START_S = 120.0
-"""Until the process has loaded its compiler."""
+"""Most seconds until the process has loaded its compiler."""
 ORIGIN = re.compile(r"\[[\d:]+\] \S+:\d+: ")
-"""Where in its source the compiler complains."""
+"""The place in the compiler's source with which its messages begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What came of compiling a form."""
+class TrialResult:
+    """The result of compiling forms on trial."""
 
-    outcome: Outcome
+    outcome: TrialOutcome
     message: str = ""
-    """The compiler's."""
+    """The compiler's message."""
     took_s: float = 0.0
-    """CPU seconds."""
+    """CPU seconds that it took."""
 
 
 class _Trial:
-    """A form that is being compiled, for everybody who sent it."""
+    """Forms that are being compiled, for all clients that sent them."""
 
-    def __init__(self, task: asyncio.Task[Verdict]) -> None:
+    def __init__(self, task: asyncio.Task[TrialResult]) -> None:
         self.task = task
         self.num_clients = 0
 
 
 class Trials:
-    """Tells which forms of answers an engine can be given. Used from one event loop."""
+    """Finds out which forms of answers an engine can compile. It is used from one event loop."""
 
     def __init__(self, tokenizer: Callable[[], str], limits: LimitsConfig) -> None:
         """
         Args:
-            tokenizer: makes xgrammar's serialised TokenizerInfo; called in a thread.
+            tokenizer: returns xgrammar's serialised TokenizerInfo; it is called in a thread.
         """
         self._tokenizer = tokenizer
         self._limit_s = limits.form_timeout_s
         self._memory_bytes = int(limits.form_memory_mib * 2**20)
-        self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
+        self._results: OrderedDict[str, TrialResult] = OrderedDict()
         self._trials: dict[str, _Trial] = {}
         self._quick, self._slow = asyncio.Semaphore(QUICK_AT_ONCE), asyncio.Semaphore(1)
         self._num_slow = 0
-        self._starting = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
         self._process: _Connection | None = None
 
     async def check(self, forms: Sequence[Form]) -> float:
-        """Returns if an engine can compile the forms. A caller that is cancelled ends their compilation.
+        """Checks that an engine can compile the forms. When its last caller is cancelled, the compilation ends.
 
         Returns:
-            CPU seconds that it took to find that out; 0 if it was known.
+            CPU seconds that compiling took; 0 if the result was remembered.
 
         Raises:
-            Refused: 400 if they cannot be compiled within the limits; 503 if others are being compiled.
+            RequestError: 400, the forms cannot be compiled within the limits; 503, too many others are being compiled.
         """
         if not forms:
             return 0.0
         digest = hashlib.sha256(json.dumps([asdict(form) for form in forms]).encode()).hexdigest()
-        known = self._verdicts.get(digest)
-        verdict = await self._try(digest, forms) if known is None else known
-        took_s = verdict.took_s if known is None else 0.0
-        is_tolerable = verdict.outcome == "error" and not any(form.is_needed for form in forms)
-        if verdict.outcome != "ok" and not is_tolerable:
-            raise self._refused(verdict, took_s)
+        cached_result = self._results.get(digest)
+        result = await self._try(digest, forms) if cached_result is None else cached_result
+        took_s = result.took_s if cached_result is None else 0.0
+        is_tolerable = result.outcome == "error" and not any(form.is_needed for form in forms)
+        if result.outcome != "ok" and not is_tolerable:
+            raise self._request_error(result, took_s)
         return took_s
 
-    async def _try(self, digest: str, forms: Sequence[Form]) -> Verdict:
+    async def _try(self, digest: str, forms: Sequence[Form]) -> TrialResult:
         trial = self._trials.get(digest)
         if trial is None:
-            trial = self._trials[digest] = _Trial(asyncio.create_task(self._verdict(forms)))
+            trial = self._trials[digest] = _Trial(asyncio.create_task(self._compile(forms)))
         trial.num_clients += 1
         try:
-            verdict = await asyncio.shield(trial.task)
+            result = await asyncio.shield(trial.task)
         finally:
             trial.num_clients -= 1
             if not trial.num_clients:
                 trial.task.cancel()
                 self._trials.pop(digest, None)
-        if verdict.outcome != "busy":
-            self._verdicts[digest] = verdict
-            if len(self._verdicts) > REMEMBERED:
-                self._verdicts.popitem(last=False)
-        return verdict
+        if result.outcome != "busy":
+            self._results[digest] = result
+            if len(self._results) > MAX_RESULTS:
+                self._results.popitem(last=False)
+        return result
 
-    async def _verdict(self, forms: Sequence[Form]) -> Verdict:
+    async def _compile(self, forms: Sequence[Form]) -> TrialResult:
+        """Compiles forms: first with little time, and if that is not enough, in the queue of slow forms."""
         async with self._quick:
-            verdict = await self._compile(forms, min(QUICK_S, self._limit_s))
-        if verdict.outcome != "time" or self._limit_s <= QUICK_S:
-            return verdict
+            result = await self._compile_within(forms, min(QUICK_S, self._limit_s))
+        if result.outcome != "time" or self._limit_s <= QUICK_S:
+            return result
         if self._num_slow >= MAX_WAITING:
-            return Verdict(outcome="busy")
+            return TrialResult(outcome="busy")
         self._num_slow += 1
         try:
             async with self._slow:
-                slow = await self._compile(forms, self._limit_s)
-            return replace(slow, took_s=verdict.took_s + slow.took_s)
+                slow_result = await self._compile_within(forms, self._limit_s)
+            return replace(slow_result, took_s=result.took_s + slow_result.took_s)
         finally:
             self._num_slow -= 1
 
-    async def _compile(self, forms: Sequence[Form], cpu_s: float) -> Verdict:
-        async with self._starting:
+    async def _compile_within(self, forms: Sequence[Form], cpu_s: float) -> TrialResult:
+        async with self._start_lock:
             if self._process is None or self._process.is_closed:
                 self._process = await _Connection.open(await asyncio.to_thread(self._tokenizer))
         return await self._process.compile(forms, cpu_s, self._memory_bytes)
 
-    def _refused(self, verdict: Verdict, took_s: float) -> Refused:
-        if verdict.outcome == "busy":
+    def _request_error(self, result: TrialResult, took_s: float) -> RequestError:
+        if result.outcome == "busy":
             message = "Too many large forms of answers are being compiled."
-            reply = refusal(503, message, retry_after_s=self._limit_s)
-            return Refused.by(replace(reply, form_problem=verdict.outcome))
+            reply = error_reply(503, message, retry_after_s=self._limit_s)
+            return RequestError.from_reply(replace(reply, form_problem=result.outcome))
         reasons = {
             "time": f"it takes longer than {self._limit_s:g} s; use fewer optional properties and smaller limits of "
             "lengths and repeats",
             "memory": f"it takes more than {self._memory_bytes // 2**20} MiB",
             "crash": "it is nested too deeply, or too large",
         }
-        reason = reasons.get(verdict.outcome, ORIGIN.sub("", verdict.message).strip()[:500])
-        reply = refusal(400, f"The form of answer that was asked for cannot be compiled: {reason}")
-        return Refused.by(replace(reply, form_s=took_s, form_problem=verdict.outcome))
+        reason = reasons.get(result.outcome, ORIGIN.sub("", result.message).strip()[:500])
+        reply = error_reply(400, f"The form of answer that was asked for cannot be compiled: {reason}")
+        return RequestError.from_reply(replace(reply, form_s=took_s, form_problem=result.outcome))
 
     def close(self) -> None:
         """Ends the process."""
@@ -163,27 +164,31 @@ class Trials:
 
 
 class _Connection:
-    """The process beside the replica."""
+    """The connection to the process that compiles."""
 
     def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: Any) -> None:
         self._process, self._reader, self._writer = process, reader, writer
-        self._waiting: dict[int, asyncio.Future[Verdict]] = {}
+        self._futures: dict[int, asyncio.Future[TrialResult]] = {}
         self._last_id = 0
         self.is_closed = False
-        self._reading = asyncio.create_task(self._read())
+        self._read_task = asyncio.create_task(self._read_results())
 
     @classmethod
     async def open(cls, tokenizer: str) -> _Connection:
         """Starts the process, and returns when it has loaded its compiler."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "serving.trial_process", str(theirs.fileno())]
-            # A GPU is the engine's alone.
+        parent_socket, child_socket = socket.socketpair()
+        with child_socket:
+            command = [sys.executable, "-m", "serving.trial_process", str(child_socket.fileno())]
+            # GPUs belong to the engine alone.
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
             process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                pass_fds=[child_socket.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        reader, writer = await asyncio.open_connection(sock=parent_socket)
         try:
             writer.write(frame({"tokenizer": tokenizer}))
             async with asyncio.timeout(START_S):
@@ -193,21 +198,21 @@ class _Connection:
             raise
         return cls(process, reader, writer)
 
-    async def compile(self, forms: Sequence[Form], cpu_s: float, memory_bytes: int) -> Verdict:
-        """Compiles forms in a child of the process, which is killed if this is cancelled."""
+    async def compile(self, forms: Sequence[Form], cpu_s: float, memory_bytes: int) -> TrialResult:
+        """Compiles forms in a child of the process. The child is killed if this call is cancelled."""
         self._last_id += 1
         id = self._last_id
-        verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._waiting[id] = verdict
-        told = [{"kind": form.kind, "text": form.text} for form in forms]
+        future: asyncio.Future[TrialResult] = asyncio.get_running_loop().create_future()
+        self._futures[id] = future
+        form_messages = [{"kind": form.kind, "text": form.text} for form in forms]
         try:
-            self._send({"id": id, "forms": told, "cpu_s": cpu_s, "memory_bytes": memory_bytes})
-            async with asyncio.timeout(SLOWEST * cpu_s):
-                return await verdict
+            self._send({"id": id, "forms": form_messages, "cpu_s": cpu_s, "memory_bytes": memory_bytes})
+            async with asyncio.timeout(SECONDS_PER_CPU_SECOND * cpu_s):
+                return await future
         except TimeoutError:
-            return Verdict(outcome="time", took_s=cpu_s)
+            return TrialResult(outcome="time", took_s=cpu_s)
         finally:
-            if self._waiting.pop(id, None) is not None:
+            if self._futures.pop(id, None) is not None:
                 self._send({"cancel": id})
 
     def close(self) -> None:
@@ -219,23 +224,24 @@ class _Connection:
         if not self.is_closed:
             self._writer.write(frame(message))
 
-    async def _read(self) -> None:
+    async def _read_results(self) -> None:
+        """Hands every result to its caller, until the process ends; then all callers get `busy`."""
         try:
             while True:
                 message = await _next_message(self._reader)
-                verdict = self._waiting.pop(message["id"], None)
-                if verdict is not None and not verdict.done():
-                    verdict.set_result(
-                        Verdict(outcome=message["outcome"], message=message["message"], took_s=message["took_s"])
+                future = self._futures.pop(message["id"], None)
+                if future is not None and not future.done():
+                    future.set_result(
+                        TrialResult(outcome=message["outcome"], message=message["message"], took_s=message["took_s"])
                     )
         except (asyncio.IncompleteReadError, OSError):
             logger.exception("The process that compiles forms of answers ended; the next form starts another one")
         self.is_closed = True
         self._writer.close()
         await asyncio.to_thread(self._process.wait)
-        for verdict in self._waiting.values():
-            if not verdict.done():
-                verdict.set_result(Verdict(outcome="busy"))
+        for future in self._futures.values():
+            if not future.done():
+                future.set_result(TrialResult(outcome="busy"))
 
 
 async def _next_message(reader: asyncio.StreamReader) -> dict[str, Any]:

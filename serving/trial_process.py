@@ -1,9 +1,9 @@
-"""The process of `serving.trial`: compiles each form of answer in a child of its own, which may die.
+"""The process of `serving.trial`: it compiles the forms of each request in a child of its own, which may die.
 
-It loads the compiler and the tokenizer once and has a single thread, so that a child is there within milliseconds: a
-fork. Messages both ways are JSON behind their length (4 bytes). First comes `{"tokenizer"}`, answered by `{"ready"}`;
-then `{"id", "forms", "cpu_s", "memory_bytes"}`, answered by `{"id", "outcome", "message", "took_s"}`, and
-`{"cancel": id}`.
+It loads the compiler and the tokenizer once and has a single thread, so that it can fork a child within milliseconds.
+Messages in both directions are JSON after their length (4 bytes). The first message is `{"tokenizer"}`, and its answer
+`{"ready"}`. Then come `{"id", "forms", "cpu_s", "memory_bytes"}`, whose answer is
+`{"id", "outcome", "message", "took_s"}`, and `{"cancel": id}`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from typing import Any
 
 LENGTH = struct.Struct("!I")
 STACK_BYTES = 4 * 2**20
-"""Half of what threads of an engine have, where the same recursion must not end them."""
+"""Half of the stack of an engine's thread, so that a recursion fails here before it could kill an engine."""
 NICENESS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Child:
-    """A form that is being compiled."""
+    """A process that compiles the forms of one request."""
 
     id: int
     pid: int
     result: int
-    """File descriptor on which it says what came of it; closed without a word if it died."""
+    """File descriptor from which the result is read; it is closed without a result if the child died."""
 
 
 class TrialProcess:
-    """Starts the children, ends them, and tells what became of them."""
+    """Starts the children, ends them, and sends their results."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -46,14 +46,14 @@ class TrialProcess:
         self._tokenizer: Any = None
 
     def run(self) -> None:
-        """Works until the other side closes the connection."""
+        """Carries out messages until the other side closes the connection."""
         import xgrammar
 
-        first = receive(self._connection)
-        if first is None:
+        first_message = receive(self._connection)
+        if first_message is None:
             return
-        self._tokenizer = xgrammar.TokenizerInfo.deserialize_json(first["tokenizer"])
-        gc.freeze()  # what is loaded stays shared with the children
+        self._tokenizer = xgrammar.TokenizerInfo.deserialize_json(first_message["tokenizer"])
+        gc.freeze()  # so that the children share the memory of what is loaded
         send(self._connection, {"ready": True})
         self._selector.register(self._connection, selectors.EVENT_READ)
         try:
@@ -66,59 +66,59 @@ class TrialProcess:
     def _step(self) -> bool:
         for key, _ in self._selector.select():
             if isinstance(key.data, _Child):
-                self._tell(key.data)
+                self._report(key.data)
             else:
                 message = receive(self._connection)
                 if message is None:
                     return False
-                self._obey(message)
+                self._handle(message)
         return True
 
-    def _obey(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         if "cancel" not in message:
             self._start(message)
         elif (child := self._children.get(message["cancel"])) is not None:
             os.kill(child.pid, signal.SIGKILL)
 
     def _start(self, message: dict[str, Any]) -> None:
-        reading, writing = os.pipe()
+        read_end, write_end = os.pipe()
         pid = os.fork()
         if not pid:
             try:
                 self._connection.close()
                 _limit(message["cpu_s"], message["memory_bytes"])
-                os.write(writing, json.dumps(self._compile(message["forms"])).encode())
+                os.write(write_end, json.dumps(self._compile(message["forms"])).encode())
             finally:
                 os._exit(0)
-        os.close(writing)
-        child = _Child(id=message["id"], pid=pid, result=reading)
+        os.close(write_end)
+        child = _Child(id=message["id"], pid=pid, result=read_end)
         self._children[child.id] = child
-        self._selector.register(reading, selectors.EVENT_READ, child)
+        self._selector.register(read_end, selectors.EVENT_READ, child)
 
     def _compile(self, forms: list[dict[str, str]]) -> dict[str, str]:
         import xgrammar
 
-        # As vLLM's: what goes wrong in it has to go wrong here. One thread, whose stack is the one that is limited.
+        # The settings are vLLM's, so that what fails in an engine fails here. The one thread has the limited stack.
         compiler = xgrammar.GrammarCompiler(self._tokenizer, max_threads=1, cache_enabled=True)
         bitmask = xgrammar.allocate_token_bitmask(1, self._tokenizer.vocab_size)
         try:
             for form in forms:
                 matcher = xgrammar.GrammarMatcher(compile_form(compiler, form["kind"], form["text"]))
                 matcher.fill_next_token_bitmask(bitmask, 0)
-        except Exception as error:  # of any kind: what the form has wrong
+        except Exception as error:  # of any kind: it is the form's fault
             return {"outcome": "memory" if "bad_alloc" in str(error) else "error", "message": str(error)[:2000]}
         except MemoryError:
             return {"outcome": "memory", "message": ""}
         return {"outcome": "ok", "message": ""}
 
-    def _tell(self, child: _Child) -> None:
+    def _report(self, child: _Child) -> None:
         result = os.read(child.result, 65536)
         self._selector.unregister(child.result)
         os.close(child.result)
         del self._children[child.id]
         _, status, usage = os.wait4(child.pid, 0)
-        told = json.loads(result) if result else {"outcome": _death(status), "message": ""}
-        send(self._connection, {"id": child.id, "took_s": usage.ru_utime + usage.ru_stime, **told})
+        outcome = json.loads(result) if result else {"outcome": _death(status), "message": ""}
+        send(self._connection, {"id": child.id, "took_s": usage.ru_utime + usage.ru_stime, **outcome})
 
 
 def compile_form(compiler: Any, kind: str, text: str) -> Any:
@@ -148,7 +148,7 @@ def _compile_tag(compiler: Any, text: str) -> Any:
 
 
 def _limit(cpu_s: float, memory_bytes: int) -> None:
-    """Has this process end at its limits, and be silent until then."""
+    """Sets the limits at which this process ends, and silences it."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -158,7 +158,7 @@ def _limit(cpu_s: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(NICENESS)
     silence = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (1, 2):  # the compiler's warnings quote what was sent
+    for descriptor in (1, 2):  # the compiler's warnings quote the client's form
         os.dup2(silence, descriptor)
 
 
@@ -172,13 +172,13 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def frame(message: dict[str, Any]) -> bytes:
-    """One message as it is sent."""
+    """Returns a message as it is sent: its length and its JSON."""
     text = json.dumps(message).encode()
     return LENGTH.pack(len(text)) + text
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message; None when the other side has closed the connection."""
+    """Returns the next message; None when the other side has closed the connection."""
     head = _read(connection, LENGTH.size)
     body = _read(connection, LENGTH.unpack(head)[0]) if head else b""
     message: dict[str, Any] | None = json.loads(body) if body else None

@@ -1,4 +1,4 @@
-"""Rewards from a service over HTTP, and the schema of its requests and replies (`serving.rewards` is such a service).
+"""Rewards from a service over HTTP, and the schema of its requests and replies (`serving.reward_server` is one).
 
 POST {"items": [{"id", "prompt" or "messages", "completion", "truncated"?, "columns"?}]}
   ─► {"items": [{"id", "reward"} or {"id", "error"}]}                    in any order; an item may fail by itself

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 from alignment.rewards.remote import ScoreReply, ScoreRequest
 from docs.generate.text import NOTICE, Schema, item, line, listed, page_text, reference, type_text, value_text, wrapped
-from serving import ingress, rewards
+from serving import ingress, reward_server
 from serving.config import ServeConfig
-from serving.fields import IGNORED, REFUSED, TAKEN
+from serving.fields import IGNORED, SUPPORTED, UNSUPPORTED
 from serving.routes import PUBLIC
-from serving.routes.openai import ChatBody, CompletionBody
-from serving.schema import CODES
+from serving.routes.bodies import ChatBody, CompletionBody
+from serving.schema import STATUS_CODES
 
 
 def http_page() -> str:
     """Every route: method, path, role, what it takes and what it answers."""
-    codes = "\n".join(f"| {status} | `{code}` |" for status, code in CODES.items())
+    codes = "\n".join(f"| {status} | `{code}` |" for status, code in STATUS_CODES.items())
     blocks = [
         "# HTTP",
         NOTICE,
@@ -41,14 +40,13 @@ def http_page() -> str:
 
 def _endpoint() -> Schema:
     """The OpenAPI schema of the endpoint; its routes depend on little of what they use when they answer."""
-    served = SimpleNamespace(name="model", names=["model"], base_name=None)
-    service = MagicMock(config=ServeConfig(checkpoint="model"), served=served)
-    return ingress.application(service, MagicMock()).openapi()
+    context = MagicMock(config=ServeConfig(checkpoint="model"))
+    return ingress.application(context, MagicMock()).openapi()
 
 
 def _reward_server() -> Schema:
     """The same of a reward server, which reads and writes its bodies itself."""
-    schema = rewards.application(MagicMock(), MagicMock()).openapi()
+    schema = reward_server.application(MagicMock(), MagicMock()).openapi()
     objects: dict[str, Any] = {}
     for kind in (ScoreRequest, ScoreReply):
         inner = kind.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -146,8 +144,8 @@ def _fields_of_completions() -> Iterator[str]:
     yield "### Other fields of completions"
     yield "Beside the fields above, requests for chats and completions may have these, which reach vLLM as they are:"
     for route in ("chat", "completions"):
-        others = sorted(TAKEN[route] - set((ChatBody if route == "chat" else CompletionBody).model_fields))
+        others = sorted(SUPPORTED[route] - set((ChatBody if route == "chat" else CompletionBody).model_fields))
         yield wrapped(f"* {route}: {listed(others, 'and')}", indent="  ")
     yield f"These are taken and say nothing here: {listed(sorted(IGNORED), 'and')}."
     yield "These are refused, unless they ask for what is done anyway:"
-    yield "\n".join(item(name, [], f"{reason}.") for name, reason in sorted(REFUSED.items()))
+    yield "\n".join(item(name, [], f"{reason}.") for name, reason in sorted(UNSUPPORTED.items()))

@@ -9,9 +9,9 @@ from prometheus_client.metrics_core import Metric
 
 from alignment.metric_meanings import SECTIONS
 from docs.generate.text import NOTICE, item, page_text
-from serving.meters import Meters
+from serving.metrics import Metrics
 from serving.registry import State
-from serving.scrape import Figures, Gathered, page
+from serving.scrape import GatheredMetrics, IngressMetrics, page
 
 
 def metrics_page() -> str:
@@ -35,14 +35,14 @@ def metrics_page() -> str:
 
 
 def _endpoint_metrics() -> Iterator[str]:
-    meters = Meters()
-    for collector in vars(meters).values():
+    for collector in vars(Metrics()).values():
         if isinstance(collector, MetricWrapperBase):
             (family,) = collector.describe()
             yield _metric(family, collector._labelnames)  # no public name tells the labels of what was not counted yet
     state = State(current=1, canary=2, share=0.1)
-    own = Figures(ingress="ingress", metrics=[])
-    families = page(own, Gathered(answers=(), num_unreachable=0), state, records_waiting=0, audit_waiting=0)
+    own_metrics = IngressMetrics(ingress="ingress", metrics=[])
+    gathered = GatheredMetrics(answers=(), num_unreachable=0)
+    families = page(own_metrics, gathered, state, records_waiting=0, audit_waiting=0)
     yield from (_metric(family, family.samples[0].labels) for family in families)
 
 

@@ -1,7 +1,7 @@
-"""The web page of an endpoint: people chat with the model and judge its answers there, which is where feedback begins.
+"""The web page of an endpoint. People chat with the model there, and give feedback on its answers.
 
-The files beside this one are what a browser gets, as they are: no build step, nothing from other hosts. They hold no
-data, so they need no key; what the page shows comes from the HTTP API, under the key that the person gives.
+A browser gets the files beside this one as they are: there is no build step, and nothing comes from other hosts. The
+files hold no data, so they need no key. What the page shows comes from the HTTP API, with the key that a person gives.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _POLICY = (
     "form-action 'none'",
     "frame-ancestors 'none'",
     "base-uri 'none'",
-    # Texts of models and people can then become markup nowhere, not even by a mistake in our own scripts.
+    # So texts of models and people can become markup nowhere, not even by a mistake in our own scripts.
     "require-trusted-types-for 'script'",
     "trusted-types 'none'",
 )
@@ -41,7 +41,7 @@ HEADERS: Mapping[str, str] = MappingProxyType(
         "content-security-policy": "; ".join(_POLICY),
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",  # a page of yesterday's release must not talk to today's service
+        "cache-control": "no-cache",  # a page of an older release must not be used with a newer service
     }
 )
 """Headers of every one of the page's files."""
@@ -49,7 +49,7 @@ HEADERS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PageFile:
-    """One file as it goes out."""
+    """One file of the page."""
 
     body: bytes
     media_type: str
@@ -57,10 +57,13 @@ class PageFile:
 
 @cache
 def page_files() -> Mapping[str, PageFile]:
-    """Every file of the page by its name (`index.html`, `page.js`, …), read once."""
-    found = [entry for entry in files(__name__).iterdir() if _suffix(entry.name) in MEDIA_TYPES]
+    """Returns every file of the page by its name (`index.html`, `page.js`, …). They are read once."""
+    entries = [entry for entry in files(__name__).iterdir() if _suffix(entry.name) in MEDIA_TYPES]
     return MappingProxyType(
-        {entry.name: PageFile(body=entry.read_bytes(), media_type=MEDIA_TYPES[_suffix(entry.name)]) for entry in found}
+        {
+            entry.name: PageFile(body=entry.read_bytes(), media_type=MEDIA_TYPES[_suffix(entry.name)])
+            for entry in entries
+        }
     )
 
 

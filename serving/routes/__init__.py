@@ -1,120 +1,186 @@
-"""What the endpoint answers, one module per subject. A route's tag is the role that a key needs for it."""
+"""The HTTP routes, one module per subject. A route's tag is the role that a key needs for it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any
 
-from fastapi import Request, Response
+from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict
 
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.ids import Ids
 from serving.keys import Key
 from serving.lease import Tenant
-from serving.meters import NONE, Meters
+from serving.metrics import NONE, Metrics
+from serving.promotion import Promotions
 from serving.recording import Recorder
 from serving.registry import Registry
-from serving.schema import Refused
+from serving.schema import RequestError
 from serving.served import ServedModel
 from serving.shares import KeyShare
 from serving.store import Store
 
 PUBLIC = "public"
-"""Tag of routes that need no key."""
+"""Tag of the routes that need no key."""
 VERSION_HEADER = "x-model-version"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Service:
-    """All that routes use."""
+class IngressContext:
+    """Everything that the routes of one ingress share. Routes get it as a parameter of the type `Context`."""
 
     config: ServeConfig
-    served: ServedModel
+    served_model: ServedModel
     backend: Backend
     store: Store
     registry: Registry
-    meters: Meters
+    metrics: Metrics
     tenant: Tenant
-    """What says whether the registry belongs to this endpoint."""
+    """Knows whether the registry belongs to this endpoint."""
     ids: Ids
     recorder: Recorder
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    """When the ingress started: UTC, whole Unix seconds."""
+
+    @cached_property
+    def promotions(self) -> Promotions:
+        """The changes of version that this ingress makes."""
+        return Promotions(self.registry, self.backend, check_lease=self.tenant.check)
 
 
-class _ReadRequest(Request):
-    """A request whose body was read already."""
+async def get_context(request: Request) -> IngressContext:
+    """Returns the context of the application that a request came to.
+
+    It is a coroutine, since FastAPI would call a plain function in a thread of its own.
+    """
+    context: IngressContext = request.app.state.context
+    return context
+
+
+Context = Annotated[IngressContext, Depends(get_context)]
+
+
+class _ParsedBodyRequest(Request):
+    """A request whose body was parsed before it came to the route."""
 
     async def json(self) -> Any:
-        """What `serving.guard` made of the body: a large one beside the event loop, where others are answered."""
+        """Returns what `serving.access` parsed: a large body is parsed in a thread, while others are answered."""
         return self.scope["state"]["json"]
 
 
-class ReadRoute(APIRoute):
-    """A route with a body, which is not read a second time."""
+class ParsedBodyRoute(APIRoute):
+    """A route with a body. It uses the body that `serving.access` parsed, and does not parse it a second time."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As FastAPI asks for it."""
+        """Returns FastAPI's own handler, which is given a request with the parsed body."""
         handle = super().get_route_handler()
 
-        async def handled(request: Request) -> Response:
-            return await handle(_ReadRequest(request.scope, request.receive))
+        async def handle_parsed(request: Request) -> Response:
+            return await handle(_ParsedBodyRequest(request.scope, request.receive))
 
-        return handled
+        return handle_parsed
+
+
+class ResponseModel(BaseModel):
+    """What an answer holds, for the OpenAPI document. Routes send their answers as they are, and check none."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ErrorDetail(ResponseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that the error is about."""
+    code: str | None
+    """A short name of the error, for programs."""
+
+
+class ErrorBody(ResponseModel):
+    """Body of every answer with a status of 400 and more."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused"},
+    "5XX": {"model": ErrorBody, "description": "The request failed"},
+}
+"""The errors of every route, for the OpenAPI document."""
+ERRORS_BESIDE_TEXT: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": error["description"],
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+    }
+    for status, error in ERRORS.items()
+}
+"""The same for routes whose answers are no JSON: FastAPI would give their errors the answers' media type."""
 
 
 def route_finder(routes: Iterable[APIRoute]) -> Callable[[str], str]:
-    """Finds the path of the route that a request's path leads to, as `/v1/models/{name}`; `none` if there is none."""
-    known = list(routes)
-    fixed = {route.path for route in known if not route.param_convertors}
-    others = [route for route in known if route.param_convertors]
+    """Returns a function from a request's path to its route's path, as `/v1/models/{name}`; `none` where none fits."""
+    all_routes = list(routes)
+    static_paths = {route.path for route in all_routes if not route.param_convertors}
+    parametric_routes = [route for route in all_routes if route.param_convertors]
 
     def route_of(path: str) -> str:
-        if path in fixed:
+        if path in static_paths:
             return path
-        return next((route.path for route in others if route.path_regex.match(path)), NONE)
+        return next((route.path for route in parametric_routes if route.path_regex.match(path)), NONE)
 
     return route_of
 
 
 def key_of(request: Request) -> Key:
-    """The key that a request came with; `serving.guard` let nothing in without one."""
+    """Returns the key that a request came with. `serving.access` lets in no request without a key but public ones."""
     key = request.scope["state"]["key"]
-    assert isinstance(key, Key), "only public routes go without"
+    assert isinstance(key, Key), "only public routes have no key"
     return key
 
 
+def parsed_body(request: Request) -> dict[str, Any]:
+    """Returns a request's body as the client sent it; a body model has only the fields that the model names."""
+    body: dict[str, Any] = request.scope["state"]["json"]
+    return body
+
+
 def spend_form_seconds(request: Request, seconds: float) -> None:
-    """Takes the CPU seconds that the form of an answer cost from what its key may spend on forms."""
+    """Takes the CPU seconds that compiling an answer's form cost from what its key may spend on forms."""
     share = request.scope["state"].get("share")
     if seconds and isinstance(share, KeyShare):
         share.form_seconds.spend(seconds, time.monotonic())
 
 
 def authorise(request: Request) -> None:
-    """Checks a request's key against its route. Who adds a route without a tag has opened it to admins alone.
+    """Checks a request's key against its route. A route without a tag is open to admins alone.
 
     Raises:
-        Refused: 403, the key's role is not enough.
+        RequestError: 403, the key's role is not enough.
     """
-    needed: Any = next(iter(request.scope["route"].tags), "admin")
-    if needed != PUBLIC and not key_of(request).may(needed):
-        raise Refused(403, f"This needs a key with the role {needed}, and yours is {key_of(request).role}.")
+    required_role: Any = next(iter(request.scope["route"].tags), "admin")
+    if required_role != PUBLIC and not key_of(request).allows(required_role):
+        raise RequestError(403, f"This needs a key with the role {required_role}, and yours is {key_of(request).role}.")
 
 
-def wanted_version(request: Request) -> int | None:
-    """The version that a request asks for by its header; None if it leaves that to the service.
+def requested_version(request: Request) -> int | None:
+    """Returns the version that a request asks for by its header; None leaves the version to the service.
 
     Raises:
-        Refused: 400 it is no number, 403 the key may not choose.
+        RequestError: 400, it is no number; 403, the key may not choose a version.
     """
     value = request.headers.get(VERSION_HEADER)
     if value is None:
         return None
-    if not key_of(request).may("labeller"):
-        raise Refused(403, f"Choosing a version by {VERSION_HEADER} needs a key with the role labeller.")
+    if not key_of(request).allows("labeller"):
+        raise RequestError(403, f"Choosing a version by {VERSION_HEADER} needs a key with the role labeller.")
     if not value.isascii() or not value.isdigit() or len(value) > 9:
-        raise Refused(400, f"{VERSION_HEADER} has to be the number of a version.")
+        raise RequestError(400, f"{VERSION_HEADER} has to be the number of a version.")
     return int(value)

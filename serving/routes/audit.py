@@ -1,28 +1,33 @@
-"""Who changed, exported or deleted something here; `serving.audit` writes it down."""
+"""The admins' route to the audit trail: who changed, exported or deleted something here (see `serving.audit`)."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from serving.routes import Service
-from serving.routes.feedback import read
+from serving.routes import Context, ResponseModel
+from serving.routes.feedback import read_store
+from serving.store.records import AuditEntry
+
+router = APIRouter(tags=["admin"])
 
 
-def routes(service: Service) -> APIRouter:
-    """The router of this module."""
-    router = APIRouter(tags=["admin"])
+class AuditList(ResponseModel):
+    """Answer of `/v1/admin/audit`."""
 
-    @router.get("/v1/admin/audit")
-    async def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        before: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> Response:
-        """The newest entries, the newest first; `before` goes on where an earlier answer ended."""
-        entries = await read(lambda: service.store.audit_trail(limit=limit, before=before))
-        return JSONResponse({"object": "list", "data": [asdict(entry) for entry in entries]})
+    object: Literal["list"]
+    data: list[AuditEntry]
 
-    return router
+
+@router.get("/v1/admin/audit", response_model=AuditList)
+async def audit(
+    context: Context,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    before_id: Annotated[str | None, Query(alias="before", max_length=200)] = None,
+) -> Response:
+    """Returns the newest entries, the newest first; `before` continues where an earlier answer ended."""
+    entries = await read_store(lambda: context.store.audit_trail(limit=limit, before_id=before_id))
+    return JSONResponse({"object": "list", "data": [asdict(entry) for entry in entries]})

@@ -1,4 +1,4 @@
-"""Where people say what they prefer: comparisons, judgements, and their way back into training."""
+"""Where people say what they prefer: comparisons, feedback on answers, and the training rows that come of it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serving.fields import turns
-from serving.issuing import number_of, prompt_of, why_unrecorded
-from serving.routes import ReadRoute, Service, key_of
-from serving.routes.openai import Messages, Tokens, whole
-from serving.schema import Refused, Route
+from serving.fields import to_engine_messages
+from serving.routes import (
+    ERRORS_BESIDE_TEXT,
+    Context,
+    IngressContext,
+    ParsedBodyRoute,
+    ResponseModel,
+    key_of,
+    parsed_body,
+)
+from serving.routes.bodies import Messages, TokenLimit
+from serving.routes.openai import single_reply
+from serving.schema import RequestError, Route
 from serving.store.records import (
     BadVerdict,
     Choice,
     Conflict,
     Correction,
-    Issued,
-    IssuedAnswer,
-    Judgement,
+    Feedback,
+    FeedbackKind,
+    GenerationRecord,
     Ranking,
+    RecordedAnswer,
+    Statistics,
     StoreAway,
     StoreError,
     StoreFull,
@@ -36,28 +46,40 @@ from serving.store.records import (
     UnknownId,
     Verdict,
 )
+from serving.transcript import prompt_of, unrecordable_reason, version_number
 
 STATUS = {UnknownId: 404, Conflict: 409, BadVerdict: 400, StoreFull: 507, StoreAway: 503}
+"""The HTTP status of every error of the store; any other error has 500."""
 ATTEMPTS = 3
-"""Draws of two answers, in case a choice between them would teach nothing."""
+"""How often two answers are generated until a choice between them can teach something."""
 TEMPERATURE = 0.8
+"""Sampling temperature of compared answers where the request sets none."""
 RETRY_S = 1.0
 
 Id = Annotated[str, Field(min_length=1, max_length=200)]
-Kept = TypeVar("Kept")
+Stored = TypeVar("Stored")
+
+router = APIRouter(route_class=ParsedBodyRoute)
 
 
 class ComparisonBody(BaseModel):
     """Body of `/v1/comparisons`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     messages: Messages | None = None
+    """The prompt, if it is a chat."""
     prompt: Annotated[str, Field(min_length=1)] | None = None
+    """The prompt, if it is a text."""
     model: Annotated[str, Field(max_length=200)] | None = None
+    """Name of the served model; without it, the same."""
     versions: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(min_length=2, max_length=2)] | None = None
-    max_tokens: Tokens | None = None
+    """The versions that answer. Without them, the current version and the canary answer; without a canary, the current
+    version answers twice."""
+    max_tokens: TokenLimit | None = None
+    """Most tokens of an answer, up to `limits.max_tokens`."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Sampling temperature; without it 0.8."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -66,18 +88,41 @@ class ComparisonBody(BaseModel):
         return self
 
 
+class ComparedAnswer(ResponseModel):
+    """One of the two answers of a comparison."""
+
+    id: str
+    text: str
+
+
+class Comparison(ResponseModel):
+    """Answer of `/v1/comparisons`."""
+
+    id: str
+    object: Literal["comparison"]
+    answers: list[ComparedAnswer]
+    """Both answers, in random order."""
+
+
 class FeedbackBody(BaseModel):
     """Body of `/v1/feedback`; which fields it has depends on its kind."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     kind: Literal["choice", "thumb", "ranking", "correction"]
     id: Id
+    """Id of what it is about: of a comparison or a group of answers (choice, ranking), or of one answer (thumb,
+    correction)."""
     winner: Id | None = None
+    """Of a choice: id of the better answer, `tie` or `both_bad`."""
     up: bool | None = None
+    """Of a thumb: whether the answer is good."""
     order: Annotated[list[Id], Field(min_length=2, max_length=100)] | None = None
+    """Of a ranking: ids of all answers, the best first."""
     text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    """Of a correction: what the answer should have been."""
     comment: Annotated[str, Field(max_length=2000)] | None = None
+    """What the person says about it; it is stored with the feedback, and not trained on."""
 
     @model_validator(mode="after")
     def _what_its_kind_needs(self) -> Self:
@@ -89,7 +134,7 @@ class FeedbackBody(BaseModel):
 
     @property
     def verdict(self) -> Verdict:
-        """The same as the store knows it."""
+        """The same as a record of the store."""
         if self.winner is not None:
             return Choice(winner=self.winner)
         if self.up is not None:
@@ -100,192 +145,250 @@ class FeedbackBody(BaseModel):
         return Correction(text=self.text)
 
 
-def routes(service: Service) -> APIRouter:
-    """The router of this module."""
-    router = APIRouter(route_class=ReadRoute)
-    config, store = service.config, service.store
+class FeedbackReceipt(ResponseModel):
+    """Answer of `/v1/feedback`: the proof that the feedback is on the disk."""
 
-    @router.post("/v1/comparisons", tags=["labeller"])
-    async def comparisons(request: Request, body: ComparisonBody) -> Response:
-        """Two answers to one prompt, in random order, for a person to choose between."""
-        if not config.feedback.record:
-            message = "This service keeps no texts (feedback.record is off), so nobody could learn from it."
-            raise Refused(409, message, code="not_recorded")
-        asked = question(request, body)
-        said = await to_compare(
-            lambda: asyncio.gather(
-                *(answer(asked, version, is_named=body.versions is not None) for version in versions(body))
-            )
-        )
-        id = f"cmp-{service.ids.fresh()}"
-        answers = [
-            IssuedAnswer(
-                id=f"{id}-{place}",
-                text=one.text,
-                version=one.version,
-                model=service.served.name,
-                finish_reason=one.finish_reason,
-            )
-            for place, one in enumerate(said)
-        ]
-        issued = Issued(
-            id=id,
-            kind="comparison",
-            prompt=prompt_of(asked),
-            answers=tuple(answers),
-            asked_by=key_of(request).name,
-            created=time.time(),
-            recorded=True,
-        )
-        await kept(store.record(issued))
-        shown = random.sample(answers, 2)
-        told = {"id": id, "object": "comparison", "answers": [{"id": one.id, "text": one.text} for one in shown]}
-        return JSONResponse(told)
+    id: str
+    kind: FeedbackKind
+    target: str
+    """Id of the group or answer that it is about."""
+    created: int
+    """UTC, Unix seconds."""
+    replaces: str | None
+    """Id of the same person's earlier feedback that this one replaces."""
+    note: str | None
+    """Why nothing can be learned from it; null if something can."""
+    object: Literal["feedback"]
 
-    def question(request: Request, body: ComparisonBody) -> dict[str, Any]:
-        if body.model not in (None, service.served.name):
-            raise Refused(404, f"Versions of {service.served.name} are compared here.")
-        sent = request.scope["state"]["json"]
-        asked = {"prompt": body.prompt} if body.messages is None else {"messages": turns(sent["messages"])}
-        if reason := why_unrecorded(asked):
-            raise Refused(400, f"Nobody could learn from this comparison: {reason}.")
-        temperature = TEMPERATURE if body.temperature is None else body.temperature
-        # Null leaves it to the engine; without the field, a text's completion would have OpenAI's 16 tokens.
-        limit = None if body.max_tokens is None else min(body.max_tokens, config.limits.max_tokens)
-        return {**asked, "model": service.served.name, "max_tokens": limit, "temperature": temperature}
 
-    def versions(body: ComparisonBody) -> tuple[int | None, int | None]:
-        """Those asked for; else the current one and the canary; else twice what answers, also during a promotion."""
-        if body.versions is not None:
-            return body.versions[0], body.versions[1]
-        state = service.registry.state()
-        return (None, None) if state.canary is None else (state.current, state.canary)
+class DeletedRecords(ResponseModel):
+    """Answer of `DELETE /v1/records/{id}`."""
 
-    async def answer(asked: dict[str, Any], version: int | None, *, is_named: bool) -> Said:
-        seeded = {**asked, "seed": random.getrandbits(62), "request_id": service.ids.fresh()}
-        route: Route = "chat" if "messages" in asked else "completions"
-        reply = await whole(service.backend.ask(route, seeded, version))
-        if reply.status == 409 and not is_named:  # a promotion or the end of a trial came between
-            reply = await whole(service.backend.ask(route, seeded))
-        if reply.status != 200:
-            raise Refused.by(reply)
-        whole_answer = json.loads(reply.body)
-        service.meters.generated(reply.version, whole_answer.get("usage"))
-        return Said.of(whole_answer, number_of(reply.version))
+    deleted: int
+    """How many groups, answers and pieces of feedback were deleted."""
 
-    @router.post("/v1/feedback", tags=["labeller"])
-    async def feedback(
-        request: Request,
-        body: FeedbackBody,
-        idempotency_key: Annotated[str | None, Header(max_length=200, pattern=r"^[\x20-\x7e]+$")] = None,
-    ) -> Response:
-        """Keeps a judgement; when this answers, it is on the disk."""
-        judgement = Judgement(
-            target=body.id,
-            verdict=body.verdict,
-            labeller=key_of(request).name,
-            comment=body.comment,
-            key=idempotency_key,
-        )
-        receipt = await kept(store.judge(judgement), may_come=lambda: may_come(body.id))
-        service.meters.judged(body.kind)
-        told = asdict(receipt) | {"object": "feedback", "created": int(receipt.created)}
-        return JSONResponse(told)
 
-    @router.get("/v1/feedback/export", tags=["admin"])
-    async def export(
-        since: Annotated[str | None, Query(max_length=200)] = None,
-        limit: Annotated[int | None, Query(ge=1, le=10**6)] = None,
-    ) -> Response:
-        """Training rows as JSON lines; `raylign train` reads them."""
-        rows = await read(lambda: store.export(since=since, limit=limit))
-        return StreamingResponse(rows, media_type="application/x-ndjson")
+class TrainingRows(StreamingResponse):
+    """Training rows as JSON lines."""
 
-    @router.get("/v1/feedback/statistics", tags=["labeller"])
-    async def statistics() -> Response:
-        """How much there is, and how far people agree."""
-        return JSONResponse(asdict(await read(store.statistics)))
-
-    @router.delete("/v1/records/{id}", tags=["admin"])
-    async def delete(id: Annotated[str, Field(max_length=200)]) -> Response:
-        """Deletes what was kept of an answer, a comparison or a judgement, and what hangs on it."""
-        waited = await asyncio.to_thread(service.recorder.forget, id)
-        try:
-            return JSONResponse({"deleted": await kept(store.delete(id)) + waited})
-        except Refused:
-            if not waited:
-                raise
-            return JSONResponse({"deleted": 1})
-
-    def may_come(id: str) -> bool:
-        """Whether an answer that the store does not know was issued, and is still on its way there."""
-        age_s = service.ids.age_s(id)
-        return age_s is not None and service.recorder.may_come(id, age_s)
-
-    return router
+    media_type = "application/x-ndjson"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class EngineAnswer:
     """One answer of the engine."""
 
     text: str
     version: int
+    """Number of the model version that gave it."""
     finish_reason: str | None
 
     @classmethod
-    def of(cls, answer: dict[str, Any], version: int) -> Said:
-        choice = answer["choices"][0]
+    def from_reply(cls, reply: dict[str, Any], version: int) -> EngineAnswer:
+        """Reads the first choice of a chat completion or a text completion."""
+        choice = reply["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         return cls(text=text or "", version=version, finish_reason=choice["finish_reason"])
 
 
-async def to_compare(draw: Callable[[], Awaitable[list[Said]]]) -> list[Said]:
-    """Two answers whose comparison can become a training pair: neither is blank, and they differ.
+@router.post("/v1/comparisons", tags=["labeller"], response_model=Comparison)
+async def comparisons(request: Request, body: ComparisonBody, context: Context) -> Response:
+    """Returns two answers to one prompt in random order, for a person to choose between."""
+    if not context.config.feedback.record:
+        message = "This service keeps no texts (feedback.record is off), so nobody could learn from it."
+        raise RequestError(409, message, code="not_recorded")
+    engine_request = _comparison_request(request, body, context)
+    is_named = body.versions is not None
 
-    Args:
-        draw: gives two answers; after `ATTEMPTS` times its last ones are taken as they are.
-    """
-    for _ in range(ATTEMPTS):
-        said = await draw()
-        texts = {one.text for one in said}
-        if len(texts) == 2 and all(text.strip() for text in texts):
-            break
-    return said
+    async def generate() -> list[EngineAnswer]:
+        versions = compared_versions(body, context)
+        return await asyncio.gather(
+            *(_answer(context, engine_request, version, is_named=is_named) for version in versions)
+        )
+
+    engine_answers = await comparable_answers(generate)
+    id = f"cmp-{context.ids.issue()}"
+    answers = [
+        RecordedAnswer(
+            id=f"{id}-{index}",
+            text=answer.text,
+            version=answer.version,
+            model=context.served_model.name,
+            finish_reason=answer.finish_reason,
+        )
+        for index, answer in enumerate(engine_answers)
+    ]
+    record = GenerationRecord(
+        id=id,
+        kind="comparison",
+        prompt=prompt_of(engine_request),
+        answers=tuple(answers),
+        asked_by=key_of(request).name,
+        created=time.time(),
+        recorded=True,
+    )
+    await wait_for_store(context.store.record(record))
+    shown_answers = random.sample(answers, 2)
+    items = [{"id": answer.id, "text": answer.text} for answer in shown_answers]
+    return JSONResponse({"id": id, "object": "comparison", "answers": items})
 
 
-async def kept(future: Future[Kept], *, may_come: Callable[[], bool] = lambda: False) -> Kept:
-    """What the store answers when all is on the disk.
-
-    Args:
-        may_come: whether what the store does not know may be known soon.
+def _comparison_request(request: Request, body: ComparisonBody, context: IngressContext) -> dict[str, Any]:
+    """Returns what the engine is asked for both answers.
 
     Raises:
-        Refused: it keeps nothing of this, and why.
+        RequestError: 404, another model; 400, no training row could hold the prompt.
+    """
+    name = context.served_model.name
+    if body.model not in (None, name):
+        raise RequestError(404, f"Versions of {name} are compared here.")
+    messages = parsed_body(request).get("messages")
+    prompt = {"prompt": body.prompt} if body.messages is None else {"messages": to_engine_messages(messages or ())}
+    if reason := unrecordable_reason(prompt):
+        raise RequestError(400, f"Nobody could learn from this comparison: {reason}.")
+    temperature = TEMPERATURE if body.temperature is None else body.temperature
+    # Null leaves the limit to the engine. Without the field, a text completion would have OpenAI's 16 tokens.
+    limit = None if body.max_tokens is None else min(body.max_tokens, context.config.limits.max_tokens)
+    return {**prompt, "model": name, "max_tokens": limit, "temperature": temperature}
+
+
+def compared_versions(body: ComparisonBody, context: IngressContext) -> tuple[int | None, int | None]:
+    """Returns the versions that answer: those of the request; else the current one and the canary; else None twice.
+
+    None is whichever version answers at the moment, also during a promotion.
+    """
+    if body.versions is not None:
+        return body.versions[0], body.versions[1]
+    state = context.registry.state()
+    return (None, None) if state.canary is None else (state.current, state.canary)
+
+
+async def _answer(
+    context: IngressContext, engine_request: dict[str, Any], version: int | None, *, is_named: bool
+) -> EngineAnswer:
+    """Returns one answer.
+
+    Args:
+        is_named: whether the client named the version, so that no other may answer in its place.
+
+    Raises:
+        RequestError: the engine's own error.
+    """
+    seed, request_id = random.getrandbits(62), context.ids.issue()
+    sampled_request = {**engine_request, "seed": seed, "request_id": request_id}
+    route: Route = "chat" if "messages" in engine_request else "completions"
+    reply = await single_reply(context.backend.ask(route, sampled_request, version))
+    if reply.status == 409 and not is_named:  # the version has changed, or the canary has ended
+        reply = await single_reply(context.backend.ask(route, sampled_request))
+    if reply.status != 200:
+        raise RequestError.from_reply(reply)
+    content = json.loads(reply.body)
+    context.metrics.count_tokens(reply.version, content.get("usage"))
+    return EngineAnswer.from_reply(content, version_number(reply.version))
+
+
+@router.post("/v1/feedback", tags=["labeller"], response_model=FeedbackReceipt)
+async def feedback(
+    request: Request,
+    body: FeedbackBody,
+    context: Context,
+    idempotency_key: Annotated[str | None, Header(max_length=200, pattern=r"^[\x20-\x7e]+$")] = None,
+) -> Response:
+    """Stores what a person says about an answer. It answers when the feedback is on the disk."""
+    record = Feedback(
+        target=body.id,
+        verdict=body.verdict,
+        labeller=key_of(request).name,
+        comment=body.comment,
+        key=idempotency_key,
+    )
+    receipt = await wait_for_store(
+        context.store.record_feedback(record), is_pending=lambda: _is_pending(context, body.id)
+    )
+    context.metrics.count_feedback(body.kind)
+    return JSONResponse(asdict(receipt) | {"object": "feedback", "created": int(receipt.created)})
+
+
+def _is_pending(context: IngressContext, id: str) -> bool:
+    """Returns whether this endpoint issued an answer that is still on its way into the store."""
+    age_s = context.ids.age_s(id)
+    return age_s is not None and context.recorder.is_pending(id, age_s)
+
+
+@router.get("/v1/feedback/export", tags=["admin"], response_class=TrainingRows, responses=ERRORS_BESIDE_TEXT)
+async def export(
+    context: Context,
+    after_id: Annotated[str | None, Query(alias="since", max_length=200)] = None,
+    limit: Annotated[int | None, Query(ge=1, le=10**6)] = None,
+) -> Response:
+    """Returns training rows as JSON lines, which `raylign train` reads."""
+    return TrainingRows(await read_store(lambda: context.store.export(after_id=after_id, limit=limit)))
+
+
+@router.get("/v1/feedback/statistics", tags=["labeller"], response_model=Statistics)
+async def statistics(context: Context) -> Response:
+    """Returns how much feedback there is, and how far people agree."""
+    return JSONResponse(asdict(await read_store(context.store.statistics)))
+
+
+@router.delete("/v1/records/{id}", tags=["admin"], response_model=DeletedRecords)
+async def delete(id: Annotated[str, Field(max_length=200)], context: Context) -> Response:
+    """Deletes an answer, a comparison or a piece of feedback, and everything that belongs to it."""
+    was_pending = await asyncio.to_thread(context.recorder.discard, id)
+    try:
+        return JSONResponse({"deleted": await wait_for_store(context.store.delete(id)) + was_pending})
+    except RequestError:
+        if not was_pending:
+            raise
+        return JSONResponse({"deleted": 1})
+
+
+async def comparable_answers(generate: Callable[[], Awaitable[list[EngineAnswer]]]) -> list[EngineAnswer]:
+    """Returns two answers whose comparison can become a training pair: neither is blank, and they differ.
+
+    Args:
+        generate: returns two answers. After `ATTEMPTS` calls, its last answers are returned as they are.
+    """
+    for _ in range(ATTEMPTS):
+        answers = await generate()
+        texts = {answer.text for answer in answers}
+        if len(texts) == 2 and all(text.strip() for text in texts):
+            break
+    return answers
+
+
+async def wait_for_store(future: Future[Stored], *, is_pending: Callable[[], bool] = lambda: False) -> Stored:
+    """Returns what the store returns when everything is on the disk.
+
+    Args:
+        is_pending: returns whether an id that the store does not know may be known soon.
+
+    Raises:
+        RequestError: nothing of this is stored, and why.
     """
     try:
         return await asyncio.wrap_future(future)
     except UnknownId as error:
-        if await asyncio.to_thread(may_come):
+        if await asyncio.to_thread(is_pending):
             message = "The answer is not stored yet. Send this again."
-            raise Refused(503, message, code="not_stored_yet", retry_after_s=RETRY_S) from error
-        raise _refused(error) from error
+            raise RequestError(503, message, code="not_stored_yet", retry_after_s=RETRY_S) from error
+        raise _request_error(error) from error
     except StoreError as error:
-        raise _refused(error) from error
+        raise _request_error(error) from error
 
 
-async def read(reading: Callable[[], Kept]) -> Kept:
-    """What the store finds.
+async def read_store(query: Callable[[], Stored]) -> Stored:
+    """Returns what a query of the store returns; the query runs in a thread.
 
     Raises:
-        Refused: it cannot, and why.
+        RequestError: the store cannot answer, and why.
     """
     try:
-        return await asyncio.to_thread(reading)
+        return await asyncio.to_thread(query)
     except StoreError as error:
-        raise _refused(error) from error
+        raise _request_error(error) from error
 
 
-def _refused(error: StoreError) -> Refused:
+def _request_error(error: StoreError) -> RequestError:
     status = STATUS.get(type(error), 500)
-    return Refused(status, f"{error}.", retry_after_s=RETRY_S if status == 503 else None)
+    return RequestError(status, f"{error}.", retry_after_s=RETRY_S if status == 503 else None)

@@ -5,368 +5,315 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from alignment.settings.model import is_template_variable
-from serving.fields import taken
+from serving.access import as_response
+from serving.fields import to_engine_request
 from serving.grammar import check_structured_output
-from serving.guard import as_response
-from serving.issuing import Kind, Transcript, issued
-from serving.routes import VERSION_HEADER, ReadRoute, Service, key_of, spend_form_seconds, wanted_version
-from serving.schema import Refused, Reply, Route, event
+from serving.routes import (
+    VERSION_HEADER,
+    Context,
+    IngressContext,
+    ParsedBodyRoute,
+    key_of,
+    parsed_body,
+    requested_version,
+    spend_form_seconds,
+)
+from serving.routes.bodies import (
+    STREAM,
+    ChatBody,
+    ChatCompletion,
+    CompletionBody,
+    CompletionRequest,
+    DetokenizeBody,
+    DetokenizeReply,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    TokenizeBody,
+    TokenizeReply,
+)
+from serving.schema import Reply, RequestError, Route, event
+from serving.transcript import GenerationKind, Transcript, generation_record
 
 END = "data: [DONE]\n\n"
 """The event that ends a stream."""
 USAGE = '"choices":[],'
-"""In the one event of a stream that counts its tokens. In a text of the answer, the quotation marks are escaped."""
-BROKEN = {"timeout": "deadline", "service_unavailable": "replica"}
-"""Why a stream broke off, by the code of its error; any other is the engine's."""
+"""What stands only in the one event of a stream that counts its tokens: in an answer's text, quotation marks are
+escaped."""
+BREAK_REASONS = {"timeout": "deadline", "service_unavailable": "replica"}
+"""Why a stream broke off, by the code of its error; any other error is the engine's."""
 
 logger = logging.getLogger("ray.serve")
 
-Parts = AsyncGenerator[Reply | str]
-Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
-# A list is wrong with its first wrong member: telling of 100,000 takes seconds, in which nobody else is answered.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-TemplateKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
-TemplateValue = bool | int | float | Annotated[str, Field(max_length=1000)] | None
-TemplateValues = Annotated[dict[TemplateKey, TemplateValue], Field(max_length=16)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+ReplyStream = AsyncGenerator[Reply | str]
+
+router = APIRouter(route_class=ParsedBodyRoute)
 
 
-class Asking(BaseModel):
-    """What both kinds of completions take; `serving.fields` says which other fields there are."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    model: str = Field(max_length=200)
-    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(max_length=1000)] | Annotated[list[StopText], Field(fail_fast=True)] | None = None
-    stream: bool | None = None
-    user: Annotated[str, Field(max_length=200)] | None = None
+@router.get("/v1/models", tags=["user"], response_model=ModelList)
+async def models(context: Context) -> Response:
+    """Lists the models that clients can ask for."""
+    max_model_len = await context.backend.max_model_len()
+    cards = model_cards(context).values()
+    return JSONResponse({"object": "list", "data": [{**card, "max_model_len": max_model_len} for card in cards]})
 
 
-class Part(BaseModel):
-    """A part of a message; there are only texts, and what an assistant would not say, in OpenAI's form."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-    cache_control: Any = None
-    """Anthropic's way to say what is worth keeping in a cache; everything is."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, part: Any) -> Any:
-        if isinstance(part, dict) and part.get("type") not in ("text", "refusal"):
-            raise PydanticCustomError("no_text", "There are only texts here: a part has the type text or refusal")
-        if isinstance(part, dict) and part.get(part["type"]) is None:
-            raise PydanticCustomError("missing", "A part has a text under the name that is its type")
-        return part
+@router.get("/v1/models/{name:path}", tags=["user"], response_model=ModelCard)
+async def model(name: str, context: Context) -> Response:
+    """Describes one model."""
+    return JSONResponse({**model_card(name, context), "max_model_len": await context.backend.max_model_len()})
 
 
-class CalledFunction(BaseModel):
-    """A function and what it was called with: JSON, as a text or not."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class ToolCall(BaseModel):
-    """A call of a tool in an answer."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["function"] = "function"
-    function: CalledFunction
+@router.post("/v1/chat/completions", tags=["user"], response_model=ChatCompletion, responses=STREAM)
+async def chat(request: Request, body: ChatBody, context: Context) -> Response:
+    """Answers a chat, as OpenAI's chat completions."""
+    limits = context.config.limits
+    _check_limit("top_logprobs", body.top_logprobs, limits.max_logprobs)
+    engine_request = _completion_request("chat", request, body, context)
+    _check_template_values(body)
+    _check_tools(engine_request, context.served_model.tool_call_parser)
+    _check_limit("max_completion_tokens", body.max_completion_tokens, limits.max_tokens)
+    return await _complete("chat", request, engine_request, context)
 
 
-class Function(BaseModel):
-    """A function that a model may call; vLLM knows the other fields."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    name: str
-
-
-class Tool(BaseModel):
-    """A tool that a model may call. vLLM looks into tools and calls before it knows that they are any."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["function"] = "function"
-    function: Function
+@router.post("/v1/completions", tags=["user"], response_model=TextCompletion, responses=STREAM)
+async def completions(request: Request, body: CompletionBody, context: Context) -> Response:
+    """Continues texts, as OpenAI's completions."""
+    limits = context.config.limits
+    _check_limit("logprobs", body.logprobs, limits.max_logprobs)
+    if body.max_tokens == 0 and not body.echo:
+        message = "max_tokens is 0, so that there would be no answer; with echo, the prompt itself is one."
+        raise RequestError(400, message, code="integer_below_min_value", param="max_tokens")
+    if (prompts := num_prompts(body.prompt)) > 1:
+        _check_limit("the number of answers to all prompts", prompts * (body.n or 1), limits.max_prompts)
+    engine_request = _completion_request("completions", request, body, context)
+    return await _complete("completions", request, engine_request, context)
 
 
-class ChatTurn(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Annotated[str, Field(pattern="^(system|developer|user|assistant|tool|function)$")]
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+@router.post("/tokenize", tags=["user"], response_model=TokenizeReply)
+async def tokenize(request: Request, body: TokenizeBody, context: Context) -> Response:
+    """Returns the token ids of a text or a chat."""
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError(400, "Give either prompt or messages.")
+    model_card(body.model, context)
+    _check_template_values(body)
+    return await _token_response("tokenize", request, context)
 
 
-Messages = Annotated[list[ChatTurn], Field(min_length=1, max_length=1000, fail_fast=True)]
+@router.post("/detokenize", tags=["user"], response_model=DetokenizeReply)
+async def detokenize(request: Request, body: DetokenizeBody, context: Context) -> Response:
+    """Returns the text of token ids."""
+    model_card(body.model, context)
+    return await _token_response("detokenize", request, context)
 
 
-class ChatBody(Asking):
-    """Body of `/v1/chat/completions`."""
-
-    messages: Messages
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
-    chat_template_kwargs: TemplateValues | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+def model_cards(context: IngressContext) -> dict[str, dict[str, Any]]:
+    """Returns the models by their names, as OpenAI describes them; a replica knows their length."""
+    served_model = context.served_model
+    parents = {served_model.name: served_model.base_name} if served_model.base_name else {}
+    common = {"object": "model", "created": context.started_at, "owned_by": "raylign"}
+    return {name: {"id": name, **common, "parent": parents.get(name)} for name in served_model.names}
 
 
-class CompletionBody(Asking):
-    """Body of `/v1/completions`."""
+def model_card(name: str, context: IngressContext) -> dict[str, Any]:
+    """Returns one model, as `model_cards`.
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[
-            Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)],
-            Field(min_length=1),
-        ]
+    Raises:
+        RequestError: 404, there is no model of this name.
+    """
+    cards = model_cards(context)
+    if name not in cards:
+        message = f"There is no model {name[:100]!r} here; there are {', '.join(cards)}."
+        raise RequestError(404, message, code="model_not_found", param="model")
+    return cards[name]
+
+
+async def _token_response(route: Route, request: Request, context: IngressContext) -> Response:
+    """Returns the engine's answer to a question about tokens."""
+    engine_request = to_engine_request(route, parsed_body(request))
+    replies = context.backend.ask(route, engine_request, requested_version(request))
+    return as_response(await single_reply(replies))
+
+
+def _completion_request(
+    route: Route, request: Request, body: CompletionRequest, context: IngressContext
+) -> dict[str, Any]:
+    """Returns a request as the engine needs it.
+
+    Raises:
+        RequestError: 404, there is no such model; 400, a field is not known, or asks for more than the limits allow.
+    """
+    limits = context.config.limits
+    model_card(body.model, context)
+    engine_request = to_engine_request(route, parsed_body(request))
+    _check_limit("n", body.n, limits.max_n)
+    _check_limit("max_tokens", body.max_tokens, limits.max_tokens)
+    check_structured_output(engine_request, limits)
+    # Without this id, Ray would take the client's header X-Request-ID.
+    return engine_request | {"request_id": context.ids.issue()}
+
+
+async def _complete(
+    route: Route, request: Request, engine_request: dict[str, Any], context: IngressContext
+) -> Response:
+    """Has the engine answer, and has the answer recorded: a whole answer, or a stream."""
+    start = time.perf_counter()
+    counted_request = with_usage(engine_request)
+    replies = context.backend.ask(route, counted_request, requested_version(request))
+    first_reply = await anext(replies)
+    assert isinstance(first_reply, Reply), "as Backend.ask promises"
+    _observe_form(request, first_reply, context)
+    if first_reply.body:
+        await replies.aclose()
+        if first_reply.status == 200:
+            transcript = Transcript(engine_request, keeps_texts=context.config.feedback.record)
+            transcript.add_events(f"data: {first_reply.body}")
+            _record(route, request, engine_request, transcript, first_reply.version, context)
+        return as_response(first_reply)
+    stream = _Stream(
+        context=context,
+        request=request,
+        route=route,
+        engine_request=engine_request,
+        first_reply=first_reply,
+        start=start,
+        hides_usage=counted_request is not engine_request,
     )
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    echo: bool | None = None
+    headers = {VERSION_HEADER: first_reply.version or ""}
+    return StreamingResponse(stream.events(replies), headers=headers, media_type="text/event-stream")
 
 
-class TokenizeBody(BaseModel):
-    """Body of `/tokenize`: a text or a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str = Field(max_length=200)
-    prompt: str | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    return_token_strs: bool | None = None
-    chat_template_kwargs: TemplateValues | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+def _observe_form(request: Request, reply: Reply, context: IngressContext) -> None:
+    """Counts what a replica did before it answered: it chose a version, and it compiled the answer's form."""
+    context.metrics.observe("version", reply.version_s)
+    if reply.form_s:
+        context.metrics.observe("form", reply.form_s)
+    if reply.form_problem is not None:
+        context.metrics.count_refused_form(reply.form_problem)
+    spend_form_seconds(request, reply.form_s)
 
 
-class DetokenizeBody(BaseModel):
-    """Body of `/detokenize`."""
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """A streamed answer on its way to the client."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    context: IngressContext
+    request: Request
+    route: Route
+    engine_request: dict[str, Any]
+    first_reply: Reply
+    start: float
+    """When the request came to the route: seconds of `time.perf_counter`."""
+    hides_usage: bool
+    """Whether the client did not ask for the event that counts the tokens."""
 
-    model: str = Field(max_length=200)
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
-
-
-def routes(service: Service) -> APIRouter:
-    """The router of this module."""
-    router = APIRouter(route_class=ReadRoute)
-    cards = _cards(service)
-    config = service.config
-
-    @router.get("/v1/models", tags=["user"])
-    async def models() -> Response:
-        """Every model that can be asked for."""
-        window = await service.backend.max_model_len()
-        return JSONResponse({"object": "list", "data": [{**each, "max_model_len": window} for each in cards.values()]})
-
-    @router.get("/v1/models/{name:path}", tags=["user"])
-    async def model(name: str) -> Response:
-        """One of them."""
-        return JSONResponse({**card(name), "max_model_len": await service.backend.max_model_len()})
-
-    @router.post("/v1/chat/completions", tags=["user"])
-    async def chat(request: Request, body: ChatBody) -> Response:
-        """OpenAI's chat completions."""
-        _check_limit("top_logprobs", body.top_logprobs, config.limits.max_logprobs)
-        asked = checked(request, body)
-        _check_template_values(body)
-        _check_tools(asked, service.served.tool_call_parser)
-        _check_limit("max_completion_tokens", body.max_completion_tokens, config.limits.max_tokens)
-        return await answered("chat", request, asked)
-
-    @router.post("/v1/completions", tags=["user"])
-    async def completions(request: Request, body: CompletionBody) -> Response:
-        """OpenAI's completions."""
-        _check_limit("logprobs", body.logprobs, config.limits.max_logprobs)
-        if body.max_tokens == 0 and not body.echo:
-            message = "max_tokens is 0, so that there would be no answer; with echo, the prompt itself is one."
-            raise Refused(400, message, code="integer_below_min_value", param="max_tokens")
-        if (prompts := num_prompts(body.prompt)) > 1:
-            _check_limit("the number of answers to all prompts", prompts * (body.n or 1), config.limits.max_prompts)
-        return await answered("completions", request, checked(request, body))
-
-    @router.post("/tokenize", tags=["user"])
-    async def tokenize(request: Request, body: TokenizeBody) -> Response:
-        """Token ids of a text or a chat."""
-        if (body.prompt is None) == (body.messages is None):
-            raise Refused(400, "Give either prompt or messages.")
-        card(body.model)
-        _check_template_values(body)
-        return await tokens("tokenize", request)
-
-    @router.post("/detokenize", tags=["user"])
-    async def detokenize(request: Request, body: DetokenizeBody) -> Response:
-        """The text of token ids."""
-        card(body.model)
-        return await tokens("detokenize", request)
-
-    async def tokens(route: Route, request: Request) -> Response:
-        asked = taken(route, request.scope["state"]["json"])
-        return as_response(await whole(service.backend.ask(route, asked, wanted_version(request))))
-
-    def card(name: str) -> dict[str, Any]:
-        if name not in cards:
-            message = f"There is no model {name[:100]!r} here; there are {', '.join(cards)}."
-            raise Refused(404, message, code="model_not_found", param="model")
-        return cards[name]
-
-    def checked(request: Request, body: Asking) -> dict[str, Any]:
-        """What was sent, if it keeps to the limits."""
-        card(body.model)
-        asked = taken("chat" if isinstance(body, ChatBody) else "completions", request.scope["state"]["json"])
-        _check_limit("n", body.n, config.limits.max_n)
-        _check_limit("max_tokens", body.max_tokens, config.limits.max_tokens)
-        check_structured_output(asked, config.limits)
-        return asked | {"request_id": service.ids.fresh()}  # without it, Ray takes the client's header X-Request-ID
-
-    async def answered(route: Route, request: Request, asked: dict[str, Any]) -> Response:
-        started = time.perf_counter()
-        sent = with_usage(asked)
-        parts = service.backend.ask(route, sent, wanted_version(request))
-        first = await anext(parts)
-        assert isinstance(first, Reply), "as Backend.ask says"
-        service.meters.took("version", first.version_s)
-        if first.form_s:
-            service.meters.took("form", first.form_s)
-        if first.form_problem is not None:
-            service.meters.form_refused(first.form_problem)
-        spend_form_seconds(request, first.form_s)
-        if first.body:
-            await parts.aclose()
-            if first.status == 200:
-                said = Transcript(asked, recorded=config.feedback.record)
-                said.read(f"data: {first.body}")
-                remember(route, request, asked, said, first.version)
-            return as_response(first)
-        headers = {VERSION_HEADER: first.version or ""}
-        stream = streamed(route, request, asked, first, parts, started, hides_usage=sent is not asked)
-        return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
-
-    async def streamed(
-        route: Route,
-        request: Request,
-        asked: dict[str, Any],
-        begun: Reply,
-        parts: Parts,
-        started: float,
-        *,
-        hides_usage: bool,
-    ) -> AsyncIterator[str]:
-        said, is_first, has_ended = Transcript(asked, recorded=config.feedback.record), True, False
-        async for text in texts(begun, parts):
+    async def events(self, replies: ReplyStream) -> AsyncIterator[str]:
+        """Passes events on as they come, and has the answer recorded before the client sees its end."""
+        context, version = self.context, self.first_reply.version
+        transcript = Transcript(self.engine_request, keeps_texts=context.config.feedback.record)
+        is_first, has_ended = True, False
+        async for text in stream_texts(self.first_reply, replies):
             if is_first:
-                service.meters.first_token(request.scope["route"].path, begun.version, time.perf_counter() - started)
+                path = self.request.scope["route"].path
+                context.metrics.observe_first_token(path, version, time.perf_counter() - self.start)
                 is_first = False
-            said.read(text)
-            if text.endswith(END):  # which no answer's text can, since line breaks in it are escaped
+            transcript.add_events(text)
+            if text.endswith(END):  # no answer's text can end so, since line breaks in it are escaped
                 has_ended = True
-                # Before the client sees the end, so that its judgement cannot come too early.
-                remember(route, request, asked, said, begun.version)
-            if hides_usage and USAGE in text:
+                # Before the client sees the end, so that feedback on the answer cannot come too early.
+                _record(self.route, self.request, self.engine_request, transcript, version, context)
+            if self.hides_usage and USAGE in text:
                 text = without_usage(text)
             if text:
                 yield text
-        if said.error is not None or not has_ended:
-            request.scope["state"]["broken"] = BROKEN.get(said.error or "", "engine")
-
-    def remember(route: Route, request: Request, asked: dict[str, Any], said: Transcript, version: str | None) -> None:
-        """Has the store keep what was answered; nobody waits for it, and no answer is lost because it fails."""
-        begun = time.perf_counter()
-        kind: Kind = "chat" if route == "chat" else "completion"
-        try:
-            service.meters.generated(version, said.usage)
-            if answer := issued(kind, asked, said, version=version, asked_by=key_of(request).name):
-                service.recorder.record(answer)
-        except Exception as error:  # not its text, which may quote the answer
-            logger.error("An answer was given and could not be kept: %s", type(error).__name__)
-            service.meters.record_lost("not read")
-        service.meters.took("record", time.perf_counter() - begun)
-
-    return router
+        if transcript.error is not None or not has_ended:
+            self.request.scope["state"]["broken"] = BREAK_REASONS.get(transcript.error or "", "engine")
 
 
-async def texts(begun: Reply, parts: Parts) -> AsyncIterator[str]:
-    """The events of a stream; the first came with its beginning."""
-    if begun.events:
-        yield begun.events
-    async for part in parts:
-        yield event(part) if isinstance(part, Reply) else part
+def _record(
+    route: Route,
+    request: Request,
+    engine_request: dict[str, Any],
+    transcript: Transcript,
+    version: str | None,
+    context: IngressContext,
+) -> None:
+    """Has an answer recorded. Nobody waits for it, and no answer is lost if it fails."""
+    start = time.perf_counter()
+    kind: GenerationKind = "chat" if route == "chat" else "completion"
+    try:
+        context.metrics.count_tokens(version, transcript.usage)
+        asked_by = key_of(request).name
+        if record := generation_record(kind, engine_request, transcript, version=version, asked_by=asked_by):
+            context.recorder.record(record)
+    except Exception as error:  # its text is not logged, since it may quote the answer
+        logger.error("An answer was given and could not be kept: %s", type(error).__name__)
+        context.metrics.count_lost_record("not read")
+    context.metrics.observe("record", time.perf_counter() - start)
 
 
-def with_usage(asked: dict[str, Any]) -> dict[str, Any]:
-    """The same request, with a stream that ends by counting its tokens: we want to know them, whoever asks."""
-    options = asked.get("stream_options")
+async def stream_texts(first_reply: Reply, replies: ReplyStream) -> AsyncIterator[str]:
+    """Yields the events of a stream as text; the first events come with the first reply."""
+    if first_reply.events:
+        yield first_reply.events
+    async for reply in replies:
+        yield event(reply) if isinstance(reply, Reply) else reply
+
+
+def with_usage(engine_request: dict[str, Any]) -> dict[str, Any]:
+    """Returns the same request; if it asks for a stream, one that ends with the number of its tokens.
+
+    The endpoint's metrics need the number, whether or not the client asks for it.
+    """
+    options = engine_request.get("stream_options")
     may_be_set = options is None or (isinstance(options, dict) and not options.get("include_usage"))
-    if asked.get("stream") is not True or not may_be_set:
-        return asked
-    return asked | {"stream_options": {**(options or {}), "include_usage": True, "continuous_usage_stats": False}}
+    if engine_request.get("stream") is not True or not may_be_set:
+        return engine_request
+    usage_options = {**(options or {}), "include_usage": True, "continuous_usage_stats": False}
+    return engine_request | {"stream_options": usage_options}
 
 
 def without_usage(events: str) -> str:
-    """Events of a stream but the one that counts its tokens."""
-    return "\n\n".join(each for each in events.split("\n\n") if USAGE not in each)
+    """Returns the events of a stream without the one that counts its tokens."""
+    return "\n\n".join(text for text in events.split("\n\n") if USAGE not in text)
 
 
-async def whole(parts: Parts) -> Reply:
-    """The one reply of a request that does not ask for a stream."""
+async def single_reply(replies: ReplyStream) -> Reply:
+    """Returns the one reply to a request that asks for no stream."""
     try:
-        reply = await anext(parts)
-        assert isinstance(reply, Reply), "as Backend.ask says"
+        reply = await anext(replies)
+        assert isinstance(reply, Reply), "as Backend.ask promises"
         return reply
     finally:
-        await parts.aclose()
+        await replies.aclose()
 
 
 def num_prompts(prompt: str | list[Any]) -> int:
-    """How many prompts a request to `/v1/completions` holds, each of which gets answers of its own."""
-    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    return 1 if is_one else len(prompt)
+    """Returns how many prompts a request to `/v1/completions` holds; each gets answers of its own."""
+    is_single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return 1 if is_single else len(prompt)
 
 
 def _check_template_values(body: ChatBody | TokenizeBody) -> None:
+    """Refuses values for the template that stand for a chat itself, as its messages."""
     for name in body.chat_template_kwargs or {}:
         if not is_template_variable(name):
-            raise Refused(400, f"chat_template_kwargs cannot set {name}: it holds what the model's template reads.")
+            raise RequestError(
+                400, f"chat_template_kwargs cannot set {name}: it holds what the model's template reads."
+            )
 
 
-def _check_tools(asked: dict[str, Any], parser: str | None) -> None:
-    """Refuses tools for which vLLM would want flags of its own command line."""
-    if asked.get("tools") and asked.get("tool_choice", "auto") != "none" and parser is None:
-        raise Refused(
+def _check_tools(engine_request: dict[str, Any], parser: str | None) -> None:
+    """Refuses tools whose calls vLLM could not read, as its own command line does without its flags for tools."""
+    if engine_request.get("tools") and engine_request.get("tool_choice", "auto") != "none" and parser is None:
+        raise RequestError(
             400,
             "The form in which this model writes calls of tools is not known (tool_call_parser names it at the start); "
             "leave tools out, or set tool_choice to none.",
@@ -378,13 +325,4 @@ def _check_tools(asked: dict[str, Any], parser: str | None) -> None:
 def _check_limit(name: str, value: int | None, limit: int) -> None:
     if value is not None and value > limit:
         message = f"{name} is {value}, and at most {limit} here."
-        raise Refused(400, message, code="integer_above_max_value", param=name if " " not in name else None)
-
-
-def _cards(service: Service) -> dict[str, dict[str, Any]]:
-    created, served = int(time.time()), service.served
-    parents = {served.name: served.base_name} if served.base_name else {}
-    return {
-        name: {"id": name, "object": "model", "created": created, "owned_by": "raylign", "parent": parents.get(name)}
-        for name in served.names
-    }
+        raise RequestError(400, message, code="integer_above_max_value", param=name if " " not in name else None)

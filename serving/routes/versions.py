@@ -1,98 +1,125 @@
-"""Admin routes: versions are registered, promoted, tried on a share of the requests, and taken back."""
+"""The admins' routes to model versions: they register versions, promote them, try them as a canary, and roll back."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi import Path as FromPath
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.errors import AlignmentError
-from serving.promotion import Promotions
-from serving.registry import Version
-from serving.routes import ReadRoute, Service, key_of
-from serving.schema import Refused
+from serving.engine import Status
+from serving.registry import State, Version
+from serving.routes import Context, IngressContext, ParsedBodyRoute, ResponseModel, key_of
+from serving.schema import RequestError
+
+router = APIRouter(tags=["admin"], route_class=ParsedBodyRoute)
+
+Result = TypeVar("Result")
 
 
 class VersionBody(BaseModel):
     """Body of `POST /v1/admin/versions`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     checkpoint: Annotated[str, Field(min_length=1, max_length=4096)]
-    """Folder, as the machine of the ingress sees it."""
+    """Folder of the checkpoint, as the machine of the ingress sees it."""
 
 
 class PromoteBody(BaseModel):
     """Body of `POST /v1/admin/promote`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     version: Annotated[int, Field(ge=1, le=10**9)]
     canary: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of the requests that it answers, as a trial beside the current one; None makes it the current one."""
+    """Fraction of the requests that the version answers as a canary beside the current version; None makes it the
+    current version."""
 
 
-def routes(service: Service) -> APIRouter:
-    """The router of this module."""
-    router = APIRouter(tags=["admin"], route_class=ReadRoute)
-    registry, backend, tenant = service.registry, service.backend, service.tenant
-    promotions = Promotions(registry, backend, check_lease=tenant.check)
+class VersionList(ResponseModel):
+    """Answer of `GET /v1/admin/versions`."""
 
-    @router.get("/v1/admin/versions")
-    async def versions() -> Response:
-        """Every version, which of them answer, and what the replicas say."""
-        known = await asyncio.to_thread(registry.versions)
-        replicas = [asdict(status) for status in await backend.statuses()]
-        candidate = None if backend.candidate is None else asdict(backend.candidate)
-        told = {"versions": [asdict(version) for version in known], "state": asdict(registry.state())}
-        return JSONResponse({**told, "replicas": replicas, "candidate": candidate})
-
-    @router.post("/v1/admin/versions")
-    async def add(body: VersionBody) -> Response:
-        """Verifies a checkpoint and registers it; nothing else changes."""
-        return JSONResponse(asdict(await _or_refused(asyncio.to_thread(registered, body.checkpoint))))
-
-    def registered(checkpoint: str) -> Version:
-        current = registry.state().current
-        return registry.add(Path(checkpoint), parent=current, compatible_with=current)
-
-    @router.delete("/v1/admin/versions/{number}")
-    async def delete(number: Annotated[int, FromPath(ge=1, le=10**9)]) -> Response:
-        """Deletes a version's files, which are of no use any more; says how many bytes were freed."""
-        freed = await _or_refused(asyncio.to_thread(deleted, number))
-        return JSONResponse({"version": number, "freed_bytes": freed})
-
-    def deleted(number: int) -> int:
-        tenant.check()
-        return registry.delete(number)
-
-    @router.post("/v1/admin/promote")
-    async def promote(body: PromoteBody, request: Request) -> Response:
-        """Brings a version to every replica and lets it answer: all requests, or a share of them."""
-        asker = key_of(request).name
-        return JSONResponse(asdict(await _or_refused(promotions.promote(body.version, body.canary, started_by=asker))))
-
-    @router.delete("/v1/admin/canary")
-    async def end_canary() -> Response:
-        """Ends the trial; the current version answers everything again."""
-        return JSONResponse(asdict(await _or_refused(promotions.end_canary())))
-
-    @router.post("/v1/admin/rollback")
-    async def rollback(request: Request) -> Response:
-        """Goes back to the version before."""
-        return JSONResponse(asdict(await _or_refused(promotions.roll_back(started_by=key_of(request).name))))
-
-    return router
+    versions: list[Version]
+    state: State
+    replicas: list[Status]
+    candidate: Status | None
 
 
-async def _or_refused(doing: Any) -> Any:
+class DeletedVersion(ResponseModel):
+    """Answer of `DELETE /v1/admin/versions/{number}`."""
+
+    version: int
+    freed_bytes: int
+
+
+@router.get("/v1/admin/versions", response_model=VersionList)
+async def versions(context: Context) -> Response:
+    """Lists every version, which of them answer, and the status of every replica."""
+    registry, backend = context.registry, context.backend
+    all_versions = await asyncio.to_thread(registry.versions)
+    replicas = [asdict(status) for status in await backend.statuses()]
+    candidate = None if backend.candidate is None else asdict(backend.candidate)
+    answer = {"versions": [asdict(version) for version in all_versions], "state": asdict(registry.state())}
+    return JSONResponse({**answer, "replicas": replicas, "candidate": candidate})
+
+
+@router.post("/v1/admin/versions", response_model=Version)
+async def add(body: VersionBody, context: Context) -> Response:
+    """Verifies a checkpoint and registers it as a version. Nothing else changes."""
+    return JSONResponse(asdict(await _or_conflict(asyncio.to_thread(_register, context, body.checkpoint))))
+
+
+def _register(context: IngressContext, checkpoint: str) -> Version:
+    current = context.registry.state().current
+    return context.registry.add(Path(checkpoint), parent=current, compatible_with=current)
+
+
+@router.delete("/v1/admin/versions/{number}", response_model=DeletedVersion)
+async def delete(number: Annotated[int, PathParameter(ge=1, le=10**9)], context: Context) -> Response:
+    """Deletes the files of a version that is of no use any more, and returns how many bytes were freed."""
+    num_bytes = await _or_conflict(asyncio.to_thread(_delete, context, number))
+    return JSONResponse({"version": number, "freed_bytes": num_bytes})
+
+
+def _delete(context: IngressContext, number: int) -> int:
+    context.tenant.check()
+    return context.registry.delete(number)
+
+
+@router.post("/v1/admin/promote", response_model=State)
+async def promote(body: PromoteBody, request: Request, context: Context) -> Response:
+    """Brings a version to every replica and lets it answer all requests, or a fraction of them."""
+    change = context.promotions.promote(body.version, body.canary, started_by=key_of(request).name)
+    return JSONResponse(asdict(await _or_conflict(change)))
+
+
+@router.delete("/v1/admin/canary", response_model=State)
+async def end_canary(context: Context) -> Response:
+    """Ends the canary; the current version answers all requests again."""
+    return JSONResponse(asdict(await _or_conflict(context.promotions.end_canary())))
+
+
+@router.post("/v1/admin/rollback", response_model=State)
+async def rollback(request: Request, context: Context) -> Response:
+    """Goes back to the version before."""
+    return JSONResponse(asdict(await _or_conflict(context.promotions.roll_back(started_by=key_of(request).name))))
+
+
+async def _or_conflict(change: Awaitable[Result]) -> Result:
+    """Returns what a change returns.
+
+    Raises:
+        RequestError: 409, the change cannot be made, and why.
+    """
     try:
-        return await doing
+        return await change
     except AlignmentError as error:
-        raise Refused(409, str(error)) from error
+        raise RequestError(409, str(error)) from error

@@ -1,6 +1,6 @@
-"""What the service remembers of the circle's last stretch: the answers that it gave, and what people said about them.
+"""The records of the feedback database: the answers that the service gave, and what people said about them.
 
-group (issued) ─► answers ─► judgements ─► training rows, which `alignment.data` reads
+group (a prompt and its answers) ─► feedback ─► training rows, which `alignment.data` reads
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from alignment.errors import ServingError
 if TYPE_CHECKING:
     from serving.keys import Role
 
-Kind = Literal["choice", "thumb", "ranking", "correction"]
+FeedbackKind = Literal["choice", "thumb", "ranking", "correction"]
 
 
 class StoreError(ServingError):
-    """Something was not stored, or not found; the text quotes no prompt and no answer."""
+    """The store could not store or find something. The text quotes no prompt and no answer."""
 
 
 class UnknownId(StoreError):
-    """The service has issued nothing under this id, or it was deleted since."""
+    """The service has issued nothing under this id, or it was deleted later."""
 
 
 class Conflict(StoreError):
-    """An idempotency key came again with another content, or the name of a key is taken."""
+    """An idempotency key came a second time with another content, or there is already a key of this name."""
 
 
 class BadVerdict(StoreError):
@@ -43,28 +43,32 @@ class StoreFull(StoreError):
 
 
 class StoreAway(StoreError):
-    """The database does not answer, or too much waits for it; whether this was stored is not known, so ask again."""
+    """The database does not answer, or too much waits for it. Nobody knows whether this was stored: send it again."""
 
 
-class Turn(Protocol):
-    """One message of a conversation, as `alignment.types.Message` (which needs torch, and this does not)."""
-
-    @property
-    def role(self) -> str: ...
+class MessageLike(Protocol):
+    """One message of a conversation, of whichever class: `alignment.groups.Message`, or a request's own."""
 
     @property
-    def content(self) -> str: ...
+    def role(self) -> str:
+        """Who wrote the message: `system`, `user` or `assistant`."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """The text of the message."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class IssuedAnswer:
-    """One answer of the service."""
+class RecordedAnswer:
+    """One answer of the service, as it is stored."""
 
     id: str
-    """`{id of the group}-{index}`, the index from 0."""
+    """`{id of the group}-{index}`; the index begins at 0."""
     text: str
     version: int
-    """Number of the model version that gave it."""
+    """Number of the model version that gave the answer."""
     model: str
     """Name of the model, as clients know it."""
     finish_reason: str | None
@@ -72,23 +76,23 @@ class IssuedAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Issued:
-    """A prompt and the answers that the service gave to it."""
+class GenerationRecord:
+    """A prompt and the answers that the service gave to it: a group."""
 
     id: str
     kind: Literal["chat", "completion", "comparison"]
-    prompt: str | tuple[Turn, ...]
-    """Plain text, or the turns before the answer."""
-    answers: tuple[IssuedAnswer, ...]
+    prompt: str | tuple[MessageLike, ...]
+    """Plain text, or the messages before the answer."""
+    answers: tuple[RecordedAnswer, ...]
     """In the order of their indices."""
     asked_by: str
-    """Name of the key."""
+    """Name of the key that the request came with."""
     created: float
     """UTC, Unix seconds."""
     recorded: bool
-    """False keeps prompt and texts out of the database: ids and versions alone are stored."""
+    """False keeps prompt and texts out of the database: only ids and versions are stored."""
     reason: str | None = None
-    """Why texts are not kept, in words for people; None if they are."""
+    """Why texts are not kept, as a sentence for people; None if they are kept."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[!-~]{1,200}", self.id):
@@ -99,42 +103,42 @@ class Issued:
 
     @property
     def size(self) -> int:
-        """Characters of all its texts."""
+        """Number of characters of all its texts."""
         prompt = len(self.prompt) if isinstance(self.prompt, str) else sum(len(turn.content) for turn in self.prompt)
         return prompt + sum(len(answer.text) for answer in self.answers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which of two answers is better."""
+    """Says which of two answers is better."""
 
-    kind: ClassVar[Kind] = "choice"
+    kind: ClassVar[FeedbackKind] = "choice"
     winner: str
     """Id of an answer, `tie` or `both_bad`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thumb:
-    """Whether one answer is good."""
+    """Says whether one answer is good."""
 
-    kind: ClassVar[Kind] = "thumb"
+    kind: ClassVar[FeedbackKind] = "thumb"
     up: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """All answers of a group in order."""
+    """Puts all answers of a group in order."""
 
-    kind: ClassVar[Kind] = "ranking"
+    kind: ClassVar[FeedbackKind] = "ranking"
     order: tuple[str, ...]
     """Ids of all its answers, the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What the answer should have been."""
+    """Says what the answer should have been."""
 
-    kind: ClassVar[Kind] = "correction"
+    kind: ClassVar[FeedbackKind] = "correction"
     text: str
 
 
@@ -142,18 +146,18 @@ Verdict = Choice | Thumb | Ranking | Correction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What a person said."""
+class Feedback:
+    """What a person said about an answer, or about the answers of a group."""
 
     target: str
-    """Id of a group for a choice or a ranking; of an answer, or of a group with one answer, for the others."""
+    """Id of a group for a choice or a ranking; for the others, id of an answer or of a group with one answer."""
     verdict: Verdict
     labeller: str
-    """Name of the key."""
+    """Name of the key that the person used."""
     comment: str | None = None
-    """Is not kept where the target's texts are not."""
+    """Is not kept where the target's texts are not kept."""
     key: str | None = None
-    """Idempotency key, 1 to 200 printable ASCII characters; belongs to the labeller."""
+    """Idempotency key of the labeller: 1 to 200 printable ASCII characters."""
 
     def __post_init__(self) -> None:
         if self.key is not None and not re.fullmatch(r"[ -~]{1,200}", self.key):
@@ -161,41 +165,42 @@ class Judgement:
 
     @property
     def size(self) -> int:
-        """Characters of its texts."""
+        """Number of characters of its texts."""
         correction = len(self.verdict.text) if isinstance(self.verdict, Correction) else 0
         return correction + len(self.comment or "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """Proof that a judgement is on the disk."""
+    """Proof that feedback is on the disk."""
 
     id: str
-    """`jdg-…`"""
-    kind: Kind
+    """`jdg-` and a number."""
+    kind: FeedbackKind
     target: str
     """Id of the group or answer that it is about."""
     created: float
     """UTC, Unix seconds, by the clock of the service."""
     replaces: str | None
-    """Id of the same labeller's earlier verdict that it supersedes."""
+    """Id of the same labeller's earlier feedback that it supersedes."""
     note: str | None = None
-    """Why nothing can be learned from it, where the texts of its target are not kept."""
+    """Why nothing can be learned from it, where the target's texts are not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Over all pairs of choices that two people made about the same comparison."""
+    """How far people agree: over all pairs of choices that two people made about the same comparison."""
 
     pairs: int
     agreed: int
+    """Pairs whose two choices are the same."""
     rate: float | None
     """agreed / pairs; None without a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wins:
-    """Choices between a version and another one; `ties` are those for neither of them."""
+    """Choices between a version and other versions; `ties` are choices for neither answer."""
 
     wins: int
     losses: int
@@ -204,22 +209,22 @@ class Wins:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Counts of what is stored; superseded judgements count nowhere."""
+    """Counts of what is stored. Superseded feedback is not counted."""
 
     answers: int
     comparisons: int
     judged: int
-    """Comparisons with a choice at least."""
+    """Comparisons with at least one choice."""
     by_kind: dict[str, int]
     by_labeller: dict[str, int]
     agreement: Agreement
     wins_by_version: dict[int, Wins]
-    """Only comparisons of two different versions count."""
+    """Only comparisons of two different versions are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredKey:
-    """A bearer key as it is kept: without its secret."""
+    """A bearer key as it is stored, without its secret."""
 
     id: str
     name: str
@@ -229,34 +234,34 @@ class StoredKey:
     created: float
     """UTC, Unix seconds."""
     revoked: float | None = None
-    """The same; None while it is valid."""
+    """UTC, Unix seconds; None while it is not revoked."""
     expires: float | None = None
-    """The same; None is never."""
+    """UTC, Unix seconds; None if it never expires."""
 
-    def is_valid(self, now: float) -> bool:
-        """Whether it lets in at a time (UTC, Unix seconds)."""
-        return self.revoked is None and (self.expires is None or now < self.expires)
+    def is_valid(self, timestamp: float) -> bool:
+        """Returns whether the key is valid at a time (UTC, Unix seconds)."""
+        return self.revoked is None and (self.expires is None or timestamp < self.expires)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditEntry:
-    """Who did what to the service."""
+    """An entry of the audit trail: who did what to the service."""
 
     id: str = field(default_factory=lambda: f"aud-{uuid.uuid4().hex}")
     created: float = field(default_factory=time.time)
     """UTC, Unix seconds."""
     action: str
-    """As `promote` or `create key`."""
+    """For example `promote` or `create key`."""
     who: str
-    """The name of a key; of a command, the operating system's user@host."""
+    """The name of a key; for a command, the operating system's user@host."""
     address: str | None = None
-    """IP address that the request came from; None of a command."""
+    """IP address that the request came from; None for a command."""
     detail: dict[str, Any] = field(default_factory=dict)
-    """What it was done to, and what came of it; holds no text of a prompt or an answer, and no key."""
+    """What was changed, and the result. It holds no text of a prompt or an answer, and no key."""
 
 
 def operator() -> str:
-    """Who runs this process: the operating system's user, and the machine."""
+    """Returns who runs this process: the operating system's user, and the machine."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

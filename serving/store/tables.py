@@ -1,7 +1,8 @@
-"""The tables of the feedback database. What changes here needs a migration, or `test_store` fails.
+"""The tables of the feedback database. A change here needs a migration, or `test_store` fails.
 
-Texts that people or models wrote are kept as ASCII JSON: a NUL or half a surrogate pair would break PostgreSQL, and a
-line separator the export. Ids of answers are not stored: they are `{groups.id}-{answers.position}`.
+Texts of people and models are stored as ASCII JSON: a NUL or half a surrogate pair would break PostgreSQL, and a line
+separator the export. Ids of answers are not stored: they are `{groups.id}-{answers.position}`. Feedback is in the table
+`judgements`, as earlier releases called it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sqlalchemy as sa
 
 metadata = sa.MetaData()
 
-NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite counts up by itself with this type alone
+NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite counts rows by itself with this type alone
 
 
 groups = sa.Table(
@@ -48,7 +49,7 @@ judgements = sa.Table(
     sa.Column("comment", sa.Text),  # JSON: a string
     sa.Column("labeller", sa.Text, nullable=False),
     sa.Column("created", sa.Double, nullable=False),
-    sa.Column("replaces", NUMBER),  # the labeller's earlier judgement of the same kind and target
+    sa.Column("replaces", NUMBER),  # the labeller's earlier row of the same kind and target
     sa.Column("superseded_by", NUMBER),  # the later one; null if this is what counts
     sa.Column("row", sa.Text),  # JSON: the training row without its id; null if there is nothing to learn from
     sa.Index("ix_judgements_group_number_labeller", "group_number", "labeller"),

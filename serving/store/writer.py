@@ -1,4 +1,4 @@
-"""The thread that writes: whatever arrives while it waits for the disk becomes one transaction afterwards."""
+"""The thread that writes. Everything that arrives while it waits for the disk becomes its next transaction."""
 
 from __future__ import annotations
 
@@ -13,77 +13,84 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 
-from serving.store.opening import WRITES, empty_log, is_fault_of_database, lock, named
+from serving.store.opening import WRITES, empty_log, is_fault_of_database, lock, store_error_of
 from serving.store.records import StoreAway, StoreError
 
 T = TypeVar("T")
 
 MAX_BATCH = 256
-"""Items in one transaction."""
+"""Most writes in one transaction."""
 MAX_WAITING = 64 * 2**20
-"""Characters that may wait; with more, further items are refused."""
-ITEM_SIZE = 1000
-"""Characters that an item counts for beside its texts."""
+"""Most characters that may wait; further writes are refused."""
+WRITE_SIZE = 1000
+"""Characters that a write counts for in addition to its texts."""
 CHORE_EVERY_S = 3600.0
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Item:
+class _QueuedWrite:
+    """A write that waits for its turn."""
+
     work: Callable[[Connection], Any]
     size: int
     erases: bool = False
-    """Whether texts are deleted, which must not be left over in a log."""
+    """Whether it deletes texts, which must not stay in a log of the database."""
     future: Future[Any] = field(default_factory=Future)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """What came of an item, to be told after the commit."""
+class _WriteResult:
+    """The result of a write, which its future gets after the commit."""
 
     value: Any = None
     error: Exception | None = None
 
 
 class Writer:
-    """Writes in the background, in the order of submission; an item that fails by its own fault fails alone."""
+    """Writes in the background, in the order of submission. A write that fails by its own fault fails alone."""
 
     def __init__(self, engine: Engine, chore: Callable[[Connection], bool]) -> None:
-        """`chore`: some work to be done at once and every hour, by and by: True as long as there is more."""
+        """Starts the thread.
+
+        Args:
+            chore: work that is done at the start and every hour, a little at a time. It returns whether there is more.
+        """
         self._engine = engine
         self._chore = chore
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._lock, self._waiting, self._closed = threading.Lock(), 0, False
+        self._queue: queue.SimpleQueue[_QueuedWrite | None] = queue.SimpleQueue()
+        self._lock, self._num_chars, self._is_closed = threading.Lock(), 0, False
         self._thread = threading.Thread(target=self._run, name="feedback writer", daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[Connection], T], *, size: int = 0, erases: bool = False) -> Future[T]:
-        """Queues work; its future is resolved when it is on the disk, and cannot be cancelled.
+        """Queues a write. Its future has a result when the write is on the disk, and cannot be cancelled.
 
         Args:
-            work: may be done again, after a rollback. It raises a StoreError before it has written anything, or never.
-            size: characters of its texts.
-            erases: it deletes texts, which then must be nowhere in the database's files.
+            work: may be called a second time, after a rollback. It raises a StoreError before it has written anything,
+                or not at all.
+            size: number of characters of its texts.
+            erases: whether it deletes texts, which then must be nowhere in the database's files.
         """
-        item = _Item(work=work, size=size + ITEM_SIZE, erases=erases)
-        item.future.set_running_or_notify_cancel()
+        write = _QueuedWrite(work=work, size=size + WRITE_SIZE, erases=erases)
+        write.future.set_running_or_notify_cancel()
         with self._lock:
-            if self._closed:
-                item.future.set_exception(StoreAway("The feedback database is closed"))
-            elif self._waiting and self._waiting + item.size > MAX_WAITING:
-                item.future.set_exception(StoreAway("Too much waits to be written to the feedback database"))
+            if self._is_closed:
+                write.future.set_exception(StoreAway("The feedback database is closed"))
+            elif self._num_chars and self._num_chars + write.size > MAX_WAITING:
+                write.future.set_exception(StoreAway("Too much waits to be written to the feedback database"))
             else:
-                self._waiting += item.size
-                self._queue.put(item)
-        return item.future
+                self._num_chars += write.size
+                self._queue.put(write)
+        return write.future
 
     def close(self) -> None:
-        """Writes what waits, and ends."""
+        """Writes everything that waits, and ends the thread."""
         with self._lock:
-            if not self._closed:
+            if not self._is_closed:
                 self._queue.put(None)
-            self._closed = True
+            self._is_closed = True
         self._thread.join()
 
     def _run(self) -> None:
@@ -92,57 +99,58 @@ class Writer:
             if time.monotonic() >= due:
                 due = time.monotonic() + (0.0 if self._do_chore() else CHORE_EVERY_S)
             try:
-                first = self._queue.get(timeout=max(0.0, due - time.monotonic()))
+                write = self._queue.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
                 continue
-            if first is None:
+            if write is None:
                 return
-            batch = [first]
+            batch = [write]
             while len(batch) < MAX_BATCH and not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
+                write = self._queue.get()
+                if write is None:
                     self._write(batch)
                     return
-                batch.append(following)
+                batch.append(write)
             self._write(batch)
 
-    def _write(self, batch: list[_Item]) -> None:
-        outcomes = self._commit(batch)
-        if any(item.erases for item in batch):
+    def _write(self, batch: list[_QueuedWrite]) -> None:
+        results = self._commit(batch)
+        if any(write.erases for write in batch):
             empty_log(self._engine)
         with self._lock:
-            self._waiting -= sum(item.size for item in batch)
-        for item, outcome in zip(batch, outcomes, strict=True):
-            if outcome.error is not None:
-                item.future.set_exception(outcome.error)
+            self._num_chars -= sum(write.size for write in batch)
+        for write, result in zip(batch, results, strict=True):
+            if result.error is not None:
+                write.future.set_exception(result.error)
             else:
-                item.future.set_result(outcome.value)
+                write.future.set_result(result.value)
 
-    def _commit(self, batch: list[_Item]) -> list[_Outcome]:
-        """All in one transaction; if the database refuses one of them, each in one of its own."""
+    def _commit(self, batch: list[_QueuedWrite]) -> list[_WriteResult]:
+        """Commits all writes in one transaction; if the database refuses one of them, each in its own transaction."""
         try:
             with self._engine.connect().execution_options(**WRITES) as connection, connection.begin():
                 lock(connection)
-                return [_attempt(connection, item.work) for item in batch]
-        except Exception as error:  # the thread has to live on
+                return [_attempt(connection, write.work) for write in batch]
+        except Exception as error:  # the thread must not end
             if is_fault_of_database(error):
-                return [_Outcome(error=named(error))] * len(batch)
+                return [_WriteResult(error=store_error_of(error))] * len(batch)
             if len(batch) == 1:
                 logger.exception("The feedback database refused something")
-                return [_Outcome(error=StoreError("The feedback database refuses this"))]
-        return [outcome for item in batch for outcome in self._commit([item])]
+                return [_WriteResult(error=StoreError("The feedback database refuses this"))]
+        return [result for write in batch for result in self._commit([write])]
 
     def _do_chore(self) -> bool:
-        item = _Item(work=self._chore, size=0, erases=True)
-        self._write([item])
-        if error := item.future.exception():
+        write = _QueuedWrite(work=self._chore, size=0, erases=True)
+        self._write([write])
+        if error := write.future.exception():
             logger.warning("%s", error)
             return False
-        return bool(item.future.result())
+        return bool(write.future.result())
 
 
-def _attempt(connection: Connection, work: Callable[[Connection], Any]) -> _Outcome:
+def _attempt(connection: Connection, work: Callable[[Connection], Any]) -> _WriteResult:
+    """Does the work; an error that is the write's own becomes its result."""
     try:
-        return _Outcome(value=work(connection))
+        return _WriteResult(value=work(connection))
     except StoreError as error:
-        return _Outcome(error=error)
+        return _WriteResult(error=error)

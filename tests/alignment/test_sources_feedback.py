@@ -21,7 +21,7 @@ from alignment.settings.data import SourceConfig
 from alignment.settings.load import check_config
 from alignment.settings.run import RunConfig
 from serving.store import Store
-from serving.store.records import Choice, Issued, IssuedAnswer, Judgement, UnknownId
+from serving.store.records import Choice, Feedback, GenerationRecord, RecordedAnswer, UnknownId
 from tests.conftest import free_port
 
 KEY = "rk_0123456789abcdef_" + "s" * 43
@@ -37,14 +37,14 @@ def store(database: str) -> Iterator[Store]:
     opened = Store(database)
     answers = [
         tuple(
-            IssuedAnswer(id=f"cmp-{n}-{k}", text=t, version=1, model="m", finish_reason="stop")
+            RecordedAnswer(id=f"cmp-{n}-{k}", text=t, version=1, model="m", finish_reason="stop")
             for k, t in ((0, "yes"), (1, "é\0"))
         )
         for n in range(6)
     ]
     for number, both in enumerate(answers):
         opened.record(
-            Issued(
+            GenerationRecord(
                 id=f"cmp-{number}", kind="comparison", prompt=f"q{number}", answers=both, asked_by="a",
                 created=time.time(), recorded=number != 1,
             )
@@ -58,7 +58,7 @@ def store(database: str) -> Iterator[Store]:
 
 def say(store: Store, number: int, winner: str) -> None:
     choice = Choice(winner=f"cmp-{number}-{winner}")
-    store.judge(Judgement(target=f"cmp-{number}", verdict=choice, labeller="anna")).result(timeout=60)
+    store.record_feedback(Feedback(target=f"cmp-{number}", verdict=choice, labeller="anna")).result(timeout=60)
 
 
 EXPECTED = [("jdg-3", "q2"), ("jdg-4", "q3"), ("jdg-5", "q4"), ("jdg-6", "q5"), ("jdg-7", "q0")]
@@ -100,7 +100,7 @@ def endpoint(store: Store, most: int = 1000) -> type[BaseHTTPRequestHandler]:
             if self.headers.get_all("Authorization") != [f"Bearer {KEY}"]:
                 return self.send_error(401)
             try:
-                lines = store.export(since=query.get("since"), limit=min(most, int(query["limit"])))
+                lines = store.export(after_id=query.get("since"), limit=min(most, int(query["limit"])))
             except UnknownId:
                 return self.send_error(404)
             self.send_response(200)

@@ -116,7 +116,7 @@ def ours(asked: list[Any], adapter: Path, folder: Path, dtype: NumberFormat) -> 
     version = registry.add(adapter)
     model = ModelConfig(path="smollm2-135m-instruct", dtype=dtype)
     policies = Policies(registry, model, max_length=MAX_LENGTH, device=torch.device("cpu"))
-    return lambda: [each.total for group in policies.ratios(asked, version) for each in group]
+    return lambda: [each.total for group in policies.log_ratios(asked, version) for each in group]
 
 
 def vllm(asked: list[Any], adapter: Path, dtype: NumberFormat) -> Callable[[], Totals]:

@@ -7,7 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.store import Store
-from serving.store.records import Choice, Judgement
+from serving.store.records import Choice, Feedback
 
 WRITERS, ITEMS = 64, 200
 
@@ -19,8 +19,8 @@ def main(url: str) -> None:
         for item in range(ITEMS):
             verdict = Choice(winner=f"cmp-{item}-{(writer + item) % 2}")
             key = f"item {item}" if item % 2 else None
-            judgement = Judgement(target=f"cmp-{item}", verdict=verdict, labeller=f"writer{writer}", key=key)
-            receipt = store.judge(judgement).result()
+            judgement = Feedback(target=f"cmp-{item}", verdict=verdict, labeller=f"writer{writer}", key=key)
+            receipt = store.record_feedback(judgement).result()
             os.write(1, f"{writer} {item} {receipt.id}\n".encode())  # at once, and whole
 
     with ThreadPoolExecutor(WRITERS) as pool:

@@ -28,8 +28,8 @@ from serving.config import ServeConfig
 from serving.engine import CandidateEngine, Engine, EngineSettings
 from serving.registry import Registry, State
 from serving.routing import ConversationRouter
-from serving.schema import Reply, Route, event, refusal
-from serving.scoring import Job, Rated, Scoring
+from serving.schema import Reply, Route, error_reply, event
+from serving.scoring import ScoreResult, Scoring, ScoringRequest
 from serving.served import served_version
 from serving.trial import Trials
 from serving.versions import TURN_LOCK, MoveLimits, PartialLoadError, Versions, candidate_version, fleet_version
@@ -142,7 +142,7 @@ class SpokenEngine(WithoutModel, Engine):
             await asyncio.sleep(0.2)  # until the stream has begun at its client
             os._exit(1)
         if prompt == "fail":
-            yield event(refusal(500, "The engine failed on this request.")) + "data: [DONE]\n\n"
+            yield event(error_reply(500, "The engine failed on this request.")) + "data: [DONE]\n\n"
             return
         if request["stream_options"]["include_usage"]:
             yield as_event({**chunk, "choices": [], "usage": usage})
@@ -164,9 +164,9 @@ class LightScoring(Scoring):
         time.sleep(start_s)
         self._work_s = work_s
 
-    def _rated(self, job: Job) -> Rated:
+    def _score(self, request: ScoringRequest) -> ScoreResult:
         time.sleep(self._work_s)
-        return Rated(version=1, rewards=((0.5,),))
+        return ScoreResult(version=1, rewards=((0.5,),))
 
 
 class Front:
@@ -225,12 +225,12 @@ def backend_of(registry: Registry, config: ServeConfig) -> Backend:
 
 
 async def ask(
-    backend: Backend, text: str, seconds: float = 0.0, wanted: int | None = None
+    backend: Backend, text: str, seconds: float = 0.0, requested_version: int | None = None
 ) -> tuple[str, set[str], float]:
     """The version that an answer was labelled with, those that wrote it, and the seconds that it took."""
     started = time.monotonic()
     body = {"model": MODEL, "prompt": text, "stream": True, "seconds": seconds}
-    parts = [part async for part in backend.ask("completions", body, wanted)]
+    parts = [part async for part in backend.ask("completions", body, requested_version)]
     first = parts[0]
     assert isinstance(first, Reply) and first.status == 200, parts
     assert all(isinstance(part, str) for part in parts[1:]), parts

@@ -20,14 +20,14 @@ from fastapi.responses import JSONResponse
 
 from alignment.errors import AlignmentError
 from serving.registry import Registry
-from serving.schema import Refused
+from serving.schema import RequestError
 
 MODEL = "assistant"
 
 
 def broken(prompt: str) -> str:
     """What a version says that cannot answer: HTTP 500, told and not thrown, which would close the connection."""
-    raise Refused(500, "This went wrong.")
+    raise RequestError(500, "This went wrong.")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class Standin:
         """The text, and the version that it is of."""
         version = self.registry.state().current if wanted is None else int(wanted)
         if version not in self.loaded:
-            raise Refused(409, f"Version {version} is not loaded; {sorted(self.loaded)} are.")
+            raise RequestError(409, f"Version {version} is not loaded; {sorted(self.loaded)} are.")
         return self.says[version](prompt), version
 
 
@@ -76,8 +76,8 @@ def make_app(standin: Standin) -> FastAPI:
     app = FastAPI()
     registry = standin.registry
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
         return JSONResponse(json.loads(error.reply.body), status_code=error.reply.status)
 
     @app.exception_handler(AlignmentError)

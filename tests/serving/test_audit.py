@@ -17,13 +17,13 @@ from fastapi import APIRouter, Depends, FastAPI
 from safetensors.torch import load_file, save_file
 
 import serving.audit
-from serving.audit import Audited, AuditTrail
+from serving.access import AccessMiddleware
+from serving.audit import AuditMiddleware, AuditTrail
 from serving.config import LimitsConfig, ServeConfig
-from serving.guard import Guard
 from serving.ingress import answer_errors
 from serving.keys import Key, Role
 from serving.recording import Recorder
-from serving.routes import Service, audit, authorise, feedback
+from serving.routes import IngressContext, audit, authorise, feedback
 from serving.served import publish
 from serving.store import Store, opening
 from serving.store.records import AuditEntry, operator
@@ -38,23 +38,23 @@ def soon(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def service_over(store: Store, folder: Path) -> Service:
+def context_over(store: Store, folder: Path) -> IngressContext:
     config = ServeConfig(checkpoint="x", feedback={"record": True})  # type: ignore[arg-type]
     others: Any = None  # what these routes do not use
-    return Service(
+    return IngressContext(
         config=config,
-        served=others,
+        served_model=others,
         backend=others,
         store=store,
         registry=others,
-        meters=others,
+        metrics=others,
         ids=others,
         recorder=Recorder(store, folder),
         tenant=others,
     )
 
 
-def guarded(store: Store, trail: AuditTrail) -> Guard:
+def guarded(store: Store, trail: AuditTrail) -> AccessMiddleware:
     """The routes of feedback and audit, and two that change something; the bearer is the key's role."""
     app = FastAPI(dependencies=[Depends(authorise)])
     router = APIRouter(tags=["admin"])
@@ -67,8 +67,8 @@ def guarded(store: Store, trail: AuditTrail) -> Guard:
     async def new() -> None:
         await asyncio.sleep(60)
 
-    service = service_over(store, trail._folder.parent / "unstored")
-    for each in (router, feedback.routes(service), audit.routes(service)):
+    app.state.context = context_over(store, trail._folder.parent / "unstored")
+    for each in (router, feedback.router, audit.router):
         app.include_router(each)
 
     answer_errors(app)
@@ -77,10 +77,15 @@ def guarded(store: Store, trail: AuditTrail) -> Guard:
         role = cast(Role, headers[0].decode().removeprefix("Bearer "))
         return Key(name=f"the-{role}", role=role)
 
-    return Guard(Audited(app, trail), who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32))
+    return AccessMiddleware(
+        AuditMiddleware(app, trail),
+        authenticate=who,
+        is_public=lambda _: False,
+        limits=LimitsConfig(answers_in_progress=32),
+    )
 
 
-def ask(guard: Guard, method: str, path: str, *, role: Role = "admin", **what: Any) -> httpx.Response:
+def ask(guard: AccessMiddleware, method: str, path: str, *, role: Role = "admin", **what: Any) -> httpx.Response:
     async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(guard, raise_app_exceptions=False, client=("192.0.2.7", 1234))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:

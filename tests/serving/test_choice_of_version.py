@@ -12,8 +12,8 @@ from serving.config import ServeConfig
 from serving.keys import Key, Role
 from serving.registry import Registry
 from serving.routes.rewards import check_choice
-from serving.schema import Refused
-from serving.scoring import Asked, Job, Policies, Rated, Scoring
+from serving.schema import RequestError
+from serving.scoring import Policies, ScoreResult, Scoring, ScoringItem, ScoringRequest
 
 MADE = 4
 
@@ -50,7 +50,7 @@ def test_a_role_chooses_among_versions_that_it_may_have(
     def refusal(version: int) -> int | None:
         try:
             check_choice(version, Key(name="x", role=role), registry, is_whole)
-        except Refused as refused:
+        except RequestError as refused:
             return refused.reply.status
         return None
 
@@ -69,7 +69,7 @@ def test_whole_weights_are_loaded_once_per_version_of_a_batch(
     monkeypatch.setattr(Policies, "_load", lambda self, path: (loaded.append(path), load(self, path))[1])
     scoring = Scoring(config, "cpu", str(registry.folder))
     loaded.clear()
-    item = Asked(prompt="x", completions=("y",))
-    answers = scoring._all([Job(items=(item,), version=1 + index % 2) for index in range(8)])
-    assert [answer.version for answer in answers if isinstance(answer, Rated)] == [1, 2] * 4
+    item = ScoringItem(prompt="x", completions=("y",))
+    answers = scoring._score_all([ScoringRequest(items=(item,), version=1 + index % 2) for index in range(8)])
+    assert [answer.version for answer in answers if isinstance(answer, ScoreResult)] == [1, 2] * 4
     assert len(loaded) == 2

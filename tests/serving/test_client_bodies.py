@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serving.fields import taken
+from serving.fields import to_engine_request
 from serving.routes.openai import ChatBody, CompletionBody
-from serving.schema import Refused, invalid
+from serving.schema import RequestError, validation_error_reply
 
 ASKED: dict[str, Any] = {"role": "user", "content": "Weather in Bonn?"}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
@@ -29,7 +29,7 @@ def engine_fields(kind: str, body: dict[str, Any]) -> dict[str, Any]:
     """What the engine has of a body, but for the model's name."""
     body = {"model": "m", **body}
     (ChatBody if kind == "chat" else CompletionBody).model_validate(body)
-    return {name: value for name, value in taken(kind, body).items() if name != "model"}
+    return {name: value for name, value in to_engine_request(kind, body).items() if name != "model"}
 
 
 def error_of(kind: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def error_of(kind: str, body: dict[str, Any]) -> dict[str, Any]:
     try:
         fields = engine_fields(kind, body)
     except ValidationError as error:
-        reply = invalid(error.errors(), body)
-    except Refused as refused:
+        reply = validation_error_reply(error.errors(), body)
+    except RequestError as refused:
         reply = refused.reply
     else:
         raise AssertionError(f"this was taken as {fields}")
@@ -156,7 +156,7 @@ def test_tools_and_calls_of_the_wrong_shape_are_refused_before_the_engine_trips_
     ],
 )
 def test_null_says_nothing_about_tokens_either(body: dict[str, Any], seen: dict[str, Any]) -> None:
-    assert taken("tokenize", body) == seen
+    assert to_engine_request("tokenize", body) == seen
 
 
 def test_more_choices_than_answers_are_not_made() -> None:

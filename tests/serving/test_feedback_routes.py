@@ -12,7 +12,7 @@ import pytest
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
 from alignment.settings.data import SourceConfig
-from serving.routes.feedback import Said, to_compare
+from serving.routes.feedback import EngineAnswer, comparable_answers
 from tests.serving.conftest import ALIGNED, Running
 
 TURNS = [{"role": "user", "content": "Name a colour."}]
@@ -72,10 +72,10 @@ def test_a_choice_becomes_a_pair_to_train_on(endpoint: Running) -> None:
 def test_what_a_choice_teaches_nothing_about_is_drawn_again(drawn: list[str], shown: str) -> None:
     draws = iter(drawn)
 
-    async def draw() -> list[Said]:
-        return [Said(text=text, version=1, finish_reason="stop") for text in next(draws).split(" ")]
+    async def draw() -> list[EngineAnswer]:
+        return [EngineAnswer(text=text, version=1, finish_reason="stop") for text in next(draws).split(" ")]
 
-    assert " ".join(said.text for said in asyncio.run(to_compare(draw))) == shown
+    assert " ".join(said.text for said in asyncio.run(comparable_answers(draw))) == shown
 
 
 def test_versions_are_not_told_before_the_choice(endpoint: Running) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.fields import IGNORED, REFUSED, SMALLEST_TOP_P, TAKEN, taken
+from serving.fields import IGNORED, SMALLEST_TOP_P, SUPPORTED, UNSUPPORTED, to_engine_request
 from serving.routes.feedback import ComparisonBody, FeedbackBody
 from serving.routes.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from serving.routes.rewards import RewardsBody
-from serving.schema import Refused, invalid, sound_json
+from serving.schema import RequestError, parse_json, validation_error_reply
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "Hi"}
@@ -35,8 +35,8 @@ def text(content: str, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_what_asks_for_nothing_is_left_out(more: dict[str, Any]) -> None:
-    assert taken("chat", CHAT | more) == CHAT
-    assert taken("completions", TEXT | more) == TEXT
+    assert to_engine_request("chat", CHAT | more) == CHAT
+    assert to_engine_request("completions", TEXT | more) == TEXT
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,16 @@ def test_what_asks_for_nothing_is_left_out(more: dict[str, Any]) -> None:
 )
 def test_what_cannot_be_followed_is_refused_by_name(field: str, value: Any, code: str) -> None:
     for kind, body in (("chat", CHAT), ("completions", TEXT)):
-        with pytest.raises(Refused) as refused:
-            taken(kind, body | {field: value})
+        with pytest.raises(RequestError) as refused:
+            to_engine_request(kind, body | {field: value})
         error = json.loads(refused.value.reply.body)["error"]
         assert (refused.value.reply.status, error["code"], error["param"]) == (400, code, field)
         assert field in error["message"]
 
 
 def test_the_likeliest_token_alone_is_asked_for_in_vllms_way() -> None:
-    assert taken("chat", CHAT | {"top_p": 0})["top_p"] == SMALLEST_TOP_P
-    assert taken("chat", CHAT | {"top_p": 1.0, "temperature": 0})["temperature"] == 0
+    assert to_engine_request("chat", CHAT | {"top_p": 0})["top_p"] == SMALLEST_TOP_P
+    assert to_engine_request("chat", CHAT | {"top_p": 1.0, "temperature": 0})["temperature"] == 0
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_the_likeliest_token_alone_is_asked_for_in_vllms_way() -> None:
     ],
 )
 def test_messages_are_what_a_template_reads(turn: dict[str, Any], seen: dict[str, Any]) -> None:
-    assert taken("chat", CHAT | {"messages": [turn]})["messages"] == [seen]
+    assert to_engine_request("chat", CHAT | {"messages": [turn]})["messages"] == [seen]
 
 
 @pytest.mark.parametrize("turn", [{"weight": 1}, {"audio": {"id": "x"}}, {"function_call": {"name": "f"}}])
 def test_a_message_with_more_than_texts_is_refused(turn: dict[str, Any]) -> None:
-    with pytest.raises(Refused):
-        taken("chat", CHAT | {"messages": [{"role": "assistant", "content": "x", **turn}]})
+    with pytest.raises(RequestError):
+        to_engine_request("chat", CHAT | {"messages": [{"role": "assistant", "content": "x", **turn}]})
 
 
 BODIES: dict[str, tuple[str, ...]] = {
@@ -139,16 +139,16 @@ def fields_of(kind: str) -> set[str]:
 def test_what_becomes_of_every_field_of_vllms_is_decided(kind: str) -> None:
     fields = fields_of(kind)
     assert "model" in fields and len(fields) > 1
-    undecided = {name for name in fields if (name in TAKEN[kind]) + (name in IGNORED) + (name in REFUSED) == 0}
+    undecided = {name for name in fields if (name in SUPPORTED[kind]) + (name in IGNORED) + (name in UNSUPPORTED) == 0}
     assert undecided == set()
     # What one kind takes, another may have to refuse; nothing is both taken and ignored.
-    everywhere = set.intersection(*(set(each) for each in (TAKEN["chat"], TAKEN["completions"])))
-    assert not (IGNORED & (TAKEN[kind] | REFUSED.keys())) and not (everywhere & REFUSED.keys())
+    everywhere = set.intersection(*(set(each) for each in (SUPPORTED["chat"], SUPPORTED["completions"])))
+    assert not (IGNORED & (SUPPORTED[kind] | UNSUPPORTED.keys())) and not (everywhere & UNSUPPORTED.keys())
 
 
 def test_an_invalid_request_is_told_by_field_and_code_and_without_its_values() -> None:
     problems = [{"type": "missing", "loc": ("body", "messages", 0, "role"), "msg": "Field required", "input": "SECRET"}]
-    error = json.loads(invalid(problems, {"messages": [{}]}).body)["error"]
+    error = json.loads(validation_error_reply(problems, {"messages": [{}]}).body)["error"]
     assert (error["code"], error["param"]) == ("missing_required_parameter", "messages")
     assert error["message"] == "The request is not valid. messages.0.role: Field required"
 
@@ -184,7 +184,7 @@ def test_what_may_be_of_several_kinds_is_told_in_one_sentence(more: dict[str, An
     body = {"model": "m", **more}
     with pytest.raises(ValidationError) as error:
         ChatBody.model_validate(body)
-    told = json.loads(invalid(error.value.errors(), body).body)["error"]["message"]
+    told = json.loads(validation_error_reply(error.value.errors(), body).body)["error"]["message"]
     assert told == f"The request is not valid. {message}"
 
 
@@ -220,11 +220,11 @@ def test_a_list_of_wrong_members_is_wrong_once(kind: type[BaseModel], body: dict
 def test_an_object_of_too_many_members_is_refused_before_each_is_a_problem() -> None:
     members = dict.fromkeys(map(str, range(10_001)), 1)
     for body in (members, {"messages": [{"content": [members]}]}):
-        with pytest.raises(Refused, match="more than 10000 members"):
-            sound_json(json.dumps(body).encode())
-    assert len(sound_json(json.dumps({"logit_bias": dict.fromkeys(map(str, range(10_000)), 1)}).encode())) == 1
+        with pytest.raises(RequestError, match="more than 10000 members"):
+            parse_json(json.dumps(body).encode())
+    assert len(parse_json(json.dumps({"logit_bias": dict.fromkeys(map(str, range(10_000)), 1)}).encode())) == 1
 
 
 def test_a_header_that_is_not_valid_is_told_by_its_name() -> None:
     problems = [{"type": "string_too_long", "loc": ("header", "idempotency-key"), "msg": "It is too long"}]
-    assert "header.idempotency-key: It is too long" in invalid(problems, {"kind": "thumb"}).body
+    assert "header.idempotency-key: It is too long" in validation_error_reply(problems, {"kind": "thumb"}).body

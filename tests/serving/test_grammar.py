@@ -9,7 +9,7 @@ import pytest
 
 from serving.config import LimitsConfig
 from serving.grammar import check_structured_output, form_size
-from serving.schema import Refused
+from serving.schema import RequestError
 
 LIMITS = LimitsConfig()
 
@@ -92,7 +92,7 @@ def test_what_clients_ordinarily_ask_for_passes(body: dict[str, Any]) -> None:
 def test_what_would_kill_or_stall_a_compiler_is_refused_with_figure_and_limit(
     body: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         check_structured_output(body, LIMITS)
     assert refused.value.reply.status == 400
     assert reason in refused.value.reply.body and "at most" in refused.value.reply.body
@@ -110,7 +110,7 @@ def test_a_form_of_any_type_is_measured(form: Any) -> None:
 
 def test_the_size_of_a_form_by_hand() -> None:
     size = form_size({"a": ["b(c)", "d|e{2,30}"], "description": "((((|{99}"}, LIMITS)
-    assert (size.chars, size.nesting, size.parts, size.repeat) == (1 + 4 + 9 + 11 + 9, 3, 2 + 2 + 1, 30)
+    assert (size.num_chars, size.depth, size.num_parts, size.max_repeat) == (1 + 4 + 9 + 11 + 9, 3, 2 + 2 + 1, 30)
 
 
 def test_measuring_ends_where_a_form_is_too_large() -> None:

@@ -15,11 +15,11 @@ import pytest
 
 from alignment.errors import ConfigError
 from serving.config import ServeConfig
-from serving.keys import ROLES, KeptKeys, Key, Keys, Lasting, create_key, rotate_key
+from serving.keys import ROLES, Key, KeyCache, KeyLifetime, Keys, create_key, rotate_key
 from serving.launch import _other_database
 from serving.registry import Registry
 from serving.store import Store
-from serving.store.opening import found_database
+from serving.store.opening import find_database
 from serving.store.records import Conflict, StoreAway, UnknownId
 from tests.databases import connection_to, new_database
 
@@ -62,7 +62,7 @@ def raylign(*arguments: str, database: str, **variables: str) -> subprocess.Comp
 def test_a_key_lets_in_whom_it_was_made_for(store: Store) -> None:
     made = {name: create_key(store, name=name, role=role) for name, role in zip(("u", "l", "a"), ROLES, strict=True)}
     keys = Keys(store)
-    assert {name: keys.who(bearer(key)) for name, key in made.items()} == {
+    assert {name: keys.authenticate(bearer(key)) for name, key in made.items()} == {
         "u": Key(name="u", role="user"),
         "l": Key(name="l", role="labeller"),
         "a": Key(name="a", role="admin"),
@@ -71,14 +71,14 @@ def test_a_key_lets_in_whom_it_was_made_for(store: Store) -> None:
 
 
 def test_a_role_may_what_those_below_it_may() -> None:
-    allowed = {role: [asked for asked in ROLES if Key(name="x", role=role).may(asked)] for role in ROLES}
+    allowed = {role: [asked for asked in ROLES if Key(name="x", role=role).allows(asked)] for role in ROLES}
     assert allowed == {"user": ["user"], "labeller": ["user", "labeller"], "admin": ["user", "labeller", "admin"]}
 
 
 def test_a_monitor_may_read_the_figures_and_nothing_else() -> None:
     monitor = Key(name="prometheus", role="monitor")
-    assert monitor.may("monitor") and not any(monitor.may(role) for role in ROLES)
-    assert [role for role in ROLES if Key(name="x", role=role).may("monitor")] == ["admin"]
+    assert monitor.allows("monitor") and not any(monitor.allows(role) for role in ROLES)
+    assert [role for role in ROLES if Key(name="x", role=role).allows("monitor")] == ["admin"]
 
 
 def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store: Store) -> None:
@@ -87,7 +87,7 @@ def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store:
     keys = Keys(store)
     _, id, secret = key.split("_", 2)
     good = f"Bearer {key}".encode()
-    assert keys.who([good]) == Key(name="anna", role="admin")
+    assert keys.authenticate([good]) == Key(name="anna", role="admin")
     wrong_secret = secret[:-1] + ("A" if secret[-1] != "A" else "B")
     refused: list[list[bytes]] = [
         [],
@@ -113,7 +113,7 @@ def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store:
         [b"Bearer " + b"x" * 1_000_000],
     ]
     for headers in refused:
-        assert keys.who(headers) is None, headers
+        assert keys.authenticate(headers) is None, headers
     keys.close()
 
 
@@ -129,12 +129,12 @@ def test_only_hashes_are_kept(tmp_path: Path) -> None:
 def test_new_revoked_and_rotated_keys_are_seen_by_a_running_service(keys: Keys, database: str) -> None:
     other = Store(database)  # as that of another process
     key = create_key(other, name="anna", role="labeller")
-    soon(lambda: keys.who(bearer(key)) == Key(name="anna", role="labeller"))
+    soon(lambda: keys.authenticate(bearer(key)) == Key(name="anna", role="labeller"))
     rotated = rotate_key(other, "anna")
-    soon(lambda: keys.who(bearer(rotated)) == Key(name="anna", role="labeller"))
-    assert keys.who(bearer(key)) is None
+    soon(lambda: keys.authenticate(bearer(rotated)) == Key(name="anna", role="labeller"))
+    assert keys.authenticate(bearer(key)) is None
     other.revoke_key("anna")
-    soon(lambda: keys.who(bearer(rotated)) is None)
+    soon(lambda: keys.authenticate(bearer(rotated)) is None)
     other.close()
 
 
@@ -143,12 +143,12 @@ def test_keys_are_managed_by_command(tmp_path: Path) -> None:
     store = Store(database)
     keys = Keys(store)
     key = raylign("create", "--name", "anna", "--role", "admin", database=database).stdout.strip()
-    soon(lambda: keys.who(bearer(key)) == Key(name="anna", role="admin"))
+    soon(lambda: keys.authenticate(bearer(key)) == Key(name="anna", role="admin"))
     rotated = raylign("rotate", "anna", database=database).stdout.strip()
-    soon(lambda: keys.who(bearer(rotated)) == Key(name="anna", role="admin"))
-    assert keys.who(bearer(key)) is None
+    soon(lambda: keys.authenticate(bearer(rotated)) == Key(name="anna", role="admin"))
+    assert keys.authenticate(bearer(key)) is None
     assert raylign("revoke", "anna", database=database).returncode == 0
-    soon(lambda: keys.who(bearer(rotated)) is None)
+    soon(lambda: keys.authenticate(bearer(rotated)) is None)
     told = raylign("list", database=database).stdout
     assert "anna" in told and "revoked" in told
     assert rotated.split("_", 2)[2] not in told
@@ -166,7 +166,7 @@ def test_a_key_that_was_made_elsewhere_becomes_valid_by_command_and_is_printed_n
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     store = Store(database)
     keys = Keys(store)
-    assert keys.who(bearer(key)) == Key(name="operator", role="admin")
+    assert keys.authenticate(bearer(key)) == Key(name="operator", role="admin")
     keys.close()
     store.close()
     for value in (key[:-1], "", f"{key}\n{key}"):
@@ -205,10 +205,10 @@ def test_while_the_database_is_away_those_who_were_in_stay_in(postgresql: str) -
         with pytest.raises(StoreAway):
             store.keys()
         time.sleep(1.5)
-        assert keys.who(bearer(key)) == Key(name="anna", role="user")
+        assert keys.authenticate(bearer(key)) == Key(name="anna", role="user")
         connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")  # type: ignore[call-overload]
         store.revoke_key("anna")
-        soon(lambda: keys.who(bearer(key)) is None)
+        soon(lambda: keys.authenticate(bearer(key)) is None)
     keys.close()
     store.close()
 
@@ -218,12 +218,12 @@ def test_who_was_in_stays_in_after_a_start_without_the_database(tmp_path: Path) 
     database = f"sqlite:///{path}"
     store = Store(database)
     key = create_key(store, name="anna", role="user")
-    short = create_key(store, name="ben", role="user", lasts_s=1.0)
+    short = create_key(store, name="ben", role="user", lifetime_s=1.0)
     gone = create_key(store, name="cleo", role="admin")
-    kept = KeptKeys(tmp_path, database)
+    kept = KeyCache(tmp_path, database)
     keys = Keys(store, kept)
     store.revoke_key("cleo")
-    soon(lambda: keys.who(bearer(gone)) is None)
+    soon(lambda: keys.authenticate(bearer(gone)) is None)
     keys.close()
     store.close()
 
@@ -234,14 +234,14 @@ def test_who_was_in_stays_in_after_a_start_without_the_database(tmp_path: Path) 
         each.rename(tmp_path / f"away-{each.name}")
     path.mkdir()  # root may read any file, and no folder is a database
     store = Store(database, may_be_away=True)
-    keys = Keys(store, KeptKeys(tmp_path, database))
-    assert keys.who(bearer(key)) == Key(name="anna", role="user")
-    assert keys.who(bearer(gone)) is None
-    soon(lambda: keys.who(bearer(short)) is None)
+    keys = Keys(store, KeyCache(tmp_path, database))
+    assert keys.authenticate(bearer(key)) == Key(name="anna", role="user")
+    assert keys.authenticate(bearer(gone)) is None
+    soon(lambda: keys.authenticate(bearer(short)) is None)
     with pytest.raises(StoreAway, match="unable to open"):
         Keys(store)
     with pytest.raises(StoreAway, match="unable to open"):
-        Keys(store, KeptKeys(tmp_path, "sqlite:///another"))
+        Keys(store, KeyCache(tmp_path, "sqlite:///another"))
     keys.close()
     store.close()
 
@@ -257,23 +257,23 @@ def test_the_command_explains_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_key_ends_by_itself(store: Store) -> None:
-    short = create_key(store, name="anna", role="user", lasts_s=0.5)
-    long = create_key(store, name="ben", role="user", lasts_s=3600)
+    short = create_key(store, name="anna", role="user", lifetime_s=0.5)
+    long = create_key(store, name="ben", role="user", lifetime_s=3600)
     keys = Keys(store)
-    assert keys.who(bearer(short)) == Key(name="anna", role="user")
-    soon(lambda: keys.who(bearer(short)) is None)
-    assert keys.who(bearer(long)) == Key(name="ben", role="user")
+    assert keys.authenticate(bearer(short)) == Key(name="anna", role="user")
+    soon(lambda: keys.authenticate(bearer(short)) is None)
+    assert keys.authenticate(bearer(long)) == Key(name="ben", role="user")
     with pytest.raises(UnknownId):
         rotate_key(store, "anna")
-    again = rotate_key(store, "anna", lasts=Lasting.of("never"))
-    soon(lambda: keys.who(bearer(again)) == Key(name="anna", role="user"))
+    again = rotate_key(store, "anna", lifetime=KeyLifetime.parse("never"))
+    soon(lambda: keys.authenticate(bearer(again)) == Key(name="anna", role="user"))
     keys.close()
 
 
 def test_a_role_is_changed_and_the_key_stays(keys: Keys, store: Store) -> None:
     key = create_key(store, name="anna", role="user")
     store.set_role("anna", "labeller")
-    soon(lambda: keys.who(bearer(key)) == Key(name="anna", role="labeller"))
+    soon(lambda: keys.authenticate(bearer(key)) == Key(name="anna", role="labeller"))
     store.revoke_key("anna")
     with pytest.raises(UnknownId):
         store.set_role("anna", "admin")
@@ -294,7 +294,7 @@ def test_expiry_and_role_are_set_by_command_and_all_of_it_is_written_down(tmp_pa
     assert {entry.who for entry in trail} == {f"{getpass.getuser()}@{socket.gethostname()}"}
     assert {entry.detail["name"] for entry in trail} == {"anna"}
     assert trail[1].detail["expires"] is None and trail[2].detail["role"] == "admin"
-    assert [entry.id for entry in store.audit_trail(limit=2, before=trail[1].id)] == [one.id for one in trail[2:]]
+    assert [entry.id for entry in store.audit_trail(limit=2, before_id=trail[1].id)] == [one.id for one in trail[2:]]
     store.close()
     assert key.split("_", 2)[2].encode() not in (tmp_path / "keys.sqlite").read_bytes()
 
@@ -303,15 +303,15 @@ def test_keys_are_those_of_the_one_endpoint_there_is(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     with pytest.raises(ConfigError, match=r"as runs/serving/NAME, or a URL: there is none below runs/serving$"):
-        found_database(None)
+        find_database(None)
     (tmp_path / "runs/serving/one/versions").mkdir(parents=True)
     (tmp_path / "runs/serving/notes").mkdir()
-    assert found_database(None) == f"sqlite:///{tmp_path}/runs/serving/one/feedback.sqlite"
+    assert find_database(None) == f"sqlite:///{tmp_path}/runs/serving/one/feedback.sqlite"
     (tmp_path / "runs/serving/two/versions").mkdir(parents=True)
     with pytest.raises(ConfigError, match="there are runs/serving/one, runs/serving/two"):
-        found_database(None)
-    assert found_database("runs/serving/new") == f"sqlite:///{tmp_path}/runs/serving/new/feedback.sqlite"
-    assert found_database("postgresql://h/n") == "postgresql://h/n"
+        find_database(None)
+    assert find_database("runs/serving/new") == f"sqlite:///{tmp_path}/runs/serving/new/feedback.sqlite"
+    assert find_database("postgresql://h/n") == "postgresql://h/n"
 
 
 def test_keys_of_before_are_not_forgotten_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +323,6 @@ def test_keys_of_before_are_not_forgotten_in_silence(tmp_path: Path, monkeypatch
     Store(f"sqlite:///{old}").close()
     assert f"feedback.database=sqlite:///{old}" in str(_other_database(config, registry))
     with pytest.raises(ConfigError, match=f"--database sqlite:///{old}"):
-        found_database(None)
+        find_database(None)
     Store(f"sqlite:///{registry.folder}/feedback.sqlite").close()
     assert _other_database(config, registry) is None

@@ -25,15 +25,15 @@ from serving.app import ENGINE_NAME, INGRESS_NAME, _engine_options
 from serving.config import ServeConfig
 from serving.engine import EngineSettings
 from serving.ingress import Ingress
-from serving.issuing import Transcript
 from serving.keys import create_key
-from serving.meters import FORM_REASONS, LOSS_REASONS, Meters, exposition
+from serving.metrics import FORM_REASONS, LOSS_REASONS, Metrics, exposition
 from serving.registry import Registry, State
 from serving.routes.openai import with_usage, without_usage
-from serving.schema import event, refusal
-from serving.scrape import ANSWER_S, Figures, Gathered, gather, page
+from serving.schema import error_reply, event
+from serving.scrape import ANSWER_S, GatheredMetrics, IngressMetrics, gather, page
 from serving.served import served_version
 from serving.store import Store
+from serving.transcript import Transcript
 from tests.conftest import free_port
 from tests.processes import descendants
 from tests.serving.fleet import MODEL, LightScoring, SpokenEngine, start_light_ray
@@ -158,7 +158,7 @@ def test_one_scrape_tells_what_both_ingresses_have_counted_whichever_is_asked(ru
 
 
 def test_an_ingress_that_does_not_answer_is_counted_and_holds_a_scrape_up_for_a_second(running: Running) -> None:
-    def gathered() -> tuple[Gathered, float]:
+    def gathered() -> tuple[GatheredMetrics, float]:
         begun = time.monotonic()
         handle = serve.get_deployment_handle(INGRESS_NAME, APP)
         return asyncio.run(gather(handle)), time.monotonic() - begun
@@ -267,17 +267,17 @@ def test_what_is_in_progress_and_what_waits_for_an_engine_is_seen_while_it_does(
 
 def filled() -> Scraped:
     """A scrape in which every metric has a sample."""
-    meters = Meters()
-    meters.waits("engine", lambda: 3)
-    with meters.in_progress(COMPLETIONS):
-        meters.answered(COMPLETIONS, method="POST", status=200, version="1", seconds=1.0)
-        meters.first_token(COMPLETIONS, "1", 0.1)
-        meters.broke_off(COMPLETIONS, version="1", reason="client")
-        meters.generated("1", {"prompt_tokens": 1, "completion_tokens": None})
-        meters.rated(1, 2)
-        meters.took("key", 0.1)
-        own = Figures(ingress="one", metrics=meters.figures())
-        gathered = Gathered(answers=(), num_unreachable=0)
+    metrics = Metrics()
+    metrics.track_waiting("engine", lambda: 3)
+    with metrics.in_progress(COMPLETIONS):
+        metrics.count_request(COMPLETIONS, method="POST", status=200, version="1", seconds=1.0)
+        metrics.observe_first_token(COMPLETIONS, "1", 0.1)
+        metrics.count_broken_stream(COMPLETIONS, version="1", reason="client")
+        metrics.count_tokens("1", {"prompt_tokens": 1, "completion_tokens": None})
+        metrics.count_scored(1, 2)
+        metrics.observe("key", 0.1)
+        own = IngressMetrics(ingress="one", metrics=metrics.collect())
+        gathered = GatheredMetrics(answers=(), num_unreachable=0)
         state = State(current=1, canary=2, share=0.1)
         return Scraped(exposition(page(own, gathered, state, records_waiting=0, audit_waiting=0)).decode())
 
@@ -306,7 +306,7 @@ def test_questions_and_alarms_are_about_metrics_that_there_are() -> None:
 
 
 def test_an_alarm_that_was_never_rung_is_there_at_zero() -> None:
-    scraped = Scraped(exposition(Meters().figures()).decode())
+    scraped = Scraped(exposition(Metrics().collect()).decode())
     assert scraped.by("raylign_records_lost_total", "reason") == {(reason,): 0 for reason in LOSS_REASONS}
     assert scraped.by("raylign_forms_refused_total", "reason") == {(reason,): 0 for reason in FORM_REASONS}
     assert scraped.by("raylign_audit_lost_total") == {(): 0}
@@ -347,8 +347,8 @@ def test_the_count_is_taken_out_of_a_stream_wherever_it_stands() -> None:
 
 
 def test_a_transcript_knows_how_many_tokens_there_were_and_what_went_wrong() -> None:
-    said = Transcript({"prompt": "a"}, recorded=False)
-    said.read(f"data: {USAGE}\n\ndata: [DONE]\n\n")
+    said = Transcript({"prompt": "a"}, keeps_texts=False)
+    said.add_events(f"data: {USAGE}\n\ndata: [DONE]\n\n")
     assert (said.usage, said.error, said.problem) == ({"prompt_tokens": 3}, None, None)
-    said.read(event(refusal(504, "late")))
+    said.add_events(event(error_reply(504, "late")))
     assert said.error == "timeout"

@@ -16,17 +16,17 @@ from serving import recording
 from serving.ids import Ids
 from serving.recording import Recorder
 from serving.store import Store, opening
-from serving.store.records import Issued, IssuedAnswer, Judgement, Thumb, UnknownId
+from serving.store.records import Feedback, GenerationRecord, RecordedAnswer, Thumb, UnknownId
 
 SECRET = "a text that somebody wants to be gone"
 
 
-def answer(id: str, text: str = "blue") -> Issued:
-    return Issued(
+def answer(id: str, text: str = "blue") -> GenerationRecord:
+    return GenerationRecord(
         id=id,
         kind="chat",
         prompt=(ChatMessage(role="user", content="The sky is?"),),
-        answers=(IssuedAnswer(id=f"{id}-0", text=text, version=1, model="m", finish_reason="stop"),),
+        answers=(RecordedAnswer(id=f"{id}-0", text=text, version=1, model="m", finish_reason="stop"),),
         asked_by="anna",
         created=time.time(),
         recorded=True,
@@ -63,7 +63,7 @@ def wait_until(condition: Any) -> None:
 
 
 def thumb(store: Store, id: str) -> Any:
-    return store.judge(Judgement(target=id, verdict=Thumb(up=True), labeller="anna")).result(timeout=60)
+    return store.record_feedback(Feedback(target=id, verdict=Thumb(up=True), labeller="anna")).result(timeout=60)
 
 
 def test_what_the_database_does_not_take_is_stored_when_it_is_back(
@@ -77,9 +77,9 @@ def test_what_the_database_does_not_take_is_stored_when_it_is_back(
                 made.record(answer(f"chatcmpl-{number}"))
             wait_until(lambda: len(list(folder.glob("*.json"))) == 3)
             assert (folder / "chatcmpl-0.json").stat().st_mode & 0o777 == 0o600
-            assert made.may_come("chatcmpl-1", age_s=1e6)
+            assert made.is_pending("chatcmpl-1", age_s=1e6)
         wait_until(lambda: made.num_waiting == 0)
-        assert not made.may_come("chatcmpl-1", age_s=1e6) and made.may_come("chatcmpl-1", age_s=1)
+        assert not made.is_pending("chatcmpl-1", age_s=1e6) and made.is_pending("chatcmpl-1", age_s=1)
     for number in range(3):
         assert thumb(store, f"chatcmpl-{number}-0").note is None
     assert [row.count("blue") for row in store.export()] == [1, 1, 1]
@@ -107,10 +107,10 @@ def test_what_was_deleted_meanwhile_is_not_stored(store: Store, tmp_path: Path) 
         with away(tmp_path):
             made.record(answer("chatcmpl-1"))
             wait_until(lambda: made.num_waiting == 1)
-        assert made.forget("chatcmpl-1") and not made.forget("chatcmpl-1")
-        assert not made.forget("../../etc/passwd")
-        assert not made.may_come("chatcmpl-1", age_s=1) and not made.may_come("chatcmpl-1-0", age_s=1)
-        assert made.may_come("chatcmpl-10", age_s=1)
+        assert made.discard("chatcmpl-1") and not made.discard("chatcmpl-1")
+        assert not made.discard("../../etc/passwd")
+        assert not made.is_pending("chatcmpl-1", age_s=1) and not made.is_pending("chatcmpl-1-0", age_s=1)
+        assert made.is_pending("chatcmpl-10", age_s=1)
     assert not list(folder.glob("*.json"))
 
 
@@ -143,8 +143,8 @@ def test_a_full_spool_loses_what_comes_next_and_says_so(
 
 def test_ids_are_known_by_every_process_of_an_endpoint_and_by_nobody_else(tmp_path: Path) -> None:
     ids, others = Ids(tmp_path / "here"), Ids(tmp_path / "elsewhere")
-    id = f"chatcmpl-{ids.fresh()}"
-    assert len({ids.fresh() for _ in range(1000)}) == 1000
+    id = f"chatcmpl-{ids.issue()}"
+    assert len({ids.issue() for _ in range(1000)}) == 1000
     for known in (id, f"{id}-0", f"{id}-15"):
         age_s = Ids(tmp_path / "here").age_s(known)
         assert age_s is not None and 0 <= age_s < 60

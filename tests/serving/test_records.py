@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.issuing import Transcript, issued, why_unrecorded
+from serving.transcript import Transcript, generation_record, unrecordable_reason
 from tests.serving.conftest import ALIGNED, Running
 from tests.serving.test_feedback_routes import exported, judge
 
@@ -28,7 +28,7 @@ TEXT: dict[str, Any] = {"model": "m", "prompt": "A colour:"}
     ],
 )
 def test_what_a_row_can_hold_is_kept(asked: dict[str, Any]) -> None:
-    assert why_unrecorded(asked) is None
+    assert unrecordable_reason(asked) is None
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,11 @@ def test_what_a_row_can_hold_is_kept(asked: dict[str, Any]) -> None:
     ],
 )
 def test_what_no_row_can_hold_is_not_kept_and_the_reason_is(asked: dict[str, Any], reason: str) -> None:
-    said = Transcript(asked, recorded=True)
-    said.add({"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "text": "secret", "finish_reason": "stop"}]})
-    record = issued("chat", asked, said, version="1", asked_by="anna")
+    said = Transcript(asked, keeps_texts=True)
+    said.add_chunk(
+        {"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "text": "secret", "finish_reason": "stop"}]}
+    )
+    record = generation_record("chat", asked, said, version="1", asked_by="anna")
     assert record is not None
     assert not record.recorded and reason in str(record.reason) and record.prompt == ""
 
@@ -57,9 +59,9 @@ def test_what_no_row_can_hold_is_not_kept_and_the_reason_is(asked: dict[str, Any
 def test_an_answer_that_a_stop_text_ended_is_a_cut_one() -> None:
     choice = {"index": 0, "text": "red", "finish_reason": "stop", "stop_reason": "\n"}
     for stop_reason, finish_reason in (("\n", "length"), (7, "length"), (None, "stop")):
-        said = Transcript(TEXT, recorded=True)
-        said.add({"id": "cmpl-1", "model": "m", "choices": [{**choice, "stop_reason": stop_reason}]})
-        record = issued("completion", TEXT, said, version="1", asked_by="anna")
+        said = Transcript(TEXT, keeps_texts=True)
+        said.add_chunk({"id": "cmpl-1", "model": "m", "choices": [{**choice, "stop_reason": stop_reason}]})
+        record = generation_record("completion", TEXT, said, version="1", asked_by="anna")
         assert record is not None and record.answers[0].finish_reason == finish_reason
 
 
@@ -70,22 +72,22 @@ def event(text: str, place: int = 0, finish_reason: str | None = None) -> str:
 
 @pytest.mark.parametrize(("recorded", "texts"), [(True, ["one", 'two "finish_reason":null']), (False, ["", ""])])
 def test_a_stream_is_read_as_it_comes_and_texts_only_where_they_are_kept(recorded: bool, texts: list[str]) -> None:
-    said = Transcript(CHAT, recorded=recorded)
-    said.read(event("o") + event("two", 1) + event("n"))
-    said.read(event("e", finish_reason="length"))
-    said.read(event(' "finish_reason":null', 1, "stop") + 'data: {"error":{"code":500}}\n\ndata: [DONE]\n\n')
-    record = issued("chat", CHAT, said, version="1", asked_by="anna")
+    said = Transcript(CHAT, keeps_texts=recorded)
+    said.add_events(event("o") + event("two", 1) + event("n"))
+    said.add_events(event("e", finish_reason="length"))
+    said.add_events(event(' "finish_reason":null', 1, "stop") + 'data: {"error":{"code":500}}\n\ndata: [DONE]\n\n')
+    record = generation_record("chat", CHAT, said, version="1", asked_by="anna")
     assert record is not None and record.recorded == recorded and record.id == "chatcmpl-1"
     assert [answer.text for answer in record.answers] == texts
     assert [answer.finish_reason for answer in record.answers] == ["length", "stop"]
 
 
 def test_what_cannot_be_read_fails_where_the_answer_is_kept_and_not_before() -> None:
-    said = Transcript(CHAT, recorded=True)
-    said.read('data: {"id":"chatcmpl-1",\n\n')
+    said = Transcript(CHAT, keeps_texts=True)
+    said.add_events('data: {"id":"chatcmpl-1",\n\n')
     with pytest.raises(ValueError, match="Expecting"):
-        issued("chat", CHAT, said, version="1", asked_by="anna")
-    assert issued("chat", CHAT, Transcript(CHAT, recorded=True), version="1", asked_by="anna") is None
+        generation_record("chat", CHAT, said, version="1", asked_by="anna")
+    assert generation_record("chat", CHAT, Transcript(CHAT, keeps_texts=True), version="1", asked_by="anna") is None
 
 
 def asked(endpoint: Running, path: str = "/v1/chat/completions", headers: Any = None, **more: Any) -> Any:

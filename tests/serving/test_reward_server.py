@@ -25,8 +25,8 @@ from alignment.groups import Completion, Group, Message
 from alignment.rewards import Rewards, scorer_class
 from alignment.rewards.remote import ScoreItem
 from serving.launch import refuse_busy_port
-from serving.rewards import Guard, ModelThread, reward_server
-from serving.schema import Refused
+from serving.reward_server import KeyMiddleware, ModelThread, reward_server
+from serving.schema import RequestError
 from tests.alignment.test_rewards_model import GROUPS, make_judge
 from tests.conftest import free_port
 from tests.processes import without_wait_policy
@@ -272,7 +272,7 @@ def test_too_many_waiting_completions_are_refused_until_some_are_done() -> None:
     scorer = Slow()
     thread = ModelThread(scorer, max_waiting=3)
     first = thread.submit([item("a"), item("bb")])
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RequestError) as caught:
         thread.submit([item("a"), item("bb")])
     assert caught.value.reply.status == 503
     scorer.leave.set()
@@ -282,7 +282,7 @@ def test_too_many_waiting_completions_are_refused_until_some_are_done() -> None:
         try:
             large = thread.submit([item("x" * i) for i in range(1, 6)])
             break
-        except Refused:
+        except RequestError:
             assert time.monotonic() < deadline
             time.sleep(0.01)
     assert len(large[0].result(30)) == 5, "alone, a request larger than the limit is served"
@@ -361,7 +361,7 @@ def test_without_a_key_no_page_that_a_browser_shows_is_answered(headers: dict[st
 
     async def asked(sent: dict[str, str]) -> httpx.Response:
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(Guard(app, None)), base_url="http://127.0.0.1"
+            transport=httpx.ASGITransport(KeyMiddleware(app, None)), base_url="http://127.0.0.1"
         ) as client:
             return await client.post("/score", json={}, headers=sent)
 

@@ -154,9 +154,9 @@ def test_a_replica_that_dies_in_the_middle_comes_back_with_what_answers_and_foll
         with under_way(two, 5) as token:
             await backend.roll(5)
             with suppress(ServingError):
-                await backend._answers("die", (await backend.statuses())[0].replica, timeout_s=10)
+                await backend._call_replicas("die", (await backend.statuses())[0].replica, timeout_s=10)
             await until(one_is_back)
-            assert (await ask(backend, "x", wanted=current))[0] == str(current)
+            assert (await ask(backend, "x", requested_version=current))[0] == str(current)
             two.commit_change(token)
         await backend.adopt()
         await until(all_have_changed)
@@ -173,12 +173,12 @@ def test_a_replica_that_dies_while_it_changes_is_named_and_those_before_it_go_ba
         with under_way(two, 5):
             first, second = await backend.statuses()
             await backend._move(first.replica, 5)
-            long = asyncio.ensure_future(ask(backend, "long", 5.0, wanted=current))
+            long = asyncio.ensure_future(ask(backend, "long", 5.0, requested_version=current))
             await asyncio.sleep(0.3)
             rolling = asyncio.ensure_future(backend.roll(5))
             await asyncio.sleep(0.5)
             with suppress(ServingError):
-                await backend._answers("die", second.replica, timeout_s=1)
+                await backend._call_replicas("die", second.replica, timeout_s=1)
             with pytest.raises(ServingError, match=f"replica {second.replica} was lost while it changed to version 5"):
                 await rolling
             with pytest.raises(AssertionError):
@@ -201,8 +201,8 @@ def test_a_version_that_only_one_replica_holds_is_found_there(two: Registry) -> 
             await backend._move(first, 5)
             assert await held(backend) == sorted([current, 5])
             for place in range(6):
-                assert (await ask(backend, f"{place}", wanted=5))[0] == "5"
-                assert (await ask(backend, f"{place}", wanted=current))[0] == str(current)
+                assert (await ask(backend, f"{place}", requested_version=5))[0] == "5"
+                assert (await ask(backend, f"{place}", requested_version=current))[0] == str(current)
         await backend.roll(current)
         refused = [part async for part in backend.ask("completions", {"model": "assistant", "prompt": "x"}, 5)]
         assert [getattr(part, "status", None) for part in refused] == [409]
@@ -229,7 +229,7 @@ def test_a_canary_gets_a_replica_of_its_own_while_it_lasts_and_whole_conversatio
             text = f"conversation {place}"
             expected = "6" if canary_answers(text, 6, 0.5) else str(current)
             assert {(await ask(ingress, text))[0] for ingress in (backend, other, backend)} == {expected}
-        assert (await ask(backend, "gate", wanted=6))[0] == "6"
+        assert (await ask(backend, "gate", requested_version=6))[0] == "6"
         assert await held(backend) == [current, current]
         two.end_canary()
         assert (await ask(backend, "conversation 0"))[0] in {str(current), "6"}  # it may not know so far

@@ -17,12 +17,12 @@ from serving.app import _scoring_options, application
 from serving.backend import Backend
 from serving.config import ServeConfig
 from serving.registry import Registry
-from serving.schema import Refused
-from serving.scoring import SCORING_NAME, Asked, Job, Rated
+from serving.schema import RequestError
+from serving.scoring import SCORING_NAME, ScoreResult, ScoringItem, ScoringRequest
 from serving.served import ServedModel
 from tests.serving.fleet import LightScoring, start_light_ray
 
-JOB = Job(items=(Asked(prompt="a", completions=("b",)),), version=None)
+JOB = ScoringRequest(items=(ScoringItem(prompt="a", completions=("b",)),), version=None)
 WAIT_S = 3.0
 START_S = 6.0
 
@@ -55,8 +55,8 @@ def backend(tmp_path: Path, config: ServeConfig, *, start_s: float = 0.0, work_s
 def test_a_scorer_without_a_gpu_is_refused_in_seconds_and_not_in_ten_minutes(light_ray: None, tmp_path: Path) -> None:
     with backend(tmp_path, config_of()) as asked:
         started = time.monotonic()
-        with pytest.raises(Refused) as raised:
-            asyncio.run(asked.rate(JOB))
+        with pytest.raises(RequestError) as raised:
+            asyncio.run(asked.score(JOB))
         assert time.monotonic() - started < 60
     reply = raised.value.reply
     assert reply.status == 503 and reply.retry_after_s
@@ -66,11 +66,11 @@ def test_a_scorer_without_a_gpu_is_refused_in_seconds_and_not_in_ten_minutes(lig
 def test_a_start_goes_on_after_a_request_that_did_not_wait_for_it(light_ray: None, tmp_path: Path) -> None:
     with backend(tmp_path, config_of(num_gpus=0), start_s=START_S) as asked:
 
-        async def again() -> Rated:
+        async def again() -> ScoreResult:
             for _ in range(60):
                 try:
-                    return await asked.rate(JOB)
-                except Refused as error:
+                    return await asked.score(JOB)
+                except RequestError as error:
                     assert error.reply.status == 503
             raise AssertionError("it never started")
 
@@ -79,7 +79,7 @@ def test_a_start_goes_on_after_a_request_that_did_not_wait_for_it(light_ray: Non
 
 def test_a_scorer_that_runs_has_all_the_time_of_a_request(light_ray: None, tmp_path: Path) -> None:
     with backend(tmp_path, config_of(num_gpus=0, min_replicas=1), work_s=2 * WAIT_S) as asked:
-        assert asyncio.run(asked.rate(JOB)).rewards == ((0.5,),)
+        assert asyncio.run(asked.score(JOB)).rewards == ((0.5,),)
 
 
 @pytest.mark.parametrize(("num_gpus", "device"), [(1.0, "cuda"), (0.0, "cpu")])

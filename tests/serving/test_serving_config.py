@@ -17,7 +17,7 @@ from serving.app import build
 from serving.config import ServeConfig, load_serve_config
 from serving.launch import RunningEndpoint, _exception_text, refuse_busy_port
 from serving.registry import Registry
-from serving.schema import Refused, sound_json
+from serving.schema import RequestError, parse_json
 from serving.served import ServedModel, check_here, publish, rewards_length
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
@@ -236,15 +236,15 @@ def test_more_tokens_to_rate_than_the_model_has_positions_are_refused_at_the_sta
     ],
 )
 def test_an_unsound_body_is_refused(body: bytes) -> None:
-    with pytest.raises(Refused) as refused:
-        sound_json(body)
+    with pytest.raises(RequestError) as refused:
+        parse_json(body)
     assert refused.value.reply.status == 400
     assert json.loads(refused.value.reply.body)["error"]["type"] == "invalid_request_error"
 
 
 def test_a_sound_body_is_read_as_it_is() -> None:
     body = {"text": "naïve 😀", "list": [1, -2.5, None, True, {"deep": [[]]}]}
-    assert sound_json(json.dumps(body).encode()) == body
+    assert parse_json(json.dumps(body).encode()) == body
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from serving.access import AccessMiddleware
 from serving.config import Device, LimitsConfig, ServeConfig
-from serving.guard import Guard
 from serving.keys import Key, Role
 from serving.routes import spend_form_seconds
-from serving.schema import Refused, check_num_values, sound_json
+from serving.schema import RequestError, check_num_values, parse_json
 from serving.shares import FormSeconds, KeyShare, RequestSize, request_size
 
 LIMITS = LimitsConfig(max_tokens=100)
@@ -59,7 +59,7 @@ class OneRequest:
         self.task = asyncio.create_task(self._run(share, size, may_wait))
 
     async def _run(self, share: KeyShare, size: RequestSize, may_wait: bool) -> None:
-        async with share.place(size, may_wait=may_wait):
+        async with share.slot(size, may_wait=may_wait):
             self.has_begun.set()
             await self._ends.wait()
 
@@ -112,12 +112,12 @@ def test_what_may_not_wait_is_refused_with_the_figures() -> None:
         await settle()
         for more, text in (({"answers": 2}, "3 answers"), ({"tokens": 51}, "50 tokens")):
             refused = OneRequest(share, may_wait=False, **more)
-            with pytest.raises(Refused, match=text) as error:
+            with pytest.raises(RequestError, match=text) as error:
                 await refused.task
             assert error.value.reply.status == 429 and error.value.reply.retry_after_s
         await first.end()
         await OneRequest(share, answers=16, tokens=5000, may_wait=False).end()
-        with pytest.raises(Refused, match="asks for 17 answers, and one of this key may ask for 16") as too_many:
+        with pytest.raises(RequestError, match="asks for 17 answers, and one of this key may ask for 16") as too_many:
             await OneRequest(share, answers=17).task
         assert too_many.value.reply.status == 400
 
@@ -138,7 +138,7 @@ def test_who_waits_too_long_is_refused_and_who_leaves_makes_room(monkeypatch: py
         assert next_one.has_begun.is_set() and not gone.has_begun.is_set()
         monkeypatch.setattr("serving.shares.WAIT_S", 0.01)
         late = OneRequest(share, answers=4)
-        with pytest.raises(Refused, match="1 answers in progress, and may have 4; this request asks for 4"):
+        with pytest.raises(RequestError, match="1 answers in progress, and may have 4; this request asks for 4"):
             await late.task
         await next_one.end()
         await OneRequest(share, answers=4, may_wait=False).end()  # nothing is counted any more
@@ -175,7 +175,7 @@ def test_as_many_wait_as_may_also_where_answers_have_no_limit() -> None:
         await settle()
         waiting = [OneRequest(share, tokens=90) for _ in range(2)]
         await settle()
-        with pytest.raises(Refused, match="90 tokens in progress"):
+        with pytest.raises(RequestError, match="90 tokens in progress"):
             await OneRequest(share, tokens=90).task
         await first.end()
         for one in waiting:
@@ -230,7 +230,7 @@ def test_all_keys_but_those_of_admins_have_limits(role: Role, many: bool) -> Non
         if many:
             present.enter_context(share.presence())
         else:
-            with pytest.raises(Refused, match="6 requests here"):
+            with pytest.raises(RequestError, match="6 requests here"):
                 present.enter_context(share.presence())
     with share.presence():
         pass
@@ -282,7 +282,7 @@ def test_what_waits_with_a_form_is_refused_when_those_before_it_have_used_up_wha
     asyncio.run(scene())
 
 
-def guarded(on_request: Callable[[], Any], **limits: Any) -> Guard:
+def guarded(on_request: Callable[[], Any], **limits: Any) -> AccessMiddleware:
     app = FastAPI()
 
     @app.post("/work")
@@ -296,12 +296,12 @@ def guarded(on_request: Callable[[], Any], **limits: Any) -> Guard:
         return "done"
 
     limits = {"answers_in_progress": 32, **limits}
-    return Guard(
-        app, who=lambda headers: KEYS.get(headers[0]), is_public=lambda _: False, limits=LimitsConfig(**limits)
+    return AccessMiddleware(
+        app, authenticate=lambda headers: KEYS.get(headers[0]), is_public=lambda _: False, limits=LimitsConfig(**limits)
     )
 
 
-def client_of(guard: Guard, name: str) -> httpx.AsyncClient:
+def client_of(guard: AccessMiddleware, name: str) -> httpx.AsyncClient:
     headers = {"authorization": f"Bearer {name}", "content-type": "application/json"}
     return httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://here", headers=headers)
 
@@ -413,7 +413,7 @@ def test_a_body_is_not_kept_beyond_its_limit_while_others_of_its_key_are_read() 
                 yield b" " * 65536
                 sent += 65536
 
-        async with client_of(guard, "anna") as anna, guard._share(KEYS[b"Bearer anna"]).large_body(0.0):
+        async with client_of(guard, "anna") as anna, guard._share_of(KEYS[b"Bearer anna"]).large_body(0.0):
             async with asyncio.timeout(5):
                 assert (await anna.post("/work", content=endless())).status_code == 413
         assert sent < 2 * 2**20
@@ -438,7 +438,7 @@ def test_the_values_in_a_body_are_counted_and_not_what_stands_in_its_texts(body:
     if passes:
         check_num_values(body, 100)
     else:
-        with pytest.raises(Refused, match="more than 100 values"):
+        with pytest.raises(RequestError, match="more than 100 values"):
             check_num_values(body, 100)
 
 
@@ -449,7 +449,7 @@ def test_bodies_full_of_values_hold_up_the_event_loop_less_than_reading_a_part_o
     body = b'{"a": [' + b"[]," * (MIB_4 // 3) + b"1]}"
     part = b'{"a": [' + b"[]," * (MIB_4 // 12) + b"1]}"
     began = time.monotonic()
-    sound_json(part)
+    parse_json(part)
     read_s = time.monotonic() - began
 
     async def scene() -> float:

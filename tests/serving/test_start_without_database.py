@@ -15,7 +15,7 @@ from ray import serve
 
 from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
 from serving.engine import EngineSettings
-from serving.ingress import Ingress, _opened
+from serving.ingress import Ingress, _open_store
 from serving.keys import create_key
 from serving.registry import Registry
 from serving.served import served_version
@@ -113,4 +113,4 @@ def test_chats_are_answered_and_judgements_wait_until_the_database_is_back(
 def test_an_endpoint_that_has_never_run_says_that_it_needs_its_database() -> None:
     config = ServeConfig(checkpoint="model")
     with pytest.raises(StoreAway, match=r"127\.0\.0\.1:1/d cannot be opened.*only after it has run with it"):
-        _opened("postgresql://u@127.0.0.1:1/d", config, is_known=False)
+        _open_store("postgresql://u@127.0.0.1:1/d", config, is_known=False)

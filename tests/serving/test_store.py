@@ -37,11 +37,11 @@ from serving.store.records import (
     Choice,
     Conflict,
     Correction,
-    Issued,
-    IssuedAnswer,
-    Judgement,
+    Feedback,
+    GenerationRecord,
     Ranking,
     Receipt,
+    RecordedAnswer,
     StoreAway,
     StoreError,
     StoreFull,
@@ -80,22 +80,22 @@ def opened_engine(url: str) -> sa.Engine:
     return engine
 
 
-def issued(id: str = "cmp-1", *, texts: tuple[str, ...] = ("yes", "no"), **settings: Any) -> Issued:
+def issued(id: str = "cmp-1", *, texts: tuple[str, ...] = ("yes", "no"), **settings: Any) -> GenerationRecord:
     versions = settings.pop("versions", range(1, len(texts) + 1))
     answers = tuple(
-        IssuedAnswer(id=f"{id}-{index}", text=text, version=version, model="m", finish_reason=ENDS[index % 3])
+        RecordedAnswer(id=f"{id}-{index}", text=text, version=version, model="m", finish_reason=ENDS[index % 3])
         for index, (text, version) in enumerate(zip(texts, versions, strict=True))
     )
     known: dict[str, Any] = {"kind": "comparison", "prompt": PROMPT, "asked_by": "bot", "created": time.time()}
-    return Issued(id=id, answers=answers, **{**known, "recorded": True, **settings})
+    return GenerationRecord(id=id, answers=answers, **{**known, "recorded": True, **settings})
 
 
 def say(store: Store, target: str, verdict: Verdict, labeller: str = "anna", **settings: Any) -> Receipt:
-    judgement = Judgement(target=target, verdict=verdict, labeller=labeller, **settings)
-    return store.judge(judgement).result(timeout=60)
+    judgement = Feedback(target=target, verdict=verdict, labeller=labeller, **settings)
+    return store.record_feedback(judgement).result(timeout=60)
 
 
-def record(store: Store, *groups: Issued) -> None:
+def record(store: Store, *groups: GenerationRecord) -> None:
     for future in [store.record(group) for group in groups]:
         future.result(timeout=60)
 
@@ -238,7 +238,7 @@ def test_a_key_that_comes_again_with_another_content_is_refused(store: Store, ke
 @pytest.mark.parametrize("key", ["", "a" * 201, "é", "a\nb", "\0"])
 def test_an_idempotency_key_is_short_and_printable(key: str) -> None:
     with pytest.raises(BadVerdict):
-        Judgement(target="cmp-1", verdict=first(1), labeller="anna", key=key)
+        Feedback(target="cmp-1", verdict=first(1), labeller="anna", key=key)
 
 
 def test_a_second_verdict_supersedes_the_first_of_the_same_labeller_kind_and_target(store: Store) -> None:
@@ -265,11 +265,11 @@ def test_recording_the_same_group_again_changes_nothing(store: Store) -> None:
 
 
 def test_ids_of_answers_follow_from_the_groups(store: Store) -> None:
-    answer = IssuedAnswer(id="cmp-1-1", text="t", version=1, model="m", finish_reason=None)
+    answer = RecordedAnswer(id="cmp-1-1", text="t", version=1, model="m", finish_reason=None)
     known: dict[str, Any] = {"kind": "chat", "prompt": "p", "asked_by": "a", "created": 0.0, "recorded": True}
     for id, answers in [("cmp-1", (answer,)), ("cmp-1", ()), ("", ()), ("a b", ()), ("a\0", ()), ("x" * 201, ())]:
         with pytest.raises(ValueError):
-            Issued(id=id, answers=answers, **known)
+            GenerationRecord(id=id, answers=answers, **known)
 
 
 # What is kept
@@ -355,7 +355,7 @@ def test_a_deleted_judgement_is_gone_and_does_not_bring_back_what_it_replaced(st
     assert store.statistics().by_kind == {}
     again = say(store, "cmp-1", Choice(winner="tie"), key="b")
     assert again.id not in (one.id, two.id), "no number is used twice"
-    assert [row["id"] for row in exported(store, since=two.id)] == [again.id], "a deleted id is still a place"
+    assert [row["id"] for row in exported(store, after_id=two.id)] == [again.id], "a deleted id is still a place"
 
 
 def test_what_is_too_old_is_forgotten_at_once_and_every_hour(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,11 +386,16 @@ def test_an_export_has_a_stable_order_and_can_go_on_where_it_ended(store: Store)
     receipts = [say(store, f"cmp-{number}", first(number)) for number in reversed(range(250))]
     ids = [receipt.id for receipt in receipts]
     assert [row["id"] for row in exported(store)] == ids
-    assert [row["id"] for row in exported(store, since=ids[6], limit=120)] == ids[7:127]
-    assert exported(store, limit=0) == exported(store, since=ids[-1]) == exported(store, since="jdg-" + "9" * 18) == []
+    assert [row["id"] for row in exported(store, after_id=ids[6], limit=120)] == ids[7:127]
+    assert (
+        exported(store, limit=0)
+        == exported(store, after_id=ids[-1])
+        == exported(store, after_id="jdg-" + "9" * 18)
+        == []
+    )
     for wrong in ("cmp-1", "jdg-", "jdg--1", "jdg-1x", "", "jdg-" + "9" * 30, "jdg-١"):
         with pytest.raises(UnknownId):
-            store.export(since=wrong)
+            store.export(after_id=wrong)
 
 
 def test_an_export_shows_one_moment_whatever_is_said_meanwhile(store: Store) -> None:
@@ -576,7 +581,9 @@ def test_an_item_that_the_database_refuses_fails_alone(store: Store, database: s
             store.record(issued("cmp-2", versions=(1, 2**70))),
             store.record(issued("cmp-3")),
         ]
-        judged = [store.judge(Judgement(target=f"cmp-{n}", verdict=first(n), labeller="anna")) for n in (1, 2, 3)]
+        judged = [
+            store.record_feedback(Feedback(target=f"cmp-{n}", verdict=first(n), labeller="anna")) for n in (1, 2, 3)
+        ]
     for future in (futures[0], futures[2], judged[0], judged[2]):
         future.result(timeout=60)
     with pytest.raises(StoreError, match="refuses"):
@@ -705,7 +712,7 @@ def test_a_postgresql_server_that_hangs_up_is_called_again(postgresql: str) -> N
         connection.execute(hang_up, ["Client"])  # those that wait for the next statement
         assert say(store, "cmp-1", Choice(winner="tie")).id == "jdg-2"
         with held(database):
-            future = store.judge(Judgement(target="cmp-1", verdict=first(1), labeller="anna"))
+            future = store.record_feedback(Feedback(target="cmp-1", verdict=first(1), labeller="anna"))
             while connection.execute(hang_up, ["Lock"]).rowcount == 0:
                 time.sleep(0.01)
             with pytest.raises(StoreAway):

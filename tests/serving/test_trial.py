@@ -14,8 +14,8 @@ import xgrammar
 from alignment.models.folders import bundled
 from serving.config import LimitsConfig
 from serving.grammar import Form, forms_of
-from serving.meters import FORM_REASONS
-from serving.schema import Refused
+from serving.metrics import FORM_REASONS
+from serving.schema import RequestError
 from serving.trial import Trials
 
 FAR_S = 60.0
@@ -70,7 +70,7 @@ def trials(tokenizer: str, runner: asyncio.Runner) -> Iterator[Trials]:
 
 
 async def refusal_of(each: Trials, *forms: Form) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         await each.check(forms)
     assert refused.value.reply.status == 400
     assert refused.value.reply.form_problem in FORM_REASONS
@@ -188,7 +188,7 @@ def test_a_process_that_is_killed_is_replaced(runner: asyncio.Runner, trials: Tr
             try:
                 await trials.check([Form(kind="regex", text=f"[a-z]{{{number}}}")])
                 return
-            except Refused as refused:
+            except RequestError as refused:
                 assert refused.reply.status == 503
         raise AssertionError("it was not replaced")
 

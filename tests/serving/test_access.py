@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,14 +12,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.types import Message
 
-from serving.config import LimitsConfig, ServeConfig
-from serving.guard import LARGE_BYTES, Guard, Rate
+from serving.access import LARGE_BYTES, AccessMiddleware
+from serving.config import LimitsConfig
 from serving.ingress import with_cors
 from serving.keys import Key
-from serving.meters import Meters
-from serving.registry import Registry
-from serving.routes import ReadRoute, audit, feedback, openai, rewards, versions
-from serving.served import ServedModel
+from serving.metrics import Metrics
+from serving.routes import ParsedBodyRoute, audit, feedback, health, openai, rewards, versions
+from serving.shares import Rate
 
 ANNA = Key(name="anna", role="user")
 SECRET = "a secret in /etc/passwd"
@@ -33,8 +30,8 @@ def who(headers: list[bytes]) -> Key | None:
 
 
 def guarded(
-    *, broken: bool = False, origins: tuple[str, ...] | None = None, meters: Meters | None = None, **limits: Any
-) -> Guard:
+    *, broken: bool = False, origins: tuple[str, ...] | None = None, metrics: Metrics | None = None, **limits: Any
+) -> AccessMiddleware:
     """`origins`: pages elsewhere that may ask an endpoint without keys; None for one with keys."""
     app = FastAPI()
 
@@ -50,24 +47,24 @@ def guarded(
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError(SECRET)
 
-    return Guard(
+    return AccessMiddleware(
         app if not broken else fails,
-        who=who if origins is None else lambda _: ANNA,
+        authenticate=who if origins is None else lambda _: ANNA,
         is_public=lambda path: path == "/healthz",
         limits=LimitsConfig(**{"answers_in_progress": 32, **limits}),
         local_only=origins is not None,
         cors_origins=origins or (),
-        meters=meters,
+        metrics=metrics,
     )
 
 
-def counted(meters: Meters, name: str, label: str) -> dict[str, float]:
+def counted(metrics: Metrics, name: str, label: str) -> dict[str, float]:
     """The samples of a counter by one of its labels."""
-    samples = [sample for metric in meters.figures() for sample in metric.samples if sample.name == name]
+    samples = [sample for metric in metrics.collect() for sample in metric.samples if sample.name == name]
     return {sample.labels[label]: sample.value for sample in samples}
 
 
-def ask(guard: Guard, method: str, path: str, **what: Any) -> httpx.Response:
+def ask(guard: AccessMiddleware, method: str, path: str, **what: Any) -> httpx.Response:
     async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
@@ -116,7 +113,7 @@ def test_what_is_sent_to_a_public_path_is_not_read() -> None:
 
 def test_a_client_that_leaves_while_it_sends_is_counted_as_one() -> None:
     async def scene() -> dict[str, float]:
-        meters = Meters()
+        metrics = Metrics()
 
         async def receive() -> Message:
             return {"type": "http.disconnect"}
@@ -126,8 +123,8 @@ def test_a_client_that_leaves_while_it_sends_is_counted_as_one() -> None:
 
         headers = [(b"authorization", b"Bearer good"), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/echo", "headers": [*headers, (b"content-length", b"9")]}
-        await guarded(meters=meters)(scope, receive, send)
-        return counted(meters, "raylign_requests_total", "status")
+        await guarded(metrics=metrics)(scope, receive, send)
+        return counted(metrics, "raylign_requests_total", "status")
 
     assert asyncio.run(scene()) == {"499": 1.0}
 
@@ -181,19 +178,19 @@ def test_a_body_of_unknown_length_is_counted_as_it_comes() -> None:
 
 
 def test_a_route_that_fails_tells_nobody_how(caplog: pytest.LogCaptureFixture) -> None:
-    meters = Meters()
-    assert_refused(ask(guarded(broken=True, meters=meters), "POST", "/fails", json={}, headers=GOOD), 500)
+    metrics = Metrics()
+    assert_refused(ask(guarded(broken=True, metrics=metrics), "POST", "/fails", json={}, headers=GOOD), 500)
     assert SECRET not in caplog.text and "RuntimeError" in caplog.text
-    assert counted(meters, "raylign_requests_total", "status") == {"500": 1}
+    assert counted(metrics, "raylign_requests_total", "status") == {"500": 1}
 
 
 def test_who_asks_too_often_is_told_when_to_come_back() -> None:
-    meters = Meters()
-    guard = guarded(requests_per_minute=3, meters=meters)
+    metrics = Metrics()
+    guard = guarded(requests_per_minute=3, metrics=metrics)
     answers = [ask(guard, "POST", "/echo", json={}, headers=GOOD) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert 15 <= int(answers[-1].headers["retry-after"]) <= 20
-    assert counted(meters, "raylign_requests_total", "status") == {"200": 3, "429": 1}
+    assert counted(metrics, "raylign_requests_total", "status") == {"200": 3, "429": 1}
 
 
 def test_a_bucket_fills_steadily_and_never_beyond_its_size() -> None:
@@ -206,7 +203,7 @@ def test_a_bucket_fills_steadily_and_never_beyond_its_size() -> None:
 
 
 def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> None:
-    ended, meters = asyncio.Event(), Meters()
+    ended, metrics = asyncio.Event(), Metrics()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -215,8 +212,12 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
             ended.set()
 
     async def scene() -> None:
-        guard = Guard(
-            slow, who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32), meters=meters
+        guard = AccessMiddleware(
+            slow,
+            authenticate=who,
+            is_public=lambda _: False,
+            limits=LimitsConfig(answers_in_progress=32),
+            metrics=metrics,
         )
         messages: list[Message] = [{"type": "http.disconnect"}]
 
@@ -234,14 +235,14 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
         assert ended.is_set()
 
     asyncio.run(scene())
-    assert counted(meters, "raylign_requests_total", "status") == {"499": 1}
-    assert counted(meters, "raylign_requests_in_progress", "route") == {"none": 0}
+    assert counted(metrics, "raylign_requests_total", "status") == {"499": 1}
+    assert counted(metrics, "raylign_requests_in_progress", "route") == {"none": 0}
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["not begun", "streamed"])
 def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.guard.KEY_CHECK_S", 0.05)
-    valid, ended, told, meters = {"key": True}, asyncio.Event(), [], Meters()
+    monkeypatch.setattr("serving.access.KEY_CHECK_S", 0.05)
+    valid, ended, told, metrics = {"key": True}, asyncio.Event(), [], Metrics()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         if streams:
@@ -261,12 +262,12 @@ def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pyt
         told.append(message)
 
     async def scene() -> None:
-        guard = Guard(
+        guard = AccessMiddleware(
             slow,
-            who=lambda _: ANNA if valid["key"] else None,
+            authenticate=lambda _: ANNA if valid["key"] else None,
             is_public=lambda _: False,
             limits=LimitsConfig(answers_in_progress=32),
-            meters=meters,
+            metrics=metrics,
         )
         scope = {"type": "http", "method": "GET", "path": "/slow", "headers": [(b"authorization", b"Bearer good")]}
         answering = asyncio.ensure_future(guard(scope, receive, send))
@@ -279,8 +280,8 @@ def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pyt
     asyncio.run(scene())
     assert told[0]["status"] == (200 if streams else 401)
     assert b"not valid any more" in told[-1]["body"] and not told[-1].get("more_body")
-    assert counted(meters, "raylign_streams_broken_total", "reason") == ({"key": 1} if streams else {})
-    assert counted(meters, "raylign_requests_total", "status") == {str(told[0]["status"]): 1}
+    assert counted(metrics, "raylign_streams_broken_total", "reason") == ({"key": 1} if streams else {})
+    assert counted(metrics, "raylign_requests_total", "status") == {str(told[0]["status"]): 1}
 
 
 def test_an_answer_that_fails_after_it_has_begun_is_counted_as_broken_off_here() -> None:
@@ -298,13 +299,15 @@ def test_an_answer_that_fails_after_it_has_begun_is_counted_as_broken_off_here()
     async def send(message: Message) -> None:
         told.append(message)
 
-    meters = Meters()
-    guard = Guard(fails, who=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32), meters=meters)
+    metrics = Metrics()
+    guard = AccessMiddleware(
+        fails, authenticate=who, is_public=lambda _: False, limits=LimitsConfig(answers_in_progress=32), metrics=metrics
+    )
     scope = {"type": "http", "method": "GET", "path": "/fails", "headers": [(b"authorization", b"Bearer good")]}
     asyncio.run(guard(scope, receive, send))
     assert [message["type"] for message in told] == ["http.response.start", "http.response.body"]
-    assert counted(meters, "raylign_streams_broken_total", "reason") == {"endpoint": 1}
-    assert counted(meters, "raylign_requests_total", "version") == {"7": 1}
+    assert counted(metrics, "raylign_streams_broken_total", "reason") == {"endpoint": 1}
+    assert counted(metrics, "raylign_requests_total", "version") == {"7": 1}
 
 
 def test_a_body_that_does_not_end_is_given_up() -> None:
@@ -404,7 +407,7 @@ def test_browsers_are_told_which_pages_may_ask() -> None:
 def test_a_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time would be on the event loop, whatever its size."""
     app = FastAPI()
-    router = APIRouter(route_class=ReadRoute)
+    router = APIRouter(route_class=ParsedBodyRoute)
 
     @router.post("/echo")
     async def echo(body: dict[str, Any]) -> Any:
@@ -415,23 +418,16 @@ def test_a_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     app.include_router(router)
     monkeypatch.setattr(Request, "json", unread)
-    guard = Guard(app, who=who, is_public=lambda path: False, limits=LimitsConfig(answers_in_progress=32))
+    guard = AccessMiddleware(
+        app, authenticate=who, is_public=lambda path: False, limits=LimitsConfig(answers_in_progress=32)
+    )
     body = {"text": "word " * LARGE_BYTES, "list": [1, None]}
     assert ask(guard, "POST", "/echo", json=body, headers=GOOD).json() == body
 
 
-def test_every_route_with_a_body_reads_it_once(tmp_path: Path) -> None:
-    served = ServedModel(name="m", source="", base_name=None, adapter=None, lora_capacity=None)
-    service: Any = SimpleNamespace(
-        config=ServeConfig(checkpoint="x"),
-        served=served,
-        registry=Registry(tmp_path),
-        backend=None,
-        tenant=SimpleNamespace(check=None),
-        store=None,
-    )
-    modules = (openai, rewards, feedback, versions, audit)
-    found = [route for module in modules for route in module.routes(service).routes if isinstance(route, APIRoute)]
-    with_body = [route for route in found if route.body_field is not None]
+def test_every_route_with_a_body_reads_it_once() -> None:
+    modules = (openai, rewards, feedback, versions, audit, health)
+    routes = [route for module in modules for route in module.router.routes if isinstance(route, APIRoute)]
+    with_body = [route for route in routes if route.body_field is not None]
     assert len(with_body) >= 8
-    assert {type(route) for route in with_body} == {ReadRoute}
+    assert {type(route) for route in with_body} == {ParsedBodyRoute}
