@@ -19,7 +19,7 @@ COMMANDS = {
     "train": ("cluster.launch:train", "train a model on preferences, as a YAML file says"),
     "pipeline": ("cluster.pipeline:pipeline", "train several models in a chain, as SFT, reward model, PPO"),
     "serve": ("serving.launch:serve", "put a trained model behind an OpenAI-compatible HTTP endpoint"),
-    "bench": ("serving.bench:bench", "measure the endpoint under load, beside plain vLLM"),
+    "bench": ("serving.bench.command:bench", "measure the endpoint under load, beside plain vLLM"),
     "promote": ("serving.promote:promote", "make an endpoint answer with another checkpoint, checked and gated"),
     "rollback": ("serving.promote:rollback", "make an endpoint answer with the version before"),
     "versions": ("serving.promote:versions", "list the versions that an endpoint has, and which of them answers"),

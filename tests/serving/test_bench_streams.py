@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from alignment.models.folders import bundled
-from serving.bench import Server
-from serving.bench_streams import StreamFigures, StreamLoad, cpu_s, looks, make_model, parts_of_stacks, stream_round
+from serving.bench.profile import count_areas, cpu_s, profile
+from serving.bench.servers import Server
+from serving.bench.streams import StreamFigures, StreamLoad, make_model, stream_round
 
 EVENT = b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n'
 START = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -25,7 +26,7 @@ not a stack
 
 
 def test_a_look_counts_for_the_innermost_function_whose_part_is_known() -> None:
-    assert parts_of_stacks(STACKS) == {"serving/routes/openai.py": 3, "ray_serve": 5, "event_loop": 2, "vllm": 1}
+    assert count_areas(STACKS) == {"serving/routes/openai.py": 3, "ray_serve": 5, "event_loop": 2, "vllm": 1}
 
 
 def test_events_are_counted_as_a_client_sees_them_arrive() -> None:
@@ -42,21 +43,21 @@ def test_events_are_counted_as_a_client_sees_them_arrive() -> None:
         writer.close()
 
     async def scene() -> StreamFigures:
-        listening = await asyncio.start_server(answer, "127.0.0.1", 0)
-        port = listening.sockets[0].getsockname()[1]
+        listener = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
         server = Server(name="ours", url=f"http://127.0.0.1:{port}", model="m", key="secret", process=os.getpid())
-        seen = StreamFigures()
-        await stream_round(server, StreamLoad(clients=2, requests=3, tokens=5), seen)
-        listening.close()
-        return seen
+        figures = StreamFigures()
+        await stream_round(server, StreamLoad(clients=2, requests=3, tokens=5), figures)
+        listener.close()
+        return figures
 
-    seen = asyncio.run(scene())
-    assert (seen.failed, seen.tokens, seen.events, seen.arrivals) == (0, 15, 15, 12)
-    assert len(seen.first_s) == 3 and len(seen.between_s) == 12
-    assert seen.between_s.count(0.0) == 3 and max(seen.between_s) >= 0.04
-    told = seen.to_json()
-    assert told["events_per_arrival"] == 1.25 and told["tokens_per_second"] > 0
-    assert told["cpu_s_per_1000_tokens"]["all"] > 0
+    figures = asyncio.run(scene())
+    assert (figures.num_failed, figures.num_tokens, figures.num_events, figures.num_arrivals) == (0, 15, 15, 12)
+    assert len(figures.first_s) == 3 and len(figures.gaps_s) == 12
+    assert figures.gaps_s.count(0.0) == 3 and max(figures.gaps_s) >= 0.04
+    result = figures.to_json()
+    assert result["events_per_arrival"] == 1.25 and result["tokens_per_second"] > 0
+    assert result["cpu_s_per_1000_tokens"]["all"] > 0
 
 
 def test_an_answer_that_breaks_off_has_failed() -> None:
@@ -66,15 +67,15 @@ def test_an_answer_that_breaks_off_has_failed() -> None:
         writer.close()
 
     async def scene() -> StreamFigures:
-        listening = await asyncio.start_server(answer, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-        seen = StreamFigures()
+        listener = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        figures = StreamFigures()
         server = Server(name="ours", url=url, model="m", key=None, process=os.getpid())
-        await stream_round(server, StreamLoad(clients=1, requests=2, tokens=5), seen)
-        listening.close()
-        return seen
+        await stream_round(server, StreamLoad(clients=1, requests=2, tokens=5), figures)
+        listener.close()
+        return figures
 
-    assert (seen := asyncio.run(scene())).failed == 2 and seen.tokens == 0
+    assert (figures := asyncio.run(scene())).num_failed == 2 and figures.num_tokens == 0
 
 
 def test_the_processes_of_a_server_are_told_by_their_names() -> None:
@@ -82,24 +83,24 @@ def test_the_processes_of_a_server_are_told_by_their_names() -> None:
         busy = "import re, time\nend = time.time() + 3\nwhile time.time() < end: re.compile('a').match('b')"
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", busy, "vllm.entrypoints")
         assert child.pid is not None
-        with looks(child.pid) as share:
+        with profile(child.pid) as shares:
             await asyncio.sleep(2)
-        taken = cpu_s(child.pid)
+        seconds = cpu_s(child.pid)
         child.kill()
         await child.wait()
-        return taken, share
+        return seconds, shares
 
-    taken, share = asyncio.run(scene())
-    assert taken.keys() == {"replica"} and taken["replica"] > 0.1
-    if share:  # looking into other processes may be forbidden
-        assert sum(share["replica"].values()) == pytest.approx(1, abs=0.01)
+    seconds, shares = asyncio.run(scene())
+    assert seconds.keys() == {"replica"} and seconds["replica"] > 0.1
+    if shares:  # looking into other processes may be forbidden
+        assert sum(shares["replica"].values()) == pytest.approx(1, abs=0.01)
 
 
 def test_the_model_has_one_layer_and_the_words_of_another_one(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     folder = make_model(tmp_path / "model", str(bundled()))
-    config, words = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert (config.num_hidden_layers, config.vocab_size) == (1, len(words))
-    assert words.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (config.num_hidden_layers, config.vocab_size) == (1, len(tokenizer))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 50e6

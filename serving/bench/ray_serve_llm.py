@@ -1,6 +1,6 @@
-"""Ray Serve LLM as it comes, for `raylign bench serve` to compare with.
+"""Ray Serve LLM without raylign, for `raylign bench serve` to compare with.
 
-`python -m serving.bench_ray MODEL PORT MAX_NUM_SEQS`
+`python -m serving.bench.ray_serve_llm MODEL PORT MAX_NUM_SEQS`
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import sys
 import threading
 
 from cluster.ray_access import require_token
-from serving.bench import engine_settings
+from serving.bench.servers import MODEL_NAME, engine_settings
 from serving.launch import OBJECT_STORE_BYTES
 
 
 def main(model: str, port: int, max_num_seqs: int) -> None:
-    """Serves a model until it is ended."""
+    """Serves a model until the process is ended."""
     require_token()
     import ray
     from ray import serve
@@ -32,7 +32,7 @@ def main(model: str, port: int, max_num_seqs: int) -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = {name.replace("-", "_"): value for name, value in engine_settings(max_num_seqs).items()}
     config = LLMConfig(
-        model_loading_config={"model_id": "bench", "model_source": model},
+        model_loading_config={"model_id": MODEL_NAME, "model_source": model},
         accelerator_config={"kind": "cpu"},
         placement_group_config={"bundles": [{"CPU": 1}]},
         engine_kwargs={**settings, "enforce_eager": True, "enable_chunked_prefill": False},
