@@ -65,7 +65,7 @@ class ResumeState:
     rollouts: dict[str, Tensor] = field(default_factory=dict)
     """Rollouts for later steps, as the rollout queue saved them; empty if there were none."""
     adjustable: dict[str, Any] = field(default_factory=dict)
-    """`Identity.adjustable` of the run that wrote the checkpoint; empty for a checkpoint that has none yet."""
+    """`Identity.adjustable_settings` of the run that wrote the checkpoint; empty for a checkpoint that has none yet."""
 
 
 def save(
@@ -96,7 +96,7 @@ def save(
 
     def write() -> None:
         folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
-        state = {**asdict(progress), "identity": identity.fixed, "adjustable": identity.adjustable}
+        state = {**asdict(progress), "identity": identity.fixed_settings, "adjustable": identity.adjustable_settings}
         try:
             _write(folder, roles.actor, weights, state, {TENSORS: tensors, ROLLOUTS: rollouts or {}})
         except Exception as error:  # transformers, peft, safetensors and tokenizers have errors of their own
@@ -159,8 +159,8 @@ def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World
     from safetensors.torch import load_file
 
     state = json.loads((folder / STATE).read_text())
-    adjustable = rename_old_keys(state.get("adjustable", {}), identity.adjustable)
-    fixed_settings = rename_old_keys(state["identity"], identity.fixed)
+    adjustable = rename_old_keys(state.get("adjustable", {}), identity.adjustable_settings)
+    fixed_settings = rename_old_keys(state["identity"], identity.fixed_settings)
     check_same_run(folder, fixed_settings, identity, adjustable.get("data", {}).get("groups"))
     tensors = load_file(folder / TENSORS)
     for role, backend in roles.backends_by_role.items():

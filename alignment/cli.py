@@ -1,4 +1,4 @@
-"""The command `raylign`. Each subcommand is imported only when it is called, so that `--help` answers at once."""
+"""The command `raylign`. Each subcommand is imported only when it is called, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import typer
 from alignment.errors import AlignmentError
 from alignment.settings.plugins import search_for_modules
 
-# name: (module:function, what it is for). The functions are ordinary ones, annotated for Typer; a command that has
-# commands of its own is a `typer.Typer`.
+# name: (module:function, description). The functions are ordinary ones, annotated for Typer; a command with commands of
+# its own is a `typer.Typer`.
 COMMANDS = {
     "train": ("cluster.launch:train", "train a model on preferences, as a YAML file says"),
     "pipeline": ("cluster.pipeline:pipeline", "train several models in a chain, as SFT, reward model, PPO"),
@@ -47,7 +47,11 @@ def main() -> None:
     """Entry point of the console script."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:13} {what}" for name, (_, what) in COMMANDS.items())))
+        print(
+            USAGE.format(
+                commands="\n".join(f"  {name:13} {description}" for name, (_, description) in COMMANDS.items())
+            )
+        )
     elif name in COMMANDS:
         del sys.argv[1]
         run_command(name, f"raylign {name}")
@@ -56,13 +60,18 @@ def main() -> None:
 
 
 def run_command(name: str, program: str) -> None:
-    """Runs one command on the arguments in `sys.argv`; an error of ours is printed without a traceback."""
-    search_for_modules(Path.cwd())  # as `python -m` does; a console script has only its own folder on the path
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines and locks are given back
-    place, what = COMMANDS[name]
-    module, _, function = place.partition(":")
+    """Runs one command with the arguments in `sys.argv`; an AlignmentError is printed without a traceback.
+
+    Args:
+        name: a key of `COMMANDS`.
+        program: the name of the program in messages about usage.
+    """
+    search_for_modules(Path.cwd())  # as `python -m` does; the path of a console script has only its own folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # SystemExit frees engines and locks
+    target, description = COMMANDS[name]
+    module, _, function = target.partition(":")
     command = getattr(importlib.import_module(module), function)
-    app = typer.Typer(help=what, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app = typer.Typer(help=description, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     if isinstance(command, typer.Typer):
         app.add_typer(command)  # without a name: its commands become those of `app`
     else:
@@ -74,7 +83,7 @@ def run_command(name: str, program: str) -> None:
 
 
 def call(*arguments: str) -> int:
-    """Runs `raylign` in a process of its own and returns its exit status; if this process is ended, so is that."""
+    """Runs `raylign` in a process of its own and returns its exit status; if this process is ended, that one is too."""
     child = subprocess.Popen([sys.executable, "-m", "alignment.cli", *arguments])
     try:
         return child.wait()

@@ -1,6 +1,6 @@
-"""The whole circle from one command: train on preferences, serve, ask base and aligned model, compare.
+"""Runs everything by one command: train on preferences, serve, ask the base and the aligned model, compare them.
 
-It does what a user would do, with the commands that a user would type: `raylign train`, `raylign serve`, HTTP.
+It does what a user would do, by the same commands: `raylign train`, `raylign serve`, and requests over HTTP.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ RECIPE = Path("configs/align/demo.yaml")
 QUESTIONS = Path("configs/data/short_answers.eval.jsonl")
 MAX_TOKENS = 160
 CONCURRENCY = 16
-SHOWN = 8
-"""Questions in the table that is printed; the report has all."""
+NUM_PRINTED = 8
+"""Number of questions in the table that is printed; the report has all."""
 START_LIMIT_S = 240.0
+"""Seconds in which the endpoint must be ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a served model said to one question."""
+class DemoAnswer:
+    """The answer of a served model to one question."""
 
     text: str
     tokens: int
-    right: bool
+    """Number of tokens."""
+    is_right: bool
     """True if it contains one of the question's keywords."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """One held-out question, answered by the base and by the aligned model."""
+    """One held-out question with the answers of the base model and of the aligned model."""
 
     prompt: str
-    before: Answer
-    after: Answer
+    answer_before: DemoAnswer
+    """Of the base model."""
+    answer_after: DemoAnswer
+    """Of the aligned model."""
 
 
 def demo(
@@ -66,29 +70,29 @@ def demo(
     """
     from alignment.report import write_report
 
-    started = time.monotonic()
-    run = output / "demo"
-    shutil.rmtree(run, ignore_errors=True)
+    start = time.monotonic()
+    run_folder = output / "demo"
+    shutil.rmtree(run_folder, ignore_errors=True)
     say(f"1/3  Training on {RECIPE}")
     call_raylign("train", str(RECIPE), f"output={output}", *(overrides or []))
     say("2/3  Serving base and aligned model")
-    with _served(run) as url:
+    with _serve_run(run_folder) as url:
         say(f"3/3  Asking both the held-out questions of {QUESTIONS}")
         exchanges = ask_all(url, read_questions(QUESTIONS))
-    print(table(exchanges[:SHOWN]))
-    figures = {**_training_figures(run), **comparison(exchanges), "seconds_total": time.monotonic() - started}
-    page = write_report(run, [vars(exchange) for exchange in exchanges], figures)
+    print(table(exchanges[:NUM_PRINTED]))
+    figures = {**_training_figures(run_folder), **comparison(exchanges), "seconds_total": time.monotonic() - start}
+    page = write_report(run_folder, [vars(exchange) for exchange in exchanges], figures)
     say(f"Report: {page}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Rows with `prompt` and `keywords`."""
+    """Reads the rows of a file of questions; each has `prompt` and `keywords`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def ask_all(url: str, questions: list[dict[str, Any]]) -> list[Exchange]:
-    """Asks both served models every question, greedily, over HTTP.
+    """Asks both served models every question over HTTP, with greedy decoding.
 
     Raises:
         AlignmentError: the endpoint does not serve exactly two models.
@@ -99,41 +103,47 @@ def ask_all(url: str, questions: list[dict[str, Any]]) -> list[Exchange]:
     names = [model.id for model in client.models.list()]
     if len(names) != 2:
         raise AlignmentError(f"the demo compares two models, but {url} serves {names}")
-    aligned, base = sorted(names, key=lambda name: name != "demo")
+    aligned_name, base_name = sorted(names, key=lambda name: name != "demo")
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        before = list(pool.map(lambda question: _ask(client, base, question), questions))
-        after = list(pool.map(lambda question: _ask(client, aligned, question), questions))
+        base_answers = list(pool.map(lambda question: _ask(client, base_name, question), questions))
+        aligned_answers = list(pool.map(lambda question: _ask(client, aligned_name, question), questions))
     return [
-        Exchange(prompt=question["prompt"], before=one, after=other)
-        for question, one, other in zip(questions, before, after, strict=True)
+        Exchange(prompt=question["prompt"], answer_before=base_answer, answer_after=aligned_answer)
+        for question, base_answer, aligned_answer in zip(questions, base_answers, aligned_answers, strict=True)
     ]
 
 
 def comparison(exchanges: list[Exchange]) -> dict[str, float]:
-    """Median answer length (tokens) and share of answers with a keyword, before and after."""
+    """Returns the median answer length (tokens) and the share of answers with a keyword, before and after training."""
     figures = {}
-    for when in ("before", "after"):
-        answers: list[Answer] = [getattr(exchange, when) for exchange in exchanges]
-        figures[f"median_answer_tokens_{when}"] = float(statistics.median(answer.tokens for answer in answers))
-        figures[f"keyword_rate_{when}"] = sum(answer.right for answer in answers) / len(answers)
+    for moment in ("before", "after"):
+        answers: list[DemoAnswer] = [getattr(exchange, f"answer_{moment}") for exchange in exchanges]
+        figures[f"median_answer_tokens_{moment}"] = float(statistics.median(answer.tokens for answer in answers))
+        figures[f"keyword_rate_{moment}"] = sum(answer.is_right for answer in answers) / len(answers)
     return figures
 
 
 def table(exchanges: list[Exchange], width: int = 56) -> str:
-    """Both answers side by side, for the terminal."""
+    """Formats both answers to each question side by side, `width` characters each, for the terminal."""
     import textwrap
 
     lines = [f"\n{'before':<{width}} │ after"]
     for exchange in exchanges:
         lines += ["─" * width + "─┼─" + "─" * width, f"\033[1m{exchange.prompt}\033[0m"]
-        left, right = (textwrap.wrap(answer.text, width) for answer in (exchange.before, exchange.after))
-        height = max(len(left), len(right))
-        for one, other in zip(left + [""] * (height - len(left)), right + [""] * (height - len(right)), strict=True):
-            lines.append(f"{one:<{width}} │ {other}")
+        left_lines, right_lines = (
+            textwrap.wrap(answer.text, width) for answer in (exchange.answer_before, exchange.answer_after)
+        )
+        height = max(len(left_lines), len(right_lines))
+        for left_line, right_line in zip(
+            left_lines + [""] * (height - len(left_lines)),
+            right_lines + [""] * (height - len(right_lines)),
+            strict=True,
+        ):
+            lines.append(f"{left_line:<{width}} │ {right_line}")
     return "\n".join(lines) + "\n"
 
 
-def _ask(client: Any, model: str, question: dict[str, Any]) -> Answer:
+def _ask(client: Any, model: str, question: dict[str, Any]) -> DemoAnswer:
     reply = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question["prompt"]}],
@@ -141,43 +151,48 @@ def _ask(client: Any, model: str, question: dict[str, Any]) -> Answer:
         temperature=0,
     )
     text = (reply.choices[0].message.content or "").strip()
-    return Answer(text=text, tokens=reply.usage.completion_tokens, right=contains_keyword(text, question["keywords"]))
+    return DemoAnswer(
+        text=text, tokens=reply.usage.completion_tokens, is_right=contains_keyword(text, question["keywords"])
+    )
 
 
-def _training_figures(run: Path) -> dict[str, float]:
+def _training_figures(run_folder: Path) -> dict[str, float]:
     from alignment.metrics import read_metrics
     from alignment.run import SUMMARY
 
-    first, *_, last = (line for line in read_metrics(run) if "eval/loss" in line)
-    summary = json.loads((run / SUMMARY).read_text())
+    first_evaluation, *_, last_evaluation = (line for line in read_metrics(run_folder) if "eval/loss" in line)
+    summary = json.loads((run_folder / SUMMARY).read_text())
     return {
         "pairs_per_second": summary["groups_per_second"],
-        "accuracy_before": first["eval/rewards/accuracies"],
-        "accuracy_after": last["eval/rewards/accuracies"],
-        "margin_after": last["eval/rewards/margins"],
+        "accuracy_before": first_evaluation["eval/rewards/accuracies"],
+        "accuracy_after": last_evaluation["eval/rewards/accuracies"],
+        "margin_after": last_evaluation["eval/rewards/margins"],
         "seconds_training": summary["seconds_training"],
     }
 
 
 def call_raylign(*arguments: str) -> None:
-    """Runs the command `raylign` as a person would.
+    """Runs the command `raylign` in a process of its own.
 
     Raises:
-        AlignmentError: it failed; its own words have been printed.
+        AlignmentError: it failed; it has printed its own message.
     """
     if call(*arguments):
         raise AlignmentError(f"`raylign {' '.join(arguments)}` failed; its own words are above")
 
 
 @contextmanager
-def _served(run: Path) -> Iterator[str]:
-    """`raylign serve` on a free port, until the block ends."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def _serve_run(run_folder: Path) -> Iterator[str]:
+    """Runs `raylign serve` on a free port until the block ends, and yields its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as probe_socket:
+        port = probe_socket.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    own = [f"folder={run}/serving", f"feedback.database=sqlite:///{run.resolve()}/serving/feedback.sqlite"]
-    settings = [f"port={port}", "max_model_len=1024", "no_keys=true", "promote=true", *own]
-    server = subprocess.Popen([sys.executable, "-m", "alignment.cli", "serve", str(run), *settings])
+    folder_settings = [
+        f"folder={run_folder}/serving",
+        f"feedback.database=sqlite:///{run_folder.resolve()}/serving/feedback.sqlite",
+    ]
+    settings = [f"port={port}", "max_model_len=1024", "no_keys=true", "promote=true", *folder_settings]
+    server = subprocess.Popen([sys.executable, "-m", "alignment.cli", "serve", str(run_folder), *settings])
     try:
         _wait_until_ready(url, server)
         yield url

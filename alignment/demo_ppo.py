@@ -1,4 +1,4 @@
-"""The original RLHF from one command: fine-tune, train a reward model, PPO against it, compare before and after."""
+"""Runs the original RLHF by one command: SFT, a reward model, PPO with its rewards, and a comparison with before."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from alignment.demo import Answer, Exchange, call_raylign, say, table
+from alignment.demo import DemoAnswer, Exchange, call_raylign, say, table
 
 CHAIN = Path("configs/align/rlhf_smollm2.yaml")
-SHOWN = 6
-"""Questions in the table that is printed."""
+NUM_PRINTED = 6
+"""Number of questions in the table that is printed."""
 
 
 def demo_ppo(
@@ -32,50 +32,50 @@ def demo_ppo(
     from alignment.metrics import read_metrics
     from alignment.report import write_report
 
-    started = time.monotonic()
+    start = time.monotonic()
     chain = output / "rlhf_smollm2"
     shutil.rmtree(chain, ignore_errors=True)
     call_raylign("pipeline", str(CHAIN), f"output={output}", *(overrides or []))
-    run = chain / "ppo"
-    exchanges = exchanges_of(run)
-    print(table(exchanges[:SHOWN]))
-    figures = figures_of(read_metrics(run))
+    run_folder = chain / "ppo"
+    exchanges = exchanges_of(run_folder)
+    print(table(exchanges[:NUM_PRINTED]))
+    figures = figures_of(read_metrics(run_folder))
     page = write_report(
-        run, [vars(exchange) for exchange in exchanges], {**figures, "seconds_total": time.monotonic() - started}
+        run_folder, [vars(exchange) for exchange in exchanges], {**figures, "seconds_total": time.monotonic() - start}
     )
     say(f"Report: {page}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
-def exchanges_of(run: Path) -> list[Exchange]:
-    """What the model of a run said to each of its sample prompts, before the first step and after the last."""
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = max(row["step"] for row in rows)
-    before, after = ([row for row in rows if row["step"] == step] for step in (0, last))
+def exchanges_of(run_folder: Path) -> list[Exchange]:
+    """Reads the sampled answers of a run to each of its sample prompts, before the first step and after the last."""
+    rows = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    last_step = max(row["step"] for row in rows)
+    first_rows, last_rows = ([row for row in rows if row["step"] == step] for step in (0, last_step))
     return [
-        Exchange(prompt=one["prompt"], before=_answer(one), after=_answer(other))
-        for one, other in zip(before, after, strict=True)
+        Exchange(prompt=first_row["prompt"], answer_before=_demo_answer(first_row), answer_after=_demo_answer(last_row))
+        for first_row, last_row in zip(first_rows, last_rows, strict=True)
     ]
 
 
 def figures_of(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """The demo's last line, from the metrics of every step."""
-    evaluated = [line for line in metrics if "eval/reward" in line]
+    """Returns the figures in the demo's last line, from the metrics of every step."""
+    evaluations = [line for line in metrics if "eval/reward" in line]
     steps = [line for line in metrics if line["step"]]
-    first, last = evaluated[0], evaluated[-1]
+    first_evaluation, last_evaluation = evaluations[0], evaluations[-1]
     return {
-        "reward_before": first["eval/reward"],
-        "reward_after": last["eval/reward"],
-        "reward_std_before": first["eval/reward_std"],
-        "kl": last["eval/kl"],
+        "reward_before": first_evaluation["eval/reward"],
+        "reward_after": last_evaluation["eval/reward"],
+        "reward_std_before": first_evaluation["eval/reward_std"],
+        "kl": last_evaluation["eval/kl"],
         "steps": float(len(steps)),
         "seconds_per_step": statistics.median(line["perf/seconds"] for line in steps),
         "rollout_tokens_per_second": statistics.median(line["perf/rollout_tokens_per_second"] for line in steps),
         "mismatch_mean_abs": statistics.fmean(line["mismatch/mean_abs"] for line in steps),
-        "judge_before": first["eval/judges/keywords"],
-        "judge_after": last["eval/judges/keywords"],
+        "judge_before": first_evaluation["eval/judges/keywords"],
+        "judge_after": last_evaluation["eval/judges/keywords"],
     }
 
 
-def _answer(row: dict[str, Any]) -> Answer:
-    return Answer(text=row["answer"].strip(), tokens=row["tokens"], right=row["scores"]["keywords"] > 0)
+def _demo_answer(row: dict[str, Any]) -> DemoAnswer:
+    return DemoAnswer(text=row["answer"].strip(), tokens=row["tokens"], is_right=row["scores"]["keywords"] > 0)

@@ -1,8 +1,8 @@
-"""What can go wrong, by the place in the circle where it does. All are picklable: they cross Ray's process borders."""
+"""The errors that raylign raises. All can be pickled, because Ray sends them from one process to another."""
 
 
 class AlignmentError(Exception):
-    """Base of every error that raylign raises on purpose; its text is written for the person who has to act on it."""
+    """Base of every error that raylign raises on purpose; its text says what happened and what to do."""
 
 
 class ConfigError(AlignmentError):
@@ -14,20 +14,20 @@ class DataError(AlignmentError):
 
 
 class NoPreference(DataError):
-    """A row is in order, and there is nothing in it to learn from: it prefers none of its answers, as a tie does."""
+    """A row is valid, and it has nothing to train on: it prefers none of its answers, as a tie does."""
 
     reason = "that prefer no answer"
-    """What such rows are, for the account of what was left out."""
+    """Describes such rows, for the report of rows that were left out."""
 
 
 class NothingToImitate(NoPreference):
-    """A row is in order, and its answers are rated bad, or no better than each other."""
+    """A row is valid, and none of its answers should be imitated: they are rated bad, or all the same."""
 
     reason = "whose answers are not rated good"
 
 
 class WithoutWeight(NoPreference):
-    """A row is in order, and its weight of 0 says that it is not to be learned from."""
+    """A row is valid, and its weight of 0 says that it is not trained on."""
 
     reason = "of weight 0"
 
@@ -37,11 +37,11 @@ class ModelError(AlignmentError):
 
 
 class DivergenceError(AlignmentError):
-    """The loss or the gradient is no longer finite; raised before anything poisoned is written to a checkpoint."""
+    """The loss or the gradient is no longer finite; it is raised before a checkpoint with such weights is written."""
 
 
 class RolloutError(AlignmentError):
-    """Completions could not be sampled: an engine failed or was late, more often than it is restarted."""
+    """Completions could not be sampled: an engine failed or was late more often than it may be restarted."""
 
 
 class RewardError(AlignmentError):
@@ -49,7 +49,7 @@ class RewardError(AlignmentError):
 
 
 class GuardError(AlignmentError):
-    """A guard has stopped the run; the text says which, at which step, and the figure."""
+    """A guard has stopped the run; the text says which guard, at which step, and with which value."""
 
 
 class CheckpointError(AlignmentError):
@@ -61,4 +61,4 @@ class ClusterError(AlignmentError):
 
 
 class ServingError(AlignmentError):
-    """The endpoint cannot be started as asked."""
+    """The endpoint cannot be started or changed as configured."""

@@ -1,4 +1,4 @@
-"""Why a run ended: told by the worker where it happened to the others, and to whoever started them, through a file."""
+"""The error that ended a run: the worker that raised it writes it to a file, for the other workers and the driver."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from typing import TYPE_CHECKING
 from alignment import errors
 from alignment.errors import AlignmentError, CheckpointError
 
-if TYPE_CHECKING:  # who only starts the workers need not wait for torch
+if TYPE_CHECKING:  # the driver, which starts the workers, needs no torch
     from alignment.models.parallel import World
 
 FAILURE = "failure.json"
-"""File in the run's folder: kind and text of the error that ended it. Trying again would not help."""
+"""File in the run's folder with class and text of the error that ended the run; another attempt would not help."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What the system says of a disk that takes nothing more."""
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Error numbers of the operating system for a disk that cannot be written."""
 
 
 def failure_of(folder: Path) -> AlignmentError | None:
-    """The error that ended the run of a folder; None if none did."""
+    """Returns the error that ended the run of a folder; None if there is none."""
     try:
-        kept = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+        record = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    error: AlignmentError = getattr(errors, kept["kind"])(kept["text"])
+    error: AlignmentError = getattr(errors, record["kind"])(record["text"])
     return error
 
 
 def clear_failure(folder: Path) -> None:
-    """Forgets how an earlier attempt ended."""
+    """Deletes the error of an earlier attempt."""
     (folder / FAILURE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def telling_others(folder: Path, world: World) -> Iterator[None]:
-    """Ends the run on every worker when one has raised an error of ours: all raise the same, within seconds.
+def propagate_failure(folder: Path, world: World) -> Iterator[None]:
+    """Ends the run on every worker if one of them raises an AlignmentError: all raise the same one, within seconds.
 
-    A worker that raises one writes it down and closes its connections. The others, who wait for it in some collective,
-    then fail there and find what it has written.
+    The worker with the error writes it to the file and closes its connections. The others, which wait for it in a
+    collective, then fail there and read the file.
+
+    Raises:
+        AlignmentError: the error of this worker, or that of the worker which failed first.
     """
     try:
-        with _full_disk_is_ours(folder):
+        with _convert_full_disk(folder):
             yield
     except AlignmentError as error:
-        _write(folder, error)
+        _write_failure(folder, error)
         world.leave()
         raise
-    except RuntimeError as error:  # what torch.distributed raises when the other side has gone
+    except RuntimeError as error:  # torch.distributed raises it when another worker has closed its connection
         cause = failure_of(folder) if world.size > 1 else None
         if cause is None:
             raise
@@ -61,24 +64,24 @@ def telling_others(folder: Path, world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_disk_is_ours(folder: Path) -> Iterator[None]:
-    """Whatever was being written, metrics as well as checkpoints: it would fail again."""
+def _convert_full_disk(folder: Path) -> Iterator[None]:
+    """Turns an OSError of a full disk into a CheckpointError, whichever file was written: it would occur again."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in FULL_DISK_ERRNOS:
             raise
-        place = error.filename or folder
+        path = error.filename or folder
         raise CheckpointError(
-            f"{place} cannot be written: {error.strerror}. Make room and start the run again"
+            f"{path} cannot be written: {error.strerror}. Make room and start the run again"
         ) from error
 
 
-def _write(folder: Path, error: AlignmentError) -> None:
-    """Keeps the first error; those that follow from it say less."""
+def _write_failure(folder: Path, error: AlignmentError) -> None:
+    """Writes the error, unless there is one already; the errors that follow from the first one say less."""
     kind = next(base.__name__ for base in type(error).__mro__ if vars(errors).get(base.__name__) is base)
-    unfinished = folder / f".{FAILURE}.{os.getpid()}"
-    with contextlib.suppress(OSError):  # a disk may be full, which is told by the error itself
+    partial_file = folder / f".{FAILURE}.{os.getpid()}"
+    with contextlib.suppress(OSError):  # the disk may be full, and the error itself says so
         if not (folder / FAILURE).exists():
-            unfinished.write_text(json.dumps({"kind": kind, "text": str(error)}), encoding="utf-8")
-            unfinished.rename(folder / FAILURE)
+            partial_file.write_text(json.dumps({"kind": kind, "text": str(error)}), encoding="utf-8")
+            partial_file.rename(folder / FAILURE)

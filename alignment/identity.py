@@ -1,12 +1,13 @@
-"""What makes the parts of a run one run: settings that must not change when it is resumed, and those that may.
+"""The identity of a run: settings that must stay the same when the run is resumed, and settings that may change.
 
-Refused, because results would mix without a trace: the model (path, revision, number format, adapter), the algorithm,
-what rollouts are drawn from, the rewards, the critic's start, the optimizer's kind, whose moments are kept, the number
-of groups in a step, the order of the data (seed, `data.shuffle`), and the training data itself.
+A change of these is refused, because the results would be a mixture: the model (path, revision, number format,
+adapter), the algorithm, the sampling distribution of rollouts, the rewards, the model that the critic starts from, the
+kind of the optimizer (its moments are kept), the number of groups in a step, the order of the data (seed,
+`data.shuffle`), and the training data.
 
-Noted, with the old value and the new, in one line at the start: the number of steps, the optimizer's rates and
-schedule, the critic's, how far rollouts run ahead and what draws them, the folder that the model was read from, and, of
-a stream, where its rows come from. Everything else changes how and where a run computes, not what.
+A change of these is reported at the start, in one line with the old and the new value: the number of steps, the rates
+and the schedule of the optimizer and of the critic, how many steps rollouts are ahead, the engine, the folder that the
+model was read from, and, for a stream, where its rows come from. All other settings do not change what a run computes.
 """
 
 from __future__ import annotations
@@ -19,34 +20,34 @@ from alignment.errors import CheckpointError
 from alignment.settings.run import OptimConfig, RunConfig
 
 SAMPLING = {"completions", "max_tokens", "temperature", "top_p", "top_k"}
-"""Keys of `rollout` that decide from which distribution answers are drawn."""
+"""Keys of `rollout` that decide the distribution from which answers are sampled."""
 ENGINE = {"engine", "dtype", "steps_ahead"}
-"""Keys of `rollout` that decide by what, and how early."""
+"""Keys of `rollout` that decide which engine samples the answers, and how many steps ahead."""
 RATES = set(OptimConfig.model_fields) - {"name", "micro_batch_tokens", "zero"}
-"""Keys of `optim` that decide how far a step goes."""
+"""Keys of `optim` that decide the size of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """A run's settings as far as results depend on them, as JSON."""
+    """The settings of a run on which its results depend, as JSON values."""
 
-    fixed: dict[str, Any]
-    """What must not change."""
-    adjustable: dict[str, Any]
-    """What may, with a note."""
+    fixed_settings: dict[str, Any]
+    """Settings that must not change, by key."""
+    adjustable_settings: dict[str, Any]
+    """Settings that may change, by key; a change is reported."""
 
 
 def identify(config: RunConfig, *, data: str, num_groups: int | None, steps: int, source: str) -> Identity:
-    """The identity of a configuration, with what its data and model turned out to be.
+    """Returns the identity of a configuration, with facts about its data and its model.
 
     Args:
         data: fingerprint of the training data.
-        num_groups: groups in it; None for a stream.
-        steps: optimizer steps that the run has.
+        num_groups: number of groups in the training data; None for a stream.
+        steps: number of optimizer steps of the run.
         source: folder or hub id that the model was read from.
     """
     lora = config.model.lora
-    fixed = {
+    fixed_settings = {
         "model.path": config.model.path,
         "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
@@ -61,7 +62,7 @@ def identify(config: RunConfig, *, data: str, num_groups: int | None, steps: int
         "data.shuffle": config.data.shuffle,
         "data": data,
     }
-    adjustable = {
+    adjustable_settings = {
         "steps": steps,
         "optim": config.optim.model_dump(mode="json", include=RATES),
         "critic": config.critic.model_dump(mode="json", include={"lr", "warmup_steps"}),
@@ -69,58 +70,80 @@ def identify(config: RunConfig, *, data: str, num_groups: int | None, steps: int
         "model read from": source,
         "data": {"groups": num_groups} if num_groups is not None else config.data.model_dump(mode="json"),
     }
-    return Identity(fixed=fixed, adjustable=adjustable)
+    return Identity(fixed_settings=fixed_settings, adjustable_settings=adjustable_settings)
 
 
-def check_same_run(folder: Path, kept: dict[str, Any], now: Identity, num_groups: int | None = None) -> None:
-    """Refuses to go on from a checkpoint of another run.
+def check_same_run(
+    folder: Path, saved_settings: dict[str, Any], identity: Identity, num_groups: int | None = None
+) -> None:
+    """Checks that a checkpoint belongs to this run.
 
     Args:
-        folder: of the checkpoint.
-        kept: `Identity.fixed` of the run that wrote it.
-        num_groups: that its training data had, if it is known.
+        folder: the folder of the checkpoint.
+        saved_settings: `Identity.fixed_settings` of the run that wrote it.
+        identity: the identity of this run.
+        num_groups: number of groups that its training data had, if it is known.
 
     Raises:
-        CheckpointError: with what differs, and what to do.
+        CheckpointError: it belongs to another run; the text says what differs and what to do.
     """
-    changed = [
-        f"{key} was {was!r} and is {value!r}" for key, was, value in differences(kept, now.fixed) if key != "data"
+    changes = [
+        f"{key} was {old_value!r} and is {value!r}"
+        for key, old_value, value in differences(saved_settings, identity.fixed_settings)
+        if key != "data"
     ]
     advice = "Set them back to go on with this run, or give the new one another name"
-    if kept["data"] != now.fixed["data"]:
-        sizes = [_size(num_groups, kept["data"]), _size(now.adjustable["data"].get("groups"), now.fixed["data"])]
-        changed.append(f"data was {sizes[0]} and is {sizes[1]}")
+    if saved_settings["data"] != identity.fixed_settings["data"]:
+        sizes = [
+            _size(num_groups, saved_settings["data"]),
+            _size(identity.adjustable_settings["data"].get("groups"), identity.fixed_settings["data"]),
+        ]
+        changes.append(f"data was {sizes[0]} and is {sizes[1]}")
         advice += (
             ". A run goes on only with the data that it began with, token by token: the same rows (a file that has "
             "grown can be cut by data.take), and what makes tokens of them (data.max_length, tokenizer, chat template)"
         )
-    if changed:
-        raise CheckpointError(f"{folder} belongs to another run: {'; '.join(changed)}. {advice}")
+    if changes:
+        raise CheckpointError(f"{folder} belongs to another run: {'; '.join(changes)}. {advice}")
 
 
 def _size(num_groups: int | None, fingerprint: str) -> str:
     return f"{'' if num_groups is None else f'{num_groups} groups '}({fingerprint[:8]})"
 
 
-def notes(kept: dict[str, Any], now: Identity) -> list[str]:
-    """What has changed that may change, each as `key old → new`."""
-    return [f"{key} {was} → {value}" for key, was, value in differences(kept, now.adjustable)]
+def notes(saved_settings: dict[str, Any], identity: Identity) -> list[str]:
+    """Returns the changes of the settings that may change, each as `key old → new`.
+
+    Args:
+        saved_settings: `Identity.adjustable_settings` of the run that wrote the checkpoint.
+        identity: the identity of this run.
+    """
+    return [
+        f"{key} {old_value} → {value}"
+        for key, old_value, value in differences(saved_settings, identity.adjustable_settings)
+    ]
 
 
-def differences(kept: Any, now: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two settings differ: key, old value, new value. One that the older does not know is new, not changed."""
-    if isinstance(kept, dict) and isinstance(now, dict):
+def differences(old_settings: Any, new_settings: Any, key_prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Returns the differences of two settings as (key, old value, new value); a key that the old one lacks is none.
+
+    Args:
+        key_prefix: the dotted key under which both stand; empty at the top.
+    """
+    if isinstance(old_settings, dict) and isinstance(new_settings, dict):
         return [
             difference
-            for key in now
-            if key in kept
-            for difference in differences(kept[key], now[key], f"{place}.{key}" if place else key)
+            for key in new_settings
+            if key in old_settings
+            for difference in differences(
+                old_settings[key], new_settings[key], f"{key_prefix}.{key}" if key_prefix else key
+            )
         ]
-    if isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
-        pairs = zip(kept, now, strict=True)
+    if isinstance(old_settings, list) and isinstance(new_settings, list) and len(old_settings) == len(new_settings):
+        pairs = zip(old_settings, new_settings, strict=True)
         return [
             difference
-            for number, (was, value) in enumerate(pairs)
-            for difference in differences(was, value, f"{place}.{number}")
+            for number, (old_value, new_value) in enumerate(pairs)
+            for difference in differences(old_value, new_value, f"{key_prefix}.{number}")
         ]
-    return [] if kept == now else [(place, kept, now)]
+    return [] if old_settings == new_settings else [(key_prefix, old_settings, new_settings)]

@@ -1,7 +1,7 @@
-"""Keys of other programs' configuration files, and where what they set stands in ours.
+"""Keys in the configuration files of other programs, each with our key for the same setting.
 
-From TRL 1.16 with the transformers' TrainingArguments, axolotl and LLaMA-Factory: what people who come from there type
-first. Only what is certain is listed.
+They are the keys of TRL 1.16 (with the TrainingArguments of transformers), axolotl and LLaMA-Factory that people who
+come from there use first. Only certain replacements are listed.
 """
 
 from __future__ import annotations
@@ -240,20 +240,22 @@ KEYS_ELSEWHERE = {
     "num_gpus": "cluster.workers and cluster.gpus_per_worker",
     "use_cpu": "cluster.gpus_per_worker, as 0",
 }
-"""The key there: where it stands here, or `no key: ` and why it needs none."""
+"""By the key of the other program: our key, or `no key: ` and the reason why none is needed."""
 
 KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+)*")
 
 
-def place_of(name: str, section: str) -> str:
-    """Where the key of another program stands here, as the end of a sentence; empty if it is not listed.
+def replacement_of(name: str, section: str) -> str:
+    """Returns our key for a key of another program, as the end of a sentence; empty if it is not listed.
 
     Args:
-        section: where it was written, as `optim`, or empty at the top.
+        section: the section in which the key was written, as `optim`; empty at the top.
     """
-    place = KEYS_ELSEWHERE.get(name, "")
-    if not place or place.startswith("no key: "):
-        return place and f"; there is {place}"
-    key = KEY.match(place)
-    parent, _, last = key[0].rpartition(".") if key else ("", "", "")
-    return f"; it is called {last!r} here" if parent == section and place == key[0] else f"; here it is {place}"  # type: ignore[index]
+    replacement = KEYS_ELSEWHERE.get(name, "")
+    if not replacement or replacement.startswith("no key: "):
+        return replacement and f"; there is {replacement}"
+    key = KEY.match(replacement)
+    parent, _, last_name = key[0].rpartition(".") if key else ("", "", "")
+    if key is not None and parent == section and replacement == key[0]:
+        return f"; it is called {last_name!r} here"
+    return f"; here it is {replacement}"

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors, per pair or per token; reduction is the update's business."""
+"""Losses as pure functions of tensors, per pair or per token; the training step reduces them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn.functional import logsigmoid
 KLEstimator = Literal["k2", "k3", "k3_plain"]
 
 LARGEST_LOGRATIO = 20.0
-"""Log-ratios are cut to ± this (nats) before they are exponentiated: e²⁰ is far above any clipping, and finite."""
+"""Log-ratios (nats) are limited to ± this before the exponential: e²⁰ is finite, and far above any clipping."""
 
 
 def sigmoid_preference(logratio_gap: Tensor, *, beta: float) -> Tensor:
     """DPO's loss, -log σ(β·gap): equation 7 of arXiv 2305.18290.
 
     Args:
-        logratio_gap: [M] (log π − log π_ref) of the better completion minus that of the worse one, summed over
+        logratio_gap: [M] (log π − log π_ref) of the chosen completion minus that of the rejected one, summed over
             tokens (nats).
         beta: strength of the pull towards the reference, > 0.
 
@@ -32,8 +32,8 @@ def ipo_preference(mean_logratio_gap: Tensor, *, beta: float) -> Tensor:
     """IPO's loss, (gap − 1/(2β))²: equation 17 of arXiv 2310.12036.
 
     Args:
-        mean_logratio_gap: [M] difference of the per-token *means* of log π − log π_ref between the better and the
-            worse completion (nats per token); sums would tie the target to the length of the answers.
+        mean_logratio_gap: [M] difference of the per-token *means* of log π − log π_ref between the chosen and the
+            rejected completion (nats per token); sums would tie the target to the length of the answers.
         beta: the paper's τ, > 0.
 
     Returns:
@@ -70,16 +70,17 @@ def chosen_likelihood(logps: Tensor, lengths: Tensor) -> Tensor:
     return -logps / lengths
 
 
-def pairwise_reward(better: Tensor, worse: Tensor) -> Tensor:
-    """A reward model's Bradley–Terry loss, −log σ(better − worse): equation 1 of arXiv 2203.02155.
+def pairwise_reward(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """The Bradley–Terry loss of a reward model, −log σ(chosen − rejected): equation 1 of arXiv 2203.02155.
 
     Args:
-        better, worse: [M] scores of the two completions of each pair.
+        chosen_scores: [M] score of the chosen completion of each pair.
+        rejected_scores: [M] score of the rejected completion of each pair.
 
     Returns:
-        [M] loss of each pair (nats); log 2 where both are equal.
+        [M] loss of each pair (nats); log 2 where both scores are equal.
     """
-    return -logsigmoid(better - worse)
+    return -logsigmoid(chosen_scores - rejected_scores)
 
 
 def clipped_policy(logratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
@@ -89,8 +90,9 @@ def clipped_policy(logratio: Tensor, advantages: Tensor, *, low: float, high: fl
 
     Args:
         logratio: [n] log π − log π_old of each action (nats).
-        advantages: [n] of each action.
-        low, high: how far the ratio may go below and above 1 before the gradient stops.
+        advantages: [n] advantage of each action.
+        low: how far the ratio may fall below 1 before the gradient is 0.
+        high: how far the ratio may rise above 1 before the gradient is 0.
 
     Returns:
         [n] loss of each action; its gradient is −A·∇log π where the ratio is 1.
@@ -100,34 +102,36 @@ def clipped_policy(logratio: Tensor, advantages: Tensor, *, low: float, high: fl
 
 
 def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """A critic's loss, ½·max((v − R)², (v_clipped − R)²), where v_clipped is at most `clip` from the old value.
+    """A critic's loss, ½·max((v − R)², (v_clipped − R)²), where v_clipped differs by at most `clip` from the old value.
 
-    As in the published code of arXiv 2005.12729; the larger of the two keeps the bound one-sided.
+    It is the loss in the published code of arXiv 2005.12729. Because of the maximum, clipping never lowers the loss.
 
     Args:
-        values: [n] what the critic says now.
-        old_values: [n] what it said before the update.
-        returns: [n] what it should say.
-        clip: > 0; infinite never clips.
+        values: [n] value of each state by the critic now.
+        old_values: [n] value of each state by the critic before the update.
+        returns: [n] return of each state, which the critic should predict.
+        clip: largest difference from the old value, > 0; infinity never clips.
 
     Returns:
         [n] loss of each state.
     """
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped_values - returns).square())
 
 
 def kl_penalty(logratio: Tensor, *, estimator: KLEstimator) -> Tensor:
     """Per-token estimate of KL(π ‖ π_ref) from π's own samples, to be minimised.
 
-    The estimators' names are J. Schulman's ("Approximating KL Divergence", 2020).
+    J. Schulman named the estimators ("Approximating KL Divergence", 2020).
 
-    `k2` is ½·logratio², whose gradient is that of the KL divergence in expectation. `k3` is exp(−logratio) − 1 +
-    logratio: unbiased and never negative in value, but its own gradient is another divergence's. So `k3` here has
-    k3's value and k2's gradient; `k3_plain` has both of k3, as GRPO was published (arXiv 2402.03300, equation 4).
+    `k2` is ½·logratio²; in expectation its gradient is that of the KL divergence. `k3` is exp(−logratio) − 1 +
+    logratio; its value is unbiased and never negative, but its gradient is that of another divergence. So `k3` here
+    has the value of k3 and the gradient of k2, and `k3_plain` has both of k3, as GRPO was published (arXiv 2402.03300,
+    equation 4).
 
     Args:
         logratio: [n] log π − log π_ref of each sampled token (nats), differentiable in π.
+        estimator: the name of the estimator.
 
     Returns:
         [n] estimates (nats), ≥ 0.

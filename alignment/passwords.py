@@ -1,4 +1,4 @@
-"""Passwords in URLs: found where there must be none, and hidden where the text is told."""
+"""Passwords in URLs: finds them where none is allowed, and hides them in texts for people."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ IN_URL = re.compile(r"(://[^:/@\s]*:)\S+@|(\b(?:ssl)?password=)[^&\s'\"]+", re.I
 
 
 def holds_password(url: str) -> bool:
-    """Whether a URL has a password in it, before its host or behind its path."""
+    """True if a URL has a password, before its host or in its query."""
     return IN_URL.search(url) is not None
 
 
 def without_passwords(text: str) -> str:
-    """The same with `***` in place of each password of a URL in it."""
-    return IN_URL.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
+    """Returns the text with `***` in place of every password of a URL."""
+    return IN_URL.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", text)

@@ -1,4 +1,4 @@
-"""Reference log-probabilities computed once and kept beside the run, so that no second model stays in memory."""
+"""Computes the reference log-probabilities once and keeps them in a file, so that no second model stays in memory."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from alignment.settings.run import RunConfig
 from alignment.step import reference_logprobs
 
 GROUPS_AT_ONCE = 256
-"""Groups whose log-probabilities the workers share out among them at a time."""
+"""Number of groups whose log-probabilities the workers compute together at a time."""
 LAYOUT = 2
-"""Raised whenever the forward pass or the file changes what the same key would mean."""
+"""Version of the file; increase it whenever a change of the forward pass or the file changes the stored numbers."""
 
 
 def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: World, *, progress: bool) -> list[Group]:
-    """Returns the groups with log-probabilities under the reference, from the run's folder or from the actor's base.
+    """Returns the groups with their log-probabilities under the reference, computed or from the file of the run.
 
-    To be called before the first step and before a checkpoint is restored: the actor, without the adapter that is
-    trained, is then the reference. The file's name is a hash of all that its numbers depend on.
+    Every worker must call this before the first step and before a checkpoint is restored: until then, the actor without
+    the adapter that is trained is the reference. The name of the file is a hash of all that its numbers depend on.
+
+    Args:
+        groups: the tokenised groups of the training data.
+        progress: whether to show a progress bar.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -41,12 +45,13 @@ def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: Worl
     logprobs = _compute(groups, roles, config, world, progress=progress)
 
     def write() -> None:
-        unfinished = file.with_suffix(".unfinished")
+        """Writes the file of the log-probabilities."""
+        partial_file = file.with_suffix(".unfinished")
         try:
-            save_file({"logprobs": logprobs}, unfinished)
-            unfinished.rename(file)
-        except Exception as error:  # safetensors has an error of its own
-            unfinished.unlink(missing_ok=True)
+            save_file({"logprobs": logprobs}, partial_file)
+            partial_file.rename(file)
+        except Exception as error:  # safetensors raises an error class of its own
+            partial_file.unlink(missing_ok=True)
             raise CheckpointError(f"{file} cannot be written: {error}") from error
 
     run_on_main(write if world.is_main else None, world)
@@ -55,19 +60,19 @@ def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: Worl
 
 def _compute(groups: list[Group], roles: Roles, config: RunConfig, world: World, *, progress: bool) -> Tensor:
     """[total] fp32 log-probability (nats) of every completion token, group after group."""
-    parts = []
+    chunks = []
     with tqdm(
         total=len(groups), desc="reference", unit=" groups", disable=None if progress else True, leave=False
     ) as bar:
         for start in range(0, len(groups), GROUPS_AT_ONCE):
-            part = groups[start : start + GROUPS_AT_ONCE]
-            parts.append(reference_logprobs(roles, part, config.optim, world))
-            bar.update(len(part))
-    return torch.cat(parts)
+            chunk = groups[start : start + GROUPS_AT_ONCE]
+            chunks.append(reference_logprobs(roles, chunk, config.optim, world))
+            bar.update(len(chunk))
+    return torch.cat(chunks)
 
 
 def _attach(groups: list[Group], logprobs: Tensor) -> list[Group]:
-    """Gives every completion its part as a view: millions of Python numbers would silence this process for minutes."""
+    """Gives every completion its log-probabilities as a view; lists of Python numbers would need minutes."""
     lengths = [len(completion.tokens) for group in groups for completion in group.completions]
     views: Iterator[Tensor] = iter(torch.split(logprobs, lengths))
     return [
@@ -82,11 +87,14 @@ def _attach(groups: list[Group], logprobs: Tensor) -> list[Group]:
 
 
 def _key(groups: list[Group], roles: Roles, config: RunConfig) -> str:
-    """Of the reference: its weights and settings. Not of an adapter that is trained on it, wherever that starts."""
+    """Hash of all that the numbers depend on: weights and settings of the reference, and the tokens of the groups.
+
+    The adapter that is trained is not a part of it.
+    """
     network = roles.actor.network
     settings = {key: value for key, value in network.config.to_dict().items() if not key.startswith("raylign_")}
     hub_commit = getattr(network.config, "_commit_hash", None)
-    known = (
+    key_fields = (
         LAYOUT,
         (torch.__version__, transformers.__version__),
         (roles.actor.source, weights_stamp(roles.actor.source), config.model.revision, hub_commit),
@@ -95,7 +103,7 @@ def _key(groups: list[Group], roles: Roles, config: RunConfig) -> str:
         config.data.max_length,
         roles.temperature,
     )
-    digest = hashlib.sha256(repr(known).encode())
+    digest = hashlib.sha256(repr(key_fields).encode())
     for group in groups:
         answers = [(completion.tokens, completion.learned) for completion in group.completions]
         digest.update(repr((group.prompt_tokens, answers)).encode())

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page: its curves, its figures, and what the model says."""
+"""Writes a run as one self-contained HTML page: its curves, its figures and sampled answers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ class Curve:
     """One metric over the steps, in the coordinates of its chart."""
 
     legend: str
+    """Its name in the legend."""
     path: str
     """Points of an SVG polyline."""
-    last: str
+    last_value: str
+    """The value at the last step, formatted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +53,12 @@ class Chart:
     """Curves that share axes."""
 
     title: str
+    """Its headline."""
     curves: list[Curve]
     ticks: list[tuple[float, str]]
     """(y in pixels, label) of the horizontal lines."""
     steps: int
+    """The last step on the horizontal axis."""
 
 
 def report(
@@ -68,11 +72,12 @@ def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, 
     """Writes a run's page.
 
     Args:
-        exchanges: `prompt`, and the answers `before` and `after` (`text`, `tokens`, `right`) to questions over HTTP;
-            may be empty.
-        figures: what to list at the top; may be empty.
+        exchanges: questions that were asked over HTTP: each has `prompt`, `answer_before` and `answer_after` (with
+            `text`, `tokens` and `is_right`); may be empty.
+        figures: numbers to list at the top, by name; may be empty.
 
-    Returns the page's path.
+    Returns:
+        The path of the page.
 
     Raises:
         ConfigError: the folder holds no metrics.
@@ -102,9 +107,16 @@ def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, 
 
 
 def draw(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str, float]]) -> Chart | None:
-    """Scales some metrics to a chart; None if none of them was measured."""
-    measured = {legend: [(line["step"], line[name]) for line in metrics if name in line] for name, legend in series}
-    values = [value for points in measured.values() for _, value in points]
+    """Makes a chart of some metrics, scaled to its size; None if the run has none of them.
+
+    Args:
+        series: (metric, legend) of each curve.
+        metrics: the metrics of every step.
+    """
+    points_by_legend = {
+        legend: [(line["step"], line[name]) for line in metrics if name in line] for name, legend in series
+    }
+    values = [value for points in points_by_legend.values() for _, value in points]
     if not values:
         return None
     steps = int(max(line["step"] for line in metrics)) or 1
@@ -121,25 +133,25 @@ def draw(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str
         Curve(
             legend=legend,
             path=" ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points),
-            last=f"{points[-1][1]:.3g}",
+            last_value=f"{points[-1][1]:.3g}",
         )
-        for legend, points in measured.items()
+        for legend, points in points_by_legend.items()
         if points
     ]
-    # A label next to zero would be long and say nothing.
+    # A value very near to zero would have a long label; it is written as 0.
     ticks = [
         (y(value), f"{value:.3g}" if abs(value) > (high - low) / 100 else "0")
-        for value in (low + (high - low) * part / 4 for part in range(5))
+        for value in (low + (high - low) * quarter / 4 for quarter in range(5))
     ]
     return Chart(title=title, curves=curves, ticks=ticks, steps=steps)
 
 
 def _samples(run: Path) -> list[dict[str, Any]]:
-    """Sampled answers before and after training, by prompt."""
+    """The prompts that have sampled answers from before and after training, with both answers."""
     file = run / "samples.jsonl"
     by_prompt: dict[str, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         sample = json.loads(line)
-        when = "after" if sample["step"] else "before"
-        by_prompt.setdefault(sample["prompt"], {"prompt": sample["prompt"]})[when] = sample
-    return [sample for sample in by_prompt.values() if {"before", "after"} <= sample.keys()]
+        field = "answer_after" if sample["step"] else "answer_before"
+        by_prompt.setdefault(sample["prompt"], {"prompt": sample["prompt"]})[field] = sample
+    return [sample for sample in by_prompt.values() if {"answer_before", "answer_after"} <= sample.keys()]

@@ -1,6 +1,6 @@
-"""Whether several machines see one folder: one of them leaves a mark in it, and the others look for that.
+"""Checks whether several machines see the same folder: one machine leaves a mark in it, and the others look for it.
 
-A path is the same everywhere, and what lies there need not be: each machine's own disk, or a mount that one lacks.
+The same path may be another folder on another machine: on a disk of its own, or on a mount that one machine lacks.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WAIT_S = 10.0
-"""How long a network file system may take to show a new file to another machine."""
+"""Seconds in which a network file system must show a new file to another machine."""
 PAUSE_S = 0.2
+"""Seconds between two looks for the mark."""
 
 
 @contextlib.contextmanager
-def marked(folder: Path) -> Iterator[str]:
-    """Leaves a mark in a folder for as long as the block runs, and yields its name, unlike any other's.
+def leave_mark(folder: Path) -> Iterator[str]:
+    """Leaves a mark, a file with a unique name, in a folder while the block runs; yields the name of the mark.
 
     Raises:
         OSError: the folder cannot be written.
@@ -32,7 +33,7 @@ def marked(folder: Path) -> Iterator[str]:
 
 
 def sees(folder: Path, mark: str, *, wait_s: float = WAIT_S) -> bool:
-    """Whether this machine sees a mark in a folder, within so many seconds."""
+    """True if this machine sees a mark in a folder within `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
     while not (folder / mark).exists():
         if time.monotonic() > deadline:

@@ -15,7 +15,7 @@ import time
 import torch
 
 from alignment.data.agreement import check_step
-from alignment.failure import telling_others
+from alignment.failure import propagate_failure
 from alignment.metrics import Metrics, Reporter
 from alignment.models.parallel import World, run_on_all
 from alignment.rollout import Generator
@@ -38,7 +38,7 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
     """
     with contextlib.ExitStack() as stack:
         run_on_all(lambda: stack.enter_context(run_lock(config.make_folder())) if world.is_main else None, world)
-        stack.enter_context(telling_others(config.folder, world))
+        stack.enter_context(propagate_failure(config.folder, world))
         torch.manual_seed(config.seed + world.rank)
         run = Run.set_up(config, world, reporter, generator)
         progress = run.start()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from alignment.environment import NO_BARS, compute_on, inherited
+from alignment.environment import NO_BARS, compute_on, inherited_variables
 from alignment.errors import ClusterError, ConfigError
 from alignment.failure import clear_failure, failure_of
 from alignment.settings.plugins import MODULE_FOLDERS
@@ -189,14 +189,14 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
     has_joined = start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     import ray
 
-    from alignment.shared_folder import marked
+    from alignment.shared_folder import leave_mark
 
     try:
         cluster_plan = plan(config)
         if not config.cluster.autoscaling:
             check_fits(cluster_plan, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
         print(f"cluster: starting {cluster_plan.sentence} …", flush=True)
-        with marked(config.folder) as mark, _engines_on_ray(config, cluster_plan) as engines:
+        with leave_mark(config.folder) as mark, _engines_on_ray(config, cluster_plan) as engines:
             _fit(config, cluster_plan, engines, mark)
     finally:
         if has_joined:
@@ -311,7 +311,7 @@ def _fit(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, 
             storage_path=str((config.folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             # On another machine, Ray's worker loads torch before any of our modules.
-            worker_runtime_env={"env_vars": inherited() | NO_BARS},
+            worker_runtime_env={"env_vars": inherited_variables() | NO_BARS},
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[StopOnFinalError()],
         ),

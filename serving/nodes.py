@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from alignment.errors import ServingError
-from alignment.shared_folder import WAIT_S, marked, sees
+from alignment.shared_folder import WAIT_S, leave_mark, sees
 from serving.registry import Registry
 
 logger = logging.getLogger("ray.serve")
@@ -67,7 +67,7 @@ def _without_sight(registry: Registry, nodes: list[str]) -> list[str]:
     registry.folder.mkdir(parents=True, exist_ok=True)
     task: Any = ray.remote(num_cpus=0, max_retries=0)(sees)
     blind_nodes = []
-    with marked(registry.folder) as mark:
+    with leave_mark(registry.folder) as mark:
         node_of = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 registry.folder, mark

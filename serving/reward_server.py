@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alignment.errors import ConfigError, RewardError
 from alignment.groups import Completion, Group, Message
-from alignment.rewards import Reward, Scorer, Unreadable, checked
+from alignment.rewards import Reward, Scorer, Unreadable, check_rewards
 from alignment.rewards.model import RewardModel
 from alignment.rewards.remote import ScoredItem, ScoreItem, ScoreReply, ScoreRequest, key_from
 from alignment.settings.load import check_config
@@ -256,7 +256,7 @@ def _group(items: list[ScoreItem]) -> Group:
 
 
 def _answers(items: list[ScoreItem], group: Group, rewards: Sequence[Reward]) -> list[ScoredItem]:
-    problem, numbers = checked(group, rewards)
+    problem, numbers = check_rewards(group, rewards)
     if problem:
         return [ScoredItem(id=item.id, error="not_finite") for item in items]
     return [ScoredItem(id=item.id, reward=number) for item, number in zip(items, numbers, strict=True)]

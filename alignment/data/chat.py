@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from alignment.data.control_tokens import ControlTokens, Span
-from alignment.data.rendering import Answer, Renderer, TemplateInputs
+from alignment.data.rendering import RenderedAnswer, Renderer, TemplateInputs
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import DataConfig
@@ -269,7 +269,7 @@ class GroupTokenizer:
             sequences.append((encoding.ids, [start < answer_stop for start, _ in encoding.spans]))
         return self._layout(prompt, group, sequences)
 
-    def _answer(self, group: Group, completion: Completion, prompt: str, continues_answer: bool) -> Answer:
+    def _answer(self, group: Group, completion: Completion, prompt: str, continues_answer: bool) -> RenderedAnswer:
         assert not isinstance(group.prompt, str)
         try:
             turn = _turn(completion)

@@ -49,7 +49,7 @@ NO_INPUTS = TemplateInputs()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
+class RenderedAnswer:
     """One answer after its prompt; a model would write `body + end`."""
 
     prompt: str
@@ -231,7 +231,7 @@ class Renderer:
         inputs: TemplateInputs = NO_INPUTS,
         prompt: str,
         continues_answer: bool = False,
-    ) -> Answer:
+    ) -> RenderedAnswer:
         """An answer after the prompt of `turns`, found by its text.
 
         Args:
@@ -281,7 +281,7 @@ class Renderer:
                 raise _missing_reasoning_error(open_marks)
             return self._answer_as_generated(context, turn, inputs, prompt, open_marks, reasoning_text or "", content)
         end, space = ("", "") if answer.truncated and answer.content else self._split_end(tail)
-        return Answer(prompt=prompt, body=body, content=printed_form or "", end=end, space=space)
+        return RenderedAnswer(prompt=prompt, body=body, content=printed_form or "", end=end, space=space)
 
     def _text_after_last_turn(
         self, context: Turns, turn: Message, inputs: TemplateInputs, prompt: str, full_text: str
@@ -298,7 +298,9 @@ class Renderer:
         stop = head.rfind(prompt[start:]) if start >= 0 and full_text.startswith(head) else -1
         return full_text[stop + len(prompt) - start :] if stop >= 0 else None
 
-    def as_generated(self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NO_INPUTS, prompt: str) -> Answer:
+    def as_generated(
+        self, turns: Turns, answer: Message, *, inputs: TemplateInputs = NO_INPUTS, prompt: str
+    ) -> RenderedAnswer:
         """An answer after the prompt with the text that a model wrote, even if the template would change that text.
 
         Raises:
@@ -308,7 +310,7 @@ class Renderer:
         tail = self._find_tail(turns, answer, inputs)
         is_cut = tail is None or (answer.truncated and answer.content)
         end, space = ("", "") if is_cut else self._split_end(tail or "")
-        return Answer(prompt=prompt, body=answer.content, content=answer.content, end=end, space=space)
+        return RenderedAnswer(prompt=prompt, body=answer.content, content=answer.content, end=end, space=space)
 
     def conversation(
         self, turns: Turns, answer_indices: Sequence[int], *, inputs: TemplateInputs = NO_INPUTS, continues_answer: bool
@@ -350,7 +352,13 @@ class Renderer:
         return Conversation(text=text, prompt=first_prompt, spans=(*spans, last_answer.span))
 
     def _answer_stop(
-        self, text: str, prompt: str, turns: Turns, last_answer: Answer, inputs: TemplateInputs, continues_answer: bool
+        self,
+        text: str,
+        prompt: str,
+        turns: Turns,
+        last_answer: RenderedAnswer,
+        inputs: TemplateInputs,
+        continues_answer: bool,
     ) -> int | None:
         """Where the last of `turns`, which is an answer, ends in the whole text; None if it is not found there."""
         if not text.startswith(prompt):
@@ -415,7 +423,7 @@ class Renderer:
 
     def _answer_with_calls(
         self, context: Turns, turn: Message, inputs: TemplateInputs, prompt: str, rest: str
-    ) -> Answer:
+    ) -> RenderedAnswer:
         content = turn.content.strip()
         stop = rest.find(content) + len(content) if content else 0
         reasoning_text, _ = _split_reasoning(turn)
@@ -428,11 +436,11 @@ class Renderer:
             raise _lost_reasoning_error(reasoning_text)
         end_stops = [rest.index(end, stop) + len(end) for end in self.end_texts if end in rest[stop:]]
         if not end_stops:
-            return Answer(prompt=prompt, body=rest, content=rest, end="")
+            return RenderedAnswer(prompt=prompt, body=rest, content=rest, end="")
         body_stop = max(start for end in self.end_texts if (start := rest.find(end, stop, min(end_stops))) >= 0)
         body, tail = rest[:body_stop], rest[body_stop:]
         end, space = ("", "") if turn.truncated else self._split_end(tail)
-        return Answer(prompt=prompt, body=body, content=body, end=end, space=space)
+        return RenderedAnswer(prompt=prompt, body=body, content=body, end=end, space=space)
 
     def _answer_as_generated(
         self,
@@ -443,7 +451,7 @@ class Renderer:
         open_marks: tuple[str, str] | None,
         reasoning_text: str,
         content: str,
-    ) -> Answer:
+    ) -> RenderedAnswer:
         """An answer whose reasoning the template does not print, written as a model would generate it.
 
         Raises:
@@ -460,7 +468,7 @@ class Renderer:
             body = f"{reasoning_text.strip()}\n{marks[1]}\n\n{content}"
         tail = self._find_tail(context, turn, inputs)
         end, space = ("", "") if turn.truncated or tail is None else self._split_end(tail)
-        return Answer(prompt=prompt, body=body, content=body, end=end, space=space)
+        return RenderedAnswer(prompt=prompt, body=body, content=body, end=end, space=space)
 
     def _is_printed(self, prompt: str, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
         """True if the text of a turn is in the prompt. A short text may be there by chance, as a part of another."""
@@ -485,8 +493,8 @@ class Renderer:
 
     def _probe_content_parts(self) -> bool:
         """True if the template accepts a content only as a list of parts, as the templates of some image models do."""
-        parts = [{"type": "text", "text": SENTINEL}]
-        return not self._prints_sentinel(SENTINEL) and self._prints_sentinel(parts)
+        content_parts = [{"type": "text", "text": SENTINEL}]
+        return not self._prints_sentinel(SENTINEL) and self._prints_sentinel(content_parts)
 
     def _prints_sentinel(self, content: str | list[dict[str, str]]) -> bool:
         try:

@@ -365,7 +365,7 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
         return Data(train=live, num_train=None, eval=held_out, report=f"streaming{reader.note_on_weights()}")
     groups = _read_all(reader, data.sources, seed=seed, progress=progress)
     if data.eval is None and data.eval_groups:
-        groups, held_out = hold_out(groups, data.eval_groups, seed=seed, by=data.hold_out_by)
+        groups, held_out = hold_out(groups, data.eval_groups, seed=seed, group_by=data.hold_out_by)
     if not groups:
         raise DataError(f"no usable group is left to train on: {reader.summary()}")
     train = ListStream(groups, seed=seed, shuffle=data.shuffle)
@@ -378,7 +378,7 @@ def load_data(reader: GroupReader, *, seed: int, progress: bool) -> Data:
 
 
 def hold_out(
-    groups: list[Group], count: int, *, seed: int, by: Literal["prompt", "first_turn"] = "prompt"
+    groups: list[Group], count: int, *, seed: int, group_by: Literal["prompt", "first_turn"] = "prompt"
 ) -> tuple[list[Group], list[Group]]:
     """Separates whole prompts, so that no held-out prompt is trained on, until `count` groups are held out.
 
@@ -394,7 +394,7 @@ def hold_out(
     indices_by_prompt: dict[object, list[int]] = {}
     prompt_by_id: dict[str, object] = {}  # keeps the examples of one conversation, which share an id, together
     for index, group in enumerate(groups):
-        prompt = prompt_by_id.setdefault(group.id, group.prompt if by == "prompt" else _first_turn(group))
+        prompt = prompt_by_id.setdefault(group.id, group.prompt if group_by == "prompt" else _first_turn(group))
         indices_by_prompt.setdefault(prompt, []).append(index)
     prompts = list(indices_by_prompt)
     random.Random(seed).shuffle(prompts)

@@ -338,7 +338,7 @@ class _ConfiguredScorer:
             return f"{describe_groups(pending_groups)}: it rated {count}"
         problems = []
         for index, rewards in zip(pending_indices, group_rewards, strict=True):
-            problem, numbers = checked(groups[index], rewards)
+            problem, numbers = check_rewards(groups[index], rewards)
             if problem:
                 problems.append(problem)
             else:
@@ -361,7 +361,7 @@ def describe_groups(groups: list[Group]) -> str:
     return f"group {groups[0].id}" + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
 
 
-def checked(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
+def check_rewards(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
     """Checks the rewards of a group; returns the problem ("" if there is none), and the rewards as numbers or None."""
     count = len(group.completions)
     if len(rewards) != count:

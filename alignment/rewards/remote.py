@@ -138,8 +138,8 @@ class RewardService(BuildableScorer):
     def _check_url(cls, url: str) -> str:
         from urllib.parse import urlsplit
 
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        url_parts = urlsplit(url)
+        if url_parts.scheme not in ("http", "https") or not url_parts.hostname or url_parts.username or url_parts.query:
             raise ValueError("must be http://HOST/PATH or https://HOST/PATH without a user, a password or a query")
         return url
 
@@ -257,7 +257,7 @@ class ServiceScorer:
         by_id: dict[str, list[ScoredItem]] = {}
         for reply in replies.items:
             by_id.setdefault(reply.id, []).append(reply)
-        return [ItemResult.of(by_id.get(item.id, [])) for item in items]
+        return [ItemResult.from_replies(by_id.get(item.id, [])) for item in items]
 
     async def _post(self, request: ScoreRequest) -> ScoreReply:
         import httpx
@@ -297,7 +297,7 @@ class ItemResult:
     """Why no attempt can give a reward; empty if one may."""
 
     @classmethod
-    def of(cls, replies: list[ScoredItem]) -> ItemResult:
+    def from_replies(cls, replies: list[ScoredItem]) -> ItemResult:
         """Checks the replies of a service to one item, of which there must be exactly one."""
         if len(replies) != 1:
             return cls(problem="the service left it out" if not replies else "the service answered it twice")

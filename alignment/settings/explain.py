@@ -9,7 +9,7 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from alignment.keys_elsewhere import place_of
+from alignment.keys_elsewhere import replacement_of
 from alignment.passwords import without_passwords
 from alignment.settings.section import Section, sections_of
 
@@ -26,7 +26,7 @@ def explain(error: ValidationError, kind: type[Section], tree: dict[str, Any]) -
             section = ".".join(part for part in path[:-1] if not part.isdecimal())
             known = _fields(kind, parents, tree)
             inside = _elsewhere(kind, path[-1], f"{section}.") if section else ""
-            others = place_of(path[-1], section) if kind.is_run else ""
+            others = replacement_of(path[-1], section) if kind.is_run else ""
             place = inside or others or _dotted(path[-1]) or _elsewhere(kind, path[-1], "")
             message = f"unknown key{place or nearest(str(last), known)}"
         elif problem["type"] == "missing":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.demo import QUESTIONS, Answer, Exchange, comparison, contains_keyword, read_questions, table
+from alignment.demo import QUESTIONS, DemoAnswer, Exchange, comparison, contains_keyword, read_questions, table
 from alignment.errors import ConfigError
 from alignment.metrics import FileReporter
 from alignment.models.parallel import World
@@ -57,9 +57,9 @@ def test_a_keyword_counts_only_as_a_whole_word() -> None:
 
 def exchange(prompt: str, before: tuple[int, bool], after: tuple[int, bool]) -> Exchange:
     one, other = (
-        Answer(text="<b>" + "word " * tokens, tokens=tokens, right=right) for tokens, right in (before, after)
+        DemoAnswer(text="<b>" + "word " * tokens, tokens=tokens, is_right=right) for tokens, right in (before, after)
     )
-    return Exchange(prompt=prompt, before=one, after=other)
+    return Exchange(prompt=prompt, answer_before=one, answer_after=other)
 
 
 EXCHANGES = [exchange("a?", (80, True), (10, True)), exchange("b?", (60, False), (8, True))]

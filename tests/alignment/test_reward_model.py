@@ -283,7 +283,7 @@ def test_peft_reads_the_scores_that_we_do_from_an_adapter(reward_settings: Setti
 
     roles = Roles.build(config, World())
     kept = json.loads((folder / "trainer" / "state.json").read_text())
-    same = Identity(fixed=kept["identity"], adjustable=kept["adjustable"])
+    same = Identity(fixed_settings=kept["identity"], adjustable_settings=kept["adjustable"])
     checkpoint.restore(config, roles, identity=same, world=World())
     roles.train(False)
     groups = random_groups(6)

@@ -59,7 +59,7 @@ def test_whichever_file_cannot_be_written_the_error_is_ours_and_earlier_checkpoi
 ) -> None:
     config = configured(run_settings, kind)
     roles = Roles.build(config, World())
-    identity = Identity(fixed={}, adjustable={})
+    identity = Identity(fixed_settings={}, adjustable_settings={})
 
     def save(step: int) -> None:
         checkpoint.save(config, roles, Progress(step=step, position=0), identity=identity, world=World())

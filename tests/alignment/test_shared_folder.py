@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from alignment.shared_folder import marked, sees
+from alignment.shared_folder import leave_mark, sees
 
 
 def test_a_mark_is_seen_where_it_was_left_and_nowhere_else(tmp_path: Path) -> None:
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
-    with marked(here) as mark, marked(here) as other:
+    with leave_mark(here) as mark, leave_mark(here) as other:
         assert mark != other
         assert sees(here, mark, wait_s=0) and sees(here, other, wait_s=0)
         assert not sees(elsewhere, mark, wait_s=0), "not even the folder is there"
@@ -24,7 +24,7 @@ def test_a_mark_is_seen_where_it_was_left_and_nowhere_else(tmp_path: Path) -> No
 
 
 def test_a_mark_goes_whatever_happens(tmp_path: Path) -> None:
-    with pytest.raises(ValueError), marked(tmp_path):
+    with pytest.raises(ValueError), leave_mark(tmp_path):
         raise ValueError
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.start_failure import Failure, FailureHandler, SettingNames, StartLog, reason_of
+from alignment.start_failure import EngineFailure, FailureHandler, SettingNames, StartLog, reason_of
 
 NAMES = SettingNames(cache="the_cache", length="the_length", gpus="the_gpus")
 NO_REASON = "Engine core initialization failed. See root cause above. Failed core proc(s): "
@@ -107,7 +107,7 @@ NO_REASON = "Engine core initialization failed. See root cause above. Failed cor
     ],
 )
 def test_a_reason_is_told_with_its_figures_and_in_the_words_of_the_settings(kind: str, text: str, told: str) -> None:
-    assert reason_of(Failure(kind=kind, text=text, is_of_start=True), NAMES) == told
+    assert reason_of(EngineFailure(kind=kind, text=text, is_of_start=True), NAMES) == told
 
 
 def test_the_first_process_that_could_not_start_has_the_reason(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
-from alignment.failure import FAILURE, clear_failure, failure_of, telling_others
+from alignment.failure import FAILURE, clear_failure, failure_of, propagate_failure
 from alignment.metrics import FileReporter, Silent, read_metrics
 from alignment.models.parallel import World, run_on_main
 from alignment.rollout.pool import EngineLost
@@ -139,7 +139,7 @@ def test_what_only_the_main_worker_does_may_take_longer_than_a_collective() -> N
 
 def test_the_first_error_is_kept_until_the_next_attempt(tmp_path: Path) -> None:
     for error in (EngineLost("the first"), DataError("what followed")):
-        with pytest.raises(type(error)), telling_others(tmp_path, World()):
+        with pytest.raises(type(error)), propagate_failure(tmp_path, World()):
             raise error
     kept = failure_of(tmp_path)
     assert type(kept) is RolloutError and str(kept) == "the first", "an error of a kind that others know"
@@ -149,8 +149,8 @@ def test_the_first_error_is_kept_until_the_next_attempt(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_an_error_of_ours_whatever_was_being_written(tmp_path: Path) -> None:
     text = r"metrics\.jsonl cannot be written: No space left"
-    with pytest.raises(CheckpointError, match=text), telling_others(tmp_path, World()):
+    with pytest.raises(CheckpointError, match=text), propagate_failure(tmp_path, World()):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-    with pytest.raises(FileNotFoundError), telling_others(tmp_path, World()):
+    with pytest.raises(FileNotFoundError), propagate_failure(tmp_path, World()):
         (tmp_path / "nowhere").read_text()
     assert json.loads((tmp_path / FAILURE).read_text())["kind"] == "CheckpointError"
