@@ -20,7 +20,7 @@ class Message:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the message has beyond that (`tool_calls`, `reasoning_content`, `name`, …), for the chat template."""
     trained: bool = True
-    """False if the data marks it as context (`weight: 0`): an assistant's turn is then not learned from."""
+    """False if the data marks it as context (`weight: 0`): an assistant's turn is then not trained on."""
     truncated: bool = False
     """True if the text stops where its speaker was cut off (`finish_reason: length`), so that no end token follows."""
 
@@ -38,25 +38,30 @@ class Completion:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the answer's message has beyond its text (`tool_calls`, `reasoning_content`, …), for the chat template."""
     following: tuple[Message, ...] = ()
-    """Turns after the answer, for a conversation that is learned as one example."""
+    """Turns after the answer, for a conversation that is trained on as one example."""
     reward: float | None = None
     """How good it is, in any unit in which higher is better; None if nobody has said."""
     tokens: tuple[int, ...] = ()
     """Token ids as they follow the prompt, with the end token if the answer ends; empty before tokenisation."""
-    learned: tuple[bool, ...] = ()
-    """Which of `tokens` are learned from; the rest is context (another speaker's turn)."""
+    loss_mask: tuple[bool, ...] = ()
+    """Which of `tokens` are trained on; the rest is context (another speaker's turn)."""
     truncated: bool = False
     """True if its end was cut off, to fit the window or where it was sampled: it has no end token."""
     reference_logprobs: Tensor | None = field(default=None, compare=False)
     """[len(tokens)] fp32 log-probability (nats) of each token under the reference model, once known; 0 where not
-    learned. A view of the whole data set's."""
+    trained on. A view of the whole data set's."""
     sampled_logprobs: tuple[float, ...] | None = None
     """Log-probability (nats) of each of `tokens` as it was sampled, temperature and all; None if it was not sampled by
     us."""
-    version: int | None = None
+    weight_version: int | None = None
     """Version of the weights that sampled it: optimizer steps done by then."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """What each scorer gave, before weights, by the scorer's name; a scorer that abstained is left out."""
+
+    @property
+    def learned(self) -> tuple[bool, ...]:
+        """The name of before for `loss_mask`; it goes with the next release."""
+        return self.loss_mask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +93,12 @@ class Group:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Indices (better, worse) of every two completions with different rewards, and different tokens once they
+        """Indices (chosen, rejected) of every two completions with different rewards, and different tokens once they
         have some: within the window, two answers may be the same."""
-        rated = [(index, c.reward, c.tokens) for index, c in enumerate(self.completions) if c.reward is not None]
+        ratings = [(index, c.reward, c.tokens) for index, c in enumerate(self.completions) if c.reward is not None]
         return [
-            (i, j)
-            for i, better, tokens in rated
-            for j, worse, others in rated
-            if better > worse and (tokens != others or not tokens)
+            (chosen, rejected)
+            for chosen, chosen_reward, chosen_tokens in ratings
+            for rejected, rejected_reward, rejected_tokens in ratings
+            if chosen_reward > rejected_reward and (chosen_tokens != rejected_tokens or not chosen_tokens)
         ]

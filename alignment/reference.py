@@ -105,6 +105,6 @@ def _key(groups: list[Group], roles: Roles, config: RunConfig) -> str:
     )
     digest = hashlib.sha256(repr(key_fields).encode())
     for group in groups:
-        answers = [(completion.tokens, completion.learned) for completion in group.completions]
+        answers = [(completion.tokens, completion.loss_mask) for completion in group.completions]
         digest.update(repr((group.prompt_tokens, answers)).encode())
     return digest.hexdigest()[:16]

@@ -94,7 +94,7 @@ def reference_logprobs(roles: Roles, groups: list[Group], optim: OptimConfig, wo
     """[L] log-probability (nats) of every completion token under the reference, group after group; on the CPU."""
     batch = pack(groups).to(world.device)
     outputs = _gather_outputs(batch, roles.reference_annotations, roles, optim, world)
-    return outputs["reference_logprobs"][batch.branches >= 0].cpu()
+    return outputs["reference_logprobs"][batch.completion_index >= 0].cpu()
 
 
 def divergences(roles: Roles, groups: list[Group], optim: OptimConfig, world: World) -> list[float]:
@@ -162,16 +162,16 @@ class MicroBatch:
 
 def _micro_batches(batch: Batch, roles: Roles, optim: OptimConfig, world: World) -> Iterator[MicroBatch]:
     """Cuts this worker's share of a batch into forward passes."""
-    lengths = torch.bincount(batch.groups).tolist()
+    lengths = torch.bincount(batch.group_index).tolist()
     shares = [share(lengths, rank=rank, size=world.size) for rank in range(world.size)]
     cuts = [micro_batches(groups, lengths, max_tokens=optim.micro_batch_tokens) for groups in shares]
     own_cut = cuts[world.rank]
     num_padding = max(map(len, cuts)) - len(own_cut) if roles.in_lockstep else 0
     for groups in own_cut:
-        yield MicroBatch(batch=batch.cut(groups), token_index=batch.tokens_of(groups), is_padding=False)
+        yield MicroBatch(batch=batch.cut(groups), token_index=batch.token_indices(groups), is_padding=False)
     shortest = [lengths.index(min(lengths))]
     for _ in range(num_padding):
-        yield MicroBatch(batch=batch.cut(shortest), token_index=batch.tokens_of(shortest), is_padding=True)
+        yield MicroBatch(batch=batch.cut(shortest), token_index=batch.token_indices(shortest), is_padding=True)
 
 
 def optimizer_step(

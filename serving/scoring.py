@@ -220,8 +220,8 @@ class Policies:
         ratios = (self._policy(batch, version) - self._logprobs(self._reference, batch)).tolist()
         texts = [self._reference.tokenizer.decode(token) for token in batch.tokens.tolist()]
         token_indices: list[list[int]] = [[] for _ in range(batch.num_completions)]
-        for token_index in batch.learned.nonzero().squeeze(1).tolist():
-            token_indices[int(batch.branches[token_index])].append(token_index)
+        for token_index in batch.loss_mask.nonzero().squeeze(1).tolist():
+            token_indices[int(batch.completion_index[token_index])].append(token_index)
         completions = iter(
             [
                 LogRatios(tokens=tuple(texts[i] for i in indices), values=tuple(ratios[i] for i in indices))

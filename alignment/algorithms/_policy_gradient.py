@@ -146,9 +146,9 @@ class PolicyGradient(ReferencedAlgorithm):
         batch = dataclasses.replace(batch, rewards=rewards)
         advantages = self.advantages(batch)
         if self.truncated == "mask":  # after the advantages, in which their rewards count
-            is_kept = ~batch.truncated[batch.branches] | (batch.branches < 0)
-            batch = dataclasses.replace(batch, learned=batch.learned & is_kept)
-        return dataclasses.replace(batch, advantages=batch.on_learned(advantages[batch.learned]))
+            is_kept = ~batch.truncated[batch.completion_index] | (batch.completion_index < 0)
+            batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & is_kept)
+        return dataclasses.replace(batch, advantages=batch.scatter(advantages[batch.loss_mask]))
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
         """The clipped policy loss, and the KL and entropy terms."""
@@ -156,8 +156,8 @@ class PolicyGradient(ReferencedAlgorithm):
         old_logprobs = outputs.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         logratio = outputs.logprobs - old_logprobs
         metrics = {
-            "entropy": outputs.entropies[batch.learned].detach(),
-            "ratio": logratio.detach()[batch.learned].clamp(-LARGEST_LOGRATIO, LARGEST_LOGRATIO).exp(),
+            "entropy": outputs.entropies[batch.loss_mask].detach(),
+            "ratio": logratio.detach()[batch.loss_mask].clamp(-LARGEST_LOGRATIO, LARGEST_LOGRATIO).exp(),
         }
         if batch.reference_logprobs is not None:
             metrics["kl"] = batch.per_completion(old_logprobs - batch.reference_logprobs)[batch.lengths > 0]
@@ -180,43 +180,43 @@ class PolicyGradient(ReferencedAlgorithm):
     def token_rewards(self, batch: Batch) -> Tensor:
         """[T] reward of each token: minus the price of its divergence if `kl_placement` is `reward`, and at a
         completion's last token the completion's reward."""
-        rewards = batch.at_the_end(batch.rewards)
+        rewards = batch.at_last_token(batch.rewards)
         if self.kl_placement == "reward":
             assert batch.old_logprobs is not None and batch.reference_logprobs is not None, "both are annotated"
             divergence = batch.old_logprobs - batch.reference_logprobs
-            rewards -= batch.kl_coefficient * batch.on_learned(divergence[batch.learned])
+            rewards -= batch.kl_coefficient * batch.scatter(divergence[batch.loss_mask])
         return rewards
 
     def _importance_weights(self, batch: Batch, old_logprobs: Tensor, metrics: dict[str, Tensor]) -> Tensor:
         """[T] weight of each token that corrects for the sampler; adds the mismatch to `metrics`."""
-        weights = batch.learned.float()
+        weights = batch.loss_mask.float()
         if batch.sampled_logprobs is None:
             return weights
         logratio = old_logprobs - batch.sampled_logprobs
         ratio = logratio.clamp(-LARGEST_LOGRATIO, LARGEST_LOGRATIO).exp()
-        metrics["mismatch/mean_abs"] = logratio[batch.learned].abs()
-        metrics["mismatch/kl"] = (ratio - 1 - logratio)[batch.learned]  # KL(sampler ‖ trainer), by k3
-        metrics["mismatch/kl_reverse"] = (ratio * logratio - ratio + 1)[batch.learned]
-        metrics["mismatch/ratio"] = ratio[batch.learned]
+        metrics["mismatch/mean_abs"] = logratio[batch.loss_mask].abs()
+        metrics["mismatch/kl"] = (ratio - 1 - logratio)[batch.loss_mask]  # KL(sampler ‖ trainer), by k3
+        metrics["mismatch/kl_reverse"] = (ratio * logratio - ratio + 1)[batch.loss_mask]
+        metrics["mismatch/ratio"] = ratio[batch.loss_mask]
         if self.importance_correction == "token":
             return weights * ratio.clamp(max=self.max_correction)
         if self.importance_correction == "sequence":
             mean_logratio = batch.per_completion(logratio) / batch.lengths.clamp(min=1)
             is_within = (mean_logratio.abs() <= torch.tensor(self.max_correction).log()).float()
             metrics["mismatch/left_out"] = 1 - is_within
-            return batch.of_completions(is_within)
+            return batch.per_token(is_within)
         return weights
 
     def _policy(self, batch: Batch, logratio: Tensor, weights: Tensor, metrics: dict[str, Tensor]) -> Term:
         """The clipped policy loss, from [T] log-ratios to the old policy (nats) and [T] importance weights."""
         assert batch.advantages is not None
         if self.importance_level == "token":
-            loss_mask = batch.learned
+            loss_mask = batch.loss_mask
             logratio, advantages = logratio[loss_mask], batch.advantages[loss_mask]
             loss = clipped_policy(logratio, advantages, low=self.clip_low, high=self.clip_high)
             self._add_clip_ratio(logratio, advantages, metrics)
             metrics["policy_loss"] = loss.detach()
-            return self._reduced(batch, batch.on_learned(loss * weights[loss_mask]))
+            return self._reduced(batch, batch.scatter(loss * weights[loss_mask]))
         lengths = batch.lengths.clamp(min=1)
         sequence_logratio = batch.per_completion(logratio)
         if self.importance_level == "sequence_mean":
@@ -243,7 +243,7 @@ class PolicyGradient(ReferencedAlgorithm):
     def _reduced(self, batch: Batch, values: Tensor) -> Term:
         """Makes a term of [T] losses, in the unit that `loss_aggregation` names."""
         if self.importance_level == "token" and self.loss_aggregation == "token":
-            return Term(values=values[batch.learned], unit="token")
+            return Term(values=values[batch.loss_mask], unit="token")
         sums = batch.per_completion(values)
         return Term(values=sums / (self.tokens_per_completion or batch.lengths.clamp(min=1)), unit="completion")
 

@@ -63,7 +63,7 @@ class DPO(ReferencedAlgorithm):
         """[M] loss of each pair, from the [N] summed log-ratios of the completions (nats)."""
         chosen_index, rejected_index = batch.pairs.unbind(1)
         if self.loss_type == "ipo":
-            means = logratios / batch.per_completion(torch.ones_like(batch.learned, dtype=logratios.dtype))
+            means = logratios / batch.per_completion(torch.ones_like(batch.loss_mask, dtype=logratios.dtype))
             return ipo_preference(means[chosen_index] - means[rejected_index], beta=self.beta)
         loss = sigmoid_preference if self.loss_type == "sigmoid" else hinge_preference
         return loss(logratios[chosen_index] - logratios[rejected_index], beta=self.beta)

@@ -47,7 +47,7 @@ class GRPO(PolicyGradient):
         if self.kl_placement == "reward":
             rewards = batch.per_completion(self.token_rewards(batch))
         completion_advantages = group_relative(rewards, batch.group_of_completion, divide=self.divide_by_deviation)
-        return batch.of_completions(completion_advantages)
+        return batch.per_token(completion_advantages)
 
 
 ALGORITHM = GRPO

@@ -42,7 +42,7 @@ class PPO(Discounted):
         assert advantages is not None and batch.old_values is not None
         returns = advantages + batch.old_values
         if self.whiten_advantages:
-            advantages = batch.on_learned(whiten(advantages[batch.learned]))
+            advantages = batch.scatter(whiten(advantages[batch.loss_mask]))
         return dataclasses.replace(batch, advantages=advantages, returns=returns)
 
     def advantages(self, batch: Batch) -> Tensor:
@@ -55,7 +55,7 @@ class PPO(Discounted):
         """The policy loss and the critic's loss."""
         assert outputs.values is not None and batch.old_values is not None and batch.returns is not None
         loss = super().loss(batch, outputs)
-        loss_mask = batch.learned
+        loss_mask = batch.loss_mask
         errors = clipped_value(
             outputs.values[loss_mask],
             batch.old_values[loss_mask],

@@ -27,15 +27,15 @@ class ReinforcePlusPlus(Discounted):
         """Normalises the advantages over the global batch."""
         batch = super().prepare(batch)
         assert batch.advantages is not None
-        advantages = whiten(batch.advantages[batch.learned])
-        return dataclasses.replace(batch, advantages=batch.on_learned(advantages))
+        advantages = whiten(batch.advantages[batch.loss_mask])
+        return dataclasses.replace(batch, advantages=batch.scatter(advantages))
 
     def advantages(self, batch: Batch) -> Tensor:
         """The discounted return of each token."""
         rewards = batch.rows(self.token_rewards(batch))
         if self.baseline == "group":
             relative = group_relative(batch.rewards, batch.group_of_completion, divide=False)
-            rewards = rewards + batch.rows(batch.at_the_end(relative - batch.rewards))
+            rewards = rewards + batch.rows(batch.at_last_token(relative - batch.rewards))
         returns = gae(rewards, torch.zeros_like(rewards), batch.lengths, gamma=self.gamma, lam=1.0)
         return batch.from_rows(returns)
 

@@ -46,7 +46,7 @@ class RewardModelTraining(Algorithm):
         chosen_index, rejected_index = batch.pairs.unbind(1)
         margins = scores[chosen_index] - scores[rejected_index]
         accuracies = margins.sign() / 2 + 0.5  # a tie is half right
-        lengths = batch.per_completion(torch.ones_like(batch.learned, dtype=torch.float32))
+        lengths = batch.per_completion(torch.ones_like(batch.loss_mask, dtype=torch.float32))
         longer = lengths[chosen_index] - lengths[rejected_index]
         return {
             "rewards/chosen": scores[chosen_index],

@@ -29,7 +29,7 @@ class RLOO(PolicyGradient):
         """The reward of each completion minus the mean reward of the others."""
         rewards = batch.per_completion(self.token_rewards(batch))
         completion_advantages = leave_one_out(rewards, batch.group_of_completion)
-        return batch.of_completions(whiten(completion_advantages) if self.whiten_advantages else completion_advantages)
+        return batch.per_token(whiten(completion_advantages) if self.whiten_advantages else completion_advantages)
 
 
 ALGORITHM = RLOO

@@ -43,7 +43,7 @@ class SFT(Algorithm):
 
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
         """The negative log-likelihood of each token."""
-        nll = Term(values=-outputs.logprobs[batch.learned], unit="token")
+        nll = Term(values=-outputs.logprobs[batch.loss_mask], unit="token")
         return Loss(terms=(nll,), metrics={"nll": nll.values.detach()})
 
 

@@ -81,7 +81,7 @@ def digest(groups: Iterable[Group]) -> str:
         for completion in group.completions:
             total.update(repr((len(completion.tokens), completion.reward)).encode())
             total.update(array("q", completion.tokens).tobytes())
-            total.update(bytes(completion.learned))
+            total.update(bytes(completion.loss_mask))
     return total.hexdigest()
 
 

@@ -412,7 +412,7 @@ class GroupTokenizer:
         return dataclasses.replace(
             completion,
             tokens=tuple(ids[:max_tokens]),
-            learned=tuple(loss_mask[:max_tokens]),
+            loss_mask=tuple(loss_mask[:max_tokens]),
             truncated=end > max_tokens or is_cut,
         )
 

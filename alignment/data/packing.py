@@ -46,7 +46,7 @@ def pack(groups: list[Group]) -> Batch:
             positions += range(prompt_length, prompt_length + len(completion.tokens))
             completion_index += [len(rewards)] * len(completion.tokens)
             predictor_index += [last_prompt_token, *range(start, len(tokens) - 1)]
-            loss_mask += completion.learned
+            loss_mask += completion.loss_mask
             rewards.append(math.nan if completion.reward is None else completion.reward)
             truncation_flags.append(completion.truncated)
             reference = completion.reference_logprobs
@@ -68,10 +68,10 @@ def pack(groups: list[Group]) -> Batch:
     return Batch(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
-        groups=torch.tensor(group_index),
-        branches=torch.tensor(completion_index),
-        parents=torch.tensor(predictor_index),
-        learned=torch.tensor(loss_mask),
+        group_index=torch.tensor(group_index),
+        completion_index=torch.tensor(completion_index),
+        predictor_index=torch.tensor(predictor_index),
+        loss_mask=torch.tensor(loss_mask),
         rewards=torch.tensor(rewards),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         truncated=torch.tensor(truncation_flags, dtype=torch.bool),

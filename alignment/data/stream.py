@@ -338,7 +338,7 @@ class Data:
         """Hash of all training tokens and rewards in the order of the sources; for a stream, of `LiveStream.kind`."""
         digest = hashlib.sha256(self.train.kind.encode() if isinstance(self.train, LiveStream) else b"")
         for group in self.train.groups if isinstance(self.train, ListStream) else []:
-            answers = [(c.tokens, c.learned, c.reward) for c in group.completions]
+            answers = [(c.tokens, c.loss_mask, c.reward) for c in group.completions]
             digest.update(repr((group.prompt_tokens, answers)).encode())
         return digest.hexdigest()
 

@@ -56,7 +56,7 @@ class Layout:
     @cached_property
     def segments(self) -> list[Segment]:
         """One segment for each prompt and each completion, in the order of the batch's tokens."""
-        keys = torch.stack([self.batch.groups, self.batch.branches])
+        keys = torch.stack([self.batch.group_index, self.batch.completion_index])
         kinds, counts = torch.unique_consecutive(keys, dim=1, return_counts=True)
         segments: list[Segment] = []
         prompt = Segment(start=0, end=0, prompt=None)
@@ -185,8 +185,10 @@ def dense_mask(batch: Batch, window_starts: Tensor | None = None) -> Tensor:
     Args:
         window_starts: [P] lowest visible position of each position; None if all earlier positions are visible.
     """
-    same_group = batch.groups[:, None] == batch.groups[None, :]
-    visible = (batch.branches[None, :] == -1) | (batch.branches[:, None] == batch.branches[None, :])
+    same_group = batch.group_index[:, None] == batch.group_index[None, :]
+    visible = (batch.completion_index[None, :] == -1) | (
+        batch.completion_index[:, None] == batch.completion_index[None, :]
+    )
     mask = (same_group & visible).tril()
     if window_starts is None:
         return mask
@@ -198,10 +200,10 @@ def block_mask(layout: Layout, window_starts: Tensor | None = None) -> BlockMask
     batch = layout.batch
     partial, full = _block_tables(layout, window_starts)
     device = batch.tokens.device
-    groups, branches, positions = batch.groups, batch.branches, batch.positions
+    groups, completion_index, positions = batch.group_index, batch.completion_index, batch.positions
 
     def visible(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_branch = (branches[key] == -1) | (branches[query] == branches[key])
+        same_branch = (completion_index[key] == -1) | (completion_index[query] == completion_index[key])
         return (groups[query] == groups[key]) & (key <= query) & same_branch
 
     mask_function = visible

@@ -160,13 +160,13 @@ def _proof_batch(model: LanguageModel, max_length: int) -> Batch:
     for number, (prompt_length, answer_lengths) in enumerate(GROUP_LENGTHS):
         prompt_length = max(1, min(prompt_length, max_length // 2))
         sizes = [max(1, min(length, max_length - prompt_length)) for length in answer_lengths]
-        completions = tuple(Completion(text="", tokens=draw(size), learned=(True,) * size) for size in sizes)
+        completions = tuple(Completion(text="", tokens=draw(size), loss_mask=(True,) * size) for size in sizes)
         groups.append(Group(id=str(number), prompt="", prompt_tokens=draw(prompt_length), completions=completions))
         longest = prompt_length + max(sizes)
     batch = pack(groups)
     # The offset is a multiple of the window, because chunks begin at multiples of their size.
     offset = max(0, (max_length - longest) // WINDOW * WINDOW)
-    return dataclasses.replace(batch, positions=batch.positions + offset * (batch.groups == 1))
+    return dataclasses.replace(batch, positions=batch.positions + offset * (batch.group_index == 1))
 
 
 def _special_ids(model: LanguageModel) -> set[int]:
@@ -187,7 +187,7 @@ def _has_language_head(model: LanguageModel) -> bool:
 def _packed_outputs(model: LanguageModel, batch: Batch) -> Tensor:
     """[n] log-probability of each answer's tokens, or [N] scores, from the packed pass that training uses."""
     if _has_language_head(model):
-        return outputs(model, batch).logprobs[batch.learned]
+        return outputs(model, batch).logprobs[batch.loss_mask]
     return scores(model, batch)
 
 
@@ -256,19 +256,20 @@ class _GroupRows:
 
 def _sequences(batch: Batch) -> Iterator[_GroupRows]:
     """The sequences of each group of a packed batch, as rows."""
-    for group in range(int(batch.groups.max()) + 1):
-        in_group = batch.groups == group
-        branches = sorted(set(batch.branches[in_group & (batch.branches >= 0)].tolist()))
-        rows = [in_group & ((batch.branches == -1) | (batch.branches == branch)) for branch in branches]
+    for group in range(int(batch.group_index.max()) + 1):
+        in_group = batch.group_index == group
+        index = batch.completion_index
+        completions = sorted(set(index[in_group & (index >= 0)].tolist()))
+        rows = [in_group & ((index == -1) | (index == completion)) for completion in completions]
         lengths = [int(row.sum()) for row in rows]
         columns = torch.arange(max(lengths), device=batch.tokens.device)
-        indices = [columns.clamp(max=length - 1) for length in lengths]
+        row_indices = [columns.clamp(max=length - 1) for length in lengths]
         yield _GroupRows(
-            tokens=torch.stack([batch.tokens[row][index] for row, index in zip(rows, indices, strict=True)]),
-            positions=torch.stack([batch.positions[row][index] for row, index in zip(rows, indices, strict=True)]),
+            tokens=torch.stack([batch.tokens[row][i] for row, i in zip(rows, row_indices, strict=True)]),
+            positions=torch.stack([batch.positions[row][i] for row, i in zip(rows, row_indices, strict=True)]),
             answers=[
-                (length - int((batch.branches == branch).sum()), length)
-                for branch, length in zip(branches, lengths, strict=True)
+                (length - int((index == completion).sum()), length)
+                for completion, length in zip(completions, lengths, strict=True)
             ],
         )
 

@@ -36,34 +36,34 @@ def outputs(
         value_head: [H] → [1], the head of a critic that shares the trunk; it reads the states that predict tokens.
     """
     head = model.network.get_output_embeddings()
-    predicting_states = hidden_states(model, batch)[batch.parents[batch.learned]]
+    predicting_states = hidden_states(model, batch)[batch.predictor_index[batch.loss_mask]]
     logprobs, entropy = linear_logprobs(
         predicting_states,
         head.weight,
-        batch.tokens[batch.learned],
+        batch.tokens[batch.loss_mask],
         head.bias,
         temperature=temperature,
         transform=model.logit_transform,
         entropies=entropies,
     )
     return Outputs(
-        logprobs=batch.on_learned(logprobs),
-        entropies=batch.on_learned(entropy) if entropies else None,
-        values=None if value_head is None else batch.on_learned(value_head(predicting_states.float()).squeeze(1)),
+        logprobs=batch.scatter(logprobs),
+        entropies=batch.scatter(entropy) if entropies else None,
+        values=None if value_head is None else batch.scatter(value_head(predicting_states.float()).squeeze(1)),
     )
 
 
 def scores(model: LanguageModel, batch: Batch) -> Tensor:
     """[N] fp32 score of each completion, read at its last token."""
     last_tokens = torch.zeros(batch.num_completions, dtype=torch.int64, device=batch.tokens.device)
-    completion_tokens = (batch.branches >= 0).nonzero().squeeze(1)
-    last_tokens.scatter_reduce_(0, batch.branches[completion_tokens], completion_tokens, "amax")
+    completion_tokens = (batch.completion_index >= 0).nonzero().squeeze(1)
+    last_tokens.scatter_reduce_(0, batch.completion_index[completion_tokens], completion_tokens, "amax")
     return _score_states(model, hidden_states(model, batch)[last_tokens])
 
 
 def values(model: LanguageModel, batch: Batch) -> Tensor:
     """[T] fp32 value of the state that predicts each trained token; 0 elsewhere."""
-    return batch.on_learned(_score_states(model, hidden_states(model, batch)[batch.parents[batch.learned]]))
+    return batch.scatter(_score_states(model, hidden_states(model, batch)[batch.predictor_index[batch.loss_mask]]))
 
 
 def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:

@@ -140,7 +140,7 @@ class Roles:
         )
         if critic is None or critic.model is None:
             return actor_outputs
-        critic_values = values(critic.model, batch) + critic.offset * batch.learned
+        critic_values = values(critic.model, batch) + critic.offset * batch.loss_mask
         return Outputs(logprobs=actor_outputs.logprobs, entropies=actor_outputs.entropies, values=critic_values)
 
     @torch.no_grad()

@@ -202,7 +202,7 @@ def _constant(groups: list[Group]) -> Callable[[], list[Group]]:
 
 def _provenance(groups: list[Group]) -> dict[str, object]:
     """Which prompts were sampled, and by which weights."""
-    versions = sorted({completion.version or 0 for group in groups for completion in group.completions})
+    versions = sorted({completion.weight_version or 0 for group in groups for completion in group.completions})
     return {"versions": versions, "prompts": [group.id for group in groups]}
 
 
@@ -223,5 +223,5 @@ def _rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "completions/mean_length": statistics.fmean(len(completion.tokens) for completion in completions),
         "completions/truncated": statistics.fmean(completion.truncated for completion in completions),
         "groups/equal_rewards": statistics.fmean(len({c.reward for c in g.completions}) == 1 for g in groups),
-        "rollout/oldest_version": float(min(completion.version or 0 for completion in completions)),
+        "rollout/oldest_version": float(min(completion.weight_version or 0 for completion in completions)),
     }

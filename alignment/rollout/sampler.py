@@ -92,11 +92,11 @@ class Sampler:
         return Completion(
             text=self.model.tokenizer.decode(rollout.tokens, skip_special_tokens=True),
             tokens=rollout.tokens,
-            learned=rollout.loss_mask or (True,) * len(rollout.tokens),
+            loss_mask=rollout.loss_mask or (True,) * len(rollout.tokens),
             reward=rollout.reward,
             truncated=rollout.truncated,
             sampled_logprobs=rollout.logprobs,
-            version=rollout.weight_version,
+            weight_version=rollout.weight_version,
         )
 
     def _sampling(self, num_completions: int | None) -> Sampling:

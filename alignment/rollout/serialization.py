@@ -43,10 +43,10 @@ def to_tensors(scored_groups: Sequence[Group], pending_batches: Sequence[Sequenc
         "lengths": torch.tensor([len(completion.tokens) for completion in completions]),
         "tokens": torch.tensor([token for c in completions for token in c.tokens], dtype=torch.int32),
         "logprobs": torch.tensor([p for c in completions for p in c.sampled_logprobs or ()], dtype=torch.float64),
-        "versions": torch.tensor([completion.version or 0 for completion in completions]),
+        "versions": torch.tensor([completion.weight_version or 0 for completion in completions]),
         "truncated": torch.tensor([completion.truncated for completion in completions]),
         "rewards": _numbers([completion.reward for completion in completions]),  # an environment's, if not scored yet
-        "loss_mask": torch.tensor([learned for completion in completions for learned in completion.learned]),
+        "loss_mask": torch.tensor([loss_mask for completion in completions for loss_mask in completion.loss_mask]),
         **{
             f"{SCORE}{name}": _numbers([completion.scores.get(name) for completion in scored_completions])
             for name in names

@@ -88,10 +88,10 @@ def train_groups(data: Data) -> list[Group]:
 def shown(tokenizer: GroupTokenizer, group: Group, number: int = 0) -> str:
     """The text of a completion with what is learned in «»."""
     completion, text, was = group.completions[number], "", False
-    for token, learned in zip(completion.tokens, completion.learned, strict=True):
-        text += ("«" if learned and not was else "") + ("»" if was and not learned else "")
+    for token, loss_mask in zip(completion.tokens, completion.loss_mask, strict=True):
+        text += ("«" if loss_mask and not was else "") + ("»" if was and not loss_mask else "")
         text += tokenizer.tokenizer.decode([token])
-        was = learned
+        was = loss_mask
     return text + ("»" if was else "")
 
 
@@ -125,12 +125,12 @@ def test_answers_are_found_wherever_else_their_text_stands(question: str, answer
     group = tok(row(user(question), assistant(answer), user(answer), assistant(answer), prompt=1))
     form = answer.strip() if trimmed else answer
     asked = TURN.format("user", form) + "<|im_start|>assistant\n"
-    learned = f"{form}{EOS}"
+    loss_mask = f"{form}{EOS}"
     ids = group.completions[0]
     text = tok.tokenizer.decode(ids.tokens)
-    assert text == f"{learned}\n{asked}<think>\n\n</think>\n\n{learned}\n"
-    parts = [t for t, yes in zip(ids.tokens, ids.learned, strict=True) if yes]
-    assert tok.tokenizer.decode(parts) == f"{learned}<think>\n\n</think>\n\n{learned}"
+    assert text == f"{loss_mask}\n{asked}<think>\n\n</think>\n\n{loss_mask}\n"
+    parts = [t for t, yes in zip(ids.tokens, ids.loss_mask, strict=True) if yes]
+    assert tok.tokenizer.decode(parts) == f"{loss_mask}<think>\n\n</think>\n\n{loss_mask}"
 
 
 def test_a_system_text_that_moves_gives_one_example_per_answer() -> None:

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def random_batch(draw: random.Random, *, longest: int) -> Batch:
     def completion(length: int) -> Completion:
-        return Completion(text="", tokens=(5,) * length, learned=(True,) * length)
+        return Completion(text="", tokens=(5,) * length, loss_mask=(True,) * length)
 
     return pack(
         [
@@ -51,14 +51,18 @@ def random_batch(draw: random.Random, *, longest: int) -> Batch:
 
 def seen_by_definition(batch: Batch, lowest: Tensor | None) -> Tensor:
     """[T, T] bool, element by element from the sentence in the docstring of Batch, and the window's definition."""
-    groups, branches, positions = batch.groups.tolist(), batch.branches.tolist(), batch.positions.tolist()
+    groups, completion_index, positions = (
+        batch.group_index.tolist(),
+        batch.completion_index.tolist(),
+        batch.positions.tolist(),
+    )
     size = len(groups)
     return torch.tensor(
         [
             [
                 groups[q] == groups[k]
                 and k <= q
-                and branches[k] in (-1, branches[q])
+                and completion_index[k] in (-1, completion_index[q])
                 and (lowest is None or positions[k] >= int(lowest[positions[q]]))
                 for k in range(size)
             ]
@@ -175,7 +179,7 @@ def test_a_block_mask_from_the_runs_has_the_blocks_of_one_from_all_pairs(window:
 def test_a_block_mask_needs_no_memory_for_all_pairs_of_tokens() -> None:
     """40,000 tokens: a mask of all pairs would be 1.6 GB, and take most of a minute."""
     length, answers = 2000, 19
-    tokens = Completion(text="", tokens=(5,) * length, learned=(True,) * length)
+    tokens = Completion(text="", tokens=(5,) * length, loss_mask=(True,) * length)
     batch = pack([Group(id="0", prompt="", prompt_tokens=(7,) * length, completions=(tokens,) * answers)])
     largest = 0
 

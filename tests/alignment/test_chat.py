@@ -65,7 +65,7 @@ def whole(group: Group, number: int = 0) -> list[int]:
 
 def learned_text(tokenizer: Any, group: Group, number: int = 0) -> str:
     completion = group.completions[number]
-    return str(tokenizer.decode([i for i, yes in zip(completion.tokens, completion.learned, strict=True) if yes]))
+    return str(tokenizer.decode([i for i, yes in zip(completion.tokens, completion.loss_mask, strict=True) if yes]))
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -78,7 +78,7 @@ def test_prompt_and_completion_together_are_the_tokens_of_the_whole_text(tiny: A
     assert list(group.prompt_tokens) == ids_of(tiny, "the quick")
     for number, text in enumerate(("the quick brown fox", "the quick lazy dog!")):
         assert whole(group, number) == [*ids_of(tiny, text), tiny.eos_token_id]
-        assert all(group.completions[number].learned)
+        assert all(group.completions[number].loss_mask)
 
 
 def test_a_merge_across_the_border_is_kept_and_the_prompt_stays_shared(tiny: Any) -> None:
@@ -176,7 +176,7 @@ def test_a_cut_answer_has_no_end_token_and_is_marked(tiny: Any) -> None:
     long, short = tokenize(tiny, plain("the quick", " brown fox jumps", " dog"), max_length=window).completions
     assert long.tokens == full.completions[0].tokens[:3]
     assert long.truncated and tiny.eos_token_id not in long.tokens
-    assert len(long.learned) == 3
+    assert len(long.loss_mask) == 3
     assert short == full.completions[1]
     assert not short.truncated
 
@@ -189,7 +189,7 @@ def test_an_answer_that_just_fits_is_not_marked_as_cut(tiny: Any) -> None:
             cut = tokenize(tiny, group, max_length=len(full.prompt_tokens) + room).completions[0]
             assert cut.truncated == truncated
             assert (tiny.eos_token_id in cut.tokens) != truncated
-            assert len(cut.tokens) == len(cut.learned) == room
+            assert len(cut.tokens) == len(cut.loss_mask) == room
 
 
 @pytest.mark.parametrize("side", ["keep_end", "keep_start"])
@@ -265,12 +265,12 @@ def test_train_on_prompt_learns_everything_but_the_first_token(tiny: Any) -> Non
     group = tokenize(tiny, plain("the quick", " brown fox"), train_on_prompt=True)
     assert whole(group) == [*ids_of(tiny, "the quick brown fox"), tiny.eos_token_id]
     assert len(group.prompt_tokens) == 1
-    assert all(group.completions[0].learned)
+    assert all(group.completions[0].loss_mask)
 
 
 def test_train_on_prompt_learns_all_turns_of_a_conversation(tiny: Any) -> None:
     group = tokenize(tiny, conversation(ASK, "Paris!", "sure?", "42"), train_on_prompt=True)
-    assert all(group.completions[0].learned) and len(group.prompt_tokens) == 1
+    assert all(group.completions[0].loss_mask) and len(group.prompt_tokens) == 1
     assert f"sure?{EOS}" in learned_text(tiny, group)
 
 
@@ -287,7 +287,7 @@ def test_plain_text_without_a_prompt_is_learned_from_its_second_token_on(
     group = tokenize(tiny, plain("", text), train_on_prompt=train_on_prompt)
     assert whole(group) == [*ids_of(tiny, text), tiny.eos_token_id]
     assert len(group.prompt_tokens) == 1
-    assert group.completions[0].learned == (True,) * len(group.completions[0].tokens)
+    assert group.completions[0].loss_mask == (True,) * len(group.completions[0].tokens)
 
 
 def test_plain_text_without_a_prompt_is_learned_behind_the_beginning_token() -> None:

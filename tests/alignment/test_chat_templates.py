@@ -38,11 +38,11 @@ def learned_parts(tokenize: GroupTokenizer, examples: list[Group]) -> list[tuple
     parts = []
     for example in examples:
         (completion,) = example.completions
-        ids, learned = [*example.prompt_tokens, *completion.tokens], [False] * len(example.prompt_tokens)
-        learned += completion.learned
-        starts = [i for i in range(1, len(ids)) if learned[i] and not learned[i - 1]]
+        ids, loss_mask = [*example.prompt_tokens, *completion.tokens], [False] * len(example.prompt_tokens)
+        loss_mask += completion.loss_mask
+        starts = [i for i in range(1, len(ids)) if loss_mask[i] and not loss_mask[i - 1]]
         for start in starts:
-            stop = next((i for i in range(start, len(ids)) if not learned[i]), len(ids))
+            stop = next((i for i in range(start, len(ids)) if not loss_mask[i]), len(ids))
             parts.append((tokenize.tokenizer.decode(ids[:start]), tokenize.tokenizer.decode(ids[start:stop])))
     return parts
 
@@ -54,12 +54,12 @@ def check(tokenize: GroupTokenizer, group: Group, examples: list[Group]) -> None
     parts = learned_parts(tokenize, examples)
     assert len(parts) == len(answers)
     ends = {tokenize.tokenizer.decode([index]) for index in tokenize.end_tokens}
-    for index, (context, learned) in zip(answers, parts, strict=True):
+    for index, (context, loss_mask) in zip(answers, parts, strict=True):
         assert context == tokenize.renderer.prompt(tuple(turns[:index]), inputs=TemplateInputs(tools=group.tools))
-        wrapper, found, end = learned.partition(turns[index].content)
-        assert found and wrapper in WRAPPERS, learned
+        wrapper, found, end = loss_mask.partition(turns[index].content)
+        assert found and wrapper in WRAPPERS, loss_mask
         core = end.strip().removesuffix(EOS).removeprefix("<|END_RESPONSE|>")
-        assert core in ends or (not core and end.strip() == EOS), learned
+        assert core in ends or (not core and end.strip() == EOS), loss_mask
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -95,8 +95,8 @@ def test_an_answers_thought_is_learned_before_it_or_the_row_is_refused(name: str
         assert any(text in str(error) for text in ("does not print the answer's reasoning", "prompt changes when an"))
         return
     parts = learned_parts(tokenize, examples)
-    for answer, (_, learned) in zip(ANSWERS, parts, strict=False):
-        assert learned.index(f"Let me see: {answer}") < learned.rindex(answer)
+    for answer, (_, loss_mask) in zip(ANSWERS, parts, strict=False):
+        assert loss_mask.index(f"Let me see: {answer}") < loss_mask.rindex(answer)
     assert [context for context, _ in parts] == [
         tokenize.renderer.prompt(tuple(turns_of(group)[:index])) for index in (1, 3)
     ]

@@ -39,7 +39,7 @@ def long_groups(prompt: int = 20, answers: tuple[int, ...] = (30, 9), count: int
         return tuple(torch.randint(3, 250, (size,), generator=generator).tolist())
 
     def completion(size: int) -> Completion:
-        return Completion(text="", tokens=draw(size), learned=(True,) * size)
+        return Completion(text="", tokens=draw(size), loss_mask=(True,) * size)
 
     return pack(
         [
@@ -61,7 +61,7 @@ def alone(model: LanguageModel, batch: Batch) -> list[Tensor]:
     results = []
     for branch in range(batch.num_completions):
         group = batch.group_of_completion[branch]
-        mine = (batch.branches == branch) | ((batch.groups == group) & (batch.branches == -1))
+        mine = (batch.completion_index == branch) | ((batch.group_index == group) & (batch.completion_index == -1))
         results.append(model.network(input_ids=batch.tokens[mine][None], use_cache=False).logits[0])
     model.network.set_attn_implementation(packed)
     return results
@@ -70,7 +70,7 @@ def alone(model: LanguageModel, batch: Batch) -> list[Tensor]:
 def alone_logprobs(model: LanguageModel, batch: Batch) -> Tensor:
     results = []
     for branch, logits in enumerate(alone(model, batch)):
-        answer = batch.tokens[batch.branches == branch]
+        answer = batch.tokens[batch.completion_index == branch]
         logprobs = logits[-len(answer) - 1 : -1].log_softmax(-1)
         results.append(logprobs.gather(1, answer[:, None]).squeeze(1))
     return torch.cat(results)
@@ -134,7 +134,7 @@ def test_beyond_its_window_a_model_says_what_it_says_of_each_sequence(
     folder = write_family(tmp_path, family, sliding_window=8, attention_chunk_size=8)
     model = load(folder, attention=attention)
     batch = long_groups()
-    packed = outputs(model, batch).logprobs[batch.learned]
+    packed = outputs(model, batch).logprobs[batch.loss_mask]
     torch.testing.assert_close(packed, alone_logprobs(model, batch), atol=2e-5, rtol=1e-5)
 
 
@@ -151,7 +151,7 @@ def test_gradients_through_windows_caps_sinks_and_scales_are_those_of_each_seque
         logprobs.sum().backward()  # type: ignore[no-untyped-call]
         return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
 
-    packed = gradients(outputs(model, batch).logprobs[batch.learned])
+    packed = gradients(outputs(model, batch).logprobs[batch.loss_mask])
     for name, gradient in gradients(alone_logprobs(model, batch)).items():
         scale = gradient.abs().max() + 1e-6
         torch.testing.assert_close(packed[name] / scale, gradient / scale, atol=2e-4, rtol=0, msg=name)
@@ -179,7 +179,7 @@ def test_nothing_random_is_left_on_in_training(tmp_path: Path, family: str) -> N
     first, second = (outputs(model, batch).logprobs for _ in range(2))
     assert torch.equal(first, second)
     model.module.eval()
-    torch.testing.assert_close(first[batch.learned], alone_logprobs(model, batch), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(first[batch.loss_mask], alone_logprobs(model, batch), atol=2e-5, rtol=1e-5)
 
 
 def first_layer(model: LanguageModel) -> nn.Module:
@@ -262,7 +262,7 @@ def test_an_adapter_with_weights_and_dropout_is_proved_as_it_is(tmp_path: Path, 
     started = load(tiny_model, lora={"rank": 2, "alpha": 4.0, "dropout": 0.3, "start": str(tmp_path / "adapter")})
     batch = long_groups()
     started.module.eval()
-    packed = outputs(started, batch).logprobs[batch.learned]
+    packed = outputs(started, batch).logprobs[batch.loss_mask]
     torch.testing.assert_close(packed, alone_logprobs(started, batch), atol=2e-5, rtol=1e-5)
 
 

@@ -106,7 +106,7 @@ class Peer:
             )
         ]
         completions = [
-            Completion(text="", tokens=ids, learned=(True,) * len(ids), reward=reward)
+            Completion(text="", tokens=ids, loss_mask=(True,) * len(ids), reward=reward)
             for (ids, _), reward in zip(answers, self.rewards, strict=True)
         ]
         starts = range(0, len(answers), COMPLETIONS)

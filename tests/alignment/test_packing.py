@@ -24,7 +24,7 @@ def group(prompt: list[int], *completions: list[int], rewards: tuple[float, ...]
         prompt="",
         prompt_tokens=tuple(prompt),
         completions=tuple(
-            Completion(text="", tokens=tuple(tokens), learned=(True,) * len(tokens), reward=reward)
+            Completion(text="", tokens=tuple(tokens), loss_mask=(True,) * len(tokens), reward=reward)
             for tokens, reward in zip(completions, rewards, strict=False)
         ),
     )
@@ -76,10 +76,10 @@ def test_the_vectors_are_those_of_the_drawing() -> None:
     batch = pack(GROUPS)
     assert batch.tokens.tolist() == [5, 6, 7, 10, 11, 12, 13, 14, 8, 9, 15, 16]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]
-    assert batch.groups.tolist() == [0] * 8 + [1] * 4
-    assert batch.branches.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1, -1, -1, 2, 2]
-    assert batch.parents.tolist() == [-1, -1, -1, 2, 3, 2, 5, 6, -1, -1, 9, 10]
-    assert batch.learned.tolist() == [False] * 3 + [True] * 5 + [False] * 2 + [True] * 2
+    assert batch.group_index.tolist() == [0] * 8 + [1] * 4
+    assert batch.completion_index.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1, -1, -1, 2, 2]
+    assert batch.predictor_index.tolist() == [-1, -1, -1, 2, 3, 2, 5, 6, -1, -1, 9, 10]
+    assert batch.loss_mask.tolist() == [False] * 3 + [True] * 5 + [False] * 2 + [True] * 2
     assert batch.pairs.tolist() == [[0, 1]]
     assert (batch.count("token"), batch.count("completion"), batch.count("pair")) == (7, 3, 1)
 
@@ -105,14 +105,14 @@ def test_packed_log_probabilities_equal_those_of_a_plain_padded_forward(model: L
         packed = outputs(model, batch).logprobs
         for number, expected in enumerate(plain_logprobs(model, groups)):
             # A last bit of fp32 is 1e-6 at the −12 nats that some tokens have, and not every CPU sums in one order.
-            torch.testing.assert_close(packed[batch.branches == number], expected, atol=1e-5, rtol=1e-6)
+            torch.testing.assert_close(packed[batch.completion_index == number], expected, atol=1e-5, rtol=1e-6)
 
 
 def test_packed_gradients_equal_those_of_a_plain_padded_forward(model: LanguageModel) -> None:
     groups = random_groups(9)
     weights = torch.randn(sum(len(c.tokens) for g in groups for c in g.completions)) / 50
     batch = pack(groups)
-    packed = gradients(model, (outputs(model, batch).logprobs[batch.learned] * weights).sum())
+    packed = gradients(model, (outputs(model, batch).logprobs[batch.loss_mask] * weights).sum())
     plain = gradients(model, (torch.cat(plain_logprobs(model, groups)) * weights).sum())
     assert packed.keys() == plain.keys()
     for name, expected in plain.items():
@@ -142,13 +142,13 @@ def test_the_order_of_completions_changes_nothing(model: LanguageModel) -> None:
 def test_log_probabilities_are_zero_where_nothing_is_learned(model: LanguageModel) -> None:
     batch = pack(GROUPS)
     with torch.no_grad():
-        assert outputs(model, batch).logprobs[~batch.learned].abs().max() == 0
+        assert outputs(model, batch).logprobs[~batch.loss_mask].abs().max() == 0
 
 
 def test_sums_never_read_what_is_not_learned() -> None:
     batch = pack(GROUPS)
     values = torch.full((12,), float("nan"))
-    values[batch.learned] = 1.0
+    values[batch.loss_mask] = 1.0
     assert batch.per_completion(values).tolist() == [2.0, 3.0, 2.0]
 
 
@@ -211,8 +211,8 @@ def with_gaps(groups: list[Group]) -> list[Group]:
     """The same groups, but every third token of a completion is not learned, so that some have none left at all."""
 
     def gapped(completion: Completion, first: int) -> Completion:
-        learned = tuple((place + first) % 3 > 0 for place in range(len(completion.tokens)))
-        return dataclasses.replace(completion, learned=learned, truncated=first == 1)
+        loss_mask = tuple((place + first) % 3 > 0 for place in range(len(completion.tokens)))
+        return dataclasses.replace(completion, loss_mask=loss_mask, truncated=first == 1)
 
     return [
         dataclasses.replace(g, completions=tuple(gapped(c, number % 3) for number, c in enumerate(g.completions)))
@@ -233,7 +233,7 @@ def test_a_cut_is_what_packing_only_those_groups_would_have_given(wanted: list[i
                 else torch.equal(getattr(cut, name), value)
             )
             assert same, name
-    assert torch.equal(cut.tokens, whole.tokens[whole.tokens_of(wanted)])
+    assert torch.equal(cut.tokens, whole.tokens[whole.token_indices(wanted)])
 
 
 def test_a_cut_takes_what_was_found_out_about_its_tokens_along() -> None:
@@ -253,31 +253,31 @@ def test_rows_hold_the_learned_tokens_of_each_completion_and_come_back_from_them
     values = torch.arange(1.0, 1 + len(batch.tokens))
     table = batch.rows(values)
     for number in range(batch.num_completions):
-        mine = values[(batch.branches == number) & batch.learned].tolist()
+        mine = values[(batch.completion_index == number) & batch.loss_mask].tolist()
         assert table[number].tolist() == mine + [0.0] * (table.shape[1] - len(mine))
-    assert torch.equal(batch.from_rows(table), values * batch.learned)
+    assert torch.equal(batch.from_rows(table), values * batch.loss_mask)
     assert batch.lengths.tolist() == (table > 0).sum(1).tolist()
 
 
 def test_the_end_of_a_completion_is_its_last_learned_token() -> None:
     batch = pack(with_gaps(random_groups(9)))
     values = torch.arange(1.0, 1 + batch.num_completions)
-    found = batch.at_the_end(values)
+    found = batch.at_last_token(values)
     for number in range(batch.num_completions):
-        mine = ((batch.branches == number) & batch.learned).nonzero().flatten().tolist()
+        mine = ((batch.completion_index == number) & batch.loss_mask).nonzero().flatten().tolist()
         for token in mine:
             assert found[token] == (values[number] if token == mine[-1] else 0)
-    assert found[~batch.learned].abs().sum() == 0
+    assert found[~batch.loss_mask].abs().sum() == 0
 
 
 def test_of_completions_gives_every_learned_token_its_completions_value() -> None:
     batch = pack(with_gaps(random_groups(9)))
     values = torch.arange(1.0, 1 + batch.num_completions)
     expected = [
-        values[branch].item() if learned else 0.0
-        for branch, learned in zip(batch.branches.tolist(), batch.learned.tolist(), strict=True)
+        values[branch].item() if loss_mask else 0.0
+        for branch, loss_mask in zip(batch.completion_index.tolist(), batch.loss_mask.tolist(), strict=True)
     ]
-    assert batch.of_completions(values).tolist() == expected
+    assert batch.per_token(values).tolist() == expected
     assert batch.group_of_completion.tolist() == [
         g for g, group in enumerate(random_groups(9)) for _ in group.completions
     ]

@@ -12,7 +12,7 @@ from alignment.groups import Completion, Group
 
 
 def group_of(number: int, length: int) -> Group:
-    completion = Completion(text="", tokens=(1,) * (length - 1), learned=(True,) * (length - 1))
+    completion = Completion(text="", tokens=(1,) * (length - 1), loss_mask=(True,) * (length - 1))
     return Group(id=str(number), prompt="", prompt_tokens=(0,), completions=(completion,))
 
 

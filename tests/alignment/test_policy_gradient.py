@@ -46,13 +46,13 @@ def rollouts(seed: int = 0) -> list[Group]:
 
     def completion(number: int, equal: bool) -> Completion:
         length = int(torch.randint(1, 8, (1,), generator=generator))
-        learned = [True] * length
+        loss_mask = [True] * length
         if length > 4:
-            learned[2] = learned[length - 1] = number % 2 == 0  # a tool's output in the middle, or at the end
+            loss_mask[2] = loss_mask[length - 1] = number % 2 == 0  # a tool's output in the middle, or at the end
         return Completion(
             text="",
             tokens=tuple(torch.randint(3, 300, (length,), generator=generator).tolist()),
-            learned=tuple(learned),
+            loss_mask=tuple(loss_mask),
             reward=0.7 if equal else float(torch.randn(1, generator=generator)),
             truncated=number % 3 == 1,
             sampled_logprobs=(0.0,) * length,
@@ -77,7 +77,7 @@ def annotated_batch(seed: int = 0, *, truncated: bool = True) -> Batch:
 
     def near(values: Tensor, distance: float) -> Tensor:
         noise = distance * torch.randn(values.shape, generator=generator)
-        return batch.on_learned((values + noise)[batch.learned])
+        return batch.scatter((values + noise)[batch.loss_mask])
 
     old = near(torch.full(batch.tokens.shape, -1.5), 0.5)
     return dataclasses.replace(
@@ -96,7 +96,7 @@ def said_of(batch: Batch, seed: int = 0) -> Outputs:
     generator = torch.Generator().manual_seed(seed + 200)
     assert batch.old_logprobs is not None and batch.old_values is not None
     logprobs, entropies, values = (
-        batch.on_learned((start + spread * torch.randn(start.shape, generator=generator))[batch.learned])
+        batch.scatter((start + spread * torch.randn(start.shape, generator=generator))[batch.loss_mask])
         for start, spread in ((batch.old_logprobs, 0.3), (batch.old_values + 2.0, 0.1), (batch.old_values, 0.4))
     )
     return Outputs(
@@ -130,7 +130,7 @@ def plainly(batch: Batch, outputs: Outputs) -> list[Plain]:
     """Every completion by itself; which tokens are whose is found out by looking at every one."""
     completions = []
     for number in range(len(batch.rewards)):
-        chosen = [t for t in range(len(batch.tokens)) if batch.branches[t] == number and batch.learned[t]]
+        chosen = [t for t in range(len(batch.tokens)) if batch.completion_index[t] == number and batch.loss_mask[t]]
         old, reference, sampled, old_values = (
             [float(values[t]) for t in chosen]
             for values in (batch.old_logprobs, batch.reference_logprobs, batch.sampled_logprobs, batch.old_values)
@@ -141,7 +141,7 @@ def plainly(batch: Batch, outputs: Outputs) -> list[Plain]:
             for said in (outputs.logprobs, outputs.entropies, outputs.values)
             if said is not None
         )
-        group = next(int(batch.groups[t]) for t in range(len(batch.tokens)) if batch.branches[t] == number)
+        group = next(int(batch.group_index[t]) for t in range(len(batch.tokens)) if batch.completion_index[t] == number)
         completions.append(
             Plain(
                 group=group,
@@ -416,7 +416,7 @@ def test_the_mismatch_is_reported_as_it_is_defined() -> None:
     batch = algorithm.prepare(annotated_batch())
     metrics = algorithm.loss(batch, said_of(batch)).metrics
     assert batch.old_logprobs is not None and batch.sampled_logprobs is not None
-    gaps = (batch.old_logprobs - batch.sampled_logprobs)[batch.learned].tolist()
+    gaps = (batch.old_logprobs - batch.sampled_logprobs)[batch.loss_mask].tolist()
     expected = {
         "mismatch/mean_abs": statistics.fmean(abs(gap) for gap in gaps),
         "mismatch/ratio": statistics.fmean(math.exp(gap) for gap in gaps),
@@ -430,11 +430,11 @@ def test_both_divergences_between_sampler_and_trainer_are_right_in_expectation()
     """Over all three tokens of a vocabulary, each counted as often as the sampler draws it."""
     sampler, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     answers = tuple(
-        Completion(text="", tokens=(token,), learned=(True,), reward=float(token), sampled_logprobs=(log,))
+        Completion(text="", tokens=(token,), loss_mask=(True,), reward=float(token), sampled_logprobs=(log,))
         for token, log in enumerate(sampler.log().tolist())
     )
     batch = pack([Group(id="0", prompt="?", prompt_tokens=(1,), completions=answers)])
-    old = batch.on_learned(trainer.log())
+    old = batch.scatter(trainer.log())
     algorithm = algorithm_of("grpo", kl_placement="none")
     ready = algorithm.prepare(dataclasses.replace(batch, old_logprobs=old))
     metrics = algorithm.loss(ready, Outputs(logprobs=old, entropies=-old)).metrics
@@ -452,14 +452,14 @@ def test_clipped_tokens_are_counted_where_the_gradient_has_stopped() -> None:
     (gradient,) = gradients(reduced(batch, loss), outputs, "logprobs")
     clipped = loss.metrics["clip_ratio"].bool()
     assert 0 < clipped.sum() < len(clipped)
-    assert torch.equal(gradient[batch.learned] == 0, clipped)
+    assert torch.equal(gradient[batch.loss_mask] == 0, clipped)
 
 
 def test_gae_carries_the_next_value_over_a_gap_and_the_reward_comes_at_the_last_chosen_token() -> None:
     answer = Completion(
         text="",
         tokens=(5, 6, 7, 8, 9),
-        learned=(True, False, False, True, False),  # a tool speaks in the middle and at the end
+        loss_mask=(True, False, False, True, False),  # a tool speaks in the middle and at the end
         reward=2.0,
     )
     batch = pack([Group(id="0", prompt="?", prompt_tokens=(1, 2), completions=(answer,))])
@@ -472,7 +472,7 @@ def test_gae_carries_the_next_value_over_a_gap_and_the_reward_comes_at_the_last_
     # δ of the last: 2 − 0.7 = 1.3. Of the first: 0.9·0.7 − 0.3 = 0.33, and 0.33 + 0.9·0.5·1.3 = 0.915.
     assert ready.advantages is not None and ready.returns is not None
     assert ready.advantages.tolist() == pytest.approx([0, 0, 0.915, 0, 0, 1.3, 0])
-    assert ready.returns[ready.learned].tolist() == pytest.approx([0.915 + 0.3, 2.0])
+    assert ready.returns[ready.loss_mask].tolist() == pytest.approx([0.915 + 0.3, 2.0])
 
 
 @pytest.mark.parametrize("settings", [{}, {"truncated": "mask"}])
@@ -480,10 +480,10 @@ def test_gae_carries_the_next_value_over_a_gap_and_the_reward_comes_at_the_last_
 def test_advantages_are_white_over_all_learned_tokens_of_the_step(name: str, settings: Settings) -> None:
     batch = algorithm_of(name, **settings).prepare(annotated_batch())
     assert batch.advantages is not None
-    white = batch.advantages[batch.learned]
+    white = batch.advantages[batch.loss_mask]
     assert white.mean().item() == pytest.approx(0, abs=1e-6)
     assert white.var().item() == pytest.approx(1, abs=1e-4)
-    assert batch.advantages[~batch.learned].tolist() == [0.0] * int((~batch.learned).sum())
+    assert batch.advantages[~batch.loss_mask].tolist() == [0.0] * int((~batch.loss_mask).sum())
 
 
 def test_returns_are_those_of_the_advantages_before_whitening() -> None:
@@ -522,10 +522,10 @@ def test_masked_completions_change_neither_the_loss_of_the_others_nor_what_they_
     masked = algorithm.prepare(batch)
     whole = algorithm_of("rloo").prepare(batch)
     assert masked.advantages is not None and whole.advantages is not None
-    torch.testing.assert_close(masked.advantages[masked.learned], whole.advantages[masked.learned])
+    torch.testing.assert_close(masked.advantages[masked.loss_mask], whole.advantages[masked.loss_mask])
     outputs = said_of(batch)
     (gradient,) = gradients(reduced(masked, algorithm.loss(masked, outputs)), outputs, "logprobs")
-    truncated = batch.truncated[batch.branches] & (batch.branches >= 0)
+    truncated = batch.truncated[batch.completion_index] & (batch.completion_index >= 0)
     assert gradient[truncated].abs().sum() == 0 and gradient[~truncated].abs().sum() > 0
 
 
@@ -536,7 +536,7 @@ def test_neither_the_order_of_groups_nor_a_cut_changes_the_gradient_of_a_token(n
     (whole,) = gradients(reduced(ready, algorithm.loss(ready, outputs)), outputs, "logprobs")
     parts = torch.zeros_like(whole)
     for groups in ([3, 1], [0], [2]):
-        tokens = ready.tokens_of(groups)
+        tokens = ready.token_indices(groups)
         assert outputs.entropies is not None and outputs.values is not None
         part = Outputs(
             logprobs=outputs.logprobs[tokens], entropies=outputs.entropies[tokens], values=outputs.values[tokens]

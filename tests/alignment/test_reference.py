@@ -49,7 +49,7 @@ def reference(config: RunConfig, roles: Roles, groups: list[Group]) -> torch.Ten
         groups = precompute(groups, roles, config, World(), progress=False)
     batch = annotate(roles, groups, config.optim, World())
     assert batch.reference_logprobs is not None
-    return batch.reference_logprobs[batch.branches >= 0]
+    return batch.reference_logprobs[batch.completion_index >= 0]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_all_ways_to_the_reference_give_the_same_also_when_training_goes_on_from
     config, roles = built(started, "adapter_off")
     with torch.no_grad():
         batch = annotate(roles, groups, config.optim, World())
-        actor = roles.outputs(batch).logprobs[batch.branches >= 0]
+        actor = roles.outputs(batch).logprobs[batch.completion_index >= 0]
     assert (actor - found["adapter_off"]).abs().max() > 0.1, "the adapter does nothing, so this test proves nothing"
 
 
@@ -158,12 +158,12 @@ def test_which_tokens_are_learned_is_in_the_name_too(run_settings: Settings) -> 
     """Where a token is not learned, nothing is computed."""
     config, roles = built(run_settings, "precomputed")
     tokens = tuple(range(5, 11))
-    for learned in ((True,) * 6, (True,) * 3 + (False,) * 3):
-        answers = (Completion(text="", tokens=tokens, learned=learned),) * 2
+    for loss_mask in ((True,) * 6, (True,) * 3 + (False,) * 3):
+        answers = (Completion(text="", tokens=tokens, loss_mask=loss_mask),) * 2
         groups = [Group(id="1", prompt="", prompt_tokens=(3, 4), completions=answers)]
         (group,) = precompute(groups, roles, config, World(), progress=False)
         known = group.completions[1].reference_logprobs
-        assert known is not None and [bool(value) for value in known] == list(learned)
+        assert known is not None and [bool(value) for value in known] == list(loss_mask)
     assert len(list(config.folder.glob("reference-*"))) == 2
 
 
@@ -203,7 +203,7 @@ def test_after_a_roll_back_the_groups_that_come_next_have_their_reference_too(ru
 
 def test_the_reference_of_a_large_data_set_is_never_turned_into_python_numbers() -> None:
     """B8: one Python number for every token held the interpreter for 70 s at 600 million tokens."""
-    answers = tuple(Completion(text="", tokens=(7,) * 500_000, learned=()) for _ in range(2))
+    answers = tuple(Completion(text="", tokens=(7,) * 500_000, loss_mask=()) for _ in range(2))
     groups = [Group(id=str(number), prompt="", completions=answers) for number in range(10)]
     logprobs = torch.rand(sum(len(c.tokens) for g in groups for c in g.completions))
     started_at = time.thread_time()

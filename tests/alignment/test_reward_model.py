@@ -192,7 +192,7 @@ def test_a_critic_that_was_a_reward_model_begins_with_the_rewards_that_it_gives(
     torch.testing.assert_close(worth, scorer.get("weight", 1.0) * rewards, atol=1e-4, rtol=1e-4)
     batch = pack(groups)
     said = roles.outputs(batch).values
-    assert said is not None and not said[~batch.learned].any(), "nothing is said of what is not learned"
+    assert said is not None and not said[~batch.loss_mask].any(), "nothing is said of what is not learned"
 
 
 def test_micro_batches_do_not_change_the_loss_of_a_reward_model(reward_settings: Settings) -> None:
@@ -223,7 +223,9 @@ def ended(groups: list[Group], end: int) -> list[Group]:
     """Answers that end, as answers do: with the very token that some tokenizers pad with."""
 
     def one(completion: Completion) -> Completion:
-        return dataclasses.replace(completion, tokens=(*completion.tokens, end), learned=(*completion.learned, True))
+        return dataclasses.replace(
+            completion, tokens=(*completion.tokens, end), loss_mask=(*completion.loss_mask, True)
+        )
 
     return [dataclasses.replace(g, completions=tuple(map(one, g.completions))) for g in groups]
 

@@ -78,7 +78,7 @@ def group(question: str, *answers: str, name: str = "rows:7") -> Group:
     return Group(
         id=name,
         prompt=(Message(role="user", content=question),),
-        completions=tuple(Completion(text=answer, tokens=(9, 9), learned=(True, True)) for answer in answers),
+        completions=tuple(Completion(text=answer, tokens=(9, 9), loss_mask=(True, True)) for answer in answers),
         prompt_tokens=(1, 2, 3),
     )
 
@@ -189,7 +189,7 @@ def test_a_cut_answer_is_judged_without_an_end_as_reward_training_has_it(judge: 
 
 
 def test_every_completion_keeps_as_much_of_the_prompt_as_fits() -> None:
-    answers = tuple(Completion(text="a", tokens=(9,) * n, learned=(True,) * n) for n in (2, 5, 2, 8))
+    answers = tuple(Completion(text="a", tokens=(9,) * n, loss_mask=(True,) * n) for n in (2, 5, 2, 8))
     whole = Group(id="1", prompt="p", prompt_tokens=(0, 1, 2, 3, 4, 5), completions=answers)
     parts = fit_to_window(whole, 3, max_length=9, bos=None)
     assert [(part.group.prompt_tokens, part.numbers, part.index) for part in parts] == [

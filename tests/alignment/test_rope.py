@@ -42,14 +42,14 @@ def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def group(prompt: int, answer: int) -> Group:
-    completion = Completion(text="", tokens=tokens(answer, 1), learned=(True,) * answer)
+    completion = Completion(text="", tokens=tokens(answer, 1), loss_mask=(True,) * answer)
     return Group(id="0", prompt="", prompt_tokens=tokens(prompt), completions=(completion,))
 
 
 def logprobs(model: LanguageModel, *groups: Group) -> Tensor:
     """Of the first group's answer."""
     batch = pack(list(groups))
-    return outputs(model, batch).logprobs[(batch.branches == 0)].detach()
+    return outputs(model, batch).logprobs[(batch.completion_index == 0)].detach()
 
 
 def stock_logprobs(folder: Path, one: Group) -> Tensor:

@@ -246,9 +246,9 @@ def test_an_adapter_is_continued_from_its_merged_weights(
     first = run(run_settings, name="first", model=lora, steps=6)
     adapter = find_checkpoint(first)
     second = run(run_settings, name="second", model={**lora, "path": str(adapter)})
-    learned, continued = read_metrics(first)[-1], read_metrics(second)[0]
+    loss_mask, continued = read_metrics(first)[-1], read_metrics(second)[0]
     assert continued["eval/rewards/margins"] == pytest.approx(0, abs=1e-4), "the merged start is the new reference"
-    assert continued["eval/logps/chosen"] == pytest.approx(learned["eval/logps/chosen"], abs=1e-2)
+    assert continued["eval/logps/chosen"] == pytest.approx(loss_mask["eval/logps/chosen"], abs=1e-2)
 
 
 # What may happen to a checkpoint's files, and what the message must name.

@@ -82,13 +82,13 @@ class Trainer:
         ]
         batch = pack(groups)
         self.actor.module.eval()
-        ours = outputs(self.actor, batch, temperature=temperature).logprobs[batch.learned]
+        ours = outputs(self.actor, batch, temperature=temperature).logprobs[batch.loss_mask]
         theirs = torch.tensor([logprob for each in drawn for rollout in each for logprob in rollout.logprobs])
         return (ours - theirs).abs()
 
 
 def completion(rollout: Rollout) -> Completion:
-    return Completion(text="", tokens=rollout.tokens, learned=(True,) * len(rollout.tokens))
+    return Completion(text="", tokens=rollout.tokens, loss_mask=(True,) * len(rollout.tokens))
 
 
 def settings_of(config: ModelConfig) -> RolloutEngineSettings:

@@ -185,7 +185,7 @@ def make_group(draw: random.Random, number: int) -> Group:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(draw.randrange(3, 300) for _ in range(count))
 
-    completions = tuple(Completion(text="", tokens=tokens(4), learned=(True,) * 4) for _ in range(2))
+    completions = tuple(Completion(text="", tokens=tokens(4), loss_mask=(True,) * 4) for _ in range(2))
     return Group(id=str(number), prompt="", prompt_tokens=tokens(3 + number), completions=completions)
 
 

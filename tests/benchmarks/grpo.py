@@ -298,11 +298,11 @@ def one_step(number: int, config: RunConfig, roles: Roles, queue: RolloutQueue, 
     sampled_at = time.perf_counter()
     settings = StepSettings(lr={"actor": LR}, kl_coefficient=KL_COEFFICIENT, seed=number)
     train_step(roles, roles.algorithm, batch.groups, config.optim, World(), settings)
-    learned = time.perf_counter()
+    updated_at = time.perf_counter()
     generator.load(roles.weights(number))
     synced = time.perf_counter()
     scoring = batch.metrics["perf/reward_seconds"]
-    phases = (sampled_at - begin - scoring, scoring, learned - sampled_at, synced - learned)
+    phases = (sampled_at - begin - scoring, scoring, updated_at - sampled_at, synced - updated_at)
     return Step(
         seconds=dict(zip(PHASES, phases, strict=True)),
         prompt_tokens=sum(len(group.prompt_tokens) for group in batch.groups),

@@ -30,7 +30,7 @@ def random_groups(count: int, *, length: int) -> list[Group]:
 
     def completion(reward: float) -> Completion:
         tokens = ids()
-        return Completion(text="", tokens=tokens, learned=(True,) * len(tokens), reward=reward)
+        return Completion(text="", tokens=tokens, loss_mask=(True,) * len(tokens), reward=reward)
 
     return [
         Group(id=str(number), prompt="", prompt_tokens=ids(), completions=(completion(1.0), completion(0.0)))
@@ -109,7 +109,7 @@ def test_fifty_lengths_are_few_compilations_and_a_limit_is_never_passed_in_silen
 def test_the_block_mask_of_a_long_pass_takes_no_memory() -> None:
     """65,000 tokens: a mask of all pairs would be over 4 GB."""
     length = 2048
-    tokens = Completion(text="", tokens=(5,) * length, learned=(True,) * length)
+    tokens = Completion(text="", tokens=(5,) * length, loss_mask=(True,) * length)
     batch = pack([Group(id="0", prompt="", prompt_tokens=(7,) * length, completions=(tokens,) * 31)]).to(CUDA)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
