@@ -14,7 +14,7 @@ NO_PADDING = "no key: sequences are always packed, and nothing is padded"
 AUTOMATIC = "no key: it is always done"
 NO_QUANTISATION = "no key: weights are not quantised; model.lora needs less memory than training all weights"
 HISTORY = "no key: metrics.jsonl and tensorboard/ in the run's folder have every step"
-RESUMED = "no key: the same command goes on from the newest intact checkpoint"
+RESUMES_ITSELF = "no key: the same command goes on from the newest intact checkpoint"
 DATA = "data.path, a file, a folder or a hub id"
 
 KEYS_ELSEWHERE = {
@@ -207,10 +207,10 @@ KEYS_ELSEWHERE = {
     "value_model_path": "critic.path",
     # what is written
     "output_dir": "output and name: everything goes to OUTPUT/NAME",
-    "overwrite_output_dir": RESUMED,
+    "overwrite_output_dir": RESUMES_ITSELF,
     "run_name": "name",
-    "resume_from_checkpoint": RESUMED,
-    "auto_resume_from_checkpoints": RESUMED,
+    "resume_from_checkpoint": RESUMES_ITSELF,
+    "auto_resume_from_checkpoints": RESUMES_ITSELF,
     "logging_steps": HISTORY,
     "logging_dir": HISTORY,
     "logging_strategy": HISTORY,

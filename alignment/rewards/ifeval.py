@@ -43,8 +43,8 @@ class IFEval(Rule):
     name: Literal["ifeval"] = "ifeval"
     """Checkable instructions, as in IFEval; `data.keep` must name `instruction_id_list` and `kwargs`."""
     unsupported: Literal["fail", "ignore"] = "fail"
-    """What to do with `language:response_language`, the one kind that is not checked: stop, or leave it out. A row that
-    asks for nothing else stops the run in either case."""
+    """What to do with `language:response_language`, the one kind that is not supported: stop, or leave it out. A row
+    without another instruction stops the run in either case."""
 
     @property
     def columns(self) -> tuple[str, ...]:

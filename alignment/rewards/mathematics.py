@@ -46,10 +46,10 @@ SUPERSCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456
 
 
 class Math(BuildableScorer):
-    """1 for an answer that is mathematically equal to the row's, else 0, by the library math-verify.
+    """Gives 1 to an answer that is mathematically equal to that of the row, else 0, by the library math-verify.
 
-    The answer stands after the last `####`, in the last `\\boxed{}`, or is found near the end of the text. LaTeX and
-    plain formulas, fractions, roots, percentages, sets, intervals, equations and matrices are understood.
+    The answer is the text after the last `####`, in the last `\\boxed{}`, or a formula near the end of the text. LaTeX
+    and plain formulas, fractions, roots, percentages, sets, intervals, equations and matrices are understood.
     """
 
     name: Literal["math"] = "math"
@@ -60,9 +60,9 @@ class Math(BuildableScorer):
     marked: bool = False
     """Count only answers after `####` or in `\\boxed{}`."""
     timeout_s: Positive = 3.0
-    """Seconds after which an answer counts as one that cannot be read."""
+    """Seconds after which an answer counts as unreadable."""
     processes: PositiveCount = 2
-    """Processes of each training worker that compare answers."""
+    """Number of processes that compare answers, for each training worker."""
 
     @property
     def columns(self) -> tuple[str, ...]:

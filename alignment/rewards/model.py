@@ -41,19 +41,19 @@ class RewardModel(BuildableScorer):
     revision: str | None = None
     """Branch, tag or commit of a hub id; None takes its default branch."""
     dtype: NumberFormat = "auto"
-    """Number format of its weights and activations, as `model.dtype`; its scores are fp32."""
+    """Number format of its weights and activations, as in `model.dtype`; its scores are fp32."""
     chat_template: str | None = None
-    """Template for conversations, as `model.chat_template`; None uses its tokenizer's own."""
+    """Template for conversations, as in `model.chat_template`; None uses the one of its tokenizer."""
     max_length: PositiveCount | None = None
-    """Most tokens that it reads of prompt and answer together. Of more, the beginning of the prompt is left out, never
-    the answer. None is as many as it has positions for."""
+    """Largest number of tokens of prompt and answer together. If there are more, the beginning of the prompt is left
+    out, never the answer. None is the number of positions of the model."""
     micro_batch_tokens: PositiveCount = 8192
-    """Most tokens in one forward pass, prompts counted once."""
+    """Largest number of tokens in one forward pass; a prompt counts once."""
     normalise: bool = True
-    """Subtract the mean and divide by the standard deviation that the model's config.json keeps, if it does."""
+    """Subtract the mean and divide by the standard deviation in the model's config.json, if it has them."""
     on_unreadable: Literal["fail"] | float = -3.0
     """Reward of an answer that is longer than the model reads, or that its chat template refuses; `fail` stops the run
-    instead. Of a normalised reward, -3 is what one in a thousand answers gets."""
+    instead. Of normalised rewards, about one in a thousand is below -3."""
 
     def build(self, device: torch.device) -> ModelScorer:
         """Loads the model onto a device.

@@ -25,11 +25,11 @@ BOX = re.compile(r"\\(?:boxed|fbox) ?(?=\{|\d)")
 class ExactNumber(Rule):
     """Gives 1 to an answer whose number equals that of the row, else 0.
 
-    The answer's number stands after the last `####`, in the last `\\boxed{}`, or is the last of the text; the row's
-    column is read in the same way, so that GSM8K's whole solutions serve. Commas, signs, currencies, units, decimals,
-    fractions, powers of ten and percent signs are understood: 1,500.00 = 1500, 3/4 = 0.75, and 20 % equals both 20 and
-    0.2. What is more than a number (4√2, 3x+2, a pair, a time of day) equals only the same text in the column; the rule
-    `math` knows what such things are worth.
+    The number of an answer is the one after the last `####`, the one in the last `\\boxed{}`, or the last of the text.
+    The column is read in the same way, so that it may hold GSM8K's whole solutions. Commas, signs, currencies, units,
+    decimals, fractions, powers of ten and percent signs are understood: 1,500.00 = 1500, 3/4 = 0.75, and 20 % equals
+    both 20 and 0.2. An answer that is more than a number (4√2, 3x+2, a pair, a time of day) equals only the same text
+    in the column; the rule `math` compares such answers by their values.
     """
 
     name: Literal["exact_number"] = "exact_number"

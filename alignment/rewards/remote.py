@@ -67,7 +67,7 @@ class ScoreItem(WireModel):
     truncated: bool = Field(default=False, exclude_if=operator.not_)
     """The completion was cut off for lack of room: it did not end by itself. Sent only if true."""
     columns: dict[str, Any] = Field(default_factory=dict)
-    """What `data.keep` kept of the row."""
+    """The columns of the row that `data.keep` names."""
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
@@ -98,8 +98,8 @@ class ScoredItem(WireModel):
     reward: float | None = None
     """Higher is better; null abstains."""
     error: str | None = None
-    """A short code in lower case. It must quote nothing of the item. `too_long` and `unreadable` say that the text
-    cannot be rated, at no attempt."""
+    """A short code in lower case, which must not quote the item. `too_long` and `unreadable` say that no attempt can
+    rate the text."""
 
 
 class ScoreReply(WireModel):
@@ -116,22 +116,22 @@ class RewardService(BuildableScorer):
     name: Literal["http"] = "http"
     """A reward service over HTTP."""
     url: str
-    """Where to POST, as `http://reward:8100/score`; without a user, a password or a query, which would be logged."""
+    """URL of the requests, as `http://reward:8100/score`; without a user, password or query, which would be logged."""
     key_env: str | None = None
-    """Name of the environment variable, set for every training worker, that holds the bearer key. None sends none."""
+    """Environment variable with the bearer key; every training worker must have it. None sends no key."""
     timeout_s: Positive = 60.0
-    """Seconds from sending a request to having all of its answer."""
+    """Seconds from sending a request to the end of its answer."""
     attempts: PositiveCount = 6
-    """Times that an item is asked about; only items without a sound reward are asked about again."""
+    """Largest number of attempts for an item; only items without a valid reward are sent again."""
     backoff_s: NonNegative = 1.0
-    """Pause before the second attempt; doubled each time up to 30 s, and shortened by up to half at random."""
+    """Seconds before the second attempt; each pause is twice as long, up to 30 s, less up to half of it at random."""
     batch_size: PositiveCount = 32
-    """Most items in a request."""
+    """Largest number of items in a request."""
     concurrency: PositiveCount = 4
-    """Most requests at a time, of each training worker."""
+    """Largest number of requests at the same time, for each training worker."""
     on_unreadable: Literal["fail"] | float = -3.0
-    """Reward of an answer about which the service says `too_long` or `unreadable`, or that no JSON can hold; `fail`
-    stops the run instead. Of a normalised reward, -3 is what one in a thousand answers gets."""
+    """Reward of an answer about which the service says `too_long` or `unreadable`, or that JSON cannot hold; `fail`
+    stops the run instead. Of normalised rewards, about one in a thousand is below -3."""
 
     @field_validator("url")
     @classmethod

@@ -85,8 +85,7 @@ class Regex(Rule):
     pattern: str
     """Regular expression, as Python's `re` reads it; `(?i)` in front ignores case, `(?s)` lets a dot match newlines."""
     timeout_s: Positive = 1.0
-    """Seconds after which a text counts as one that cannot be read: some patterns, as `(a+)+b`, take for ever on some
-    texts."""
+    """Seconds after which a text counts as unreadable: some patterns, as `(a+)+b`, take for ever on some texts."""
     match: Literal["search", "full"] = "search"
     """`search`: anywhere in the text. `full`: the whole text."""
     forbid: bool = False
@@ -119,7 +118,7 @@ class Regex(Rule):
 
 
 class Length(Rule):
-    """Closeness to a target length, a penalty near a largest length, or the sum of both."""
+    """Closeness to a target length, a penalty near a maximum length, or the sum of both."""
 
     name: Literal["length"] = "length"
     """How long the answer is."""
@@ -128,14 +127,14 @@ class Length(Rule):
     target: PositiveCount | None = None
     """Length that gives 1; None asks for none."""
     tolerance: Count = 0
-    """By how much the target may be missed for nothing."""
+    """Difference from the target that costs nothing."""
     shape: Shape = "linear"
     """How the reward falls with d = distance beyond the tolerance / target: `linear` is 1 - d and `quadratic` 1 - d²,
     neither below 0; `step` is 0 at once."""
     max_length: PositiveCount | None = None
-    """Length beyond which the penalty is the whole -1 (arXiv 2503.14476, equation 13); None is no penalty."""
+    """Length above which the penalty is -1 (arXiv 2503.14476, equation 13); None is no penalty."""
     buffer: Count = 0
-    """Length before `max_length` over which the penalty grows from 0; 0 is a cliff."""
+    """Length before `max_length` over which the penalty grows from 0 to -1; with 0 it begins at once."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
@@ -161,14 +160,14 @@ class Length(Rule):
 
 
 class Keywords(Rule):
-    """Whether the words that a row names stand in the text, as whole words, in any case."""
+    """Whether the text has the words that a row names, as whole words, in upper or lower case."""
 
     name: Literal["keywords"] = "keywords"
     """Words that the row's own column names."""
     column: str = "keywords"
     """Column with a list of words or phrases, or one; `data.keep` must name it."""
     need: Literal["any", "all", "share"] = "any"
-    """`any` or `all` of them for a reward of 1, or the `share` that is there as the reward."""
+    """Reward 1 if the text has `any` or `all` of them; or the `share` of them in the text as the reward."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -217,7 +216,7 @@ class Repetition(Rule):
     n: PositiveCount = 3
     """Length of the n-grams."""
     unit: Literal["words", "tokens"] = "words"
-    """What they are made of: lower-case words, or the actor's tokens (for languages without spaces)."""
+    """Unit of the n-grams: lower-case words, or the actor's tokens (for languages without spaces)."""
 
     def reward(self, completion: Completion, group: Group) -> float:
         """Returns minus the share of repeated n-grams, between -1 and 0.
