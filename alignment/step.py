@@ -55,6 +55,7 @@ def train_step(
     Raises:
         DivergenceError: loss or gradient is not finite and `on_nonfinite` is `fail`. That update changed nothing.
     """
+    groups = algorithm.assemble(groups)
     batch = annotate(roles, groups, optim, world)
     batch = algorithm.prepare(dataclasses.replace(batch, kl_coefficient=settings.kl_coefficient))
     updates = [
@@ -75,7 +76,7 @@ def train_step(
 def evaluate(roles: Roles, algorithm: Algorithm, groups: list[Group], optim: OptimConfig, world: World) -> Metrics:
     """Returns loss and metrics of the actor, without an update; every worker passes all of the groups."""
     roles.train(False)
-    batch = algorithm.prepare(annotate(roles, groups, optim, world))
+    batch = algorithm.prepare(annotate(roles, algorithm.assemble(groups), optim, world))
     totals = _Totals(batch, world)
     for micro_batch in _micro_batches(batch, roles, optim, world):
         loss = algorithm.loss(micro_batch.batch, roles.outputs(micro_batch.batch))

@@ -62,7 +62,7 @@ def test_vllm_is_imported_inside_functions_only(path: Path) -> None:
     assert "vllm" not in packages_of(path, inside_functions=False)
 
 
-@pytest.mark.parametrize("name", ["batch", "losses", "advantages"])
+@pytest.mark.parametrize("name", ["batch", "losses/policy", "losses/preference", "losses/reward", "advantages"])
 def test_the_mathematics_needs_torch_alone(name: str) -> None:
     path = ROOT / "alignment" / f"{name}.py"
     assert packages_of(path, inside_functions=True) - sys.stdlib_module_names <= {"torch"}

@@ -16,8 +16,7 @@ WALKS: dict[str, list[tuple[str, ...]]] = {
             "alignment.step:train_step",
             "alignment.step:optimizer_step",
             "alignment.algorithms.dpo:DPO.loss",
-            "alignment.algorithms.dpo:DPO._loss",
-            "alignment.losses:sigmoid_preference",
+            "alignment.losses.preference:sigmoid",
         ),
         (
             "alignment.cli:run_command",
@@ -47,8 +46,7 @@ WALKS: dict[str, list[tuple[str, ...]]] = {
             "alignment.step:train_step",
             "alignment.step:optimizer_step",
             "alignment.algorithms.dpo:DPO.loss",
-            "alignment.algorithms.dpo:DPO._loss",
-            "alignment.losses:sigmoid_preference",
+            "alignment.losses.preference:sigmoid",
         ),
         (
             "alignment.cli:run_command",

@@ -83,6 +83,13 @@ class Algorithm(AlgorithmConfig):
         """Whether a scored group of the model's own answers has a gradient. Others are replaced by new prompts."""
         return True
 
+    def assemble(self, groups: list[Group]) -> list[Group]:
+        """Sees the groups of a step before they are packed, and may add to them, as KTO does with mismatched answers.
+
+        Every worker calls it with all of the step's groups, and must return the same ones.
+        """
+        return groups
+
     def prepare(self, batch: Batch) -> Batch:
         """Prepares the annotated global batch of a step before its first update; for example, computes advantages."""
         return batch

@@ -20,7 +20,7 @@ from alignment.algorithms import ReferencedAlgorithm
 from alignment.batch import Batch, Loss, Outputs, Term
 from alignment.errors import DataError
 from alignment.groups import Group
-from alignment.losses import LARGEST_LOGRATIO, KLEstimator, clipped_policy, kl_penalty
+from alignment.losses.policy import LARGEST_LOGRATIO, KLEstimator, clipped_policy, kl_penalty
 from alignment.settings.section import Fraction, NonNegative, Positive, PositiveCount
 
 LARGEST_CHANGE = 0.2

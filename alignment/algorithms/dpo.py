@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
 from alignment.batch import Batch, Loss, Outputs, Term
+from alignment.errors import ConfigError
 from alignment.groups import Group
-from alignment.losses import chosen_likelihood, hinge_preference, ipo_preference, sigmoid_preference
+from alignment.losses.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, Side
+from alignment.settings.explain import nearest
+from alignment.settings.plugins import load_attribute
 from alignment.settings.section import NonNegative, Positive
 
 
@@ -23,8 +27,10 @@ class DPO(ReferencedAlgorithm):
 
     name: Literal["dpo"] = "dpo"
     """Direct preference optimisation and its relatives."""
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """`sigmoid` is DPO itself; `ipo` (arXiv 2310.12036) bounds the margin; `hinge` (arXiv 2305.10425) stops at it."""
+    loss_type: str | dict[str, Positive] = "sigmoid"
+    """`sigmoid` is DPO itself; `ipo` (arXiv 2310.12036) bounds the margin; `hinge` (arXiv 2305.10425) stops at it;
+    `sft` is the chosen completion's mean negative log-likelihood per token. Or one's own, as `package.module:function`;
+    or a weighted sum of several, as `{sigmoid: 1.0, sft: 0.2}`. `loss` is another name for this key."""
     beta: Positive = 0.1
     """Strength of the pull towards the reference, > 0; usually 0.01 to 0.5. For `ipo`, it is the paper's τ."""
     rpo_alpha: NonNegative = 0.0
@@ -36,37 +42,82 @@ class DPO(ReferencedAlgorithm):
         check_preference(self.name, group)
         return group
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accepts_loss(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "loss" not in values:
+            return values
+        if "loss_type" in values:
+            raise ValueError("loss and loss_type are the same setting, and both are given")
+        return {**{key: value for key, value in values.items() if key != "loss"}, "loss_type": values["loss"]}
+
+    @field_validator("loss_type")
+    @classmethod
+    def _names_losses(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        if not value:
+            raise ValueError("at least one loss is wanted")
+        for name in [value] if isinstance(value, str) else value:
+            try:
+                preference_loss(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return value
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss by its name, with `rpo_alpha` as that of `sft`."""
+        weights = {self.loss_type: 1.0} if isinstance(self.loss_type, str) else dict(self.loss_type)
+        if self.rpo_alpha:
+            weights["sft"] = weights.get("sft", 0.0) + self.rpo_alpha
+        return weights
+
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
-        """The preference loss of each pair."""
-        assert batch.reference_logprobs is not None, "the loop annotates the batches of a ReferencedAlgorithm"
-        chosen_index, rejected_index = batch.pairs.unbind(1)
-        logps = batch.per_completion(outputs.logprobs)
-        logratios = logps - batch.per_completion(batch.reference_logprobs)
-        rewards = self.beta * logratios.detach()
-        margins = rewards[chosen_index] - rewards[rejected_index]
-        loss = self._loss(batch, logratios)
-        if self.rpo_alpha > 0:
-            loss = loss + self.rpo_alpha * chosen_likelihood(logps[chosen_index], batch.lengths[chosen_index])
+        """The weighted sum of the losses of each pair."""
+        pairs = pairs_of(batch, outputs.logprobs)
+        losses = [weight * preference_loss(name)(pairs, beta=self.beta) for name, weight in self.loss_weights.items()]
+        chosen_rewards = self.beta * pairs.chosen.logratios.detach()
+        rejected_rewards = self.beta * pairs.rejected.logratios.detach()
+        margins = chosen_rewards - rejected_rewards
         return Loss(
-            terms=(Term(values=loss, unit="pair"),),
+            terms=(Term(values=torch.stack(losses).sum(0), unit="pair"),),
             metrics={
-                "rewards/chosen": rewards[chosen_index],
-                "rewards/rejected": rewards[rejected_index],
+                "rewards/chosen": chosen_rewards,
+                "rewards/rejected": rejected_rewards,
                 "rewards/margins": margins,
                 "rewards/accuracies": margins.sign() / 2 + 0.5,  # a tie is half right
-                "logps/chosen": logps[chosen_index].detach(),
-                "logps/rejected": logps[rejected_index].detach(),
+                "logps/chosen": pairs.chosen.logprobs.detach(),
+                "logps/rejected": pairs.rejected.logprobs.detach(),
             },
         )
 
-    def _loss(self, batch: Batch, logratios: Tensor) -> Tensor:
-        """[M] loss of each pair, from the [N] summed log-ratios of the completions (nats)."""
-        chosen_index, rejected_index = batch.pairs.unbind(1)
-        if self.loss_type == "ipo":
-            means = logratios / batch.per_completion(torch.ones_like(batch.loss_mask, dtype=logratios.dtype))
-            return ipo_preference(means[chosen_index] - means[rejected_index], beta=self.beta)
-        loss = sigmoid_preference if self.loss_type == "sigmoid" else hinge_preference
-        return loss(logratios[chosen_index] - logratios[rejected_index], beta=self.beta)
+
+def preference_loss(name: str) -> PreferenceLoss:
+    """Finds a loss by its name, or by a dotted `package.module:function`.
+
+    Raises:
+        ConfigError: there is no such loss; the nearest one is named.
+    """
+    if ":" in name:
+        return cast(PreferenceLoss, load_attribute(name, "loss"))
+    if name not in PREFERENCE_LOSSES:
+        raise ConfigError(f"there is no loss {name!r}{nearest(name, list(PREFERENCE_LOSSES))}")
+    return PREFERENCE_LOSSES[name]
+
+
+def pairs_of(batch: Batch, logprobs: Tensor) -> Pairs:
+    """Both sides of every pair of a batch.
+
+    Args:
+        logprobs: [T] log-probability (nats) of each trained token under the actor.
+    """
+    assert batch.reference_logprobs is not None, "the loop annotates the batches of a ReferencedAlgorithm"
+    logps = batch.per_completion(logprobs)
+    reference_logps = batch.per_completion(batch.reference_logprobs)
+    chosen, rejected = (
+        Side(logprobs=logps[index], reference_logprobs=reference_logps[index], lengths=batch.lengths[index])
+        for index in batch.pairs.unbind(1)
+    )
+    return Pairs(chosen=chosen, rejected=rejected)
 
 
 ALGORITHM = DPO

@@ -11,7 +11,7 @@ from torch import Tensor
 from alignment.advantages import gae, whiten
 from alignment.algorithms._policy_gradient import Discounted
 from alignment.batch import Batch, Loss, Outputs, Term
-from alignment.losses import clipped_value
+from alignment.losses.policy import clipped_value
 from alignment.settings.section import Fraction, NonNegative, Positive, PositiveCount
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from alignment.algorithms import Algorithm, check_preference
 from alignment.batch import Batch, Loss, Outputs, Term
 from alignment.groups import Group
-from alignment.losses import pairwise_reward
+from alignment.losses.reward import pairwise_reward
 from alignment.settings.section import NonNegative
 
 

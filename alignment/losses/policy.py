@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors, per pair or per token; the training step reduces them."""
+"""Losses of a policy and its critic, per token."""
 
 from __future__ import annotations
 
@@ -6,81 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 KLEstimator = Literal["k2", "k3", "k3_plain"]
 
 LARGEST_LOGRATIO = 20.0
 """Log-ratios (nats) are limited to ± this before the exponential: e²⁰ is finite, and far above any clipping."""
-
-
-def sigmoid_preference(logratio_gap: Tensor, *, beta: float) -> Tensor:
-    """DPO's loss, -log σ(β·gap): equation 7 of arXiv 2305.18290.
-
-    Args:
-        logratio_gap: [M] (log π − log π_ref) of the chosen completion minus that of the rejected one, summed over
-            tokens (nats).
-        beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        [M] loss of each pair (nats); log 2 where the gap is 0.
-    """
-    return -logsigmoid(beta * logratio_gap)
-
-
-def ipo_preference(mean_logratio_gap: Tensor, *, beta: float) -> Tensor:
-    """IPO's loss, (gap − 1/(2β))²: equation 17 of arXiv 2310.12036.
-
-    Args:
-        mean_logratio_gap: [M] difference of the per-token *means* of log π − log π_ref between the chosen and the
-            rejected completion (nats per token); sums would tie the target to the length of the answers.
-        beta: the paper's τ, > 0.
-
-    Returns:
-        [M] loss of each pair (nats² per token²).
-    """
-    return (mean_logratio_gap - 1 / (2 * beta)).square()
-
-
-def hinge_preference(logratio_gap: Tensor, *, beta: float) -> Tensor:
-    """SLiC's loss on DPO's margin, max(0, 1 − β·gap): arXiv 2305.10425, as normalised in arXiv 2309.06657.
-
-    Args:
-        logratio_gap: [M] as in `sigmoid_preference` (nats).
-        beta: reciprocal of the margin, > 0.
-
-    Returns:
-        [M] loss of each pair; 0 where the margin is kept.
-    """
-    return torch.relu(1 - beta * logratio_gap)
-
-
-def chosen_likelihood(logps: Tensor, lengths: Tensor) -> Tensor:
-    """The term that RPO adds to DPO's loss, −log π(chosen) / |chosen|: equation 2 of arXiv 2404.19733.
-
-    DPO alone widens a gap, and may do so while both answers become less likely; this term keeps the chosen one likely.
-
-    Args:
-        logps: [M] log-probability (nats) of the chosen completion of each pair, summed over its tokens.
-        lengths: [M] number of those tokens, > 0.
-
-    Returns:
-        [M] mean negative log-probability of a token (nats).
-    """
-    return -logps / lengths
-
-
-def pairwise_reward(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """The Bradley–Terry loss of a reward model, −log σ(chosen − rejected): equation 1 of arXiv 2203.02155.
-
-    Args:
-        chosen_scores: [M] score of the chosen completion of each pair.
-        rejected_scores: [M] score of the rejected completion of each pair.
-
-    Returns:
-        [M] loss of each pair (nats); log 2 where both scores are equal.
-    """
-    return -logsigmoid(chosen_scores - rejected_scores)
 
 
 def clipped_policy(logratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
