@@ -40,14 +40,9 @@ from serving.routes import (
     PUBLIC,
     VERSION_HEADER,
     IngressContext,
-    audit,
     authorise,
-    feedback,
-    health,
-    openai,
-    rewards,
     route_finder,
-    versions,
+    routers,
 )
 from serving.schema import RequestError, error_reply, validation_error_reply
 from serving.scrape import IngressMetrics, gather, page
@@ -217,11 +212,10 @@ def application(context: IngressContext, exposition: Callable[[], Awaitable[byte
         responses=ERRORS,
     )
     app.state.context = context
-    app.include_router(health.router)
     app.include_router(_metrics_router(exposition, is_public=context.config.public_metrics))
     app.include_router(_page_router())
-    for module in (openai, rewards, feedback, versions, audit):
-        app.include_router(module.router)
+    for router in routers():
+        app.include_router(router)
     answer_errors(app)
     return app
 

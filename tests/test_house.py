@@ -25,9 +25,9 @@ from tests.house import (
     without_docstring,
 )
 
-BARE_LIMITS = {"alignment": 0.03, "cluster": 0.01, "serving": 0.125}
+BARE_LIMITS = {"alignment": 0.03, "cluster": 0.01, "serving": 0.03}
 """Largest share of bare words among the local names and parameters of a package; the aim is 0.01 for each."""
-MAX_REPEATED_CLASSES = 3
+MAX_REPEATED_CLASSES = 2
 """The aim is 0."""
 MAX_CYCLES = 4
 """Counting imports inside functions; the aim is 0."""

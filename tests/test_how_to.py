@@ -7,6 +7,8 @@ bundled one; nothing else of a page is changed.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import runpy
 import shlex
@@ -15,12 +17,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 
 from alignment import cli
 from alignment.metrics import read_metrics
 from alignment.settings.plugins import MODULE_FOLDERS
+from tests.alignment.test_train import run
 
 FOLDER = Path(__file__).parents[1] / "docs" / "how-to"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -59,11 +65,17 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def run_page(page: str, scratch: Path, model: Path) -> None:
-    """Writes a page's files and runs its commands, in this process, which has loaded torch already."""
+def write_files(page: str, scratch: Path) -> None:
+    """Writes a page's files."""
     for block in blocks_of(page):
         if block.file is not None:
+            (scratch / block.file).parent.mkdir(parents=True, exist_ok=True)
             (scratch / block.file).write_text(block.text, encoding="utf-8")
+
+
+def run_page(page: str, scratch: Path, model: Path) -> None:
+    """Writes a page's files and runs its commands, in this process, which has loaded torch already."""
+    write_files(page, scratch)
     for block in blocks_of(page):
         if block.kind == "sh":
             for command in block.text.splitlines():
@@ -103,8 +115,8 @@ def test_what_a_page_adds_is_trained_with(
 ) -> None:
     run_page(page, scratch, tiny_model)
     assert_printed(page, capfd.readouterr().out)
-    for run in (scratch / "runs").iterdir():
-        assert [line["step"] for line in read_metrics(run)] == [1, 2]
+    for folder in (scratch / "runs").iterdir():
+        assert [line["step"] for line in read_metrics(folder)] == [1, 2]
 
 
 def test_a_refused_family_says_with_which_attention_it_works(
@@ -118,5 +130,63 @@ def test_a_refused_family_says_with_which_attention_it_works(
     assert output.splitlines()[-1] == "sdpa: can be trained"
 
 
+@pytest.fixture
+def brief_model(run_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, trained to answer with one digit: as it is, it never ends an answer."""
+    chats = [
+        [{"role": "user", "content": "Guess my number."}, {"role": "assistant", "content": f"{number}"}]
+        for number in range(1, 9)
+    ]
+    rows = tmp_path_factory.mktemp("rows") / "chats.jsonl"
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return run(
+        {**run_settings, "output": str(rows.parent), "steps": 20, "groups_per_step": 8},
+        algorithm={"name": "sft"},
+        data={"path": str(rows), "max_length": 64},
+        optim={"lr": 1e-2, "schedule": "constant"},
+    )
+
+
+def test_a_game_is_played_for_several_turns(
+    scratch: Path, brief_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_page("environment", scratch, brief_model)
+    assert_printed("environment", capfd.readouterr().out)
+    steps = read_metrics(scratch / "runs" / "game")
+    assert [step["step"] for step in steps] == [1, 2]
+    assert any(step["reward"] != 0 for step in steps), "some guesses were right or wrong"
+
+
+def test_a_route_is_served_once_its_file_is_there(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import routes
+    from serving.access import AccessMiddleware
+    from serving.config import LimitsConfig, ServeConfig
+    from serving.ingress import application
+    from serving.keys import Key
+    from serving.registry import State
+
+    write_files("route", scratch)
+    monkeypatch.setattr(routes, "__path__", [*routes.__path__, str(scratch / "serving" / "routes")])
+    state = State(current=3)
+    registry = SimpleNamespace(state=lambda: state)
+    context: Any = SimpleNamespace(config=ServeConfig(checkpoint="model"), registry=registry, started_at=0)
+    key = Key(name="anna", role="user")
+    app = AccessMiddleware(
+        application(context, lambda: asyncio.sleep(0, b"")),
+        authenticate=lambda headers: key if headers else None,
+        is_public=lambda path: False,
+        limits=LimitsConfig(answers_in_progress=1),
+        local_only=False,
+    )
+
+    async def ask(headers: dict[str, str]) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            return await client.get("/v1/uptime", headers=headers)
+
+    answer = asyncio.run(ask({"Authorization": "Bearer KEY"}))
+    assert answer.status_code == 200 and answer.json()["version"] == 3
+    assert asyncio.run(ask({})).status_code == 401
+
+
 def test_every_page_is_run_by_a_test() -> None:
-    assert set(PAGES) == {"algorithm", "data-shape", "loss", "model-family", "reward"}
+    assert set(PAGES) == {"algorithm", "data-shape", "environment", "loss", "model-family", "reward", "route"}

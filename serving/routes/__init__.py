@@ -1,14 +1,16 @@
-"""The HTTP routes, one module per subject. A route's tag is the role that a key needs for it."""
+"""The HTTP routes, one module per subject, each with a `router`. A route's tag is the role that a key needs for it."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
@@ -123,6 +125,13 @@ ERRORS_BESIDE_TEXT: dict[int | str, dict[str, Any]] = {
     for status, error in ERRORS.items()
 }
 """The same for routes whose answers are no JSON: FastAPI would give their errors the answers' media type."""
+
+
+def routers() -> list[APIRouter]:
+    """Returns the `router` of every module in this folder that has one, in the order of the modules' names."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return [module.router for module in modules if "router" in vars(module)]
 
 
 def route_finder(routes: Iterable[APIRoute]) -> Callable[[str], str]:
