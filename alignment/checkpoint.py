@@ -128,7 +128,7 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
         try:
             (trial / TRAINER).mkdir(parents=True, exist_ok=True)
             # peft needs the names of its tensors. transformers would split the tensors of experts, so it gets none.
-            names = _saved(actor) if actor.has_adapter else []
+            names = _saved_weights(actor) if actor.has_adapter else []
             _write_model(trial, actor, {name: torch.zeros(1) for name in names})
             if actor.has_adapter:  # merging it later writes the settings of its base too
                 actor.network.save_pretrained(trial, state_dict={})
@@ -350,7 +350,7 @@ def _note_of_room(config: RunConfig, needed_bytes: int, free_bytes: int) -> str 
 
 def _num_bytes(config: RunConfig, roles: Roles) -> int:
     """The size of a checkpoint: the model in its own format, and fp32 masters and moments of all trained weights."""
-    model_bytes = sum(_numel(tensor) * tensor.element_size() for tensor in _saved(roles.actor).values())
+    model_bytes = sum(_numel(tensor) * tensor.element_size() for tensor in _saved_weights(roles.actor).values())
     modules = [num_trained.module for num_trained in roles.backends_by_role.values()]
     num_trained = sum(_numel(weight) for module in modules for weight in module.parameters() if weight.requires_grad)
     num_moments = {"adamw": 2, "rmsprop": 1}[config.optim.name]
@@ -362,7 +362,7 @@ def _numel(weight: Any) -> int:
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
-def _saved(actor: LanguageModel) -> dict[str, Tensor]:
+def _saved_weights(actor: LanguageModel) -> dict[str, Tensor]:
     """The weights that a checkpoint keeps of a model, by name; at ZeRO-3 they have no content."""
     from alignment.models.parallel import named_weights
 

@@ -33,10 +33,10 @@ class RunGuards:
 
     def watch(self, metrics: Metrics) -> list[str]:
         """Checks the metrics of a step; returns the problems in words, or nothing."""
-        problems = [text for limit in LIMITS if (text := self._broken(*limit, metrics))]
+        problems = [text for limit in LIMITS if (text := self._check_limit(*limit, metrics))]
         if "eval/reward" in metrics:
             self._evaluations.append(metrics)
-            problems += self._hacked()
+            problems += self._check_hacking()
         return problems
 
     def reset(self) -> None:
@@ -44,7 +44,7 @@ class RunGuards:
         self._broken_steps.clear()
         self._evaluations.clear()
 
-    def _broken(self, metric: str, key: str, side: str, meaning: str, metrics: Metrics) -> str | None:
+    def _check_limit(self, metric: str, key: str, side: str, meaning: str, metrics: Metrics) -> str | None:
         """The problem in words if a limit has been broken for long enough."""
         limit = getattr(self.config, key)
         if not limit or metric not in metrics:
@@ -57,7 +57,7 @@ class RunGuards:
         steps = f"for {self._broken_steps[metric]} steps" if self.config.patience > 1 else "now"
         return f"{value:.4g} {meaning} (guards.{key} is {limit:g}, {side} it {steps})"
 
-    def _hacked(self) -> list[str]:
+    def _check_hacking(self) -> list[str]:
         """The problem in words for each judge that fell while the held-out reward rose."""
         window = self.config.hacking_window
         if not window or len(self._evaluations) <= window:

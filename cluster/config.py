@@ -78,12 +78,12 @@ class ClusterRunConfig(RunConfig):
                 f"it {size} (rollout.tensor_parallel), or leave it out"
             )
         if gpus and gpus != size:
-            shared = (
+            share_note = (
                 f"; it cannot share a GPU: a worker takes a whole one, and 1 + {gpus:g} > 1" if 0 < gpus < 1 else ""
             )
             raise ValueError(
                 f"cluster.gpus_per_engine ({gpus:g}) must be rollout.tensor_parallel ({size}), over whose GPUs an "
-                f"engine spreads its model{shared}; set one of them to the other, or leave gpus_per_engine out"
+                f"engine spreads its model{share_note}; set one of them to the other, or leave gpus_per_engine out"
             )
         return self
 

@@ -149,8 +149,8 @@ class EngineActor:
     def __init__(self, settings: RolloutEngineSettings) -> None:
         self.engine = RolloutEngine(settings)
         self.instance = ActorInstance(name=secrets.token_hex(8), node=_node())
-        self._starting = asyncio.Lock()
-        self._started = False
+        self._start_lock = asyncio.Lock()
+        self._is_started = False
 
     async def node_id(self) -> str:
         """The id of the node that this actor runs on."""
@@ -158,13 +158,13 @@ class EngineActor:
 
     async def begin(self) -> ActorInstance:
         """Starts the engine, or resets one that runs already; returns this actor's instance."""
-        async with self._starting:
-            if self._started:
+        async with self._start_lock:
+            if self._is_started:
                 await self.engine.reset()
             else:
                 sweep()
                 await self.engine.start()
-                self._started = True
+                self._is_started = True
         return self.instance
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:

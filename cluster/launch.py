@@ -26,6 +26,7 @@ from cluster.ray_access import check_token, protect_token_file, require_token
 
 if TYPE_CHECKING:
     import torch
+    from ray.train.torch import TorchTrainer
 
     from alignment.rollout import Generator
     from alignment.rollout.vllm import RolloutEngineSettings
@@ -179,7 +180,7 @@ def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> RolloutEngineSet
     # Engines on one machine share its cores, and more threads than cores would slow each other down.
     engines = config.cluster.engines if config.cluster.workers else 1
     threads = max(1, len(os.sched_getaffinity(0)) // engines)
-    return RolloutEngineSettings.of(
+    return RolloutEngineSettings.for_run(
         config.model, config.rollout, max_length=config.data.max_length, device=device, threads=threads
     )
 
@@ -281,16 +282,34 @@ def _start_ray_here() -> None:
 
 def _fit(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, mark: str) -> None:
     """Runs Ray Train's workers until the run ends, and raises its error."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from cluster.final_error import StopOnFinalError, final_error
+    from cluster.final_error import final_error
+
+    clear_failure(config.folder)
+    trainer = _trainer(config, cluster_plan, engines, mark)
+    # Ray Train's own files about an earlier fit of this name are not needed, and a damaged one would be fatal.
+    shutil.rmtree(config.folder / "ray", ignore_errors=True)
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if failure := final_error(error) or failure_of(config.folder):
+            raise failure from None
+        raise ClusterError(
+            f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
+        ) from error
+
+
+def _trainer(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, mark: str) -> TorchTrainer:
+    """Makes Ray Train's trainer of a run."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from cluster.final_error import StopOnFinalError
     from cluster.rendezvous import OwnAddressConfig
     from cluster.worker import run as worker
 
-    clear_failure(config.folder)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         worker,
         train_loop_config={
             "config": config.model_dump_json(),
@@ -316,16 +335,6 @@ def _fit(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, 
             callbacks=[StopOnFinalError()],
         ),
     )
-    # Ray Train's own files about an earlier fit of this name are not needed, and a damaged one would be fatal.
-    shutil.rmtree(config.folder / "ray", ignore_errors=True)
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        if failure := final_error(error) or failure_of(config.folder):
-            raise failure from None
-        raise ClusterError(
-            f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
-        ) from error
 
 
 def schema() -> None:

@@ -18,6 +18,8 @@ from alignment.settings.plugins import search_for_modules
 from alignment.settings.run import RunConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from alignment.models.parallel import World
     from alignment.rollout import Generator
     from cluster.engines import Engines
@@ -69,14 +71,12 @@ class RayReporter:
 def run(settings: dict[str, Any]) -> None:
     """The train function of the TorchTrainer.
 
-    Checkpoints are not given to Ray Train. The loop finds its own newest intact checkpoint, because a report to Ray
-    Train may have returned before it is durable.
+    The loop finds its newest intact checkpoint itself, because a report to Ray Train may return before it is durable.
 
     Args:
-        settings: `config`: the run's configuration as JSON. `folder`: the driver's current folder, to which relative
-            paths refer. `module_folders`: the folders of modules that the configuration names. `bar`: whether the
-            output can show a progress bar. `engines`: the names of the run's engines, if it has any. `mark`: the
-            content of the driver's mark in the run's folder.
+        settings: `config`, the run's configuration as JSON; `folder`, the driver's current folder; `module_folders`,
+            for modules that the configuration names; `bar`, whether to show a progress bar; `engines`, the names of the
+            run's engines, or None; `mark`, the driver's mark in the run's folder.
 
     Raises:
         ConfigError: the run's folder is not the same folder as the driver's.
@@ -90,7 +90,6 @@ def run(settings: dict[str, Any]) -> None:
     compute_on(device.type)
     from alignment.failure import failure_of
     from alignment.metrics import FileReporter, Silent
-    from alignment.models.parallel import World
     from alignment.train import train
     from cluster.config import ClusterRunConfig
 
@@ -100,16 +99,30 @@ def run(settings: dict[str, Any]) -> None:
     if Path(settings["folder"]).is_dir():  # relative paths of the configuration refer to the driver's folder
         os.chdir(settings["folder"])
     _check_folder(config, settings["mark"])
-    logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train repeats every reported metric
-    logging.getLogger("ray.train.v2._internal.util").addFilter(_is_no_error_of_ours)
+    _limit_logging()
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    context = ray.train.get_context()
-    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
+    world = _world(device)
     if failure := world.from_main(failure_of(config.folder)):
         raise failure  # raised again, as Ray Train restarted the workers before it learned that the error is final
     inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
     with _attached_engines(settings["engines"], config, world) as generator:
         train(config, world, RayReporter(inner), generator)
+
+
+def _world(device: torch.device) -> World:
+    """This worker's position among Ray Train's workers."""
+    import ray.train
+
+    from alignment.models.parallel import World
+
+    context = ray.train.get_context()
+    return World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
+
+
+def _limit_logging() -> None:
+    """Drops log records of Ray Train that repeat what is printed already."""
+    logging.getLogger().setLevel(logging.WARNING)  # below it, Ray Train logs every reported metric
+    logging.getLogger("ray.train.v2._internal.util").addFilter(_is_no_error_of_ours)
 
 
 def _check_folder(config: RunConfig, mark: str) -> None:

@@ -166,7 +166,7 @@ class PolicyGradient(ReferencedAlgorithm):
         if batch.reference_logprobs is not None:
             terms += self._divergence(batch, outputs.logprobs - batch.reference_logprobs)
         if self.entropy_coefficient:
-            terms.append(self._reduced(batch, -self.entropy_coefficient * outputs.entropies))
+            terms.append(self._reduce(batch, -self.entropy_coefficient * outputs.entropies))
         return Loss(terms=tuple(terms), metrics=metrics)
 
     def next_kl_coefficient(self, kl_coefficient: float, *, kl: float, num_completions: int) -> float:
@@ -216,7 +216,7 @@ class PolicyGradient(ReferencedAlgorithm):
             loss = clipped_policy(logratio, advantages, low=self.clip_low, high=self.clip_high)
             self._add_clip_ratio(logratio, advantages, metrics)
             metrics["policy_loss"] = loss.detach()
-            return self._reduced(batch, batch.scatter(loss * weights[loss_mask]))
+            return self._reduce(batch, batch.scatter(loss * weights[loss_mask]))
         lengths = batch.lengths.clamp(min=1)
         sequence_logratio = batch.per_completion(logratio)
         if self.importance_level == "sequence_mean":
@@ -238,9 +238,9 @@ class PolicyGradient(ReferencedAlgorithm):
         """The KL term of the loss, or none, from [T] log π − log π_ref (nats)."""
         if self.kl_placement != "loss" or not batch.kl_coefficient:
             return []
-        return [self._reduced(batch, batch.kl_coefficient * kl_penalty(logratio, estimator=self.kl_estimator))]
+        return [self._reduce(batch, batch.kl_coefficient * kl_penalty(logratio, estimator=self.kl_estimator))]
 
-    def _reduced(self, batch: Batch, values: Tensor) -> Term:
+    def _reduce(self, batch: Batch, values: Tensor) -> Term:
         """Makes a term of [T] losses, in the unit that `loss_aggregation` names."""
         if self.importance_level == "token" and self.loss_aggregation == "token":
             return Term(values=values[batch.loss_mask], unit="token")

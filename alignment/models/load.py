@@ -106,19 +106,12 @@ def load_model(
     `seed` decides the first weights of a new adapter and of a new score head.
 
     Raises:
-        ModelError: the model cannot be loaded, has fewer positions than `data.max_length`, or gives other results for
-            packed groups than for single sequences.
+        ModelError: the model cannot be loaded, has too few positions, or packed groups give other results than single
+            sequences.
     """
     source = model_source(config.path)
     attention = _attention(config, device)
-    try:
-        settings = AutoConfig.from_pretrained(source, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path {config.path!r} is neither a folder here nor a hub id that can be loaded: {error}"
-        ) from error
-    _check_length(settings, data, config.path)
-    _make_deterministic(settings)
+    settings = _load_settings(source, config, data)
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)
     load_kwargs = {
@@ -131,13 +124,10 @@ def load_model(
         module = _with_language_head(source, load_kwargs, config.path)
     else:
         module = _with_score_head(source, load_kwargs, tokenizer, config.path)
-    for submodule in module.modules():
-        if isinstance(submodule, nn.Dropout):
-            submodule.p = 0.0
+    _turn_dropout_off(module)
     patch_memory_efficient(module)
     fix_rope(module, data.max_length)
-    if config.lora is not None:
-        module = _with_adapter(module, config.lora, seed, head)
+    module = module if config.lora is None else _with_adapter(module, config.lora, seed, head)
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = LanguageModel(
@@ -148,6 +138,23 @@ def load_model(
         generation_ends=_generation_ends(module, tokenizer, source, config.revision),
     )
     return prove_packing(model, max_length=data.max_length, path=config.path)
+
+
+def _load_settings(source: str, config: ModelConfig, data: DataConfig) -> Any:
+    """Loads a model's configuration, without anything that is random in training.
+
+    Raises:
+        ModelError: there is no model, or it has fewer positions than `data.max_length`.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path {config.path!r} is neither a folder here nor a hub id that can be loaded: {error}"
+        ) from error
+    _check_length(settings, data, config.path)
+    _make_deterministic(settings)
+    return settings
 
 
 def number_format(dtype: NumberFormat, device: torch.device | str) -> Literal["bf16", "fp32"]:
@@ -217,6 +224,13 @@ def _make_deterministic(settings: Any) -> None:
         for name, value in vars(sub_config).items() if sub_config is not None else ():
             if isinstance(value, float) and any(word in name for word in RANDOM_SETTINGS):
                 setattr(sub_config, name, 0.0)
+
+
+def _turn_dropout_off(module: nn.Module) -> None:
+    """Sets the rate of every dropout layer to 0."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Dropout):
+            submodule.p = 0.0
 
 
 def _generation_ends(

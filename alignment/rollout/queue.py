@@ -56,6 +56,7 @@ class RolloutCost:
     num_tokens: int = 0
 
     def metrics(self) -> Metrics:
+        """The seconds and the speed of the rollouts, as metrics."""
         seconds = {"perf/rollout_seconds": self.rollout_s, "perf/reward_seconds": self.reward_s}
         if not self.rollout_s:
             return seconds
@@ -93,10 +94,12 @@ class RolloutQueue:
         self._received_at = 0.0
 
     def seek(self, position: int, *, weight_version: int) -> None:
+        """Moves to a position of the stream, and loads the actor's weights into the engines."""
         self.stream.position = position
         self.sampler.publish(self.roles, weight_version)
 
     def publish(self, weight_version: int) -> Metrics:
+        """Loads the actor's weights into the engines; returns the seconds that it took, as a metric."""
         return {"perf/sync_seconds": self.sampler.publish(self.roles, weight_version)}
 
     def next_batch(self) -> StepBatch:

@@ -59,7 +59,7 @@ class RolloutEngineSettings:
     """Number of CPU threads; None is one for each core that the process may use."""
 
     @classmethod
-    def of(
+    def for_run(
         cls, model: ModelConfig, rollout: RolloutConfig, *, max_length: int, device: Device, threads: int | None = None
     ) -> Self:
         """Makes the settings of a run's engines. The model's path becomes absolute, as an engine may run elsewhere.
@@ -97,7 +97,7 @@ class RolloutEngine:
         self._adapter: LoRARequest | None = None
         self._request_numbers = itertools.count(1)
         self._generation_tasks: set[asyncio.Task[list[Rollout]]] = set()
-        self._loading = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
         self._is_half_loaded = False
 
     async def start(self) -> None:
@@ -145,7 +145,7 @@ class RolloutEngine:
             RolloutError: the update could not be loaded. The engine must be restarted, as it may hold a part of it.
         """
         self.version = None
-        async with self._loading:
+        async with self._load_lock:
             if self._generation_tasks:
                 await asyncio.wait(self._generation_tasks)
             llm = self._live_engine()

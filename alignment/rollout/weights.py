@@ -296,15 +296,16 @@ def _receiver() -> type[Any]:
         def init_transfer_engine(self, init_info: NoInit) -> None: ...
 
         def start_weight_update(self) -> None:
-            self.missing = {name for name, _ in self.model.named_parameters()} - _tied_names(self.model)
+            self.missing_names = {name for name, _ in self.model.named_parameters()} - _tied_names(self.model)
             unpack_experts(self.model)
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: FilesInfo) -> None:
             # All files are loaded in one call, because a layer may be spread over two files.
-            self.missing -= self.model.load_weights(read(update_info.files)) or self.missing
-            if self.missing:
-                raise ValueError(f"an update of all weights lacks {len(self.missing)}, such as {min(self.missing)}")
+            self.missing_names -= self.model.load_weights(read(update_info.files)) or self.missing_names
+            if self.missing_names:
+                example = min(self.missing_names)
+                raise ValueError(f"an update of all weights lacks {len(self.missing_names)}, such as {example}")
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

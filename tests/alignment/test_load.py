@@ -44,7 +44,7 @@ def test_what_is_asked_for_is_obeyed_and_warned_of_where_it_is_slow(caplog: pyte
 )
 def test_trainer_and_engine_agree_unless_told_otherwise(model: str, rollout: str, wanted: str) -> None:
     config = ModelConfig.model_validate({"dtype": model})
-    settings = RolloutEngineSettings.of(
+    settings = RolloutEngineSettings.for_run(
         config, RolloutConfig.model_validate({"dtype": rollout}), max_length=64, device="cpu", threads=1
     )
     assert f"torch.{settings.dtype}" == str(DTYPES[number_format(wanted, "cpu")])  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ def completion(rollout: Rollout) -> Completion:
 
 
 def settings_of(config: ModelConfig) -> RolloutEngineSettings:
-    return RolloutEngineSettings.of(config, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
+    return RolloutEngineSettings.for_run(config, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
 
 
 def assert_equal_within_rounding(mismatch: Tensor) -> None:

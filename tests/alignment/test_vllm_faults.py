@@ -228,7 +228,7 @@ if __name__ == "__main__":
             yield from load_file(Path(sys.argv[1]) / "model.safetensors").items()
 
     model, rollout = ModelConfig(path=sys.argv[1], dtype="fp32"), RolloutConfig(cache_gb=0.05)
-    settings = RolloutEngineSettings.of(model, rollout, max_length=96, device="cpu", threads=1)
+    settings = RolloutEngineSettings.for_run(model, rollout, max_length=96, device="cpu", threads=1)
     pool = local_generator(settings)
     pool.load(Whole())
     sampling = Sampling(num_completions=1, max_tokens=2, max_length=96, temperature=1.0)

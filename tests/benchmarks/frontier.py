@@ -122,7 +122,7 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
 
     config = ModelConfig(path=model)
     tokenizer, rule = load_tokenizer(config), Sentiment()
-    settings = RolloutEngineSettings.of(config, RolloutConfig(), max_length=128, device="cpu")
+    settings = RolloutEngineSettings.for_run(config, RolloutConfig(), max_length=128, device="cpu")
     sampling = Sampling(
         num_completions=COMPLETIONS,
         max_tokens=TOKENS,

@@ -223,7 +223,7 @@ def ours(job: Job) -> Run:
 
     torch.set_num_threads(job.threads)
     config = run_config(job)
-    settings = RolloutEngineSettings.of(
+    settings = RolloutEngineSettings.for_run(
         config.model, config.rollout, max_length=job.max_length, device="cpu", threads=job.threads
     )
     with contextlib.closing(local_generator(settings)) as generator:

@@ -59,7 +59,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def engines(ray_here: None, config: RunConfig) -> Iterator[Engines]:
     """Two engines."""
-    settings = RolloutEngineSettings.of(config.model, config.rollout, max_length=MAX_LENGTH, device="cpu", threads=1)
+    settings = RolloutEngineSettings.for_run(
+        config.model, config.rollout, max_length=MAX_LENGTH, device="cpu", threads=1
+    )
     with running_engines(settings, count=2, cpus=0.1, gpus=0) as found:
         yield found
     assert_engine_processes(0)
@@ -207,7 +209,7 @@ def test_after_a_sender_that_failed_nothing_is_drawn(pool: EnginePool, trainer: 
 
 def test_engines_that_do_not_start_say_why(ray_here: None, config: RunConfig, tmp_path: Path) -> None:
     broken = config.model_copy(update={"model": ModelConfig(path=str(tmp_path))})
-    settings = RolloutEngineSettings.of(broken.model, TINY, max_length=MAX_LENGTH, device="cpu")
+    settings = RolloutEngineSettings.for_run(broken.model, TINY, max_length=MAX_LENGTH, device="cpu")
     with running_engines(settings, count=1, cpus=0.1, gpus=0) as found, pytest.raises(Exception, match=r"config\.json"):
         attach(found, broken, World())
 
@@ -216,7 +218,7 @@ def test_engines_that_the_cluster_has_no_place_for_are_refused_in_bounded_time(
     ray_here: None, config: RunConfig
 ) -> None:
     rollout = TINY.model_copy(update={"timeout_s": 5.0})
-    settings = RolloutEngineSettings.of(config.model, rollout, max_length=MAX_LENGTH, device="cpu")
+    settings = RolloutEngineSettings.for_run(config.model, rollout, max_length=MAX_LENGTH, device="cpu")
     with (
         pytest.raises(RolloutError, match="no place for 1 engines within 5 s"),
         running_engines(settings, count=1, cpus=1000, gpus=0),

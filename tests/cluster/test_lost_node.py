@@ -71,7 +71,7 @@ def test_the_loss_of_a_machine_ends_no_run_while_another_engine_lives(cluster: A
         rollout=TINY,
     )
     config.folder.mkdir(parents=True)
-    settings = RolloutEngineSettings.of(model, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
+    settings = RolloutEngineSettings.for_run(model, TINY, max_length=MAX_LENGTH, device="cpu", threads=1)
     trainer = Trainer.of(model)
     with running_engines(settings, count=2, cpus=1, gpus=0) as engines:
         pool = attach(engines, config, World())
