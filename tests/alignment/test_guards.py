@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from alignment.errors import GuardError
 from alignment.guards import LIMITS, RunGuards
 from alignment.metrics import FileReporter, read_metrics
 from alignment.models.parallel import World
-from alignment.rollout import Prompt, Rollout, Rollouts, Sampling, Weights
+from alignment.rollout import Policy, Prompt, Result, Rollout, Sampling, Weights
 from alignment.settings.run import GuardsConfig, RunConfig
 from alignment.train import train
 
@@ -75,12 +76,19 @@ class Scripted:
         """`endless`: numbers of the calls, from 1, whose answers do not end."""
         self.endless = endless
         self.calls = 0
+        self.is_new_call = False
         self.loaded: list[tuple[int, dict[str, Tensor]]] = []
 
-    def submit(self, prompts: list[Prompt], sampling: Sampling) -> Callable[[], Rollouts]:
-        self.calls += sampling.num_completions > 1  # evaluations do not count
-        drawn = [[self._answer(prompt.seed + k) for k in range(sampling.num_completions)] for prompt in prompts]
-        return lambda: drawn
+    def start(self, work: Callable[[Policy], Coroutine[Any, Any, Result]]) -> Callable[[], Result]:
+        self.is_new_call = True
+        result = asyncio.run(work(self))
+        return lambda: result
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        if sampling.num_completions > 1 and self.is_new_call:  # evaluations do not count
+            self.calls += 1
+            self.is_new_call = False
+        return [self._answer(prompt.seed + k) for k in range(sampling.num_completions)]
 
     def load(self, weights: Weights) -> None:
         self.loaded.append((weights.version, {name: weight.clone() for name, weight in weights.named_weights()}))
