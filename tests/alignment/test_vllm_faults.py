@@ -232,7 +232,7 @@ if __name__ == "__main__":
     pool = local_generator(settings)
     pool.load(Whole())
     sampling = Sampling(num_completions=1, max_tokens=2, max_length=96, temperature=1.0)
-    ((rollout,),) = submit(pool, [Prompt(tokens=(20, 21), seed=1)], sampling)()
+    (rollout,) = pool.start(lambda policy: policy.generate(Prompt(tokens=(20, 21), seed=1), sampling))()
     print("VERSION", rollout.weight_version)
     pool.close()
 """
