@@ -41,6 +41,8 @@ class Completion:
     """Turns after the answer, for a conversation that is trained on as one example."""
     reward: float | None = None
     """How good it is, in any unit in which higher is better; None if nobody has said."""
+    environment_reward: float | None = None
+    """What an environment gave for it, which the scorers' rewards are added to; None without one."""
     tokens: tuple[int, ...] = ()
     """Token ids as they follow the prompt, with the end token if the answer ends; empty before tokenisation."""
     loss_mask: tuple[bool, ...] = ()

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
-from alignment.errors import ConfigError, RewardError
-from alignment.settings.explain import nearest
-from alignment.settings.plugins import ScorerConfig, load_attribute
+from alignment.errors import RewardError
+from alignment.settings.plugins import ScorerConfig
 
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch
@@ -24,18 +23,6 @@ if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     from alignment.groups import Completion, Group
     from alignment.models.parallel import World
 
-BUILTIN_SCORERS = {
-    "regex": "alignment.rewards.rules:Regex",
-    "length": "alignment.rewards.rules:Length",
-    "exact_number": "alignment.rewards.numbers:ExactNumber",
-    "math": "alignment.rewards.mathematics:Math",
-    "keywords": "alignment.rewards.rules:Keywords",
-    "repetition": "alignment.rewards.rules:Repetition",
-    "sentiment": "alignment.rewards.sentiment:Sentiment",
-    "ifeval": "alignment.rewards.ifeval:IFEval",
-    "model": "alignment.rewards.model:RewardModel",
-    "http": "alignment.rewards.remote:RewardService",
-}
 MAX_REWARD = 3.4e38
 """Largest absolute value of a reward, because rewards become fp32."""
 Reward = float | None
@@ -120,47 +107,6 @@ class BuildableScorer(ScorerConfig):
             AlignmentError: something that the scorer needs is missing.
         """
         raise NotImplementedError
-
-
-def scorer_names() -> list[str]:
-    """Names of the built-in scorers."""
-    return list(BUILTIN_SCORERS)
-
-
-def scorer_class(name: str) -> type[BuildableScorer]:
-    """Returns the configuration class of a scorer.
-
-    Args:
-        name: a name of `scorer_names`; or `package.module:function` (`alignment.rewards.functions` says what such a
-            function gets and returns); or `package.module:Class` with a subclass of `BuildableScorer`.
-
-    Raises:
-        ConfigError: there is no such scorer; the text names the nearest known one.
-    """
-    if ":" not in name:
-        if name not in BUILTIN_SCORERS:
-            raise ConfigError(f"there is no scorer {name!r}{nearest(name, scorer_names())}")
-        name = BUILTIN_SCORERS[name]
-    scorer = callable_named(name)
-    if isinstance(scorer, type):
-        if not issubclass(scorer, BuildableScorer):
-            raise ConfigError(f"scorer {name!r} is neither a function nor a subclass of {__name__}.BuildableScorer")
-        return scorer
-    from alignment.rewards.functions import RewardFunction
-
-    return RewardFunction
-
-
-def callable_named(name: str) -> Any:
-    """Returns the function or class that a dotted `package.module:attribute` names.
-
-    Raises:
-        ConfigError: there is no such attribute, or it is neither a function nor a class.
-    """
-    target = load_attribute(name, "scorer")
-    if not callable(target):
-        raise ConfigError(f"scorer {name!r} is a {type(target).__name__}, not a function")
-    return target
 
 
 class Rewards:
@@ -268,8 +214,8 @@ class Rewards:
             (entry, reward) for entry, reward in zip(self._entries, rewards, strict=True) if reward is not None
         ]
         summands = [entry.weigh(reward) for entry, reward in scored_rewards]
-        if completion.reward is not None:  # what its environment gave
-            summands.append(completion.reward)
+        if completion.environment_reward is not None:
+            summands.append(completion.environment_reward)
         return replace(
             completion,
             reward=math.fsum(summands) if summands else None,

@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, TypeVar
 from pydantic import Field, model_validator
 
 from alignment.errors import RewardError
-from alignment.rewards import AskAgain, BuildableScorer, Reward, UnreadableTexts, callable_named
+from alignment.rewards import AskAgain, BuildableScorer, Reward, UnreadableTexts
+from alignment.settings.plugins import callable_named
 from alignment.settings.section import Positive
 
 if TYPE_CHECKING:

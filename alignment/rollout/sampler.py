@@ -94,6 +94,7 @@ class Sampler:
             tokens=rollout.tokens,
             loss_mask=rollout.loss_mask or (True,) * len(rollout.tokens),
             reward=rollout.reward,
+            environment_reward=rollout.reward,
             truncated=rollout.truncated,
             sampled_logprobs=rollout.logprobs,
             weight_version=rollout.weight_version,

@@ -45,7 +45,8 @@ def to_tensors(scored_groups: Sequence[Group], pending_batches: Sequence[Sequenc
         "logprobs": torch.tensor([p for c in completions for p in c.sampled_logprobs or ()], dtype=torch.float64),
         "versions": torch.tensor([completion.weight_version or 0 for completion in completions]),
         "truncated": torch.tensor([completion.truncated for completion in completions]),
-        "rewards": _numbers([completion.reward for completion in completions]),  # an environment's, if not scored yet
+        "rewards": _numbers([completion.reward for completion in scored_completions]),
+        "environment_rewards": _numbers([completion.environment_reward for completion in completions]),
         "loss_mask": torch.tensor([loss_mask for completion in completions for loss_mask in completion.loss_mask]),
         **{
             f"{SCORE}{name}": _numbers([completion.scores.get(name) for completion in scored_completions])
@@ -91,6 +92,8 @@ def _completions(tensors: dict[str, Tensor], completion_of: Callable[[Rollout], 
     tokens, logprobs = iter(tensors["tokens"].tolist()), iter(tensors["logprobs"].tolist())
     columns = (tensors[name].tolist() for name in ("lengths", "versions", "truncated"))
     rewards = tensors["rewards"].tolist()
+    no_rewards = [math.nan] * len(tensors["lengths"])
+    environment_rewards = tensors["environment_rewards"].tolist() if "environment_rewards" in tensors else no_rewards
     loss_masks = iter(tensors["loss_mask"].tolist() if "loss_mask" in tensors else ())
     scores = {name.removeprefix(SCORE): tensors[name].tolist() for name in tensors if name.startswith(SCORE)}
     for index, (length, version, is_truncated) in enumerate(zip(*columns, strict=True)):
@@ -101,13 +104,12 @@ def _completions(tensors: dict[str, Tensor], completion_of: Callable[[Rollout], 
                 truncated=is_truncated,
                 weight_version=version,
                 loss_mask=tuple(itertools.islice(loss_masks, length)),
+                reward=None if math.isnan(environment_rewards[index]) else environment_rewards[index],
             )
         )
         if index < len(rewards):
             completion_scores = {
-                name: values[index]
-                for name, values in scores.items()
-                if index < len(values) and not math.isnan(values[index])
+                name: values[index] for name, values in scores.items() if not math.isnan(values[index])
             }
             reward = None if math.isnan(rewards[index]) else rewards[index]
             completion = dataclasses.replace(completion, reward=reward, scores=completion_scores)

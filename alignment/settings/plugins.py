@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
@@ -13,6 +13,19 @@ from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
 from alignment.settings.section import Positive, PositiveCount, Section
 
+BUILTIN_SCORERS = {
+    "regex": "alignment.rewards.rules:Regex",
+    "length": "alignment.rewards.rules:Length",
+    "exact_number": "alignment.rewards.numbers:ExactNumber",
+    "math": "alignment.rewards.mathematics:Math",
+    "keywords": "alignment.rewards.rules:Keywords",
+    "repetition": "alignment.rewards.rules:Repetition",
+    "sentiment": "alignment.rewards.sentiment:Sentiment",
+    "ifeval": "alignment.rewards.ifeval:IFEval",
+    "model": "alignment.rewards.model:RewardModel",
+    "http": "alignment.rewards.remote:RewardService",
+}
+"""The scorers that come with raylign, by name."""
 MODULE_FOLDERS: list[str] = []
 """Where modules are looked for beside what is installed: Ray's workers get the current folder by Ray, these by us."""
 
@@ -118,6 +131,47 @@ class ScorerConfig(Section):
         return ()
 
 
+def scorer_names() -> list[str]:
+    """Names of the built-in scorers."""
+    return list(BUILTIN_SCORERS)
+
+
+def scorer_class(name: str) -> type[ScorerConfig]:
+    """Returns the configuration class of a scorer.
+
+    Args:
+        name: a name of `scorer_names`; or `package.module:function` (`alignment.rewards.functions` says what such a
+            function gets and returns); or `package.module:Class` with a subclass of `BuildableScorer`.
+
+    Raises:
+        ConfigError: there is no such scorer; the text names the nearest known one.
+    """
+    if ":" not in name:
+        if name not in BUILTIN_SCORERS:
+            raise ConfigError(f"there is no scorer {name!r}{nearest(name, scorer_names())}")
+        name = BUILTIN_SCORERS[name]
+    scorer = callable_named(name)
+    if isinstance(scorer, type):
+        if not issubclass(scorer, ScorerConfig):
+            raise ConfigError(
+                f"scorer {name!r} is neither a function nor a subclass of alignment.rewards.BuildableScorer"
+            )
+        return scorer
+    return cast(type[ScorerConfig], load_attribute("alignment.rewards.functions:RewardFunction", "scorer"))
+
+
+def callable_named(name: str) -> Any:
+    """Returns the function or class that a dotted `package.module:attribute` names.
+
+    Raises:
+        ConfigError: there is no such attribute, or it is neither a function nor a class.
+    """
+    target = load_attribute(name, "scorer")
+    if not callable(target):
+        raise ConfigError(f"scorer {name!r} is a {type(target).__name__}, not a function")
+    return target
+
+
 def load_scorers(value: Any) -> Any:
     return tuple(_load_scorer(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -131,8 +185,6 @@ def _load_scorer(value: Any) -> Any:
         return value
     if not isinstance(value.get("name"), str):
         raise ValueError("needs a name: that of a rule, model, http, or your own package.module:function")
-    from alignment.rewards import scorer_class  # here, because scorers are Sections themselves
-
     try:
         kind = scorer_class(value["name"])
         return kind.model_validate(value)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alignment.settings.plugins import AlgorithmConfig, ScorerConfig, algorithm_class, algorithm_names
+from alignment.settings.plugins import (
+    AlgorithmConfig,
+    ScorerConfig,
+    algorithm_class,
+    algorithm_names,
+    scorer_class,
+    scorer_names,
+)
 from alignment.settings.run import RunConfig
 from alignment.settings.section import Section
 
 
 def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
     """JSON Schema of a run's YAML file, with one alternative per algorithm and per scorer."""
-    from alignment.rewards import scorer_class, scorer_names
-
     schema = kind.model_json_schema()
     algorithms = [algorithm_class(name) for name in algorithm_names()]
     scorers = [scorer_class(name) for name in scorer_names()]

@@ -9,10 +9,16 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from alignment.rewards import scorer_class, scorer_names
 from alignment.settings.data import SourceConfig
 from alignment.settings.old_names import OLD_KEYS, OLD_VALUES
-from alignment.settings.plugins import AlgorithmConfig, ScorerConfig, algorithm_class, algorithm_names
+from alignment.settings.plugins import (
+    AlgorithmConfig,
+    ScorerConfig,
+    algorithm_class,
+    algorithm_names,
+    scorer_class,
+    scorer_names,
+)
 from alignment.settings.section import Section
 from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig

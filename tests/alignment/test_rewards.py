@@ -24,11 +24,12 @@ from alignment.data.shapes import to_group
 from alignment.errors import ConfigError, DataError, RewardError
 from alignment.groups import Completion, Group, Message
 from alignment.models.parallel import World
-from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable, scorer_class, scorer_names
+from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable
 from alignment.rewards.rules import Rule
 from alignment.rollout.queue import scores_of
 from alignment.settings.data import SourceConfig
 from alignment.settings.load import check_config
+from alignment.settings.plugins import scorer_class, scorer_names
 from alignment.settings.run import RunConfig
 from alignment.settings.schema import json_schema
 
@@ -489,7 +490,7 @@ def test_the_schema_knows_every_scorer_and_describes_every_key() -> None:
 def test_checking_a_configuration_with_scorers_needs_no_torch() -> None:
     code = (
         "import json, sys\n"
-        "from alignment.rewards import scorer_class, scorer_names\n"
+        "from alignment.settings.plugins import scorer_class, scorer_names\n"
         "classes = [scorer_class(name) for name in scorer_names()]\n"
         "print(json.dumps(sorted(sys.modules)))"
     )

@@ -19,7 +19,8 @@ import torch
 
 from alignment.errors import ConfigError, RewardError
 from alignment.groups import Completion, Group, Message
-from alignment.rewards import Rewards, scorer_class
+from alignment.rewards import Rewards
+from alignment.settings.plugins import scorer_class
 from tests.conftest import free_port
 
 SECRET, PROMPT, ANSWER = "sk-very-secret", "a private question", "a private answer"

@@ -14,7 +14,8 @@ import torch
 
 from alignment.errors import RewardError
 from alignment.groups import Completion, Group
-from alignment.rewards import BuildableScorer, Rewards, scorer_class
+from alignment.rewards import BuildableScorer, Rewards
+from alignment.settings.plugins import scorer_class
 
 EQUAL = [
     (r"4\sqrt{2}", r"so it is \boxed{\sqrt{32}}"),

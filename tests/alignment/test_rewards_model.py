@@ -22,8 +22,9 @@ from transformers import (
 
 from alignment.errors import CheckpointError, ModelError, RewardError
 from alignment.groups import Completion, Group, Message
-from alignment.rewards import Rewards, scorer_class
+from alignment.rewards import Rewards
 from alignment.rewards.model import fit_to_window
+from alignment.settings.plugins import scorer_class
 
 TEMPLATE = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' </s>' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"  # noqa: E501
 WORDS = "[user] [assistant] [system] what is the capital of france paris lyon it and or so very".split()  # noqa: SIM905

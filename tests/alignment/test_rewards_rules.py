@@ -17,12 +17,13 @@ from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
 from alignment.errors import RewardError
 from alignment.groups import Completion, Group
-from alignment.rewards import BuildableScorer, Rewards, scorer_class
+from alignment.rewards import BuildableScorer, Rewards
 from alignment.rewards.ifeval import CHECKS, UNSUPPORTED_KINDS, sentences
 from alignment.rewards.numbers import number_in
 from alignment.rewards.rules import contains_keyword, overlong_penalty, repeated_share
 from alignment.rewards.sentiment import NEGATIVE, POSITIVE
 from alignment.settings.data import SourceConfig
+from alignment.settings.plugins import scorer_class
 from tests.conftest import read_data
 
 

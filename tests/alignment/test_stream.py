@@ -13,7 +13,7 @@ import pytest
 from alignment.data.stream import MIN_ROWS_FOR_BUDGET, GroupReader, ListStream, LiveStream, hold_out
 from alignment.errors import DataError
 from alignment.groups import Completion, Group
-from alignment.rewards import scorer_class
+from alignment.settings.plugins import scorer_class
 from tests.alignment.conftest import WriteRows, lines_of, load
 from tests.conftest import pair_rows
 

@@ -22,8 +22,9 @@ from starlette.responses import Response
 
 from alignment.errors import ConfigError, RewardError
 from alignment.groups import Completion, Group, Message
-from alignment.rewards import Rewards, scorer_class
+from alignment.rewards import Rewards
 from alignment.rewards.remote import ScoreItem
+from alignment.settings.plugins import scorer_class
 from serving.launch import refuse_busy_port
 from serving.reward_server import KeyMiddleware, ModelThread, reward_server
 from serving.schema import RequestError
