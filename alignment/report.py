@@ -68,7 +68,7 @@ def report(
     print(write_report(run, [], {}))
 
 
-def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, float]) -> Path:
+def write_report(run_folder: Path, exchanges: list[dict[str, Any]], figures: dict[str, float]) -> Path:
     """Writes a run's page.
 
     Args:
@@ -84,19 +84,19 @@ def write_report(run: Path, exchanges: list[dict[str, Any]], figures: dict[str, 
     """
     from jinja2 import Environment, FileSystemLoader
 
-    metrics = read_metrics(run)
+    metrics = read_metrics(run_folder)
     if not metrics:
-        raise ConfigError(f"{run} holds no metrics.jsonl with a reported step, so it is not the folder of a run")
+        raise ConfigError(f"{run_folder} holds no metrics.jsonl with a reported step, so it is not the folder of a run")
     charts = [chart for title, series in CHARTS if (chart := draw(title, series, metrics))]
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(PAGE)
-    page = run / PAGE
+    page = run_folder / PAGE
     page.write_text(
         template.render(
-            name=run.name,
+            name=run_folder.name,
             charts=charts,
             figures=figures,
             exchanges=exchanges,
-            samples=_samples(run),
+            samples=_samples(run_folder),
             width=WIDTH,
             height=HEIGHT,
             left=LEFT,
@@ -146,9 +146,9 @@ def draw(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str
     return Chart(title=title, curves=curves, ticks=ticks, steps=steps)
 
 
-def _samples(run: Path) -> list[dict[str, Any]]:
+def _samples(run_folder: Path) -> list[dict[str, Any]]:
     """The prompts that have sampled answers from before and after training, with both answers."""
-    file = run / "samples.jsonl"
+    file = run_folder / "samples.jsonl"
     by_prompt: dict[str, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         sample = json.loads(line)

@@ -75,7 +75,7 @@ class RenderedAnswer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conversation:
+class RenderedConversation:
     """One rendering with several answers, each after exactly the prompt that it would be generated from."""
 
     text: str
@@ -314,7 +314,7 @@ class Renderer:
 
     def conversation(
         self, turns: Turns, answer_indices: Sequence[int], *, inputs: TemplateInputs = NO_INPUTS, continues_answer: bool
-    ) -> Conversation | None:
+    ) -> RenderedConversation | None:
         """All answers in one rendering, if each stands there after exactly the prompt that generation would use.
 
         For every answer, the rendered turns before it must be the beginning of the whole text; the answer must follow,
@@ -349,7 +349,7 @@ class Renderer:
                 return None
             spans.append((len(prompt), stop))
         first_prompt = text[: spans[0][0]] if spans else last_prompt
-        return Conversation(text=text, prompt=first_prompt, spans=(*spans, last_answer.span))
+        return RenderedConversation(text=text, prompt=first_prompt, spans=(*spans, last_answer.span))
 
     def _answer_stop(
         self,
