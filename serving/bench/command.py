@@ -41,7 +41,7 @@ MAX_NUM_SEQS = 16
 
 
 def bench(
-    benchmark: Annotated[str, typer.Argument(metavar="WHAT", help="serve")],
+    benchmark: Annotated[str, typer.Argument(help="serve")],
     model: Annotated[str, typer.Option(help="Model or checkpoint to serve.")] = "smollm2-135m-instruct",
     requests: Annotated[int, typer.Option(min=1, help="Chats in one round of one server.")] = 48,
     concurrency: Annotated[int, typer.Option(min=1, help="Clients that ask at the same time.")] = 8,
