@@ -17,7 +17,8 @@ from alignment.settings.load import check_config
 from cluster.ray_access import check_token
 from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
-from serving.engine import CandidateEngine, Engine, EngineSettings
+from serving.engine import CandidateEngine, Engine
+from serving.engine_arguments import EngineSettings
 from serving.ingress import Ingress
 from serving.lease import LeaseTaken, lease_of
 from serving.nodes import check_nodes

@@ -85,7 +85,7 @@ class CandidateReplica:
 
     async def _keep_alive(self) -> None:
         while True:
-            call = self.streaming.stay.remote()
+            call = self.streaming.keep_alive.remote()
             try:
                 async for status in call:
                     self._status = status

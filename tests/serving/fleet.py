@@ -25,7 +25,8 @@ from alignment.errors import ServingError
 from serving.backend import Backend
 from serving.candidate import CANDIDATE_NAME
 from serving.config import ServeConfig
-from serving.engine import CandidateEngine, Engine, EngineSettings
+from serving.engine import CandidateEngine, Engine
+from serving.engine_arguments import EngineSettings
 from serving.registry import Registry, State
 from serving.routing import ConversationRouter
 from serving.schema import Reply, Route, error_reply, event
@@ -80,7 +81,7 @@ class WithoutModel:
         if is_candidate and (registry.folder / "no-candidate").exists():
             raise RuntimeError("there is no memory for it")
         await asyncio.to_thread(registry.verify, number)
-        self._served = served_version(settings.config, registry, number)
+        self._served_model = served_version(settings.config, registry, number)
         self._server = Health()
         self._control_tokens = None
         self._trials = Trials(lambda: "", settings.config.limits)
@@ -96,7 +97,7 @@ class WithoutModel:
     def _request(self, route: Route, body: dict[str, Any]) -> Any:
         return body
 
-    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+    async def _replies(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
         yield Reply(status=200, body="", events="begun", version=names.label)
         for _ in range(int(request["seconds"] / 0.05)):
             await asyncio.sleep(0.05)
@@ -115,17 +116,17 @@ class LightEngine(WithoutModel, Engine):
 class Parrot(LightEngine):
     """Answers every request to `/v1/completions` with one word."""
 
-    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+    async def _replies(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
         id = f"cmpl-{request['request_id']}"
         choices = [{"index": 0, "text": "blue", "finish_reason": "stop"}]
-        body = {"id": id, "object": "text_completion", "model": names.asked, "choices": choices}
+        body = {"id": id, "object": "text_completion", "model": names.client_name, "choices": choices}
         yield Reply(status=200, body=json.dumps(body), version=names.label)
 
 
 class SpokenEngine(WithoutModel, Engine):
     """One replica that says what its prompt asks for, in OpenAI's form."""
 
-    async def _parts(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+    async def _replies(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
         prompt, usage = request["prompt"], {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
         chunk = {"id": request["request_id"], "object": "text_completion", "model": MODEL}
         choice = {"index": 0, "text": "yes", "finish_reason": "stop"}

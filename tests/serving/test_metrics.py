@@ -23,7 +23,7 @@ from ray import serve
 
 from serving.app import ENGINE_NAME, INGRESS_NAME, _engine_options
 from serving.config import ServeConfig
-from serving.engine import EngineSettings
+from serving.engine_arguments import EngineSettings
 from serving.ingress import Ingress
 from serving.keys import create_key
 from serving.metrics import FORM_REASONS, LOSS_REASONS, Metrics, exposition

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
-from serving.engine import EngineSettings
+from serving.engine_arguments import EngineSettings
 from serving.ingress import Ingress, _open_store
 from serving.keys import create_key
 from serving.registry import Registry

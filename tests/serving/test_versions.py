@@ -75,9 +75,9 @@ def move(books: Books, **to: Any) -> None:
     books.now = replace(books.now, serial=books.now.serial + 1, **to)
 
 
-async def answer(versions: Versions, shelf: Shelf, seconds: float, wanted: int | None = None) -> tuple[int, int]:
+async def answer(versions: Versions, shelf: Shelf, seconds: float, model_version: int | None = None) -> tuple[int, int]:
     """The version at the beginning and at the end of a request, which no other replica can take."""
-    async with versions.hold(wanted, may_leave=False) as number:
+    async with versions.hold(model_version, may_leave=False) as number:
         shelf.in_progress += 1
         await asyncio.sleep(seconds)
         assert number in shelf.present
@@ -137,9 +137,9 @@ def test_a_canary_answers_whoever_asks_for_it_and_nobody_else() -> None:
         move(books, canary=2, share=0.9)
         await versions.adopt()
         assert {(await answer(versions, shelf, 0.0))[0] for _ in range(20)} == {1}
-        assert (await answer(versions, shelf, 0.0, wanted=2))[0] == 2
+        assert (await answer(versions, shelf, 0.0, model_version=2))[0] == 2
         with pytest.raises(ServingError, match="Version 9 is not loaded"):
-            await answer(versions, shelf, 0.0, wanted=9)
+            await answer(versions, shelf, 0.0, model_version=9)
         with pytest.raises(ReplicaUnavailable):
             async with versions.hold(9):
                 pass
