@@ -1,4 +1,4 @@
-"""What an endpoint serves, and with how much: one flat YAML file, or arguments of `serving:build`."""
+"""The configuration of an endpoint: one YAML file, or the arguments of `serving:build`."""
 
 from __future__ import annotations
 
@@ -15,107 +15,110 @@ from alignment.settings.section import Count, NonNegative, NumberFormat, Positiv
 Device = Literal["cpu", "cuda"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANSWERS_PER_CORE = 8
-"""What an engine on CPUs answers at once without being much slower for each."""
+"""How many requests an engine on CPUs answers at once, per core, before each becomes much slower."""
 KEYS_AT_ONCE = 8
-"""Keys that share what the replicas answer at once, where the configuration does not say what one may have."""
+"""How many keys share the places of the replicas, if the configuration sets no limit for one key."""
 
 
 class LimitsConfig(Section):
-    """What one request, and one key, may ask for; more is refused."""
+    """The limits of one request and of one key; what exceeds them is refused."""
 
     max_body_mib: Positive = 4.0
     """Largest request body (MiB)."""
     max_body_values: PositiveCount = 100_000
-    """Most values in a request body: numbers (tokens of a prompt, too), texts, lists and objects."""
+    """Most values in a request body: numbers (also the tokens of a prompt), texts, lists and objects."""
     body_timeout_s: Positive = 30.0
     """Seconds that a client may take to send its request."""
     max_tokens: PositiveCount = 4096
-    """Most tokens of one answer. A chat that names no limit gets what its prompt leaves of the window, up to this."""
+    """Most tokens of one answer. A chat without a limit of its own gets the rest of the context window, up to this."""
     max_n: PositiveCount = 16
     """Most answers to one prompt."""
     max_prompts: PositiveCount = 64
-    """Most answers in one request to `/v1/completions` that holds several prompts, each of which is answered."""
+    """Most answers in one request to `/v1/completions` with several prompts, each of which is answered."""
     max_logprobs: Count = 20
-    """Most alternatives per token whose log-probabilities are told."""
+    """Most alternatives per token whose log-probabilities are returned."""
     max_stop: PositiveCount = 16
     """Most texts at which an answer stops."""
     max_bad_words: Count = 256
-    """Most texts that an answer must not hold."""
+    """Most texts that an answer must not contain."""
     max_logit_bias: Count = 1024
-    """Most tokens whose logits a request shifts, and most tokens at which it has the answer stop."""
+    """Most tokens whose logits a request shifts, and most tokens at which its answer stops."""
     max_form_chars: PositiveCount = 65536
-    """Most characters of a form that an answer is asked for in: a JSON schema, a regular expression, a grammar, or all
-    tools of a request together."""
+    """Most characters of the form of an answer: a JSON schema, a regular expression, a grammar, or all tools of a
+    request together."""
     max_form_nesting: PositiveCount = 64
-    """Most levels of nesting in a form, of which brackets in its patterns are some."""
+    """Most levels of nesting in a form; brackets in its patterns count too."""
     max_form_parts: PositiveCount = 5000
     """Most members of lists and objects in a form, and alternatives in its patterns, together."""
     max_form_repeat: PositiveCount = 128
-    """Largest count in a pattern of a form, as 128 in `a{1,128}`; vLLM's compiler (xgrammar 0.2.8) fails from 129."""
+    """Largest count in a pattern of a form, for example 128 in `a{1,128}`; vLLM's compiler (xgrammar 0.2.8) fails from
+    129."""
     form_timeout_s: Positive = 10.0
-    """CPU seconds that compiling a form may take, in a process beside the replica; an engine is given none that needs
-    more. Ordinary schemas take milliseconds, a `maxLength` of 1,000 several seconds."""
+    """CPU seconds for compiling a form on trial, in a process beside the replica. A form that needs more is refused.
+    Ordinary schemas take milliseconds, a `maxLength` of 1,000 several seconds."""
     form_memory_mib: Positive = 1024.0
-    """Memory that compiling a form may take (MiB)."""
+    """Memory for compiling a form (MiB)."""
     form_seconds_per_minute: NonNegative = 10.0
-    """CPU seconds per minute that one key may have spent on compiling forms that were not known; once they are used up,
-    its requests with a form get status 429. 0 is no limit, as for keys with the role admin."""
+    """CPU seconds per minute that one key may spend on compiling new forms; after that, its requests with a form get
+    status 429. 0 sets no limit. Keys with the role admin have no limit."""
     max_completions: PositiveCount = 256
     """Most completions in one request for rewards."""
     requests_per_minute: Count = 0
-    """Requests of one key, at most that many at once; 0 is no limit. Each ingress counts by itself, as it does for the
-    limits below: with several, one key may have as many of each."""
+    """Requests per minute of one key, all of which may come at once; 0 sets no limit. For this limit and those below,
+    each ingress counts by itself: with several ingresses, one key may have as many times more."""
     answers_in_progress: Count | None = None
-    """Answers of one key that are in progress: a request's prompts times its `n`. Further requests wait until some have
-    ended. 0 is no limit. None is an eighth of what the replicas answer at once, and at least 2: `max_num_seqs` times
-    `min_replicas`, and on CPUs, where every answer slows down the others, 8 per core at most."""
+    """Answers in progress of one key: a request's prompts times its `n`. Further requests wait until some have ended. 0
+    sets no limit. None takes one eighth of the answers that the replicas give at once, and at least 2; that is
+    `max_num_seqs` times `min_replicas`, and on CPUs, where every answer slows down the others, at most 8 per core."""
     requests_waiting: Count = 32
-    """Requests of one key that may wait, for a minute, until others of it have ended; further ones get status 429, as
-    do bodies above 64 KiB, which do not wait."""
+    """Requests of one key that may wait, for up to a minute, until its other requests have ended. Further requests get
+    status 429; so do requests with bodies above 64 KiB, which may not wait."""
     tokens_in_progress: Count = 200_000
-    """Tokens of the requests of one key that are in progress or wait: one for every 4 bytes of a request, and what its
-    answers may have at most; 0 is no limit. A request of a key that has no other in progress is never too large."""
+    """Tokens of one key's requests that are in progress or wait: one for every 4 bytes of a request, and the largest
+    number of tokens of its answers. 0 sets no limit. A key's only request is never too large."""
     admin_answers_in_progress: Count = 0
-    """The same as `answers_in_progress` for each key with the role admin."""
+    """The same as `answers_in_progress`, for each key with the role admin."""
     admin_tokens_in_progress: Count = 0
-    """The same as `tokens_in_progress` for each key with the role admin."""
+    """The same as `tokens_in_progress`, for each key with the role admin."""
 
 
 class RewardsConfig(Section):
-    """What answers `POST /v1/rewards`."""
+    """The model behind `POST /v1/rewards`, and its replicas."""
 
     model: str | None = None
-    """A reward model (run, checkpoint, sequence classifier or hub id). None takes the served model's own implicit
-    reward, β (log π - log π_ref)."""
+    """A reward model (run, checkpoint, sequence classifier or hub id). None takes the implicit reward of the served
+    model, β (log π - log π_ref)."""
     reference: str | None = None
-    """π_ref of whole weights: folder or hub id. None takes the model that their training began with. Of an adapter it
-    is always the base model."""
+    """π_ref for whole weights: folder or hub id. None takes the model from which their training started. For an adapter
+    it is always the base model."""
     beta: Positive | None = None
     """β of the implicit reward; None takes that of the version's training, or 0.1."""
     max_length: PositiveCount | None = None
-    """Most tokens of a prompt and one completion; None is 2048, or the model's positions where those are fewer."""
+    """Most tokens of a prompt and one completion; None is 2048, or the number of the model's positions if that is
+    smaller."""
     min_replicas: Count = 0
-    """Replicas kept at all times. With 0, the first request waits for a start (about 15 s), and an idle one ends."""
+    """Replicas that always run. With 0, the first request waits for a start (about 15 s), and an idle replica ends."""
     max_replicas: PositiveCount = 1
-    """Replicas at most; 0 GPUs each on CPU."""
+    """Largest number of replicas. On CPU they use no GPUs."""
     num_gpus: NonNegative = 1.0
-    """GPUs of one replica, beside those of the engines, which share theirs with nobody; 0 rates on the CPU. Not used
-    where the engines are on CPU."""
+    """GPUs of one replica, in addition to the engines', which are not shared; 0 computes rewards on the CPU. Not used
+    if the engines are on CPU."""
     start_timeout_s: Positive = 60.0
     """Seconds that a request waits while no replica runs; then it gets status 503, and the start goes on."""
 
 
 class FeedbackConfig(Section):
-    """What is kept of requests, and of what people say about the answers."""
+    """What the endpoint keeps of requests and of people's feedback."""
 
     record: bool = False
-    """Keep prompts and answers, from which one can then train. Without it judgements are counted, and hold no text."""
+    """Whether to keep prompts and answers, so that a run can train on them. Otherwise feedback is counted and holds no
+    text."""
     database: str | None = None
-    """Where judgements and keys are kept: `sqlite:///FILE` on a disk of this machine, or, for several machines,
-    `postgresql+psycopg://USER@HOST/NAME` (a password belongs into PGPASSWORD or ~/.pgpass). None is the file
+    """Database of feedback and keys: `sqlite:///FILE` on a disk of this machine, or, for several machines,
+    `postgresql+psycopg://USER@HOST/NAME` (give a password in PGPASSWORD or ~/.pgpass). None is the file
     `feedback.sqlite` in the endpoint's folder, `FOLDER/NAME`."""
     retention_days: Positive | None = None
-    """Days after which a prompt is deleted, with its answers and judgements; None keeps it."""
+    """Days after which a prompt is deleted, with its answers and feedback; None keeps it."""
 
     @field_validator("database")
     @classmethod
@@ -126,27 +129,28 @@ class FeedbackConfig(Section):
 
 
 class ServeConfig(Section):
-    """Everything about one endpoint."""
+    """The configuration of one endpoint."""
 
     checkpoint: str
-    """What to serve: a run's folder (its newest checkpoint), a checkpoint, any model or LoRA adapter folder, a hub id,
-    or the bundled `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
+    """The model to serve: a run's folder (its newest checkpoint), a checkpoint, any model or LoRA adapter folder, a hub
+    id, or the bundled `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)
     """Name that requests give as `model`. None takes the name of the run, folder or hub id."""
     folder: str = "runs/serving"
-    """Folder of the model's versions and of what people said, `FOLDER/NAME`. On several machines it must be shared
-    between them, as must PostgreSQL in place of the database file."""
+    """Folder of the model's versions and of people's feedback, `FOLDER/NAME`. Several machines must share it, and use
+    PostgreSQL in place of the database file."""
     promote: bool = False
-    """Have a start change to `checkpoint`. Otherwise it is only registered where a version answers already: a start,
-    also one by Ray after a failure, changes nothing that is served, and `raylign promote` does."""
+    """Whether the start promotes `checkpoint`. Otherwise, if a version answers already, the checkpoint is only
+    registered: a start, also one by Ray after a failure, does not change what is served; `raylign promote` does."""
     on_lease: Literal["auto", "refuse", "wait"] = "auto"
-    """What a start does where another endpoint has the registry. `refuse` ends it. `wait` serves the same versions,
-    changes none, and takes over when the other one has ended, as when a cluster replaces another. `auto` waits in
-    `serving:build`, and refuses in `raylign serve`."""
+    """What a start does if another endpoint holds the registry's lease. `refuse` ends the start. `wait` serves the same
+    versions, changes none, and takes over when the other endpoint has ended, for example when one cluster replaces
+    another. `auto` waits in `serving:build`, and refuses in `raylign serve`."""
     no_keys: bool = False
-    """Serve everyone who can reach `host`, which must then be this machine's own 127.0.0.1."""
+    """Whether to serve everyone who can reach `host`, which must then be this machine's own 127.0.0.1."""
     cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+$", max_length=300)], ...] = ()
-    """Pages elsewhere whose scripts may ask here, as `https://example.org`. They need keys like all others."""
+    """Origins of other web pages whose scripts may send requests, for example `https://example.org`. They need keys
+    like all clients."""
     public_metrics: bool = False
     """Whether `/metrics` needs no key."""
     host: str = "127.0.0.1"
@@ -154,70 +158,72 @@ class ServeConfig(Section):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """TCP port to listen on, 1 to 65535."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the engine runs. `auto` takes GPUs if Ray has any at that moment; on a cluster that starts GPU nodes only
-    when they are asked for, say `cuda`."""
+    """Where the engine runs. `auto` takes GPUs if Ray has any at that moment. On a cluster that starts GPU nodes only
+    on demand, set `cuda`."""
     dtype: NumberFormat = "auto"
-    """Number format of weights and activations; `auto` is the one that the checkpoint is stored in, but fp32 on a CPU
-    that has no arithmetic for bf16."""
+    """Number format of weights and activations. `auto` is the format of the checkpoint, but fp32 on a CPU without bf16
+    arithmetic."""
     max_model_len: PositiveCount | None = None
     """Most tokens of prompt and answer together; None is the model's own limit."""
     max_num_seqs: PositiveCount = 64
-    """Requests that one replica answers at the same time; more wait for a place."""
+    """Requests that one replica answers at the same time; further ones wait."""
     max_queued_requests: Count = 256
-    """Requests that may wait for a place; further ones are refused with status 503."""
+    """Requests that may wait for a replica; further ones are refused with status 503."""
     chat_template: str | None = None
-    """Template for chats: `chatml`, `zephyr`, a path to a Jinja file, or Jinja text. None uses the checkpoint's own;
-    a base model that has none answers `/v1/completions` only."""
+    """Chat template: `chatml`, `zephyr`, a path to a Jinja file, or Jinja text. None uses the checkpoint's own; a base
+    model without one answers only `/v1/completions`."""
     control_tokens: Literal["text", "control"] = "text"
-    """What the tokenizer's control tokens (`<|im_end|>`) are where they stand in a chat's messages. `text`: ordinary
-    characters, as in training, so that no message ends its own turn or opens another's. `control`: what they are in a
-    template."""
+    """Meaning of the tokenizer's control tokens (`<|im_end|>`) in the messages of a chat. `text`: ordinary characters,
+    as in training, so that no message can end its own turn or begin another's. `control`: as in a template."""
     tool_call_parser: str | None = "auto"
-    """vLLM's name for the form in which the model writes calls of tools, as `hermes` or `llama3_json`. `auto` tells it
-    from the chat template, if that teaches a known one. None, as does an unknown form, refuses requests with tools."""
+    """vLLM's name for the form in which the model writes tool calls, for example `hermes` or `llama3_json`. `auto`
+    finds it from the chat template, if the template teaches a known form. With None, or if the form is not known,
+    requests with tools are refused."""
     reasoning_parser: str | None = "auto"
-    """vLLM's name for the form in which the model writes its thoughts, as `qwen3` or `deepseek_r1`, which then are
-    answered apart. `auto` chooses one if the template's own prompt opens a thought, so that every answer begins in one.
-    None leaves thoughts in the answer."""
+    """vLLM's name for the form in which the model writes its thoughts, for example `qwen3` or `deepseek_r1`; thoughts
+    are then returned in a field of their own. `auto` chooses a parser if the template's prompt opens a thought, so that
+    every answer begins with one. None leaves thoughts in the answer."""
     enforce_eager: bool | None = None
-    """Skip compilation and CUDA graphs: a faster start, slower answers. None skips them on CPU only, where they cost
-    about 50 s and gain 10 to 20 %."""
+    """Whether to skip compilation and CUDA graphs, for a faster start and slower answers. None skips them on CPU only,
+    where they cost about 50 s and gain 10 to 20 %."""
     kv_cache_gib: Positive = 2.0
-    """Memory for attention keys and values of one replica on CPU (GiB); not used on GPUs."""
+    """Memory of one replica on CPU for attention keys and values (GiB); not used on GPUs."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Fraction of each GPU's memory that a replica may take, above 0 to 1; not used on CPU."""
+    """Fraction of each GPU's memory that a replica may use, above 0 to 1; not used on CPU."""
     tensor_parallel_size: PositiveCount = 1
     """GPUs that share one replica's weights."""
     min_replicas: Count = 1
-    """Replicas kept at all times; 0 frees everything while idle, and the first request then waits for a start."""
+    """Replicas that always run. With 0, an idle endpoint frees its memory, and the next request waits for a start."""
     max_replicas: PositiveCount = 1
-    """Replicas at most; equal to `min_replicas`, nothing scales."""
+    """Largest number of replicas; if it equals `min_replicas`, nothing scales."""
     target_ongoing_requests: Positive = 32.0
     """Requests in progress per replica that autoscaling aims at; with more, it starts another replica."""
     upscale_delay_s: NonNegative = 10.0
-    """Seconds that there must have been more of them before a replica is started."""
+    """Seconds for which there must be more requests than that before another replica starts."""
     downscale_delay_s: NonNegative = 600.0
-    """Seconds that there must have been fewer of them before a replica is ended."""
+    """Seconds for which there must be fewer requests than that before a replica ends."""
     request_timeout_s: Positive = 600.0
-    """Seconds until a request that is not answered in full is given up."""
+    """Seconds after which a request that is not fully answered is aborted."""
     drain_timeout_s: NonNegative = 660.0
-    """Seconds that answers in progress still get when a replica stops; more than `request_timeout_s` cuts none off."""
+    """Seconds that answers in progress get to end when a replica stops; with more than `request_timeout_s`, none is cut
+    off."""
     promotion_wait_s: Positive = 30.0
-    """Seconds that a request waits while the only replica ends its answers to change whole weights. What is then still
-    in progress is not cut off: the promotion is given up. With more replicas, nobody waits: the others answer."""
+    """Seconds that a request waits while the only replica lets its answers end, in order to change whole weights. If
+    some are still in progress after that, they go on, and the promotion is given up. With more replicas no request
+    waits, since the others answer."""
     candidate_start_s: Positive = 600.0
-    """Seconds in which a further replica must have started for a canary or a gate of whole weights, for which there
-    must be room beside the others: memory on CPU, else `tensor_parallel_size` GPUs."""
+    """Seconds in which one more replica must have started for a canary or a gate of whole weights. It needs resources
+    besides the others': memory on CPU, else `tensor_parallel_size` GPUs."""
     limits: LimitsConfig = LimitsConfig()
     rewards: RewardsConfig = RewardsConfig()
     feedback: FeedbackConfig = FeedbackConfig()
 
     def limits_on(self, device: Device, *, num_cores: int) -> LimitsConfig:
-        """The limits, with the number of answers that a key may have in progress.
+        """The limits, with `answers_in_progress` filled in.
 
         Args:
-            device: on which the engines run.
-            num_cores: of the machine, if they run on CPUs.
+            device: the engines' device.
+            num_cores: CPU cores of the machine.
         """
         if self.limits.answers_in_progress is not None:
             return self.limits
@@ -228,7 +234,7 @@ class ServeConfig(Section):
 
     @property
     def url(self) -> str:
-        """Where the endpoint is, asked from its own machine."""
+        """The endpoint's URL on its own machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         return f"http://{host}:{self.port}"
 
@@ -251,10 +257,10 @@ class ServeConfig(Section):
 
 
 def load_serve_config(checkpoint: str, overrides: list[str], path: Path | None) -> ServeConfig:
-    """The configuration of `raylign serve`: a file if one is given, then the checkpoint, then `key=value` overrides.
+    """The configuration of `raylign serve`: the file if there is one, then the checkpoint, then `key=value` overrides.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or value is wrong; the text lists every problem found.
+        ConfigError: the file cannot be read, or a key or value is wrong; the message lists every problem.
     """
     settings = [f"checkpoint={json.dumps(checkpoint)}", *overrides]  # JSON is YAML that no name can break out of
     return load_config(path, settings, kind=ServeConfig)
