@@ -32,36 +32,36 @@ class Evaluator:
         roles: Roles,
         world: World,
         run_log: RunLog,
-        sampled: SampledEvaluation | None,
+        sampled_evaluation: SampledEvaluation | None,
     ) -> None:
-        """`sampled`: evaluates what the model answers; None if nothing scores answers."""
+        """`sampled_evaluation`: evaluates what the model answers; None if nothing scores answers."""
         self.config = config
         self.algorithm = algorithm
         self.groups = groups
         self.roles = roles
         self.world = world
         self.run_log = run_log
-        self.sampled = sampled
+        self.sampled_evaluation = sampled_evaluation
         self.last_step: int | None = None
         """Step whose model was evaluated last; None if none was since the run began, or was rolled back."""
-        self._parts: list[Callable[[int], Metrics]] = []
+        self._measures: list[Callable[[int], Metrics]] = []
         if not algorithm.is_online:
-            self._parts.append(self._evaluate_loss)
-        if sampled is not None:
-            self._parts.append(self._evaluate_answers)
+            self._measures.append(self._evaluate_loss)
+        if sampled_evaluation is not None:
+            self._measures.append(self._evaluate_answers)
 
     def evaluate(self, step: int) -> Metrics:
         """Returns figures on what is held out, by names that begin with `eval/`; none if nothing is held out."""
         self.last_step = step
         if not self.groups:
             return {}
-        return {f"eval/{name}": value for part in self._parts for name, value in part(step).items()}
+        return {f"eval/{name}": value for measure in self._measures for name, value in measure(step).items()}
 
     def write_samples(self, step: int) -> None:
         """Answers some held-out prompts greedily and logs the answers, where no evaluation does that."""
         groups = self.groups[: self.config.evaluate.samples]
         is_idle = not self.world.is_main and not self.roles.in_lockstep
-        if not groups or is_idle or self.sampled is not None or self.algorithm.head == "score":
+        if not groups or is_idle or self.sampled_evaluation is not None or self.algorithm.head == "score":
             return
         prompts = [group.prompt_tokens for group in groups]
         answers = greedy(self.roles.actor, prompts, max_tokens=self.config.evaluate.sample_tokens)
@@ -79,8 +79,8 @@ class Evaluator:
         return metrics
 
     def _evaluate_answers(self, step: int) -> Metrics:
-        assert self.sampled is not None
-        result = self.sampled.evaluate(self.groups, step)
+        assert self.sampled_evaluation is not None
+        result = self.sampled_evaluation.evaluate(self.groups, step)
         if self.world.is_main:
             self.run_log.write_samples(result.rows(step, self.config.evaluate.samples))
         return result.metrics()
@@ -122,15 +122,15 @@ class SampledEvaluation:
             self.sampler.publish(self.roles, step)
         prompts = [dataclasses.replace(group, completions=()) for group in groups]
         numbers = [-1 - index for index in range(len(prompts))]
-        answered = self.sampler.start(prompts, numbers, num_completions=1)()
+        answered_groups = self.sampler.start(prompts, numbers, num_completions=1)()
         world = self.sampler.world
-        scored = self.rewards.score(answered, world=world)
+        scored_groups = self.rewards.score(answered_groups, world=world)
         return SampledResult(
-            groups=scored,
-            eval_groups=self.eval_rewards.score(answered, world=world, may_abstain=True),
+            groups=scored_groups,
+            eval_groups=self.eval_rewards.score(answered_groups, world=world, may_abstain=True),
             reward_names=tuple(self.rewards.names),
             eval_reward_names=tuple(self.eval_rewards.names),
-            kl=divergences(self.roles, scored, self.config.optim, world),
+            kl=divergences(self.roles, scored_groups, self.config.optim, world),
         )
 
 

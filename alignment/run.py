@@ -85,13 +85,13 @@ class Run:
         eval_rewards = run_on_all(lambda: Rewards(config.judges, world.device), world)
         run_log = RunLog(config.folder)
         source: GroupSource = DataSource(data.train, groups_per_step=config.groups_per_step)
-        sampled = None
+        sampled_evaluation = None
         if config.answers_prompts:
             sampler = Sampler(config, roles.actor, generator or LocalGenerator(roles.actor), world)
             rewards = run_on_all(lambda: Rewards(config.rewards, world.device), world)
             if algorithm.is_online:
                 source = RolloutQueue(config, algorithm, data.train, sampler, rewards, roles)
-            sampled = SampledEvaluation(
+            sampled_evaluation = SampledEvaluation(
                 config, sampler, rewards, eval_rewards, roles, publishes_weights=not algorithm.is_online
             )
         return cls(
@@ -102,7 +102,7 @@ class Run:
             roles=roles,
             data=data,
             source=source,
-            evaluator=Evaluator(config, algorithm, data.eval, roles, world, run_log, sampled),
+            evaluator=Evaluator(config, algorithm, data.eval, roles, world, run_log, sampled_evaluation),
             guards=RunGuards(config.guards, judges=eval_rewards.names),
             run_log=run_log,
             identity=identify(
@@ -122,29 +122,29 @@ class Run:
             CheckpointError: it belongs to another run.
             ConfigError: it has more steps than the run.
         """
-        restored = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
-        if restored.progress.step > self.num_steps:
+        resume_state = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
+        if resume_state.progress.step > self.num_steps:
             raise ConfigError(
-                f"{self.config.folder} already has {restored.progress.step} steps, more than the {self.num_steps} "
+                f"{self.config.folder} already has {resume_state.progress.step} steps, more than the {self.num_steps} "
                 "asked for"
             )
-        return restored
+        return resume_state
 
     def start(self) -> Progress:
         """Brings the run to where its newest checkpoint stands, or to its beginning; says which."""
         if self.roles.reference == "precomputed":
             self._precompute_reference()  # by the actor as it is before anything is restored
-        restored = self.restore()
-        progress, note = restored.progress, self.reporter.note
+        resume_state = self.restore()
+        progress, note = resume_state.progress, self.reporter.note
         if progress.step == self.num_steps:
             note(f"{self.config.folder} is finished: all {progress.step} steps are done. More steps, or another name?")
             return progress
-        resuming = f"resuming after step {progress.step}{self._changes_since(restored)}"
-        note(resuming if progress.step else f"starting {self.num_steps} steps")
+        resume_note = f"resuming after step {progress.step}{self._changes_since(resume_state)}"
+        note(resume_note if progress.step else f"starting {self.num_steps} steps")
         if self.config.checkpoint.every == 0 and self.num_steps - progress.step > MANY_STEPS:
             note("checkpoint.every is 0: nothing is kept of this run before its last step")
         self._begin(progress)
-        if restored.rollouts and not self.source.restore(restored.rollouts):
+        if resume_state.rollouts and not self.source.restore(resume_state.rollouts):
             note("the stream gives other prompts than those that were answered ahead; they are answered anew")
         if progress.step == 0:
             self._evaluate_untrained(progress)
@@ -201,8 +201,8 @@ class Run:
             raise GuardError(text if guards.action == "stop" else f"{text}, after {self.num_roll_backs} roll-backs")
         self.num_roll_backs += 1
         self.source.clear()
-        restored = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
-        progress = dataclasses.replace(restored.progress, position=position)
+        resume_state = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
+        progress = dataclasses.replace(resume_state.progress, position=position)
         self.reporter.note(f"{text}. Rolling back to step {progress.step}, going on with the prompts that come next")
         self.guards.reset()
         self._begin(progress)
@@ -267,17 +267,17 @@ class Run:
             rollouts=self.source.state(),
         )
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return step == self.num_steps or (every > 0 and step % every == 0)
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step == self.num_steps or (interval > 0 and step % interval == 0)
 
-    def _changes_since(self, restored: ResumeState) -> str:
+    def _changes_since(self, resume_state: ResumeState) -> str:
         """What differs from the settings that a checkpoint was written with, in words; empty if nothing does."""
-        changes = notes(restored.adjustable, self.identity)
+        changes = notes(resume_state.adjustable, self.identity)
         if not changes:
             return ""
-        text, step = f", with changed settings: {', '.join(changes)}", restored.progress.step
-        old_optim = OptimConfig.model_validate({**self.config.optim.model_dump(), **restored.adjustable["optim"]})
-        old_rate = learning_rate(old_optim, step - 1, restored.adjustable["steps"])
+        text, step = f", with changed settings: {', '.join(changes)}", resume_state.progress.step
+        old_optim = OptimConfig.model_validate({**self.config.optim.model_dump(), **resume_state.adjustable["optim"]})
+        old_rate = learning_rate(old_optim, step - 1, resume_state.adjustable["steps"])
         new_rate = learning_rate(self.config.optim, step, self.num_steps)
         if old_rate != new_rate:
             text += f". The learning rate was {old_rate:.3g} in step {step} and is {new_rate:.3g} in step {step + 1}"

@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from alignment.errors import ModelError
-from alignment.models.folders import has_tokenizer
 from alignment.models.saving import mend_generation_settings
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -27,7 +26,7 @@ FULL_WEIGHTS = ("weight", "base_layer.weight", "modules_to_save.weight")
 """Suffixes by which an adapter's file holds the full weight of a layer."""
 
 
-def merge(adapter: Path, source: str, folder: Path) -> None:
+def merge(adapter: Path, source: str, folder: Path, *, tokenizer_source: str) -> None:
     """Merges an adapter into its base and writes the result, in the base's number format, with a tokenizer.
 
     If the base's vocabulary has another size than the adapter was trained with, the base is resized first.
@@ -35,6 +34,7 @@ def merge(adapter: Path, source: str, folder: Path) -> None:
     Args:
         source: folder or hub id of the base model.
         folder: where the merged model is written.
+        tokenizer_source: folder or hub id of the tokenizer.
 
     Raises:
         ModelError: the vocabularies differ, and the adapter does not hold the missing embeddings.
@@ -48,8 +48,7 @@ def merge(adapter: Path, source: str, folder: Path) -> None:
     model = PeftModel.from_pretrained(base.to(torch.float32), str(adapter)).merge_and_unload()
     mend_generation_settings(model, source)
     model.to(dtype).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter) if has_tokenizer(adapter) else source)
-    tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder)
 
 
 def fit_vocabulary(base: PreTrainedModel, adapter: Path) -> None:

@@ -211,7 +211,7 @@ def _merge(adapter: Path, source: str, folder: Path) -> None:
     from alignment.models.adapters import merge
 
     try:
-        merge(adapter, source, folder)
+        merge(adapter, source, folder, tokenizer_source=str(adapter) if has_tokenizer(adapter) else source)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the adapter {adapter} cannot be merged into its base {source}: {error}") from error
 

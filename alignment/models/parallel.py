@@ -1,4 +1,4 @@
-"""One worker or many: the World of a training loop, and the function that decides how a module is trained in it."""
+"""One worker or many: the World of a training loop, the port of a module that trains, and the replicated backend of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from alignment.errors import AlignmentError
 from alignment.settings.run import OptimConfig
@@ -278,34 +277,6 @@ class ReplicatedBackend(TrainableModule):
         torch._foreach_copy_(
             [weight.data for weight in self.weights.values()], [master.data for master in self.masters.values()]
         )
-
-
-def wrap(module: nn.Module, optim: OptimConfig, world: World) -> TrainableModule:
-    """Chooses the backend that trains a module in this world. No other code makes this choice."""
-    # A single head is too small to be worth sharding.
-    if optim.zero.stage == 0 or not any(isinstance(submodule, PreTrainedModel) for submodule in module.modules()):
-        return ReplicatedBackend(module, optim, world)
-    from alignment.models.zero import DeepSpeedBackend
-
-    return DeepSpeedBackend(module, optim, world)
-
-
-def wrap_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
-    """Freezes a module, shards it over the workers as a trained module would be, and returns it.
-
-    At ZeRO stage 3, its forward pass is a collective, which every worker must run equally often.
-    """
-    module.requires_grad_(False).eval()
-    if optim.zero.stage < 3:
-        return module
-    from alignment.models.zero import partition_frozen
-
-    return partition_frozen(module, optim, world)
-
-
-def loading_device(optim: OptimConfig, world: World) -> torch.device:
-    """The device on which a model is loaded: the worker's device, or the CPU if the model is sharded after loading."""
-    return torch.device("cpu") if optim.zero.stage == 3 else world.device
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

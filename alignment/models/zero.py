@@ -1,4 +1,4 @@
-"""The DeepSpeed backend of `parallel.wrap`: ZeRO shards moments, gradients and weights over the workers.
+"""The DeepSpeed backend: ZeRO shards moments, gradients and weights over the workers.
 
 No other module knows DeepSpeed. Forward passes call the decoder and the head directly rather than DeepSpeed's engine.
 So `DeepSpeedBackend.backward` and `Stage3Hooks` do what the engine's own forward pass would prepare.

@@ -65,7 +65,7 @@ class Environment(Protocol):
         """Takes the policy's answer, and returns what comes of it."""
 
 
-class Conversation:
+class MultiTurn:
     """The policy and an environment take turns; a completion is the whole conversation behind the prompt."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Conversation:
             prompt = Prompt(tokens=group.prompt_tokens + conversation.tokens, seed=_seed(f"{seed}/{turn}"))
             room = dataclasses.replace(sampling, max_tokens=sampling.max_tokens - len(conversation.tokens))
             (answer,) = await policy.generate(prompt, room)
-            conversation = _extended(conversation, answer, is_first=turn == 0)
+            conversation = _extend(conversation, answer, is_first=turn == 0)
             if answer.truncated:
                 break
             text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
@@ -127,10 +127,10 @@ class Conversation:
             text = "".join(message.content for message in messages)
         else:
             turns = [*group.prompt, Message(role="assistant", content=MARK), *messages]
-            rendered = self.tokenizer.apply_chat_template(
+            conversation_text = self.tokenizer.apply_chat_template(
                 [turn.template_fields() for turn in turns], tokenize=False, add_generation_prompt=True
             )
-            _, mark, text = str(rendered).rpartition(MARK)
+            _, mark, text = str(conversation_text).rpartition(MARK)
             if not mark:
                 raise RolloutError("the chat template does not print an answer as it is, so nothing can follow it")
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
@@ -147,7 +147,7 @@ async def gather_all(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[
             task.cancel()
 
 
-def _extended(conversation: Rollout, answer: Rollout, *, is_first: bool) -> Rollout:
+def _extend(conversation: Rollout, answer: Rollout, *, is_first: bool) -> Rollout:
     """The conversation with one more answer of the policy, of which every token is trained on."""
     version = answer.weight_version
     return dataclasses.replace(

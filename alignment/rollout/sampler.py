@@ -12,7 +12,7 @@ from alignment.models.load import LanguageModel
 from alignment.models.parallel import World, run_on_all, run_on_main
 from alignment.models.roles import Roles
 from alignment.rollout import Generator, Policy, Rollout, Sampling
-from alignment.rollout.rollouter import Conversation, Rollouter, SingleTurn, gather_all
+from alignment.rollout.rollouter import MultiTurn, Rollouter, SingleTurn, gather_all
 from alignment.settings.plugins import load_attribute
 from alignment.settings.run import RunConfig
 
@@ -126,4 +126,4 @@ def make_rollouter(config: RunConfig, model: LanguageModel) -> Rollouter:
     if environment is None:
         return SingleTurn()
     make_environment = partial(load_attribute(environment.name, "environment"), **environment.arguments)
-    return Conversation(make_environment, model.tokenizer, max_turns=environment.max_turns)
+    return MultiTurn(make_environment, model.tokenizer, max_turns=environment.max_turns)

@@ -93,10 +93,10 @@ class SourceConfig(Section):
     @classmethod
     def _well_formed(cls, template: str | None) -> str | None:
         try:
-            parts = [(name, form, cast) for _, name, form, cast in string.Formatter().parse(template or "")]
+            fields = [(name, form, cast) for _, name, form, cast in string.Formatter().parse(template or "")]
         except ValueError as error:
             raise ValueError(f"braces must hold the name of a column ({error})") from error
-        for name, form, cast in parts:
+        for name, form, cast in fields:
             if name is not None and (not COLUMN.fullmatch(name) or form or cast):
                 raise ValueError(f"braces must hold the name of a column, as {{question}}, not {name!r}")
         return template
@@ -155,7 +155,7 @@ class DataConfig(SourceConfig):
         mixture = values.get("mixture")
         if held_out.get("path") is None and "split" in held_out and not mixture:  # another split of the same set
             held_out |= {key: values[key] for key in ("path", "name", "data_dir") if key in values}
-        sources = [_settings(each) for each in mixture] if isinstance(mixture, list | tuple) and mixture else [values]
+        sources = [_settings(item) for item in mixture] if isinstance(mixture, list | tuple) and mixture else [values]
         for key, field in SourceConfig.model_fields.items():
             if key in WHICH_ROWS or key in held_out:
                 continue
@@ -175,30 +175,30 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _weights_mean_something(self) -> Self:
-        drawn = self.sources if self.is_drawn else ()
-        if drawn and not any(source.weight != 0 for source in drawn):
+        weighted_sources = self.sources if self.is_drawn else ()
+        if weighted_sources and not any(source.weight != 0 for source in weighted_sources):
             raise ValueError("every weight of mixture is 0, so that no group is ever drawn")
         for source in (*self.sources, *([self.eval] if self.eval else [])):
-            if source not in drawn and source.weight != 1 and (source.fraction != 1 or source.weight > 1):
+            if source not in weighted_sources and source.weight != 1 and (source.fraction != 1 or source.weight > 1):
                 raise ValueError(f"weight {source.weight:g} means nothing without a streaming mixture; take it away")
         return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.path is None) == (not self.mixture):
-            both = self.path is not None
+            has_both = self.path is not None
             raise ValueError(
                 "path and mixture are both given; set one of them to null"
-                if both
+                if has_both
                 else "neither path nor mixture is given; say where the data is, e.g. data.path=pairs.jsonl"
             )
-        alone = [
+        unread_keys = [
             name
             for name, field in SourceConfig.model_fields.items()
             if self.mixture and getattr(self, name) != field.get_default(call_default_factory=True)
         ]
-        if alone:
-            raise ValueError(f"{alone[0]} beside mixture is read by nothing; give it in the sources of mixture")
+        if unread_keys:
+            raise ValueError(f"{unread_keys[0]} beside mixture is read by nothing; give it in the sources of mixture")
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length}), "

@@ -18,32 +18,33 @@ def explain(error: ValidationError, kind: type[Section], tree: dict[str, Any]) -
     """One line per problem: where, what, and the nearest known name for an unknown key."""
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        *parents, last = problem["loc"] or ("the whole file",)
+        *parents, key = problem["loc"] or ("the whole file",)
         # pydantic names the alternatives of a union as if they were keys, as in `target_modules.tuple[str, ...].0`.
-        path = [str(part) for part in problem["loc"] if "[" not in str(part)]
-        where, message = ".".join(path) or "the whole file", _message(problem, kind, path)
+        path = [str(name) for name in problem["loc"] if "[" not in str(name)]
+        location, message = ".".join(path) or "the whole file", _message(problem, kind, path)
         if problem["type"] == "extra_forbidden":
-            section = ".".join(part for part in path[:-1] if not part.isdecimal())
-            known = _fields(kind, parents, tree)
-            inside = _elsewhere(kind, path[-1], f"{section}.") if section else ""
-            others = replacement_of(path[-1], section) if kind.is_run else ""
-            place = inside or others or _dotted(path[-1]) or _elsewhere(kind, path[-1], "")
-            message = f"unknown key{place or nearest(str(last), known)}"
+            section = ".".join(name for name in path[:-1] if not name.isdecimal())
+            known_keys = _fields(kind, parents, tree)
+            deeper_section = _other_sections_hint(kind, path[-1], f"{section}.") if section else ""
+            replacement = replacement_of(path[-1], section) if kind.is_run else ""
+            hint = deeper_section or replacement or _dots_hint(path[-1]) or _other_sections_hint(kind, path[-1], "")
+            message = f"unknown key{hint or nearest(str(key), known_keys)}"
         elif problem["type"] == "missing":
             message = "is required and missing"
         else:
-            message += _given(problem["input"])
+            message += _input_text(problem["input"])
         # Two problems of one value are those of a union's alternatives: what it should be, or what else.
-        both = where in lines and message != lines[where]
-        lines[where] = f"{lines[where].rpartition(' (given: ')[0] or lines[where]}; or {message}" if both else message
-    return [without_passwords(f"{where}: {message}") for where, message in lines.items()]
+        if location in lines and message != lines[location]:
+            message = f"{lines[location].rpartition(' (given: ')[0] or lines[location]}; or {message}"
+        lines[location] = message
+    return [without_passwords(f"{location}: {message}") for location, message in lines.items()]
 
 
 def _message(problem: ErrorDetails, kind: type[Section], path: list[str]) -> str:
     """What is wrong with a value, in the words of who writes YAML."""
     value, text = problem["input"], problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "tuple_type":
-        example = f", as [{', '.join(part.strip() for part in value.split(','))}]" if isinstance(value, str) else ""
+        example = f", as [{', '.join(item.strip() for item in value.split(','))}]" if isinstance(value, str) else ""
         return f"a list is wanted{example}"
     if problem["type"] not in ("model_type", "dict_type") or not isinstance(value, str):
         return text
@@ -52,15 +53,15 @@ def _message(problem: ErrorDetails, kind: type[Section], path: list[str]) -> str
     return "Input should be a valid dictionary, a section" + (f", as {path[0]}: {{{keys[0]}: {value}}}" if keys else "")
 
 
-def _dotted(name: str) -> str:
-    section, dot, last = name.rpartition(".")
-    return f"; dots are for the command line, a file has sections: `{section}: {{{last}: …}}`" if dot else ""
+def _dots_hint(name: str) -> str:
+    section, dot, key = name.rpartition(".")
+    return f"; dots are for the command line, a file has sections: `{section}: {{{key}: …}}`" if dot else ""
 
 
-def _elsewhere(kind: type[Section], name: str, within: str) -> str:
-    """Sections that have a key of this name, where it was written in another; empty if none has."""
-    places = [place for place in _keys(kind, "") if place.endswith(f".{name}") and place.startswith(within)]
-    return f"; here it is {' or '.join(places[:3])}" if places else ""
+def _other_sections_hint(kind: type[Section], name: str, prefix: str) -> str:
+    """Names the sections below `prefix` that have a key of this name; empty if none has."""
+    paths = [path for path in _keys(kind, "") if path.endswith(f".{name}") and path.startswith(prefix)]
+    return f"; here it is {' or '.join(paths[:3])}" if paths else ""
 
 
 def _keys(kind: type[Section], section: str) -> Iterator[str]:
@@ -71,7 +72,7 @@ def _keys(kind: type[Section], section: str) -> Iterator[str]:
             yield from _keys(inner[0], f"{section}{name}.")
 
 
-def _given(value: Any) -> str:
+def _input_text(value: Any) -> str:
     return f" (given: {value!r})" if isinstance(value, str | int | float | bool | None) else ""
 
 
@@ -83,7 +84,7 @@ def _fields(kind: type[Section], parents: list[Any], tree: dict[str, Any]) -> li
     return list(kind.model_fields)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known_names: Sequence[str]) -> str:
     """What a name may have meant: the nearest known one, or all of them; the end of a sentence."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    matches = difflib.get_close_matches(name, known_names, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(known_names)}"

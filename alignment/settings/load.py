@@ -59,11 +59,13 @@ def check_config(tree: dict[str, Any], *, kind: type[Config]) -> Config:
 class _DuplicateKey(ValueError):
     """A key that one mapping has twice."""
 
-    def __init__(self, key: yaml.ScalarNode, first: yaml.ScalarNode) -> None:
+    def __init__(self, key: yaml.ScalarNode, first_key: yaml.ScalarNode) -> None:
         self.line: int = key.start_mark.line + 1
-        before = first.start_mark.line + 1
-        place = "the same line" if before == self.line else f"line {before}"
-        super().__init__(f"key {key.value!r} is given twice in one mapping, the other time in {place}; merge the two")
+        first_line = first_key.start_mark.line + 1
+        location = "the same line" if first_line == self.line else f"line {first_line}"
+        super().__init__(
+            f"key {key.value!r} is given twice in one mapping, the other time in {location}; merge the two"
+        )
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -74,19 +76,19 @@ class _StrictLoader(yaml.SafeLoader):
         keys: dict[tuple[str, str], yaml.ScalarNode] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_KEY:
-                first = keys.setdefault((key.tag, key.value), key)
-                if first is not key:
-                    raise _DuplicateKey(key, first)
+                first_key = keys.setdefault((key.tag, key.value), key)
+                if first_key is not key:
+                    raise _DuplicateKey(key, first_key)
         return node
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        tree = _parsed(Path(path).read_text(encoding="utf-8"))
+        tree = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except _DuplicateKey as error:
@@ -100,31 +102,31 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all((*sections, last)):
+    *sections, last_key = key.split(".")
+    if not equals or not all((*sections, last_key)):
         raise ConfigError(f"override {override!r} must have the form section.key=value, as optim.lr=1e-6")
     try:
-        value = _parsed(text)
+        value = _parse(text)
     except _DuplicateKey as error:
         raise ConfigError(f"override {override!r}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    place: Any = tree
+    container: Any = tree
     for section in sections:
-        if isinstance(place, list):
-            place = place[_index(place, section, override)]
+        if isinstance(container, list):
+            container = container[_index(container, section, override)]
         else:
-            if place.get(section) is None:
-                place[section] = {}
-            place = place[section]
-        if not isinstance(place, dict | list):
+            if container.get(section) is None:
+                container[section] = {}
+            container = container[section]
+        if not isinstance(container, dict | list):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
-    if isinstance(place, list):
-        place[_index(place, last, override)] = value
+    if isinstance(container, list):
+        container[_index(container, last_key, override)] = value
     else:
-        for name in other_names(last):  # an override replaces the file's value by whichever name the file calls it
-            place.pop(name, None)
-        place[last] = value
+        for name in other_names(last_key):  # an override replaces the file's value by whichever name the file calls it
+            container.pop(name, None)
+        container[last_key] = value
 
 
 def _index(items: list[Any], text: str, override: str) -> int:
@@ -144,7 +146,7 @@ def _with_nulls(value: Any, kind: type[Section]) -> Any:
         if child in words and isinstance(child, str):
             tree[name] = None
         elif sections := sections_of(field.annotation):
-            many = isinstance(child, list)
-            tree |= {name: [_with_nulls(item, sections[0]) for item in child or []]} if many else {}
+            is_list = isinstance(child, list)
+            tree |= {name: [_with_nulls(item, sections[0]) for item in child or []]} if is_list else {}
             tree |= {name: _with_nulls(child, sections[0])} if isinstance(child, dict) else {}
     return tree

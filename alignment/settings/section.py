@@ -48,7 +48,7 @@ class Section(BaseModel):
 def _is_number(annotation: Any) -> bool:
     """Whether a type is that of a number, perhaps with others beside it, and not of true and false."""
     kinds = {annotation, *get_args(annotation)}
-    kinds |= {kind for part in kinds for kind in get_args(part)}
+    kinds |= {kind for alternative in kinds for kind in get_args(alternative)}
     return bool(kinds & {int, float}) and bool not in kinds
 
 

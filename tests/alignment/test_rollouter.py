@@ -16,7 +16,7 @@ from alignment.groups import Group, Message
 from alignment.metrics import read_metrics
 from alignment.models.load import load_tokenizer
 from alignment.rollout import Prompt, Rollout, Sampling
-from alignment.rollout.rollouter import Conversation, Observation, SingleTurn
+from alignment.rollout.rollouter import MultiTurn, Observation, SingleTurn
 from alignment.settings.model import ModelConfig
 from tests.alignment.test_ppo_run import letters, named, rows_of
 from tests.alignment.test_train import assert_same_run, run
@@ -110,7 +110,7 @@ def test_a_conversation_reads_as_the_chat_template_prints_it_and_only_answers_ar
     group: Group, answers: list[tuple[int, ...]], tokenizer: Any
 ) -> None:
     policy = ScriptedPolicy(answers)
-    rollouter = Conversation(SecondQuestion, tokenizer, max_turns=3)
+    rollouter = MultiTurn(SecondQuestion, tokenizer, max_turns=3)
     first, second = asyncio.run(rollouter.complete(group, policy, sampling_of(tokenizer), 5))
     assert first == second, "the policy says the same to both"
     assert len({prompt.seed for prompt in policy.prompts}) == 4, "every answer has a seed of its own"
@@ -138,7 +138,7 @@ def test_a_conversation_ends_where_its_room_does(group: Group, answers: list[tup
         (length + 5, answers[0], True),  # in the second question
     ):
         policy = ScriptedPolicy(answers)
-        rollouter = Conversation(SecondQuestion, tokenizer, max_turns=3)
+        rollouter = MultiTurn(SecondQuestion, tokenizer, max_turns=3)
         rollout, _ = asyncio.run(rollouter.complete(group, policy, sampling_of(tokenizer, max_tokens=room), 5))
         assert (rollout.tokens, rollout.truncated) == (tokens, is_truncated)
 
@@ -147,7 +147,7 @@ def test_a_conversation_has_no_more_turns_than_it_may(
     group: Group, answers: list[tuple[int, ...]], tokenizer: Any
 ) -> None:
     policy = ScriptedPolicy(answers)
-    rollouter = Conversation(Endless, tokenizer, max_turns=2)
+    rollouter = MultiTurn(Endless, tokenizer, max_turns=2)
     rollout, _ = asyncio.run(rollouter.complete(group, policy, sampling_of(tokenizer), 5))
     assert len(policy.prompts) == 4 and rollout.reward == 1.0 and rollout.loss_mask[-1]
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from alignment.errors import RolloutError
-from alignment.models.parallel import World, run_on_all, wrap
+from alignment.models.backends import wrap
+from alignment.models.parallel import World, run_on_all
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
 from alignment.rollout.pool import EnginePool

@@ -24,9 +24,10 @@ from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ConfigError
 from alignment.groups import Completion, Group
+from alignment.models.backends import wrap, wrap_frozen
 from alignment.models.forward import outputs, scores
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import TrainableModule, World, wrap, wrap_frozen
+from alignment.models.parallel import TrainableModule, World
 from alignment.models.roles import Roles
 from alignment.rollout.local import greedy
 from alignment.settings.data import DataConfig

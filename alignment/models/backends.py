@@ -1,0 +1,35 @@
+"""Chooses how a model is trained or frozen in a world of workers: whole on each of them, or sharded by DeepSpeed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from alignment.models.parallel import ReplicatedBackend, TrainableModule, World
+from alignment.models.zero import DeepSpeedBackend, partition_frozen
+from alignment.settings.run import OptimConfig
+
+
+def wrap(module: nn.Module, optim: OptimConfig, world: World) -> TrainableModule:
+    """Chooses the backend that trains a module in this world. No other code makes this choice."""
+    # A single head is too small to be worth sharding.
+    if optim.zero.stage == 0 or not any(isinstance(submodule, PreTrainedModel) for submodule in module.modules()):
+        return ReplicatedBackend(module, optim, world)
+    return DeepSpeedBackend(module, optim, world)
+
+
+def wrap_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
+    """Freezes a module, shards it over the workers as a trained module would be, and returns it.
+
+    At ZeRO stage 3, its forward pass is a collective, which every worker must run equally often.
+    """
+    module.requires_grad_(False).eval()
+    if optim.zero.stage < 3:
+        return module
+    return partition_frozen(module, optim, world)
+
+
+def loading_device(optim: OptimConfig, world: World) -> torch.device:
+    """The device on which a model is loaded: the worker's device, or the CPU if the model is sharded after loading."""
+    return torch.device("cpu") if optim.zero.stage == 3 else world.device
