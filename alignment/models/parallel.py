@@ -1,4 +1,4 @@
-"""One worker or many: the World of a training loop, the port of a module that trains, and the replicated backend of it."""
+"""One worker or many: the World of a training loop, and the port of a module that trains, with a replicated backend."""
 
 from __future__ import annotations
 
