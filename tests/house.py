@@ -84,7 +84,7 @@ class House:
     modules: list[Module] = field(default_factory=list)
 
     @classmethod
-    def at(cls, root: Path) -> House:
+    def read(cls, root: Path) -> House:
         """Reads every source file of the packages."""
         paths = sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
         return cls(root, [_module(path, root) for path in paths])
@@ -99,18 +99,18 @@ def locals_and_parameters(module: Module) -> list[Name]:
     names = []
     for owner, function in module.functions:
         lines: dict[str, int] = {}
-        elsewhere: set[str] = set()
+        outer_names: set[str] = set()
         for node in _own_nodes(function):
             for name in _bindings(node):
                 lines.setdefault(name, getattr(node, "lineno", function.lineno))
             if isinstance(node, ast.Global | ast.Nonlocal):
-                elsewhere |= set(node.names)
+                outer_names |= set(node.names)
         if function.name.startswith("__"):
-            elsewhere.add("other")  # what Python's documentation calls it in `__eq__` and its like
+            outer_names.add("other")  # what Python's documentation calls it in `__eq__` and its like
         names += [
             Name(name=name, location=f"{module.path}:{line}", owner=owner)
             for name, line in lines.items()
-            if name not in elsewhere | {"self", "cls"}
+            if name not in outer_names | {"self", "cls"}
         ]
     return names
 
@@ -181,7 +181,7 @@ def repeated_classes(modules: list[Module]) -> dict[str, list[str]]:
     for module in modules:
         for _, node in module.classes:
             paths[node.name].append(f"{module.path}:{node.lineno}")
-    return {name: found for name, found in sorted(paths.items()) if len(found) > 1}
+    return {name: locations for name, locations in sorted(paths.items()) if len(locations) > 1}
 
 
 def import_cycles(modules: list[Module], *, in_functions: bool, for_types: bool = False) -> list[list[str]]:
@@ -191,13 +191,13 @@ def import_cycles(modules: list[Module], *, in_functions: bool, for_types: bool 
         in_functions: count the imports that stand in functions too, which run later than the modules themselves.
         for_types: count those under `if TYPE_CHECKING` too, which never run.
     """
-    known = {module.name for module in modules}
+    module_names = {module.name for module in modules}
     graph = {
-        module.name: {name for name in _imports(module, known, in_functions, for_types) if name != module.name}
+        module.name: {name for name in _imports(module, module_names, in_functions, for_types) if name != module.name}
         for module in modules
     }
     reachable = {name: _reachable(graph, name) for name in graph}
-    groups = {frozenset(other for other in reachable[name] if name in reachable[other]) for name in graph}
+    groups = {frozenset(neighbour for neighbour in reachable[name] if name in reachable[neighbour]) for name in graph}
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
@@ -229,11 +229,11 @@ def figures(house: House) -> dict[str, str]:
         rows.update({f"{label}: {package}": measure(house.package(package)) for package in PACKAGES})
 
     def share(names: Callable[[Module], list[Name]]) -> Callable[[list[Module]], str]:
-        def measured(modules: list[Module]) -> str:
+        def measure_share(modules: list[Module]) -> str:
             all_names = [name for module in modules for name in names(module)]
             return _share(len(bare(all_names)), len(all_names))
 
-        return measured
+        return measure_share
 
     per_package("bare words among local names and parameters", share(locals_and_parameters))
     per_package("bare words among fields and attributes", share(fields))
@@ -271,7 +271,7 @@ def figures_of_commit(commit: str) -> dict[str, str]:
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
-        return figures(House.at(Path(folder)))
+        return figures(House.read(Path(folder)))
 
 
 def details(house: House) -> Iterator[str]:
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("commits", nargs="*", help="commits to compare the working tree with")
     parser.add_argument("--details", action="store_true", help="print what the figures count instead")
     arguments = parser.parse_args()
-    house = House.at(ROOT)
+    house = House.read(ROOT)
     if arguments.details:
         print("\n".join(details(house)))
     else:
@@ -333,8 +333,8 @@ def _own_nodes(function: Function) -> Iterator[ast.AST]:
 
 
 def _arguments(arguments: ast.arguments) -> list[ast.arg]:
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return named + [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
+    regular_arguments = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return regular_arguments + [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
 
 
 def _bindings(node: ast.AST) -> list[str]:
@@ -369,16 +369,18 @@ def _num_lines(node: Function) -> int:
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
-def _imports(module: Module, known: set[str], in_functions: bool, for_types: bool) -> Iterator[str]:
+def _imports(module: Module, module_names: set[str], in_functions: bool, for_types: bool) -> Iterator[str]:
     """Modules among `known` that a module imports."""
     for node in _statements(module.tree, in_functions, for_types):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
+            yield from (alias.name for alias in node.names if alias.name in module_names)
         elif isinstance(node, ast.ImportFrom):
             parent = _absolute(module, node)
             for alias in node.names:
                 name = f"{parent}.{alias.name}"
-                yield from (candidate for candidate in (name if name in known else parent,) if candidate in known)
+                yield from (
+                    candidate for candidate in (name if name in module_names else parent,) if candidate in module_names
+                )
 
 
 def _statements(node: ast.AST, in_functions: bool, for_types: bool) -> Iterator[ast.AST]:
@@ -400,12 +402,12 @@ def _absolute(module: Module, node: ast.ImportFrom) -> str:
 
 def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     """The modules that one needs, with itself."""
-    reached, waiting = {start}, [start]
-    while waiting:
-        fresh = graph[waiting.pop()] - reached
-        reached |= fresh
-        waiting += fresh
-    return reached
+    reachable_names, queue = {start}, [start]
+    while queue:
+        fresh = graph[queue.pop()] - reachable_names
+        reachable_names |= fresh
+        queue += fresh
+    return reachable_names
 
 
 def _repeats(house: House) -> list[tuple[str, list[str]]]:

@@ -33,7 +33,7 @@ MAX_CYCLES = 1
 
 @pytest.fixture(scope="module")
 def house() -> House:
-    return House.at(ROOT)
+    return House.read(ROOT)
 
 
 def module(text: str, path: str = "alignment/sample.py") -> Module:
@@ -44,9 +44,9 @@ def module(text: str, path: str = "alignment/sample.py") -> Module:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_names_say_what_they_hold(house: House, package: str) -> None:
     names = [name for module in house.package(package) for name in locals_and_parameters(module)]
-    found = bare(names)
-    listed = "\n".join(f"{name.location}: {name.name}, in {name.owner}" for name in found)
-    assert len(found) <= MAX_BARE_SHARE * len(names), f"{len(found)} of {len(names)} are bare words:\n{listed}"
+    bare_names = bare(names)
+    lines = "\n".join(f"{name.location}: {name.name}, in {name.owner}" for name in bare_names)
+    assert len(bare_names) <= MAX_BARE_SHARE * len(names), f"{len(bare_names)} of {len(names)} are bare words:\n{lines}"
 
 
 def test_a_class_name_names_one_class(house: House) -> None:
@@ -162,4 +162,4 @@ def test_files_are_read_below_the_packages_alone(tmp_path: Path) -> None:
     for path in ("alignment/__init__.py", "alignment/data/chat.py", "tests/test_chat.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("")
-    assert [module.name for module in House.at(tmp_path).modules] == ["alignment", "alignment.data.chat"]
+    assert [module.name for module in House.read(tmp_path).modules] == ["alignment", "alignment.data.chat"]

@@ -27,8 +27,10 @@ def worth(prompts: list[str], completions: list[str]) -> list[float]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_code_says(name: str) -> None:
-    committed = (FOLDER / name).read_text(encoding="utf-8").splitlines()
-    change = list(difflib.unified_diff(committed, PAGES[name]().splitlines(), "the page", "the code", n=0, lineterm=""))
+    page_lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    change = list(
+        difflib.unified_diff(page_lines, PAGES[name]().splitlines(), "the page", "the code", n=0, lineterm="")
+    )
     assert not change, f"docs/reference/{name} is out of date; `{COMMAND}` renews it:\n" + "\n".join(change[:40])
 
 
@@ -78,11 +80,13 @@ def runs(run_settings: Settings, write_rows: Callable[..., Path]) -> dict[str, S
 
 
 def test_every_metric_has_a_meaning_and_every_meaning_a_metric(runs: dict[str, Settings]) -> None:
-    reported: set[str] = set()
+    metric_names: set[str] = set()
     for name, settings in runs.items():
         folder = run(settings, name=name)
-        reported |= {metric for line in read_metrics(folder) for metric in line if metric != "step"}
-    assert not {name for name in reported if meaning_of(name) is None}
+        metric_names |= {metric for line in read_metrics(folder) for metric in line if metric != "step"}
+    assert not {name for name in metric_names if meaning_of(name) is None}
     patterns = {pattern for meanings in SECTIONS.values() for pattern in meanings}
-    met = {name.replace("worth", "NAME").replace("length", "NAME") for name in reported} | reported
-    assert patterns - met == {"eval/METRIC"}
+    patterns_of_metrics = {
+        name.replace("worth", "NAME").replace("length", "NAME") for name in metric_names
+    } | metric_names
+    assert patterns - patterns_of_metrics == {"eval/METRIC"}

@@ -44,6 +44,6 @@ def _help(command: Any, name: str) -> Iterator[str]:
     widths = {"terminal_width": WIDTH, "max_content_width": WIDTH}
     context = command.make_context(name, [], resilient_parsing=True, **widths)
     yield code_block(command.get_help(context))
-    for below in getattr(command, "commands", {}).values():
-        yield f"### `{name} {below.name}`"
-        yield from _help(below, f"{name} {below.name}")
+    for subcommand in getattr(command, "commands", {}).values():
+        yield f"### `{name} {subcommand.name}`"
+        yield from _help(subcommand, f"{name} {subcommand.name}")

@@ -22,7 +22,7 @@ from alignment.settings.plugins import (
 from alignment.settings.section import Section
 from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig
-from docs.generate.text import NOTICE, anchor, first_paragraph, item, listed, page_text, type_text, value_text
+from docs.generate.text import NOTICE, anchor, first_paragraph, item, join_names, page_text, type_text, value_text
 from serving.config import ServeConfig
 from serving.gate import GateConfig
 
@@ -100,25 +100,25 @@ def _family(base: type[Section], members: list[tuple[str, type[Section]]]) -> It
     modules = [kind.__module__ for kind in kinds]
     for parent in _ancestors(kinds, base):
         takers = [name for name, kind in members if issubclass(kind, parent)]
-        yield "### Keys of " + ("all" if len(takers) == len(members) else listed(takers, "and"))
-        yield _keys(parent, _own(parent))
+        yield "### Keys of " + ("all" if len(takers) == len(members) else join_names(takers, "and"))
+        yield _keys(parent, _own_keys(parent))
     for name, kind in members:
         yield f"### `{name}`"
         has_module = modules.count(kind.__module__) == 1
         yield first_paragraph(sys.modules[kind.__module__] if has_module else kind)
-        yield _keys(kind, [key for key in _own(kind) if key != "name"]) or "It has no keys of its own."
-        names = [other for other, parent in members if parent is not kind and issubclass(kind, parent)]
+        yield _keys(kind, [key for key in _own_keys(kind) if key != "name"]) or "It has no keys of its own."
+        names = [parent_name for parent_name, parent in members if parent is not kind and issubclass(kind, parent)]
         if names:
-            yield f"And the keys of {listed(names, 'and')}."
+            yield f"And the keys of {join_names(names, 'and')}."
 
 
 def _ancestors(kinds: list[type[Section]], base: type[Section]) -> list[type[Section]]:
     """The classes with keys that others of a family are made of, the most general first."""
     parents = {parent for kind in kinds for parent in kind.__mro__ if issubclass(parent, base)} - set(kinds)
-    return sorted(filter(_own, parents), key=lambda parent: (len(parent.__mro__), parent.__name__))
+    return sorted(filter(_own_keys, parents), key=lambda parent: (len(parent.__mro__), parent.__name__))
 
 
-def _own(kind: type[Section]) -> list[str]:
+def _own_keys(kind: type[Section]) -> list[str]:
     """The keys that a class declares itself."""
     return [name for name in kind.model_fields if name in inspect.get_annotations(kind)]
 

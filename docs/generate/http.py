@@ -7,7 +7,18 @@ from typing import Any
 from unittest.mock import MagicMock
 
 from alignment.rewards.remote import ScoreReply, ScoreRequest
-from docs.generate.text import NOTICE, Schema, item, line, listed, page_text, reference, type_text, value_text, wrapped
+from docs.generate.text import (
+    NOTICE,
+    Schema,
+    item,
+    join_names,
+    line,
+    page_text,
+    reference,
+    type_text,
+    value_text,
+    wrap_text,
+)
 from serving import ingress, reward_server
 from serving.config import ServeConfig
 from serving.fields import IGNORED, SUPPORTED, UNSUPPORTED
@@ -105,21 +116,21 @@ def _parameter(parameter: Schema, objects: Schema) -> str:
 
 def _objects(names: list[str], objects: Schema) -> Iterator[str]:
     """The objects of these names, and those that they refer to."""
-    reached: set[str] = set()
+    reachable_names: set[str] = set()
     while names:
         name = names.pop()
-        if name not in reached:
-            reached.add(name)
+        if name not in reachable_names:
+            reachable_names.add(name)
             names += _names(objects[name])
-    for name in sorted(reached):
+    for name in sorted(reachable_names):
         schema = objects[name]
         if "properties" not in schema:
             continue
         yield f"### {name}"
         yield line(schema.get("description", ""))
-        required = schema.get("required", [])
+        required_fields = schema.get("required", [])
         yield "\n".join(
-            item(field, _traits(inner, objects, is_required=field in required), inner.get("description"))
+            item(field, _traits(inner, objects, is_required=field in required_fields), inner.get("description"))
             for field, inner in schema["properties"].items()
         )
 
@@ -144,8 +155,8 @@ def _fields_of_completions() -> Iterator[str]:
     yield "### Other fields of completions"
     yield "Beside the fields above, requests for chats and completions may have these, which reach vLLM as they are:"
     for route in ("chat", "completions"):
-        others = sorted(SUPPORTED[route] - set((ChatBody if route == "chat" else CompletionBody).model_fields))
-        yield wrapped(f"* {route}: {listed(others, 'and')}", indent="  ")
-    yield f"These are taken and say nothing here: {listed(sorted(IGNORED), 'and')}."
+        other_fields = sorted(SUPPORTED[route] - set((ChatBody if route == "chat" else CompletionBody).model_fields))
+        yield wrap_text(f"* {route}: {join_names(other_fields, 'and')}", indent="  ")
+    yield f"These are taken and say nothing here: {join_names(sorted(IGNORED), 'and')}."
     yield "These are refused, unless they ask for what is done anyway:"
     yield "\n".join(item(name, [], f"{reason}.") for name, reason in sorted(UNSUPPORTED.items()))

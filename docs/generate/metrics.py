@@ -41,12 +41,12 @@ def _endpoint_metrics() -> Iterator[str]:
             yield _metric(family, collector._labelnames)  # no public name tells the labels of what was not counted yet
     state = State(current=1, canary=2, share=0.1)
     own_metrics = IngressMetrics(ingress="ingress", metrics=[])
-    gathered = GatheredMetrics(answers=(), num_unreachable=0)
-    families = page(own_metrics, gathered, state, records_waiting=0, audit_waiting=0)
+    answers = GatheredMetrics(answers=(), num_unreachable=0)
+    families = page(own_metrics, answers, state, records_waiting=0, audit_waiting=0)
     yield from (_metric(family, family.samples[0].labels) for family in families)
 
 
 def _metric(family: Metric, labels: Iterable[str]) -> str:
     name = f"{family.name}_total" if family.type == "counter" else family.name
-    quoted = ", ".join(f"`{label}`" for label in labels)
-    return item(name, [family.type, *([f"by {quoted}"] if quoted else [])], f"{family.documentation}.")
+    label_text = ", ".join(f"`{label}`" for label in labels)
+    return item(name, [family.type, *([f"by {label_text}"] if label_text else [])], f"{family.documentation}.")

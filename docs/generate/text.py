@@ -24,9 +24,9 @@ def type_text(schema: Schema, objects: Schema) -> str:
         objects: what it may refer to: a schema with `$defs`, or the schemas of an application by name.
     """
     if "$ref" in schema:
-        return _referred(reference(schema), objects)
+        return _reference_text(reference(schema), objects)
     if "const" in schema or "enum" in schema:
-        return listed([_plain(value) for value in schema.get("enum", [schema.get("const")])], "or")
+        return join_names([_plain(value) for value in schema.get("enum", [schema.get("const")])], "or")
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " or ".join(dict.fromkeys(type_text(choice, objects) for choice in schema[key]))
@@ -34,20 +34,20 @@ def type_text(schema: Schema, objects: Schema) -> str:
     if kind == "array" and "prefixItems" in schema:
         return f"list of {', '.join(type_text(item, objects) for item in schema['prefixItems'])}"
     if kind == "array":
-        size = _between(schema.get("minItems"), schema.get("maxItems"))
+        size = _range_text(schema.get("minItems"), schema.get("maxItems"))
         return f"list {f'({size}) ' if size else ''}of {type_text(schema.get('items', {}), objects)}"
     if kind == "object":
         values = schema.get("additionalProperties", True)
         return "mapping" if isinstance(values, bool) else f"mapping of {type_text(values, objects)}"
     if kind == "string":
-        size = _between(schema.get("minLength"), schema.get("maxLength"))
+        size = _range_text(schema.get("minLength"), schema.get("maxLength"))
         pattern = f" matching `{schema['pattern']}`" if "pattern" in schema else ""
         unit = "character" if size.endswith(" 1") else "characters"
         return f"string{f' of {size} {unit}' if size else ''}{pattern}"
     return f"{kind}{_bounds(schema)}"
 
 
-def _referred(name: str, objects: Schema) -> str:
+def _reference_text(name: str, objects: Schema) -> str:
     is_section = "$defs" in objects
     inner = objects["$defs"][name] if is_section else objects[name]
     if inner.get("type") != "object":
@@ -61,18 +61,18 @@ def reference(schema: Schema) -> str:
 
 def _bounds(schema: Schema) -> str:
     if "minimum" in schema and "maximum" in schema:
-        return f" {_between(schema['minimum'], schema['maximum'])}"
+        return f" {_range_text(schema['minimum'], schema['maximum'])}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     texts = [f"{sign} {_number(schema[key])}" for key, sign in signs.items() if key in schema]
     return f" {', '.join(texts)}" if texts else ""
 
 
-def _between(least: float | None, most: float | None) -> str:
-    if least is None:
-        return "" if most is None else f"at most {_number(most)}"
-    if most is None:
-        return f"at least {_number(least)}"
-    return _number(least) if least == most else f"{_number(least)} to {_number(most)}"
+def _range_text(minimum: float | None, maximum: float | None) -> str:
+    if minimum is None:
+        return "" if maximum is None else f"at most {_number(maximum)}"
+    if maximum is None:
+        return f"at least {_number(minimum)}"
+    return _number(minimum) if minimum == maximum else f"{_number(minimum)} to {_number(maximum)}"
 
 
 def _number(value: float) -> str:
@@ -88,10 +88,10 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def listed(names: Sequence[str], word: str) -> str:
+def join_names(names: Sequence[str], word: str) -> str:
     """Names as code, as `a`, `b` and `c`."""
-    *others, last = [f"`{name}`" for name in names]
-    return f"{', '.join(others)} {word} {last}" if others else last
+    *first_items, last_item = [f"`{name}`" for name in names]
+    return f"{', '.join(first_items)} {word} {last_item}" if first_items else last_item
 
 
 def anchor(heading: str) -> str:
@@ -100,21 +100,21 @@ def anchor(heading: str) -> str:
 
 def item(name: str, traits: Iterable[str], description: str | None) -> str:
     """An item of a list, as "* `name` (integer, default `1`): What it means."."""
-    inside = ", ".join(traits)
-    text = f"* `{name}`{f' ({inside})' if inside else ''}"
-    return wrapped(f"{text}: {line(description)}" if description else text, indent="  ")
+    trait_text = ", ".join(traits)
+    text = f"* `{name}`{f' ({trait_text})' if trait_text else ''}"
+    return wrap_text(f"{text}: {line(description)}" if description else text, indent="  ")
 
 
-def first_paragraph(thing: Any) -> str:
+def first_paragraph(documented_object: Any) -> str:
     """The first paragraph of a docstring."""
-    return line((inspect.getdoc(thing) or "").partition("\n\n")[0])
+    return line((inspect.getdoc(documented_object) or "").partition("\n\n")[0])
 
 
 def line(docstring: str) -> str:
     return " ".join(docstring.split())
 
 
-def wrapped(text: str, indent: str = "") -> str:
+def wrap_text(text: str, indent: str = "") -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
@@ -125,4 +125,4 @@ def code_block(text: str) -> str:
 def page_text(blocks: Iterable[str]) -> str:
     """A page: blocks with empty lines between them. What is text is wrapped, and lists, tables and code stay."""
     starts = ("#", "```", "|", "* ", "<")
-    return "\n\n".join(block if block.startswith(starts) else wrapped(block) for block in blocks if block) + "\n"
+    return "\n\n".join(block if block.startswith(starts) else wrap_text(block) for block in blocks if block) + "\n"
