@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # looking for a checkpoint, as the endpoint does, needs no to
     from torch import Tensor
 
     from alignment.batch import Role
+    from alignment.distributed.world import World
     from alignment.models.load import LanguageModel
-    from alignment.models.parallel import World
     from alignment.models.roles import Roles
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def save(
     Raises:
         CheckpointError: it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
     """
-    from alignment.models.parallel import run_on_main
+    from alignment.distributed.world import run_on_main
 
     random_states = world.gather(_random_state(world.device))
     tensors = {f"random.{rank}": state for rank, state in enumerate(random_states)}
@@ -120,7 +120,7 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
     """
     import torch
 
-    from alignment.models.parallel import run_on_main
+    from alignment.distributed.world import run_on_main
 
     def attempt() -> str | None:
         checkpoints_folder = checkpoints_of(config.folder)
@@ -364,7 +364,7 @@ def _numel(weight: Any) -> int:
 
 def _saved_weights(actor: LanguageModel) -> dict[str, Tensor]:
     """The weights that a checkpoint keeps of a model, by name; at ZeRO-3 they have no content."""
-    from alignment.models.parallel import named_weights
+    from alignment.distributed.trainable import named_weights
 
     return {
         name: weight for name, weight in named_weights(actor.module) if weight.requires_grad or not actor.has_adapter

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from alignment.algorithms import Algorithm
+from alignment.distributed.world import World
 from alignment.groups import Group
 from alignment.metrics import Metrics
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.rewards import Rewards
 from alignment.rollout.local import greedy

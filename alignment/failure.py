@@ -14,7 +14,7 @@ from alignment import errors
 from alignment.errors import AlignmentError, CheckpointError
 
 if TYPE_CHECKING:  # the driver, which starts the workers, needs no torch
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
 
 FAILURE = "failure.json"
 """File in the run's folder with class and text of the error that ended the run; another attempt would not help."""

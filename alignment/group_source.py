@@ -66,19 +66,25 @@ class DataSource:
         self.groups_per_step = groups_per_step
 
     def seek(self, position: int, *, weight_version: int) -> None:
+        """Moves the stream."""
         self.stream.position = position
 
     def next_batch(self) -> StepBatch:
+        """Takes the next groups of the stream."""
         groups = self.stream.take(self.groups_per_step)
         return StepBatch(groups=groups, position=self.stream.position)
 
     def publish(self, weight_version: int) -> Metrics:
+        """Does nothing: no group depends on the weights."""
         return {}
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Does nothing: nothing is sampled ahead."""
 
     def state(self) -> None:
+        """Returns None: the position is all that there is."""
         return None
 
     def restore(self, tensors: dict[str, Tensor]) -> bool:
+        """Does nothing: the position has been restored already."""
         return True

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from alignment.distributed.world import World, run_on_main
 from alignment.errors import CheckpointError
 from alignment.groups import Group
 from alignment.models.folders import weights_stamp
-from alignment.models.parallel import World, run_on_main
 from alignment.models.roles import Roles
 from alignment.settings.run import RunConfig
 from alignment.step import reference_logprobs

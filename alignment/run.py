@@ -21,6 +21,7 @@ from alignment.data.chat import DATE_OF_RUN, run_date
 from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, LiveStream, load_data
 from alignment.data.vocabulary import BoundedGroupTokenizer
+from alignment.distributed.world import World, run_on_all, run_on_main
 from alignment.errors import ConfigError, GuardError
 from alignment.evaluate import Evaluator, SampledEvaluation
 from alignment.failure import clear_failure
@@ -28,7 +29,6 @@ from alignment.group_source import DataSource, GroupSource, StepBatch
 from alignment.guards import RunGuards
 from alignment.identity import Identity, identify, notes
 from alignment.metrics import Metrics, Reporter
-from alignment.models.parallel import World, run_on_all, run_on_main
 from alignment.models.roles import Roles
 from alignment.reference import precompute
 from alignment.rewards import BuildableScorer, Rewards

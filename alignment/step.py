@@ -19,10 +19,10 @@ from torch import Tensor
 from alignment.algorithms import Algorithm
 from alignment.batch import Batch, Loss, Role, Unit
 from alignment.data.packing import micro_batches, pack, share
+from alignment.distributed.world import World
 from alignment.errors import DivergenceError
 from alignment.groups import Group
 from alignment.metrics import Metrics
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.settings.run import OptimConfig
 

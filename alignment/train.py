@@ -15,9 +15,9 @@ import time
 import torch
 
 from alignment.data.agreement import check_step
+from alignment.distributed.world import World, run_on_all
 from alignment.failure import propagate_failure
 from alignment.metrics import Metrics, Reporter
-from alignment.models.parallel import World, run_on_all
 from alignment.rollout import Generator
 from alignment.run import Run, run_lock
 from alignment.settings.run import RunConfig

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.distributed.world import World
 from alignment.errors import AlignmentError, RolloutError
-from alignment.models.parallel import World
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EngineLost, EnginePool
 from alignment.rollout.vllm import RolloutEngine, RolloutEngineSettings

@@ -69,9 +69,9 @@ def rehearse(config: ClusterRunConfig) -> None:
         AlignmentError: an error that would end the run before its first step.
     """
     device = _device_here()
+    from alignment.distributed.world import World
     from alignment.metrics import NoteReporter
     from alignment.models.folders import with_checkpoints
-    from alignment.models.parallel import World
     from alignment.train import rehearse as loop
 
     config = with_checkpoints(config)
@@ -101,10 +101,18 @@ def run(config: ClusterRunConfig) -> None:
 
     config = with_checkpoints(config)
     _save_config(config)
-    if config.cluster.workers == 0:
-        _run_here(config)
-    else:
-        _run_on_ray(config)
+    if config.cluster.workers:
+        with _ray_for(config):
+            _run_on_ray(config)
+        return
+    device = _device_here()
+    from alignment.distributed.world import World
+    from alignment.metrics import FileReporter
+    from alignment.train import train as loop
+
+    _check_machine(config)
+    with _engine_here(config) as generator:
+        loop(config, World(device=device), FileReporter(config.folder), generator)
 
 
 def _save_config(config: ClusterRunConfig) -> None:
@@ -122,18 +130,6 @@ def _save_config(config: ClusterRunConfig) -> None:
         with contextlib.suppress(OSError):
             temporary_file.unlink()
         raise ConfigError(f"output {config.output!r}: {file} cannot be written: {error.strerror}") from error
-
-
-def _run_here(config: ClusterRunConfig) -> None:
-    """Runs a configuration in this process."""
-    device = _device_here()
-    from alignment.metrics import FileReporter
-    from alignment.models.parallel import World
-    from alignment.train import train as loop
-
-    _check_machine(config)
-    with _engine_here(config) as generator:
-        loop(config, World(device=device), FileReporter(config.folder), generator)
 
 
 def _check_machine(config: ClusterRunConfig) -> None:
@@ -185,23 +181,44 @@ def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> RolloutEngineSet
     )
 
 
-def _run_on_ray(config: ClusterRunConfig) -> None:
-    """Runs a configuration in Ray Train's workers."""
+@contextlib.contextmanager
+def _ray_for(config: ClusterRunConfig) -> Iterator[None]:
+    """Ray on this machine, or the cluster that the run names, until the block ends."""
     has_joined = start_ray(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     import ray
 
-    from alignment.shared_folder import leave_mark
-
     try:
-        cluster_plan = plan(config)
-        if not config.cluster.autoscaling:
-            check_fits(cluster_plan, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
-        print(f"cluster: starting {cluster_plan.sentence} …", flush=True)
-        with leave_mark(config.folder) as mark, _engines_on_ray(config, cluster_plan) as engines:
-            _fit(config, cluster_plan, engines, mark)
+        yield
     finally:
         if has_joined:
             ray.shutdown()
+
+
+def _run_on_ray(config: ClusterRunConfig) -> None:
+    """Runs Ray Train's workers until the run ends, and raises its error."""
+    import ray
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from alignment.shared_folder import leave_mark
+    from cluster.final_error import final_error
+
+    cluster_plan = plan(config)
+    if not config.cluster.autoscaling:
+        check_fits(cluster_plan, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
+    print(f"cluster: starting {cluster_plan.sentence} …", flush=True)
+    with leave_mark(config.folder) as mark, _engines_on_ray(config, cluster_plan) as engines:
+        clear_failure(config.folder)
+        trainer = _trainer(config, cluster_plan, engines, mark)
+        # Ray Train's own files about an earlier fit of this name are not needed, and a damaged one would be fatal.
+        shutil.rmtree(config.folder / "ray", ignore_errors=True)
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            if failure := final_error(error) or failure_of(config.folder):
+                raise failure from None
+            raise ClusterError(
+                f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -278,26 +295,6 @@ def _start_ray_here() -> None:
     finally:
         for name in variables:
             del os.environ[name]
-
-
-def _fit(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, mark: str) -> None:
-    """Runs Ray Train's workers until the run ends, and raises its error."""
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from cluster.final_error import final_error
-
-    clear_failure(config.folder)
-    trainer = _trainer(config, cluster_plan, engines, mark)
-    # Ray Train's own files about an earlier fit of this name are not needed, and a damaged one would be fatal.
-    shutil.rmtree(config.folder / "ray", ignore_errors=True)
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        if failure := final_error(error) or failure_of(config.folder):
-            raise failure from None
-        raise ClusterError(
-            f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
-        ) from error
 
 
 def _trainer(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | None, mark: str) -> TorchTrainer:

@@ -20,7 +20,7 @@ from alignment.settings.run import RunConfig
 if TYPE_CHECKING:
     import torch
 
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
     from alignment.rollout import Generator
     from cluster.engines import Engines
 
@@ -113,7 +113,7 @@ def _world(device: torch.device) -> World:
     """This worker's position among Ray Train's workers."""
     import ray.train
 
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
 
     context = ray.train.get_context()
     return World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
@@ -151,7 +151,7 @@ def _attached_engines(engines: Engines | None, config: RunConfig, world: World) 
     if engines is None:
         yield None
         return
-    from alignment.models.parallel import run_on_all
+    from alignment.distributed.world import run_on_all
     from cluster.engines import attach
 
     with contextlib.ExitStack() as stack:

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from alignment.checkpoint import find_checkpoint
+from alignment.distributed.world import World
 from alignment.errors import ModelError
 from alignment.metrics import Silent
 from alignment.models.folders import BUNDLED
-from alignment.models.parallel import World
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from cluster.config import ClusterRunConfig, load_run

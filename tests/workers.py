@@ -11,7 +11,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from alignment.models.parallel import World
+from alignment.distributed.world import World
 from tests.conftest import free_port
 
 PRELOAD = ["alignment.train", "transformers.models.llama.modeling_llama", "tests.workers"]

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from alignment.data.stream import Data
+from alignment.distributed.world import World
 from alignment.errors import DataError
 from alignment.groups import Group
-from alignment.models.parallel import World
 
 ADVICE = (
     "Every worker reads the data by itself, and must read the same row by row: put the files where all machines see "

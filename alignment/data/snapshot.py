@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from alignment.data.sources import is_live, read_rows
+from alignment.distributed.world import World, run_on_main
 from alignment.errors import DataError
-from alignment.models.parallel import World, run_on_main
 from alignment.settings.data import DataConfig, SourceConfig
 
 FOLDER = "data"

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from alignment.algorithms import Algorithm, ReferencedAlgorithm
 from alignment.batch import Batch, Outputs, Role
+from alignment.distributed.backends import loading_device, wrap, wrap_frozen
+from alignment.distributed.trainable import TrainableModule
+from alignment.distributed.world import World
 from alignment.errors import ConfigError
-from alignment.models.backends import loading_device, wrap, wrap_frozen
 from alignment.models.forward import outputs, scores, values
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import TrainableModule, World
 from alignment.rewards.model import MEAN, STD, RewardModel
 from alignment.settings.run import RunConfig
 

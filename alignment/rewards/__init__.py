@@ -20,8 +20,8 @@ from alignment.settings.plugins import ScorerConfig
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch
 
+    from alignment.distributed.world import World
     from alignment.groups import Completion, Group
-    from alignment.models.parallel import World
 
 MAX_REWARD = 3.4e38
 """Largest absolute value of a reward, because rewards become fp32."""

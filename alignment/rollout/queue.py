@@ -33,7 +33,7 @@ class PendingRollouts:
     groups: list[Group]
     position: int
     """Groups taken from the stream before these."""
-    completed: Callable[[], list[Group]]
+    wait: Callable[[], list[Group]]
     """Waits for the completions and returns the groups with them, on every worker."""
     started_at: float
 
@@ -56,6 +56,7 @@ class RolloutCost:
     num_tokens: int = 0
 
     def metrics(self) -> Metrics:
+        """The same as figures of a step, with tokens per second."""
         """The seconds and the speed of the rollouts, as metrics."""
         seconds = {"perf/rollout_seconds": self.rollout_s, "perf/reward_seconds": self.reward_s}
         if not self.rollout_s:
@@ -94,11 +95,13 @@ class RolloutQueue:
         self._received_at = 0.0
 
     def seek(self, position: int, *, weight_version: int) -> None:
+        """Moves the stream, and loads the weights into the engines."""
         """Moves to a position of the stream, and loads the actor's weights into the engines."""
         self.stream.position = position
         self.sampler.publish(self.roles, weight_version)
 
     def publish(self, weight_version: int) -> Metrics:
+        """Loads the weights into the engines; returns how long it took."""
         """Loads the actor's weights into the engines; returns the seconds that it took, as a metric."""
         return {"perf/sync_seconds": self.sampler.publish(self.roles, weight_version)}
 
@@ -133,15 +136,15 @@ class RolloutQueue:
     def clear(self) -> None:
         """Drops what was sampled ahead, after it has ended; the position of the stream stays as it is."""
         for pending_rollouts in self._pending:
-            pending_rollouts.completed()
+            pending_rollouts.wait()
         self._pending.clear()
         self._ready.clear()
 
     def state(self) -> dict[str, Tensor]:
         """Returns what was sampled ahead, for a checkpoint, and waits for it. Called by every worker."""
-        completed_groups = [pending_rollouts.completed() for pending_rollouts in self._pending]
+        completed_groups = [pending_rollouts.wait() for pending_rollouts in self._pending]
         self._pending = deque(
-            dataclasses.replace(pending_rollouts, completed=_constant(groups))
+            dataclasses.replace(pending_rollouts, wait=_constant(groups))
             for pending_rollouts, groups in zip(self._pending, completed_groups, strict=True)
         )
         return to_tensors([scored_group.group for scored_group in self._ready], completed_groups)
@@ -166,7 +169,7 @@ class RolloutQueue:
         for groups in pending_batches:
             self._pending.append(
                 PendingRollouts(
-                    groups=groups, position=position, completed=_constant(groups), started_at=time.perf_counter()
+                    groups=groups, position=position, wait=_constant(groups), started_at=time.perf_counter()
                 )
             )
             position += len(groups)
@@ -182,13 +185,13 @@ class RolloutQueue:
     def _start(self, count: int) -> PendingRollouts:
         position, started_at = self.stream.position, time.perf_counter()
         groups = self.stream.take(count)
-        completed_groups = self.sampler.start(groups, range(position, position + len(groups)))
-        return PendingRollouts(groups=groups, position=position, completed=completed_groups, started_at=started_at)
+        wait_for_groups = self.sampler.start(groups, range(position, position + len(groups)))
+        return PendingRollouts(groups=groups, position=position, wait=wait_for_groups, started_at=started_at)
 
     def _receive(self, rollout_cost: RolloutCost) -> None:
         """Waits for the oldest pending groups, and has them scored."""
         pending_rollouts = self._pending.popleft()
-        groups = pending_rollouts.completed()
+        groups = pending_rollouts.wait()
         sampled_at = time.perf_counter()
         for offset, group in enumerate(self.rewards.score(groups, world=self.sampler.world), start=1):
             self._ready.append(ScoredGroup(group=group, position=pending_rollouts.position + offset))

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from alignment.distributed.world import World, run_on_all, run_on_main
 from alignment.groups import Completion, Group
 from alignment.models.load import LanguageModel
-from alignment.models.parallel import World, run_on_all, run_on_main
 from alignment.models.roles import Roles
 from alignment.rollout import Generator, Policy, Rollout, Sampling
 from alignment.rollout.rollouter import MultiTurn, Rollouter, SingleTurn, gather_all

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from alignment.demo import QUESTIONS, DemoAnswer, Exchange, comparison, contains_keyword, read_questions, table
+from alignment.distributed.world import World
 from alignment.errors import ConfigError
 from alignment.metrics import FileReporter
-from alignment.models.parallel import World
 from alignment.report import write_report
 from alignment.settings.run import RunConfig
 from alignment.train import train

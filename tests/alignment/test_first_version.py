@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment.distributed.world import World
 from alignment.metrics import FileReporter, read_metrics
-from alignment.models.parallel import World
 from alignment.train import train
 from cluster.config import ClusterRunConfig, load_run
 

@@ -180,8 +180,8 @@ def test_a_reward_models_adapter_keeps_its_score_head_and_statistics_when_it_is_
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from alignment.distributed.world import World
     from alignment.metrics import Silent
-    from alignment.models.parallel import World
     from alignment.settings.run import RunConfig
     from alignment.train import train
 

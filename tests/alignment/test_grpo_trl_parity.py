@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alignment.algorithms import Algorithm
 from alignment.batch import Batch
+from alignment.distributed.world import World
 from alignment.groups import Completion, Group
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.settings.run import RunConfig
 from alignment.step import annotate

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from alignment.checkpoint import find_checkpoint
+from alignment.distributed.world import World
 from alignment.errors import GuardError
 from alignment.guards import LIMITS, RunGuards
 from alignment.metrics import FileReporter, read_metrics
-from alignment.models.parallel import World
 from alignment.rollout import Policy, Prompt, Result, Rollout, Sampling, Weights
 from alignment.settings.run import GuardsConfig, RunConfig
 from alignment.train import train

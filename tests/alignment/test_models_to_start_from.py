@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from alignment.checkpoint import checkpoint_or_path, checkpoints_of, find_checkpoint
+from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, DataError, ModelError
 from alignment.models.folders import model_source, with_checkpoints
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig

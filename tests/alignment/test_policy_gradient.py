@@ -19,9 +19,10 @@ from alignment.algorithms import Algorithm
 from alignment.algorithms._policy_gradient import PolicyGradient
 from alignment.batch import Batch, Loss, Outputs
 from alignment.data.packing import pack
+from alignment.distributed.replicated import ReplicatedBackend
+from alignment.distributed.world import World
 from alignment.groups import Completion, Group
 from alignment.metrics import Metrics
-from alignment.models.parallel import ReplicatedBackend, World
 from alignment.models.roles import Roles
 from alignment.settings.plugins import algorithm_class
 from alignment.settings.run import RunConfig

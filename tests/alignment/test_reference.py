@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignment.checkpoint import find_checkpoint
+from alignment.distributed.world import World
 from alignment.errors import CheckpointError
 from alignment.groups import Completion, Group
 from alignment.metrics import read_metrics
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.reference import _attach, precompute
 from alignment.settings.run import RunConfig

@@ -19,13 +19,13 @@ from alignment.algorithms import Algorithm
 from alignment.batch import Outputs
 from alignment.checkpoint import find_checkpoint
 from alignment.data.packing import pack
+from alignment.distributed.world import World
 from alignment.errors import DataError
 from alignment.groups import Completion, Group
 from alignment.identity import Identity
 from alignment.metrics import read_metrics
 from alignment.models.forward import scores
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig

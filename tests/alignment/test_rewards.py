@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from alignment.data.shapes import to_group
+from alignment.distributed.world import World
 from alignment.errors import ConfigError, DataError, RewardError
 from alignment.groups import Completion, Group, Message
-from alignment.models.parallel import World
 from alignment.rewards import AskAgain, BuildableScorer, Rewards, Scorer, Unreadable
 from alignment.rewards.rules import Rule
 from alignment.rollout.queue import scores_of

@@ -13,10 +13,10 @@ import torch
 
 from alignment import checkpoint
 from alignment.checkpoint import Progress, checkpoints_of, find_checkpoint
+from alignment.distributed.world import World
 from alignment.errors import CheckpointError, ConfigError
 from alignment.identity import Identity
 from alignment.metrics import Silent
-from alignment.models.parallel import World
 from alignment.models.roles import Roles
 from alignment.settings.run import RunConfig
 from alignment.train import train

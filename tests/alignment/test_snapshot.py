@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from alignment.data.snapshot import keep_live_rows
+from alignment.distributed.world import World
 from alignment.errors import DataError
 from alignment.metrics import read_metrics
-from alignment.models.parallel import World
 from alignment.settings.data import DataConfig
 from tests.alignment.test_train import assert_same_run, run
 from tests.alignment.test_workers import train_with

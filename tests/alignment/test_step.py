@@ -11,10 +11,10 @@ import torch
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
 from alignment.data.stream import GroupReader, load_data
+from alignment.distributed.world import World
 from alignment.errors import ConfigError, DivergenceError
 from alignment.groups import Group
 from alignment.metrics import Metrics
-from alignment.models.parallel import World
 from alignment.models.roles import Roles, reference_of
 from alignment.settings.run import OptimConfig, RunConfig
 from alignment.step import StepSettings, evaluate, learning_rate, train_step

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.distributed.backends import wrap
+from alignment.distributed.world import World, run_on_all
 from alignment.errors import RolloutError
-from alignment.models.backends import wrap
-from alignment.models.parallel import World, run_on_all
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
 from alignment.rollout.pool import EnginePool

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
 from alignment.checkpoint import checkpoints_of, commit, find_checkpoint, newest_intact
+from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.metrics import FileReporter, read_metrics
-from alignment.models.parallel import World
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from tests.conftest import pair_rows
@@ -311,7 +311,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(run_setting
     intact = find_checkpoint(folder)
     program = (
         "import json, resource, signal, sys; from alignment.settings.run import RunConfig;"
-        "from alignment.metrics import Silent; from alignment.models.parallel import World;"
+        "from alignment.metrics import Silent; from alignment.distributed.world import World;"
         "from alignment.train import train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000));"
         "train(RunConfig.model_validate(json.loads(sys.argv[1])), World(), Silent())"

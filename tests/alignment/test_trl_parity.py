@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 import torch
 
+from alignment.distributed.world import World
 from alignment.metrics import Metrics, Silent
-from alignment.models.parallel import World
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from tests.conftest import pair_rows

@@ -19,12 +19,13 @@ from torch import Tensor
 
 import alignment.rollout.weights as movement
 from alignment.data.packing import pack
+from alignment.distributed.backends import wrap
+from alignment.distributed.trainable import TrainableModule
+from alignment.distributed.world import World
 from alignment.errors import ConfigError, RolloutError
 from alignment.groups import Completion, Group
-from alignment.models.backends import wrap
 from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import TrainableModule, World
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool

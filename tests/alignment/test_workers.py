@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from alignment.distributed.world import World, run_on_main
 from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
 from alignment.failure import FAILURE, clear_failure, failure_of, propagate_failure
 from alignment.metrics import FileReporter, Silent, read_metrics
-from alignment.models.parallel import World, run_on_main
 from alignment.rollout.pool import EngineLost
 from alignment.settings.run import RunConfig
 from tests.conftest import pair_rows
@@ -122,9 +122,9 @@ def test_a_key_that_is_missing_on_one_machine_ends_all(run_settings: Settings) -
 
 
 def wait_long(world: World) -> str:
-    from alignment.models import parallel
+    from alignment.distributed import world as world_module
 
-    parallel.ROUND_S = 0.5
+    world_module.ROUND_S = 0.5
 
     def work() -> str:
         time.sleep(5)

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from alignment import checkpoint
 from alignment.batch import Batch
 from alignment.data.packing import pack
+from alignment.distributed.backends import wrap, wrap_frozen
+from alignment.distributed.trainable import TrainableModule
+from alignment.distributed.world import World
 from alignment.errors import ConfigError
 from alignment.groups import Completion, Group
-from alignment.models.backends import wrap, wrap_frozen
 from alignment.models.forward import outputs, scores
 from alignment.models.load import LanguageModel, load_model
-from alignment.models.parallel import TrainableModule, World
 from alignment.models.roles import Roles
 from alignment.rollout.local import greedy
 from alignment.settings.data import DataConfig

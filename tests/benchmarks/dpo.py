@@ -169,7 +169,7 @@ def ours(job: Job) -> Run:
     from alignment.algorithms.dpo import DPO
     from alignment.data.chat import GroupTokenizer
     from alignment.data.stream import GroupReader, load_data
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
     from alignment.models.roles import Roles
     from alignment.settings.run import RunConfig
     from alignment.step import StepSettings, train_step

@@ -150,9 +150,9 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
 
 def starting_weights(config: Any, device: Any) -> Any:
     """The starting model as weights for an engine."""
-    from alignment.models.backends import wrap
+    from alignment.distributed.backends import wrap
+    from alignment.distributed.world import World
     from alignment.models.load import load_model
-    from alignment.models.parallel import World
     from alignment.models.roles import ActorWeights
     from alignment.settings.data import DataConfig
     from alignment.settings.run import OptimConfig

@@ -254,7 +254,7 @@ def run_config(job: Job) -> RunConfig:
 
 
 def steps_of_ours(job: Job, config: RunConfig, generator: Generator) -> Run:
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
     from alignment.models.roles import Roles
 
     roles = Roles.build(config, World())
@@ -275,7 +275,7 @@ def steps_of_ours(job: Job, config: RunConfig, generator: Generator) -> Run:
 def queue_of(config: RunConfig, roles: Roles, generator: Generator) -> RolloutQueue:
     from alignment.data.chat import GroupTokenizer
     from alignment.data.stream import GroupReader, load_data
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
     from alignment.rewards import Rewards
     from alignment.rollout.queue import RolloutQueue
     from alignment.rollout.sampler import Sampler
@@ -289,7 +289,7 @@ def queue_of(config: RunConfig, roles: Roles, generator: Generator) -> RolloutQu
 
 
 def one_step(number: int, config: RunConfig, roles: Roles, queue: RolloutQueue, generator: Generator) -> Step:
-    from alignment.models.parallel import World
+    from alignment.distributed.world import World
     from alignment.step import StepSettings, train_step
 
     assert config.steps is not None

@@ -15,8 +15,8 @@ import pytest
 import ray
 
 import alignment.rollout.weights as movement
+from alignment.distributed.world import World
 from alignment.errors import RolloutError
-from alignment.models.parallel import World
 from alignment.rollout import Rollout
 from alignment.rollout.pool import EnginePool
 from alignment.rollout.vllm import RolloutEngineSettings

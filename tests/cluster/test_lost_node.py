@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from alignment.models.parallel import World
+from alignment.distributed.world import World
 from alignment.rollout.pool import EnginePool
 from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.data import DataConfig

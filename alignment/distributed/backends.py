@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.models.parallel import ReplicatedBackend, TrainableModule, World
-from alignment.models.zero import DeepSpeedBackend, partition_frozen
+from alignment.distributed.deepspeed import DeepSpeedBackend, partition_frozen
+from alignment.distributed.replicated import ReplicatedBackend
+from alignment.distributed.trainable import TrainableModule
+from alignment.distributed.world import World
 from alignment.settings.run import OptimConfig
 
 

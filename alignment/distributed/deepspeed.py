@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
-from alignment.models.parallel import GRADIENT_BUCKET, TrainableModule, World, named_weights, optimizer_over
+from alignment.distributed.trainable import GRADIENT_BUCKET, TrainableModule, named_weights, optimizer_over
+from alignment.distributed.world import World
 from alignment.settings.run import OptimConfig
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
