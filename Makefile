@@ -31,7 +31,7 @@ format: .venv/.installed
 docs: .venv/.installed
 	$(BIN)/python -m docs.generate
 
-# One pinned list, no resolver: README, "The lock", says why.
+# One pinned list, no resolver: CONTRIBUTING.md, "The lock", says why.
 .venv/.installed: $(LOCKS) pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --no-deps $(addprefix -r ,$(LOCKS))

@@ -25,7 +25,7 @@ from tests.databases import new_database
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 HEADS = [path.read_text() for path in sorted((ROOT / "configs" / "cluster").iterdir())]
-BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = [re.sub(r"\\\n\s*", "", block) for block in re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)]
 INLINE = re.findall(r"`([^`]+)`", re.sub(r"^```\n.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL))
 LINES = [re.sub(r" {3,}#.*", "", line) for block in BLOCKS for line in block.splitlines()] + INLINE
 ALTERNATIVES = [

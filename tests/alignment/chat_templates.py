@@ -130,9 +130,9 @@ def kind_of(tokenize: GroupTokenizer, group: Group) -> str:
         examples = tokenize.examples(group)
     except DataError as error:
         words = {
-            "opens a thought": "refused: the prompt opens a thought",
-            "does not print the answer's reasoning": "refused: thoughts are not printed",
-            "does not print tool": "refused: calls are not printed",
+            "opens a thought": "refused: opens a thought",
+            "does not print the answer's reasoning": "refused: drops thoughts",
+            "does not print tool": "refused: drops calls",
             "the text of the prompt changes": "refused: the prompt changes",
             "refuses these messages": "refused by the template",
         }

@@ -157,16 +157,18 @@ ROWS = [
 
 REASONS = (
     (r"two passes over one batch in train mode", "draws at random in training"),
-    (r"differs by up to", "packed groups differ from each sequence alone"),
+    (r"differs by up to", "packed differs from alone"),
     (r"cannot be exchanged", "its attention cannot be exchanged"),
     (r"KeyError: 'raylign", "its attention cannot be exchanged"),
-    (r"Unrecognized configuration class", "transformers has no such head for it"),
+    (r"Unrecognized configuration class", "has no such head"),
     (r"no linear score head", "its head is no linear layer"),
-    (r"bends its logits", "has more between decoder and logits than a factor and a cap"),
+    (r"bends its logits", "more than a factor and a cap before its logits"),
     (r"attends with (\w+)", "its attention takes `{}`"),
     (r"attends without the mask", "its attention makes its own masks"),
-    (r"cannot run \((\w+)", "cannot run on packed groups"),
+    (r"cannot run \((\w+)", "cannot run packed"),
 )
+PLAIN = ("full_attention", "sliding_attention")
+"""Kinds of layers that are no reason."""
 
 
 def verdict(entry: Row, folder: Path, *, head: str) -> str:
@@ -204,11 +206,10 @@ def reason(message: str) -> str:
 
 
 def kinds_in(message: str) -> str:
-    """The kinds of layers that a refusal names, if there is more than one."""
+    """The kinds of layers that a refusal names, beside those with plain attention."""
     found = re.search(r"(?:layer_types|layers_block_type|block_types): ([a-z_, ]+)\)", message)
-    if found is None or found.group(1) == "full_attention":
-        return ""
-    return f" (`{found.group(1).replace(', ', '`, `')}`)"
+    kinds = [] if found is None else [kind for kind in found.group(1).split(", ") if kind not in PLAIN]
+    return f" ({', '.join(f'`{kind}`' for kind in kinds)})" if kinds else ""
 
 
 def table_row(entry: Row) -> str:
@@ -218,23 +219,33 @@ def table_row(entry: Row) -> str:
     return f"| `{entry.family}` | {entry.models} | {entry.feature} | {language} | {score} |"
 
 
-HEAD = f"""# Which model families can be trained
+HEAD = f"""# Model families
 
-Groups are trained packed: a prompt once, its answers behind it. When a model is loaded, for training or for scoring,
-the loaded network itself runs two small groups so and every sequence of them alone, by transformers' own forward; what
-differs by more than rounding is refused (`alignment/models/check.py`). This page is what that says of tiny random
-models of transformers' families, with `data.max_length` {LENGTH} and windows, chunks and original lengths below it. It
-is written by `python -m tests.alignment.family_table`, and a test fails when it is stale. A family that is not here is
-not refused for that: loading it tells.
+This page says which families of models can be trained, and why others cannot. Loading a model tells the same:
 
-Rotary embeddings whose factors depend on the length (longrope, dynamic NTK) take those of `data.max_length` for every
-sequence of a run, as vLLM takes those of `max_model_len`. Sliding windows and chunks are counted inside each sequence.
+```
+raylign train configs/align/dpo_hh.yaml model.path=MODEL --dry-run
+```
+
+Groups are trained packed: a prompt once, its completions behind it. So when a model is loaded, for training or for
+scoring, the network is proved. It runs two small groups packed, and every sequence of them alone by transformers' own
+forward pass. What differs by more than rounding is refused (`alignment/models/check.py`).
+
+The table is what that proof says of tiny random models of each family, with `data.max_length` {LENGTH} and windows,
+chunks and original lengths below it. It is written by `python -m tests.alignment.family_table`, and a test fails when
+it is stale. A family that is not here is not refused for that.
+
+**Lengths.** Rotary embeddings whose factors depend on the length (longrope, dynamic NTK) take those of
+`data.max_length` for every sequence of a run, as vLLM takes those of `max_model_len`. So serve with a length on the
+same side of the model's original one. Sliding windows and chunks are counted inside each sequence.
 
 * **actor**: can be trained, be a reference, and be asked for log-probabilities.
 * **scores**: can be a reward model or a critic.
 * **with `model.attention: sdpa`**: works in that form, not in the default one of CPUs.
-* Layers that carry a state from token to token (Mamba, gated delta nets, short convolutions, linear attention) would
-  take it from one answer into the next; models that have some are refused.
+* **packed differs from alone**: packed groups get other results than each sequence alone. Layers that carry a state
+  from token to token (Mamba, gated delta nets, short convolutions, linear attention) would take it from one completion
+  into the next.
+* **has no such head**: transformers has no sequence classifier of this family.
 
 | `model_type` | such as | tried with | actor | scores |
 |---|---|---|---|---|
