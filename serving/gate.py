@@ -1,7 +1,7 @@
 """The gate before a promotion: the current version and the candidate answer the same held-out prompts and are compared.
 
-held-out rows ─┬─► greedy answers of both, over HTTP ─► judges, in this process ─► reward, length ─┬─► margins
-               └─► /v1/rewards for both ─────► accuracy on pairs, divergence of the answers ───────┘   ─► result
+held-out rows ─┬─► greedy answers of both, over HTTP ─► scorers, in this process ─► reward, length ─┬─► margins
+               └─► /v1/rewards for both ─────► accuracy on pairs, divergence of the answers ────────┘   ─► result
 
 The endpoint has already loaded both versions, so the gate loads no model.
 """
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from alignment.rewards import Rewards
 
 Figures = dict[str, float]
-"""The figures of a version: `accuracy`, `reward`, `judges/NAME`, `length`, `truncated` and `kl`, as far as they are
-measured."""
+"""The figures of a version: `accuracy`, `reward`, `eval_rewards/NAME`, `length`, `truncated` and `kl`, as far as they
+are measured."""
 
 TOLERANCE = 1e-9
 """Rounding error that a sum of floating-point numbers may have."""
@@ -45,9 +45,9 @@ class Margins(Section):
     """Largest fall of the share of held-out pairs whose better answer has the larger implicit reward, 0 to 1. With n
     pairs, chance alone moves it by up to 0.5 / √n."""
     reward: NonNegative | None = 0.05
-    """Largest fall of the mean reward, which is the weighted sum of the judges, in their units."""
-    judges: dict[str, NonNegative] = Field(default_factory=dict)
-    """Largest fall of the mean of single judges, by name, each in its own unit."""
+    """Largest fall of the mean reward, which is the weighted sum of the scorers, in their units."""
+    eval_rewards: dict[str, NonNegative] = Field(default_factory=dict)
+    """Largest fall of the mean of single scorers, by name, each in its own unit."""
     max_length_ratio: Positive | None = 1.5
     """Largest ratio of the candidate's mean answer length (tokens) to the current version's."""
     max_kl: Positive | None = None
@@ -59,11 +59,11 @@ class GateConfig(Section):
     """The held-out data of a gate, the scorers, and how much worse a candidate may be."""
 
     data: SourceConfig
-    """Held-out prompts or preference pairs; `keep` names the columns that the judges need."""
-    prompts: PositiveCount = 64
+    """Held-out prompts or preference pairs; `keep` names the columns that the scorers need."""
+    num_prompts: PositiveCount = 64
     """How many rows are used, from the beginning of the data."""
-    judges: Scorers = ()
-    """Scorers that rate the answers, as in a run's `judges`. They run in this process and see only text."""
+    eval_rewards: Scorers = ()
+    """Scorers of the answers, as in a run's `judges`. They run in this process and see only text."""
     max_tokens: PositiveCount = 256
     """Largest number of tokens of an answer. Answers are greedy, at temperature 0."""
     margins: Margins = Field(default_factory=Margins)
@@ -121,7 +121,7 @@ def load_gate(path: Path) -> GateConfig:
 def compare(current: Figures, candidate: Figures, margins: Margins) -> GateResult:
     """Compares two versions, figure by figure. A figure with a margin does not pass if it is missing or NaN."""
     falls = {"accuracy": margins.accuracy, "reward": margins.reward}
-    falls |= {f"judges/{name}": fall for name, fall in margins.judges.items()}
+    falls |= {f"eval_rewards/{name}": fall for name, fall in margins.eval_rewards.items()}
     minima = {name: current[name] - fall for name, fall in falls.items() if fall is not None and name in current}
     maxima = {} if margins.max_kl is None else {"kl": margins.max_kl}
     if margins.max_length_ratio is not None and "length" in current:
@@ -137,7 +137,7 @@ def evaluate_versions(config: GateConfig, client: EndpointClient, versions: Sequ
     """Asks versions that the endpoint has loaded the held-out prompts; returns their figures, in the same order.
 
     Raises:
-        ConfigError: a margin names a judge that does not exist.
+        ConfigError: a margin names a scorer that does not exist.
         DataError: a held-out row cannot be used.
         RewardError: an answer could not be scored.
         ServingError: the endpoint did not answer.
@@ -147,7 +147,7 @@ def evaluate_versions(config: GateConfig, client: EndpointClient, versions: Sequ
     from alignment.rewards import Rewards
 
     groups = held_out(config)
-    with closing(Rewards(config.judges, torch.device("cpu"))) as rewards:
+    with closing(Rewards(config.eval_rewards, torch.device("cpu"))) as rewards:
         _check_margin_names(config.margins, rewards.names)
         evaluator = VersionEvaluator(config, client)
         tasks = [(version, group) for group in groups for version in versions]
@@ -171,7 +171,7 @@ def held_out(config: GateConfig) -> list[Group]:
     from alignment.data.sources import read_rows
 
     groups = []
-    for origin, row in itertools.islice(read_rows(config.data), config.prompts):
+    for origin, row in itertools.islice(read_rows(config.data), config.num_prompts):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -256,7 +256,10 @@ def figures_of(results: Sequence[EvaluationResult], rewards: Rewards) -> Figures
     return {
         **({"accuracy": statistics.fmean(pair_outcomes)} if pair_outcomes else {}),
         **({"reward": statistics.fmean(answer.reward or 0.0 for answer in answers)} if rewards.names else {}),
-        **{f"judges/{name}": statistics.fmean(answer.scores[name] for answer in answers) for name in rewards.names},
+        **{
+            f"eval_rewards/{name}": statistics.fmean(answer.scores[name] for answer in answers)
+            for name in rewards.names
+        },
         "length": statistics.fmean(result.num_tokens for result in results),
         "truncated": statistics.fmean(answer.truncated for answer in answers),
         **({"kl": statistics.fmean(log_ratios)} if log_ratios else {}),
@@ -320,10 +323,10 @@ def _compare_figure(
 
 
 def _check_margin_names(margins: Margins, scorer_names: Sequence[str]) -> None:
-    for name in margins.judges:
+    for name in margins.eval_rewards:
         if name not in scorer_names:
             names = ", ".join(scorer_names) or "none"
-            raise ConfigError(f"margins.judges: there is no judge {name!r}; there are {names}")
+            raise ConfigError(f"margins.eval_rewards: there is no scorer {name!r}; there are {names}")
 
 
 def _prompt(group: Group) -> dict[str, Any]:

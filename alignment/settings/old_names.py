@@ -14,6 +14,8 @@ OLD_KEYS = {
     "loss_per": "loss_aggregation",
     "kl_in": "kl_placement",
     "correction": "importance_correction",
+    "judges": "eval_rewards",
+    "prompts": "num_prompts",
 }
 """Old keys of any section, and their new names."""
 OLD_VALUES = {("attention", "blocks"): "grouped"}

@@ -152,8 +152,8 @@ def test_what_people_prefer_changes_what_is_served(tmp_path: Path) -> None:
             yaml.safe_dump(
                 {
                     "data": held_out,
-                    "prompts": 6,
-                    "judges": [{"name": "keywords"}],
+                    "num_prompts": 6,
+                    "eval_rewards": [{"name": "keywords"}],
                     "max_tokens": TOKENS,
                     "margins": {"accuracy": 0.5, "reward": 0.5, "max_length_ratio": 1.0, "max_kl": 100},
                 }

@@ -22,7 +22,14 @@ ROWS = [
     {"prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "It is 5.", "keywords": ["4"]},
     {"prompt": "Capital of France?", "chosen": "Paris", "rejected": "Rome", "keywords": ["Paris"]},
 ]
-SAME: Figures = {"accuracy": 0.9, "reward": 0.5, "judges/keywords": 0.5, "length": 40.0, "truncated": 0.1, "kl": 10.0}
+SAME: Figures = {
+    "accuracy": 0.9,
+    "reward": 0.5,
+    "eval_rewards/keywords": 0.5,
+    "length": 40.0,
+    "truncated": 0.1,
+    "kl": 10.0,
+}
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def service(tmp_path: Path) -> Iterator[Standin]:
 
 def gate(write_rows: Any, rows: list[dict[str, Any]] | None = None, **settings: Any) -> GateConfig:
     data = {"path": str(write_rows(ROWS if rows is None else rows)), "keep": ["keywords"], "prompt_as": "user_message"}
-    known = {"data": data, "judges": [{"name": "keywords"}], "margins": {"max_kl": 60}}
+    known = {"data": data, "eval_rewards": [{"name": "keywords"}], "margins": {"max_kl": 60}}
     return check_config({**known, **settings}, kind=GateConfig)
 
 
@@ -62,11 +69,11 @@ def test_figures_are_means_over_prompts_pairs_and_answers(service: Standin, writ
     current, candidate = figures(gate(write_rows), service)
     # Version 1 gives the first pair a tie, and to "Paris" 0.5 × 0.5 against 0.5 × 0.4; its answer has 26 characters.
     assert current == pytest.approx(
-        {"accuracy": 0.75, "reward": 1.0, "judges/keywords": 1.0, "length": 7, "truncated": 1.0, "kl": 2.6}
+        {"accuracy": 0.75, "reward": 1.0, "eval_rewards/keywords": 1.0, "length": 7, "truncated": 1.0, "kl": 2.6}
     )
     # Version 2 has log-ratios of 8 and 8, 5 and 4 for the pairs, and of 1 and 4 for its own answers.
     assert candidate == pytest.approx(
-        {"accuracy": 0.75, "reward": 0.5, "judges/keywords": 0.5, "length": 1, "truncated": 0.0, "kl": 2.5}
+        {"accuracy": 0.75, "reward": 0.5, "eval_rewards/keywords": 0.5, "length": 1, "truncated": 0.0, "kl": 2.5}
     )
 
 
@@ -83,14 +90,14 @@ def test_both_versions_are_asked_the_same_greedily_and_by_number(service: Standi
 
 def test_plain_prompts_are_continued(service: Standin, write_rows: Any) -> None:
     rows = [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}]
-    config = gate(write_rows, rows, data={"path": str(write_rows(rows))}, judges=[])
+    config = gate(write_rows, rows, data={"path": str(write_rows(rows))}, eval_rewards=[])
     assert set(figures(config, service)[0]) == {"accuracy", "length", "truncated", "kl"}
     assert {body["path"] for body in service.asked} == {"/v1/completions", "/v1/rewards"}
 
 
 def test_nothing_is_rated_that_no_margin_asks_for(service: Standin, write_rows: Any) -> None:
     config = gate(write_rows, margins={"accuracy": None})
-    assert set(figures(config, service)[0]) == {"reward", "judges/keywords", "length", "truncated"}
+    assert set(figures(config, service)[0]) == {"reward", "eval_rewards/keywords", "length", "truncated"}
     prompts = [{"prompt": row["prompt"], "keywords": row["keywords"]} for row in ROWS]
     figures(gate(write_rows, prompts, margins={}), service)
     assert all(body["path"] == "/v1/chat/completions" for body in service.asked)
@@ -105,7 +112,7 @@ def test_an_empty_answer_has_no_divergence_and_is_not_rated(service: Standin, wr
 
 def test_only_so_many_prompts_are_used_and_so_many_at_once(service: Standin, write_rows: Any) -> None:
     rows = [{**ROWS[0], "prompt": f"{number} + 2?"} for number in range(20)]
-    figures(gate(write_rows, rows, prompts=9, concurrency=3), service)
+    figures(gate(write_rows, rows, num_prompts=9, concurrency=3), service)
     assert len([body for body in service.asked if body["path"] == "/v1/chat/completions"]) == 18
     assert 1 <= service.most_at_once <= 3
 
@@ -152,19 +159,19 @@ def test_the_first_failure_ends_the_examination(service: Standin, write_rows: An
     rows = [{**ROWS[0], "prompt": f"{number} + 2?"} for number in range(200)]
     service.says[2] = broken
     with pytest.raises(ServingError, match="HTTP status 500"):
-        figures(gate(write_rows, rows, prompts=200, concurrency=2), service)
+        figures(gate(write_rows, rows, num_prompts=200, concurrency=2), service)
     assert len(service.asked) < 50
 
 
 def test_a_judge_that_needs_what_texts_do_not_tell_says_so(service: Standin, write_rows: Any) -> None:
-    config = gate(write_rows, judges=[{"name": "length", "unit": "tokens", "target": 5}])
+    config = gate(write_rows, eval_rewards=[{"name": "length", "unit": "tokens", "target": 5}])
     with pytest.raises(RewardError, match="these have text alone"):
         figures(config, service)
 
 
 def test_a_margin_for_a_judge_that_there_is_not_is_refused(service: Standin, write_rows: Any) -> None:
-    with pytest.raises(ConfigError, match="there is no judge 'keyword'; there are keywords"):
-        figures(gate(write_rows, margins={"judges": {"keyword": 0.1}}), service)
+    with pytest.raises(ConfigError, match="there is no scorer 'keyword'; there are keywords"):
+        figures(gate(write_rows, margins={"eval_rewards": {"keyword": 0.1}}), service)
     assert service.asked == []
 
 
@@ -184,7 +191,7 @@ def test_no_rows_are_no_examination(write_rows: Any) -> None:
 
 def test_an_equal_candidate_passes() -> None:
     assert compare(
-        SAME, SAME, Margins(max_kl=10, max_length_ratio=1, reward=0, accuracy=0, judges={"keywords": 0})
+        SAME, SAME, Margins(max_kl=10, max_length_ratio=1, reward=0, accuracy=0, eval_rewards={"keywords": 0})
     ).passes
 
 
@@ -193,7 +200,7 @@ def test_an_equal_candidate_passes() -> None:
     [
         ("accuracy", 0.88, 0.879),
         ("reward", 0.45, 0.449),
-        ("judges/keywords", 0.4, 0.399),
+        ("eval_rewards/keywords", 0.4, 0.399),
         ("length", 60.0, 60.1),
         ("kl", 30.0, 30.1),
         ("accuracy", 1.0, math.nan),
@@ -202,7 +209,7 @@ def test_an_equal_candidate_passes() -> None:
     ],
 )
 def test_every_margin_has_an_edge(figure: str, passes: float, fails: float) -> None:
-    margins = Margins(accuracy=0.02, reward=0.05, judges={"keywords": 0.1}, max_length_ratio=1.5, max_kl=30)
+    margins = Margins(accuracy=0.02, reward=0.05, eval_rewards={"keywords": 0.1}, max_length_ratio=1.5, max_kl=30)
     assert compare(SAME, {**SAME, figure: passes}, margins).passes
     assert names(compare(SAME, {**SAME, figure: fails}, margins)) == [figure]
 
@@ -217,13 +224,13 @@ def test_what_is_not_asked_for_is_shown_and_does_not_count() -> None:
 def test_a_verdict_is_a_table() -> None:
     result = compare(SAME, {**SAME, "accuracy": 0.5, "length": 27.0}, Margins(max_kl=30))
     assert result.table("version 2", "version 3").splitlines() == [
-        "                 version 2  version 3  allowed",
-        "accuracy         0.9        0.5        ≥ 0.88   WORSE",
-        "reward           0.5        0.5        ≥ 0.45   ok",
-        "judges/keywords  0.5        0.5",
-        "length           40         27         ≤ 60     ok",
-        "truncated        0.1        0.1",
-        "kl               10         10         ≤ 30     ok",
+        "                       version 2  version 3  allowed",
+        "accuracy               0.9        0.5        ≥ 0.88   WORSE",
+        "reward                 0.5        0.5        ≥ 0.45   ok",
+        "eval_rewards/keywords  0.5        0.5",
+        "length                 40         27         ≤ 60     ok",
+        "truncated              0.1        0.1",
+        "kl                     10         10         ≤ 30     ok",
     ]
 
 
@@ -233,17 +240,28 @@ def test_the_example_examines_on_the_bundled_questions(monkeypatch: pytest.Monke
     groups = held_out(config)
     assert len(groups) == 64
     assert all(group.pairs and group.columns["keywords"] for group in groups)
-    assert [scorer.name for scorer in config.judges] == ["keywords"]
+    assert [scorer.name for scorer in config.eval_rewards] == ["keywords"]
+
+
+def test_a_file_with_the_names_of_earlier_releases_loads(tmp_path: Path) -> None:
+    file = tmp_path / "gate.yaml"
+    file.write_text("data: {path: x.jsonl}\nprompts: 3\njudges: [{name: keywords}]\nmargins: {judges: {keywords: 0.1}}")
+    config = load_gate(file)
+    assert (config.num_prompts, [scorer.name for scorer in config.eval_rewards]) == (3, ["keywords"])
+    assert config.margins.eval_rewards == {"keywords": 0.1}
 
 
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
         ("data: {path: x.jsonl}\nmargins: {max_length: 2}", "did you mean 'max_length_ratio'"),
-        ("data: {path: x.jsonl}\njudges: [{name: keyword}]", "there is no scorer 'keyword'; did you mean 'keywords'"),
+        (
+            "data: {path: x.jsonl}\neval_rewards: [{name: keyword}]",
+            "there is no scorer 'keyword'; did you mean 'keywords'",
+        ),
         ("data: {path: x.jsonl}\nmargins: {accuracy: -1}", r"margins\.accuracy"),
         ("data: {keep: [a]}", r"data\.path: is required"),
-        ("prompts: 3", "data: is required and missing"),
+        ("num_prompts: 3", "data: is required and missing"),
     ],
 )
 def test_a_wrong_file_is_explained(tmp_path: Path, settings: str, why: str) -> None:

@@ -55,7 +55,7 @@ def gate(tmp_path: Path, write_rows: Any) -> Path:
     rows = [{"prompt": "2 + 2?", "chosen": RIGHT, "rejected": WRONG, "keywords": ["4"]}] * 4
     data = {"path": str(write_rows(rows)), "keep": ["keywords"], "prompt_as": "user_message"}
     file = tmp_path / "gate.yaml"
-    file.write_text(yaml.safe_dump({"data": data, "judges": [{"name": "keywords"}], "margins": {"max_kl": 30}}))
+    file.write_text(yaml.safe_dump({"data": data, "eval_rewards": [{"name": "keywords"}], "margins": {"max_kl": 30}}))
     return file
 
 
@@ -144,7 +144,7 @@ def test_a_candidate_that_passes_the_gate_is_promoted(
     assert service.registry.state().current == 2
     printed = capsys.readouterr().out
     assert "version 1  version 2  allowed" in printed
-    assert "accuracy         1          1          ≥ 0.98   ok" in printed
+    assert "accuracy               1          1          ≥ 0.98   ok" in printed
 
 
 def test_a_candidate_that_passes_the_gate_may_start_as_a_canary(service: Standin, run: str, gate: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_worse_candidate_is_not_promoted_and_is_no_canary_any_more(
     state = service.registry.state()
     assert (state.current, state.canary, state.share) == (1, None, 0.0)
     printed = capsys.readouterr().out
-    assert "reward           1          0          ≥ 0.95   WORSE" in printed
+    assert "reward                 1          0          ≥ 0.95   WORSE" in printed
     assert "version 2 (better-step-00000005) is worse than allowed, and was not promoted." in printed
 
 

@@ -171,7 +171,7 @@ def test_a_candidate_is_examined_on_the_endpoint_itself_and_nothing_is_switched(
     rows = write_rows([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "keywords": ["4"]}] * 2)
     settings = {
         "data": {"path": str(rows), "keep": ["keywords"], "prompt_as": "user_message"},
-        "judges": [{"name": "keywords"}],
+        "eval_rewards": [{"name": "keywords"}],
         "max_tokens": 8,
         "margins": {"accuracy": 1.0, "reward": 1.0, "max_length_ratio": None, "max_kl": 1000},
     }
