@@ -25,7 +25,7 @@ from serving.nodes import check_nodes
 from serving.registry import Registry
 from serving.routing import ConversationRouter
 from serving.scoring import MAX_BATCH, SCORING_NAME, Scoring
-from serving.served import ServedModel, publish, registry_of
+from serving.served_model import ServedModel, publish, registry_of
 from serving.store.opening import default_database
 
 logger = logging.getLogger("ray.serve")
@@ -59,7 +59,7 @@ def build(args: dict[str, Any]) -> Application:
     Raises:
         ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
         ClusterError: the Ray cluster answers also clients without its token.
-        AlignmentError: the checkpoint cannot be served (see `serving.served.publish`).
+        AlignmentError: the checkpoint cannot be served (see `serving.served_model.publish`).
         LeaseTaken: the registry belongs to another endpoint, and `on_lease` is `refuse`.
     """
     config = check_config(args, kind=ServeConfig)

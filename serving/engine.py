@@ -39,7 +39,7 @@ from serving.schema import (
     error_reply,
     event,
 )
-from serving.served import served_version
+from serving.served_model import served_version
 from serving.trial import Trials
 from serving.versions import (
     TURN_LOCK,

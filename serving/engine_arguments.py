@@ -19,7 +19,7 @@ from serving.compatibility import Adapter, LoraCapacity
 from serving.config import Device, ServeConfig
 from serving.parsers import OPENED, reasoning_parser_of
 from serving.scheduling import SCHEDULER
-from serving.served import ServedModel
+from serving.served_model import ServedModel
 
 if TYPE_CHECKING:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine

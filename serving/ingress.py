@@ -46,7 +46,7 @@ from serving.routes import (
 )
 from serving.schema import RequestError, error_reply, validation_error_reply
 from serving.scrape import IngressMetrics, gather, page
-from serving.served import ServedModel, check_here
+from serving.served_model import ServedModel, check_here
 from serving.store import Store
 from serving.store.opening import default_database
 from serving.store.records import StoreAway

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from serving.config import ServeConfig
     from serving.registry import Registry
-    from serving.served import ServedModel
+    from serving.served_model import ServedModel
 
 APPLICATION = "raylign"
 LOG_HINT = (
@@ -134,9 +134,9 @@ def endpoint(config: ServeConfig) -> Iterator[RunningEndpoint]:
 
     Raises:
         ServingError: the port is in use, another endpoint holds the registry's lease, or the engine did not start.
-        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served.publish`).
+        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served_model.publish`).
     """
-    from serving.served import publish, registry_of
+    from serving.served_model import publish, registry_of
 
     if _is_local():
         refuse_busy_port(config.host, config.port)

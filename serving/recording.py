@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.rewards.remote import ChatMessage
-from serving.files import write_whole
+from serving.files import write_atomically
 from serving.store import Store
 from serving.store.records import GenerationRecord, RecordedAnswer, StoreAway, StoreError, StoreFull
 
@@ -100,7 +100,7 @@ class Recorder:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(file, _to_json(group))
+            write_atomically(file, _to_json(group))
         except OSError as problem:
             self._report_loss(f"it cannot be kept in {self._folder} ({problem.strerror})", "no file")
             return

@@ -29,7 +29,7 @@ from alignment.settings.model import ModelConfig
 from serving.config import Device, ServeConfig
 from serving.registry import Registry, Version
 from serving.schema import Reply, error_reply
-from serving.served import reference_of, rewards_length
+from serving.served_model import reference_of, rewards_length
 
 if TYPE_CHECKING:  # torch takes seconds, and the ingress, which knows this module's types, has no use for it
     import torch

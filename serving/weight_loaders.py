@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import ServingError
 from serving.registry import Registry
-from serving.served import adapter_name
+from serving.served_model import adapter_name
 from serving.versions import PartialLoadError
 
 if TYPE_CHECKING:

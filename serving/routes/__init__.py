@@ -24,7 +24,7 @@ from serving.promotion import Promotions
 from serving.recording import Recorder
 from serving.registry import Registry
 from serving.schema import RequestError
-from serving.served import ServedModel
+from serving.served_model import ServedModel
 from serving.shares import KeyShare
 from serving.store import Store
 

@@ -31,7 +31,7 @@ from cluster.plan import plan
 from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS, application
 from serving.config import ServeConfig
 from serving.registry import Registry
-from serving.served import ServedModel
+from serving.served_model import ServedModel
 from tests.cluster.reach import (
     CLIENT,
     OPERATOR,

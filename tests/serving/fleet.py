@@ -31,7 +31,7 @@ from serving.registry import Registry, State
 from serving.routing import ConversationRouter
 from serving.schema import Reply, Route, error_reply, event
 from serving.scoring import ScoreResult, Scoring, ScoringRequest
-from serving.served import served_version
+from serving.served_model import served_version
 from serving.trial import Trials
 from serving.versions import TURN_LOCK, MoveLimits, PartialLoadError, Versions, candidate_version, fleet_version
 

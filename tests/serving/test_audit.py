@@ -24,7 +24,7 @@ from serving.ingress import answer_errors
 from serving.keys import Key, Role
 from serving.recording import Recorder
 from serving.routes import IngressContext, audit, authorise, feedback
-from serving.served import publish
+from serving.served_model import publish
 from serving.store import Store, opening
 from serving.store.records import AuditEntry, operator
 from tests.databases import connection_to, new_database

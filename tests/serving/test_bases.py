@@ -13,7 +13,7 @@ from alignment.models.folders import base_of
 from serving.compatibility import check_compatible
 from serving.config import ServeConfig
 from serving.registry import Registry
-from serving.served import publish, served_version
+from serving.served_model import publish, served_version
 from tests.serving.tiny import adapter, whole
 
 

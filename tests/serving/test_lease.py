@@ -207,7 +207,7 @@ def test_a_second_serve_of_a_running_registry_ends_at_once_and_changes_nothing(t
 def test_another_cluster_s_endpoint_is_built_without_changing_what_the_first_one_serves(tmp_path: Path) -> None:
     from serving import build
     from serving.config import ServeConfig
-    from serving.served import registry_of
+    from serving.served_model import registry_of
 
     arguments = {"name": "prod", "folder": str(tmp_path / "serving"), "device": "cpu"}
     first = {**arguments, "checkpoint": str(whole(tmp_path / "first"))}

@@ -31,7 +31,7 @@ from serving.registry import Registry, State
 from serving.routes.openai import with_usage, without_usage
 from serving.schema import error_reply, event
 from serving.scrape import ANSWER_S, GatheredMetrics, IngressMetrics, gather, page
-from serving.served import served_version
+from serving.served_model import served_version
 from serving.store import Store
 from serving.transcript import Transcript
 from tests.conftest import free_port

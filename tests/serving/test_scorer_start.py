@@ -19,7 +19,7 @@ from serving.config import ServeConfig
 from serving.registry import Registry
 from serving.schema import RequestError
 from serving.scoring import SCORING_NAME, ScoreResult, ScoringItem, ScoringRequest
-from serving.served import ServedModel
+from serving.served_model import ServedModel
 from tests.serving.fleet import LightScoring, start_light_ray
 
 JOB = ScoringRequest(items=(ScoringItem(prompt="a", completions=("b",)),), version=None)

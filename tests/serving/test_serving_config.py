@@ -18,7 +18,7 @@ from serving.config import ServeConfig, load_serve_config
 from serving.launch import RunningEndpoint, _exception_text, refuse_busy_port
 from serving.registry import Registry
 from serving.schema import RequestError, parse_json
-from serving.served import ServedModel, check_here, publish, rewards_length
+from serving.served_model import ServedModel, check_here, publish, rewards_length
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
