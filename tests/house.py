@@ -378,9 +378,10 @@ def _imports(module: Module, module_names: set[str], in_functions: bool, for_typ
             parent = _absolute(module, node)
             for alias in node.names:
                 name = f"{parent}.{alias.name}"
-                yield from (
-                    candidate for candidate in (name if name in module_names else parent,) if candidate in module_names
-                )
+                if name in module_names:
+                    yield name
+                elif parent in module_names:
+                    yield parent
 
 
 def _statements(node: ast.AST, in_functions: bool, for_types: bool) -> Iterator[ast.AST]:
