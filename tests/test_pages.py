@@ -7,17 +7,16 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from alignment.cli import COMMANDS
 from alignment.settings.load import load_config
 from alignment.settings.plugins import ScorerConfig, algorithm_class, algorithm_names, scorer_class, scorer_names
-from alignment.settings.section import Section
+from alignment.settings.section import Section, sections_of
 from cluster.config import ClusterRunConfig, load_run
 from cluster.pipeline import PipelineConfig
 from serving.config import ServeConfig, load_serve_config
@@ -154,6 +153,7 @@ def test_a_yaml_block_loads(block: Block, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "rewards.py").write_text(own_function())
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("alignment.settings.old_names._log_old_name", refuse_old_name)
     file = tmp_path / "page.yaml"
     file.write_text(yaml.safe_dump(completed(yaml.safe_load(block.text), REST[block.language])), encoding="utf-8")
     if block.language == "yaml":
@@ -162,6 +162,11 @@ def test_a_yaml_block_loads(block: Block, tmp_path: Path, monkeypatch: pytest.Mo
         load_gate(file)
     else:
         load_config(file, kind=KINDS[block.language])
+
+
+def refuse_old_name(old: str, new: str) -> None:
+    """Stands for the note about a setting's old name: pages use the new ones."""
+    raise AssertionError(f"{old} is the old name of {new}")
 
 
 def own_function() -> str:
@@ -209,7 +214,6 @@ def commands_of(text: str) -> Iterator[list[str]]:
 TYPED = [(block.name, words) for block in BLOCKS for words in commands_of(block.text)] + [
     (name_of(page), words) for page in WRITTEN_PAGES for code in inline_code(page) for words in commands_of(code)
 ]
-SETTABLE = {"train", "serve"}
 
 
 @pytest.mark.parametrize(
@@ -244,21 +248,11 @@ def scorer_keys() -> set[str]:
     return {key for name in scorer_names() for key in scorer_class(name).model_fields} | set(ScorerConfig.model_fields)
 
 
-def keys_below(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+def keys_below(kind: type[Section], above: str = "") -> Iterator[str]:
     for name, field in kind.model_fields.items():
         yield above + name
-        for section in sections_of(field):
+        for section in sections_of(field.annotation):
             yield from keys_below(section, f"{above}{name}.") if section is not kind else ()
-
-
-def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
-    found, waiting = [], [field.annotation]
-    while waiting:
-        annotation = waiting.pop()
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            found.append(annotation)
-        waiting += get_args(annotation)
-    return found
 
 
 def test_keys_that_pages_name_are_keys() -> None:
@@ -292,7 +286,7 @@ def tables_of(page: str, first: str) -> dict[str, dict[str, str]]:
     return tables
 
 
-def shown(field: FieldInfo) -> str:
+def default_text(field: FieldInfo) -> str:
     """A default as pages write it."""
     if field.is_required():
         return "needed"
@@ -311,7 +305,9 @@ def test_the_page_of_algorithms_has_all_their_keys_with_their_defaults() -> None
     shared = tables.pop(SHARED)
     assert set(tables) == {name for name in algorithm_names() if set(algorithm_class(name).model_fields) - {"name"}}
     for name, table in tables.items():
-        fields = {key: shown(field) for key, field in algorithm_class(name).model_fields.items() if key != "name"}
+        fields = {
+            key: default_text(field) for key, field in algorithm_class(name).model_fields.items() if key != "name"
+        }
         if "clip_low" in fields:
             assert set(shared) <= set(fields), name
             table = shared | table
@@ -321,16 +317,16 @@ def test_the_page_of_algorithms_has_all_their_keys_with_their_defaults() -> None
 def test_the_page_of_rewards_has_all_scorers_with_their_keys_and_defaults() -> None:
     tables = tables_of("rewards.md", "key")
     shared = tables.pop("Every scorer")
-    assert shared == {key: shown(field) for key, field in ScorerConfig.model_fields.items() if key != "name"}
+    assert shared == {key: default_text(field) for key, field in ScorerConfig.model_fields.items() if key != "name"}
     assert set(tables) == set(scorer_names()) | {"A function of your own"}
     for name in scorer_names():
-        fields = {key: shown(field) for key, field in scorer_class(name).model_fields.items() if key != "name"}
+        fields = {key: default_text(field) for key, field in scorer_class(name).model_fields.items() if key != "name"}
         assert shared | tables[name] == fields, name
-    function = scorer_class("tests.test_pages:one").model_fields
-    own = {key: shown(field) for key, field in function.items() if key != "name"}
+    function = scorer_class("tests.test_pages:constant_reward").model_fields
+    own = {key: default_text(field) for key, field in function.items() if key != "name"}
     assert shared | tables["A function of your own"] == own
 
 
-def one(prompts: list[str], completions: list[str]) -> list[float]:
+def constant_reward(prompts: list[str], completions: list[str]) -> list[float]:
     """A function of one's own."""
     return [1.0] * len(completions)
