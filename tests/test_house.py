@@ -28,8 +28,8 @@ from tests.walks import WALKS
 
 MAX_BARE_SHARE = 0.01
 """Of bare words among the local names and parameters of a package."""
-MAX_HOPS = dict(zip(WALKS, (9, 11), strict=True))
-"""Functions on each way; the aim is 8, and 10 on Ray."""
+MAX_HOPS = dict(zip(WALKS, (8, 10), strict=True))
+"""Functions on each way."""
 
 
 @pytest.fixture(scope="module")

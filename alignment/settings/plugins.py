@@ -42,7 +42,7 @@ def load_attribute(name: str, what: str) -> Any:
     """What a dotted `package.module:attribute` names.
 
     Args:
-        what: what it is the name of, for the error.
+        kind: the kind of thing that it names, for the error.
 
     Raises:
         ConfigError: there is no such thing.
@@ -88,10 +88,10 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
         ConfigError: no module of that name, or `package.module:Class` does not exist.
     """
     if ":" in name:
-        found = load_attribute(name, "algorithm")
-        if not (isinstance(found, type) and issubclass(found, AlgorithmConfig)):
+        algorithm = load_attribute(name, "algorithm")
+        if not (isinstance(algorithm, type) and issubclass(algorithm, AlgorithmConfig)):
             raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
-        return found
+        return algorithm
     if name not in algorithm_names():
         raise ConfigError(f"there is no algorithm {name!r}{nearest(name, algorithm_names())}")
     return importlib.import_module(f"alignment.algorithms.{name.replace('++', '_plus_plus')}").ALGORITHM  # type: ignore[no-any-return]
@@ -191,5 +191,5 @@ def _load_scorer(value: Any) -> Any:
     except ConfigError as error:
         raise ValueError(str(error)) from error
     except ValidationError as error:  # pydantic would name the key, but not which of the scorers it belongs to
-        found = (problem.removeprefix("the whole file: ") for problem in explain(error, kind, value))
-        raise ValueError(f"{value['name']}: {'; '.join(found)}") from error
+        problems = (problem.removeprefix("the whole file: ") for problem in explain(error, kind, value))
+        raise ValueError(f"{value['name']}: {'; '.join(problems)}") from error

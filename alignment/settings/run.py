@@ -275,10 +275,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _keeps_columns(self) -> Self:
         sources = [*self.data.sources, *([self.data.eval] if self.data.eval else [])]
-        kept = {column for source in sources for column in source.keep}
+        kept_columns = {column for source in sources for column in source.keep}
         for scorer in (*self.rewards, *self.judges):
             for column in scorer.columns:
-                if column not in kept:
+                if column not in kept_columns:
                     raise ValueError(
                         f"scorer {scorer.name} compares with the column {column!r}, which no source keeps; name it in "
                         f"data.keep, as [{column}]"

@@ -32,12 +32,12 @@ def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
 
 
 def _alternatives(
-    schema: dict[str, Any], base: type[AlgorithmConfig | ScorerConfig], known: Sequence[type[Section]]
+    schema: dict[str, Any], base: type[AlgorithmConfig | ScorerConfig], sections: Sequence[type[Section]]
 ) -> list[dict[str, Any]]:
     """One's own, by a dotted name, or one of those known; the sections that they use join the schema's `$defs`."""
-    own = {"type": "string", "pattern": ":", "description": base.model_fields["name"].description}
-    choices: list[dict[str, Any]] = [{"type": "object", "properties": {"name": own}, "required": ["name"]}]
-    for section in known:
+    own_name = {"type": "string", "pattern": ":", "description": base.model_fields["name"].description}
+    choices: list[dict[str, Any]] = [{"type": "object", "properties": {"name": own_name}, "required": ["name"]}]
+    for section in sections:
         choice = section.model_json_schema()
         schema["$defs"].update(choice.pop("$defs", {}))
         choices.append({**choice, "required": ["name", *choice.get("required", [])]})
