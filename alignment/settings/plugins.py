@@ -38,11 +38,11 @@ def search_for_modules(folder: Path) -> None:
         MODULE_FOLDERS.append(path)
 
 
-def load_attribute(name: str, what: str) -> Any:
+def load_attribute(name: str, purpose: str) -> Any:
     """What a dotted `package.module:attribute` names.
 
     Args:
-        kind: the kind of thing that it names, for the error.
+        purpose: what the name stands for, as `algorithm`; for the error.
 
     Raises:
         ConfigError: there is no such thing.
@@ -53,12 +53,12 @@ def load_attribute(name: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         folders = [folder for folder in sys.path if not folder.startswith((sys.prefix, sys.base_prefix))]
         raise ConfigError(
-            f"{what} {name!r} cannot be imported: {error}. Modules are looked for in the current folder, in that of "
+            f"{purpose} {name!r} cannot be imported: {error}. Modules are looked for in the current folder, in that of "
             f"the configuration, on PYTHONPATH ({', '.join(folders) or 'none'}), and among the installed packages"
         ) from error
     except Exception as error:  # anything may come: the module's code is run, and its name may be malformed
         kind = "" if isinstance(error, ImportError | AttributeError | TypeError | ValueError) else type(error).__name__
-        raise ConfigError(f"{what} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
+        raise ConfigError(f"{purpose} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
 
 
 class AlgorithmConfig(Section):
