@@ -28,8 +28,8 @@ COMMANDS = {
     "audit": ("serving.audit:audit", "list who changed, exported or deleted what at an endpoint"),
     "report": ("alignment.report:report", "write a run's curves and samples as one HTML page"),
     "schema": ("cluster.launch:schema", "print the JSON Schema of a run's YAML file, for editors"),
-    "demo": ("alignment.demo:demo", "train by DPO, serve and compare the bundled model, from one command"),
-    "demo-ppo": ("alignment.demo_ppo:demo_ppo", "the original RLHF, SFT, reward model and PPO, from one command"),
+    "demo": ("cluster.demo:demo", "train by DPO, serve and compare the bundled model, from one command"),
+    "demo-ppo": ("cluster.demo_ppo:demo_ppo", "the original RLHF, SFT, reward model and PPO, from one command"),
 }
 
 USAGE = """\

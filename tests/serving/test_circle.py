@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from alignment.demo import read_questions
 from alignment.rewards.rules import contains_keyword
 from cluster.config import load_run
+from cluster.demo import read_questions
 from cluster.launch import run
 from serving.promote import promote, rollback
 from tests.serving.conftest import SMALL, Running, started

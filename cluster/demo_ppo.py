@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alignment.demo import DemoAnswer, Exchange, call_raylign, say, table
+from cluster.demo import DemoAnswer, Exchange, call_raylign, say, table
 
 CHAIN = Path("configs/align/rlhf_smollm2.yaml")
 NUM_PRINTED = 6

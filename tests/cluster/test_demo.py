@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from alignment.demo import QUESTIONS, DemoAnswer, Exchange, comparison, contains_keyword, read_questions, table
 from alignment.distributed.world import World
 from alignment.errors import ConfigError
 from alignment.metrics import FileReporter
 from alignment.report import write_report
 from alignment.settings.run import RunConfig
 from alignment.train import train
+from cluster.demo import QUESTIONS, DemoAnswer, Exchange, comparison, contains_keyword, read_questions, table
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = read_questions(ROOT / QUESTIONS)

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +19,7 @@ import typer
 from alignment.cli import call
 from alignment.errors import AlignmentError
 from alignment.rewards.rules import contains_keyword
+from cluster.api import serve
 
 RECIPE = Path("configs/align/demo.yaml")
 QUESTIONS = Path("configs/data/short_answers.eval.jsonl")
@@ -31,8 +27,6 @@ MAX_TOKENS = 160
 CONCURRENCY = 16
 NUM_PRINTED = 8
 """Number of questions in the table that is printed; the report has all."""
-START_LIMIT_S = 240.0
-"""Seconds in which the endpoint must be ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +70,9 @@ def demo(
     say(f"1/3  Training on {RECIPE}")
     call_raylign("train", str(RECIPE), f"output={output}", *(overrides or []))
     say("2/3  Serving base and aligned model")
-    with _serve_run(run_folder) as url:
+    with serve(run_folder, max_model_len=1024) as endpoint:
         say(f"3/3  Asking both the held-out questions of {QUESTIONS}")
-        exchanges = ask_all(url, read_questions(QUESTIONS))
+        exchanges = ask_all(endpoint.url, read_questions(QUESTIONS))
     print(table(exchanges[:NUM_PRINTED]))
     figures = {**_training_figures(run_folder), **comparison(exchanges), "seconds_total": time.monotonic() - start}
     page = write_report(run_folder, [vars(exchange) for exchange in exchanges], figures)
@@ -179,42 +173,6 @@ def call_raylign(*arguments: str) -> None:
     """
     if call(*arguments):
         raise AlignmentError(f"`raylign {' '.join(arguments)}` failed; its own words are above")
-
-
-@contextmanager
-def _serve_run(run_folder: Path) -> Iterator[str]:
-    """Runs `raylign serve` on a free port until the block ends, and yields its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as probe_socket:
-        port = probe_socket.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    folder_settings = [
-        f"folder={run_folder}/serving",
-        f"feedback.database=sqlite:///{run_folder.resolve()}/serving/feedback.sqlite",
-    ]
-    settings = [f"port={port}", "max_model_len=1024", "no_keys=true", "promote=true", *folder_settings]
-    server = subprocess.Popen([sys.executable, "-m", "alignment.cli", "serve", str(run_folder), *settings])
-    try:
-        _wait_until_ready(url, server)
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    import httpx
-
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise AlignmentError("`raylign serve` ended; its own words are above")
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AlignmentError(f"`raylign serve` was not ready after {START_LIMIT_S:g} s")
 
 
 def say(text: str) -> None:
