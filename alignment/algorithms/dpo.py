@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
@@ -13,8 +13,7 @@ from alignment.batch import Batch, Loss, Outputs, Term
 from alignment.errors import ConfigError
 from alignment.groups import Group
 from alignment.losses.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, Side
-from alignment.settings.explain import nearest
-from alignment.settings.plugins import load_attribute
+from alignment.settings.plugins import load_plugin
 from alignment.settings.section import NonNegative, Positive
 
 
@@ -41,15 +40,6 @@ class DPO(ReferencedAlgorithm):
         """Keeps groups with at least one pair."""
         check_preference(self.name, group)
         return group
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accepts_loss(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "loss" not in values:
-            return values
-        if "loss_type" in values:
-            raise ValueError("loss and loss_type are the same setting, and both are given")
-        return {**{key: value for key, value in values.items() if key != "loss"}, "loss_type": values["loss"]}
 
     @field_validator("loss_type")
     @classmethod
@@ -97,11 +87,7 @@ def preference_loss(name: str) -> PreferenceLoss:
     Raises:
         ConfigError: there is no such loss; the nearest one is named.
     """
-    if ":" in name:
-        return cast(PreferenceLoss, load_attribute(name, "loss"))
-    if name not in PREFERENCE_LOSSES:
-        raise ConfigError(f"there is no loss {name!r}{nearest(name, list(PREFERENCE_LOSSES))}")
-    return PREFERENCE_LOSSES[name]
+    return cast(PreferenceLoss, load_plugin(name, PREFERENCE_LOSSES, "loss"))
 
 
 def pairs_of(batch: Batch, logprobs: Tensor) -> Pairs:
@@ -113,8 +99,9 @@ def pairs_of(batch: Batch, logprobs: Tensor) -> Pairs:
     assert batch.reference_logprobs is not None, "the loop annotates the batches of a ReferencedAlgorithm"
     logps = batch.per_completion(logprobs)
     reference_logps = batch.per_completion(batch.reference_logprobs)
+    lengths = batch.lengths
     chosen, rejected = (
-        Side(logprobs=logps[index], reference_logprobs=reference_logps[index], lengths=batch.lengths[index])
+        Side(logprobs=logps[index], reference_logprobs=reference_logps[index], lengths=lengths[index])
         for index in batch.pairs.unbind(1)
     )
     return Pairs(chosen=chosen, rejected=rejected)

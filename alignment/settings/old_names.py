@@ -18,6 +18,8 @@ OLD_KEYS = {
     "prompts": "num_prompts",
 }
 """Old keys of any section, and their new names."""
+SYNONYMS = {"loss": "loss_type"}
+"""Other names of keys, which stay."""
 OLD_VALUES = {("attention", "blocks"): "grouped"}
 """Old values of a key, and their new names."""
 
@@ -34,16 +36,13 @@ def with_new_names(values: dict[str, Any], fields: Collection[str]) -> dict[str,
     """
     section: dict[str, Any] = {}
     for key, value in values.items():
-        name = key
-        if key not in fields and OLD_KEYS.get(key) in fields:
-            name = OLD_KEYS[key]
-            if name in values:
-                raise ValueError(f"{key} is the old name of {name}, and both are given; leave {key} out")
+        name = _current_name(key, fields)
+        if name != key and name in values:
+            kind = "the old name" if key in OLD_KEYS else "another name"
+            raise ValueError(f"{key} is {kind} of {name}, and both are given; leave {key} out")
+        if name != key and key in OLD_KEYS:
             _log_old_name(key, name)
-        if isinstance(value, str) and (name, value) in OLD_VALUES:
-            _log_old_name(f"{name}: {value}", f"{name}: {OLD_VALUES[name, value]}")
-            value = OLD_VALUES[name, value]
-        section[name] = value
+        section[name] = _current_value(name, value)
     return section
 
 
@@ -63,8 +62,23 @@ def rename_old_keys(settings: Any, current: Any) -> Any:
 
 
 def other_names(key: str) -> list[str]:
-    """The old names of a key, or the new name of an old key."""
-    return [new for old, new in OLD_KEYS.items() if old == key] + [old for old, new in OLD_KEYS.items() if new == key]
+    """The other names of a key: old ones and synonyms, or the name that these stand for."""
+    pairs = (OLD_KEYS | SYNONYMS).items()
+    return [name for other, name in pairs if other == key] + [other for other, name in pairs if name == key]
+
+
+def _current_name(key: str, fields: Collection[str]) -> str:
+    """The field that a key stands for; the key itself if it is a field, or stands for none."""
+    name = OLD_KEYS.get(key) or SYNONYMS.get(key)
+    return name if key not in fields and name in fields else key
+
+
+def _current_value(name: str, value: Any) -> Any:
+    """The new name of a key's value; the value itself if it has none."""
+    if not isinstance(value, str) or (name, value) not in OLD_VALUES:
+        return value
+    _log_old_name(f"{name}: {value}", f"{name}: {OLD_VALUES[name, value]}")
+    return OLD_VALUES[name, value]
 
 
 @functools.cache

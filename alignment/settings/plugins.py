@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -61,6 +62,25 @@ def load_attribute(name: str, purpose: str) -> Any:
         raise ConfigError(f"{purpose} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
 
 
+def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str) -> Any:
+    """Finds what a name in a configuration stands for.
+
+    Args:
+        name: one of `builtin`, or a dotted `package.module:attribute`.
+        builtin: what comes with raylign, or the dotted name of it.
+        purpose: what the name stands for, as `algorithm`; for the error.
+
+    Raises:
+        ConfigError: there is no such thing; the text names the nearest one that there is.
+    """
+    if ":" in name:
+        return load_attribute(name, purpose)
+    if name not in builtin:
+        raise ConfigError(f"there is no {purpose} {name!r}{nearest(name, list(builtin))}")
+    target = builtin[name]
+    return load_attribute(target, purpose) if isinstance(target, str) else target
+
+
 class AlgorithmConfig(Section):
     """What to optimise."""
 
@@ -75,10 +95,15 @@ class AlgorithmConfig(Section):
     """A module of `alignment.algorithms`, or a dotted `package.module:Class` of one's own."""
 
 
+def builtin_algorithms() -> dict[str, str]:
+    """The algorithms that come with raylign, by name: the modules of `alignment.algorithms`."""
+    stems = sorted(path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[a-z]*.py"))
+    return {stem.replace("_plus_plus", "++"): f"alignment.algorithms.{stem}:ALGORITHM" for stem in stems}
+
+
 def algorithm_names() -> list[str]:
-    """Names of the algorithms that come with raylign: the modules of `alignment.algorithms`."""
-    stems = (path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[a-z]*.py"))
-    return sorted(stem.replace("_plus_plus", "++") for stem in stems)
+    """Names of the algorithms that come with raylign."""
+    return sorted(builtin_algorithms())
 
 
 def algorithm_class(name: str) -> type[AlgorithmConfig]:
@@ -87,14 +112,10 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
     Raises:
         ConfigError: no module of that name, or `package.module:Class` does not exist.
     """
-    if ":" in name:
-        algorithm = load_attribute(name, "algorithm")
-        if not (isinstance(algorithm, type) and issubclass(algorithm, AlgorithmConfig)):
-            raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
-        return algorithm
-    if name not in algorithm_names():
-        raise ConfigError(f"there is no algorithm {name!r}{nearest(name, algorithm_names())}")
-    return importlib.import_module(f"alignment.algorithms.{name.replace('++', '_plus_plus')}").ALGORITHM  # type: ignore[no-any-return]
+    algorithm = load_plugin(name, builtin_algorithms(), "algorithm")
+    if not (isinstance(algorithm, type) and issubclass(algorithm, AlgorithmConfig)):
+        raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
+    return algorithm
 
 
 class EnvironmentConfig(Section):
@@ -146,11 +167,7 @@ def scorer_class(name: str) -> type[ScorerConfig]:
     Raises:
         ConfigError: there is no such scorer; the text names the nearest known one.
     """
-    if ":" not in name:
-        if name not in BUILTIN_SCORERS:
-            raise ConfigError(f"there is no scorer {name!r}{nearest(name, scorer_names())}")
-        name = BUILTIN_SCORERS[name]
-    scorer = callable_named(name)
+    scorer = _callable(load_plugin(name, BUILTIN_SCORERS, "scorer"), name)
     if isinstance(scorer, type):
         if not issubclass(scorer, ScorerConfig):
             raise ConfigError(
@@ -166,13 +183,17 @@ def callable_named(name: str) -> Any:
     Raises:
         ConfigError: there is no such attribute, or it is neither a function nor a class.
     """
-    target = load_attribute(name, "scorer")
+    return _callable(load_attribute(name, "scorer"), name)
+
+
+def _callable(target: Any, name: str) -> Any:
     if not callable(target):
         raise ConfigError(f"scorer {name!r} is a {type(target).__name__}, not a function")
     return target
 
 
 def load_scorers(value: Any) -> Any:
+    """The settings of several scorers, each as its own class."""
     return tuple(_load_scorer(item) for item in value) if isinstance(value, list | tuple) else value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
-from alignment.metric_meanings import SECTIONS
+from docs.generate.metric_meanings import SECTIONS
 from docs.generate.text import NOTICE, item, page_text
 from serving.metrics import Metrics
 from serving.registry import State

@@ -95,6 +95,12 @@ class ResponseModel(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class OpenResponseModel(ResponseModel):
+    """An answer to which the engine may add other fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class ErrorDetail(ResponseModel):
     """What went wrong, in OpenAI's form."""
 
@@ -168,8 +174,10 @@ def spend_form_seconds(request: Request, seconds: float) -> None:
         share.form_seconds.spend(seconds, time.monotonic())
 
 
-def authorise(request: Request) -> None:
+async def authorise(request: Request) -> None:
     """Checks a request's key against its route. A route without a tag is open to admins alone.
+
+    It is a coroutine for the same reason as `get_context`.
 
     Raises:
         RequestError: 403, the key's role is not enough.

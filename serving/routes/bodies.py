@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from serving.routes import ResponseModel
+from serving.routes import OpenResponseModel, ResponseModel
 
 TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 # Checking ends at the first wrong member: reporting 100,000 of them takes seconds, in which nobody else is answered.
@@ -185,20 +185,16 @@ class ModelList(ResponseModel):
     data: list[ModelCard]
 
 
-class Usage(ResponseModel):
+class Usage(OpenResponseModel):
     """Numbers of tokens of a request and of its answers."""
-
-    model_config = ConfigDict(extra="allow")
 
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int | None = None
 
 
-class AssistantMessage(ResponseModel):
+class AssistantMessage(OpenResponseModel):
     """The message that a model writes."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: str
     content: str | None = None
@@ -207,58 +203,51 @@ class AssistantMessage(ResponseModel):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(ResponseModel):
+class CompletionChoice(OpenResponseModel):
+    """What an answer to a chat and an answer to a prompt have in common."""
+
+    index: int
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class ChatChoice(CompletionChoice):
     """One answer to a chat."""
 
-    model_config = ConfigDict(extra="allow")
-
-    index: int
     message: AssistantMessage
-    logprobs: dict[str, Any] | None = None
-    finish_reason: str | None = None
 
 
-class ChatCompletion(ResponseModel):
-    """Answer of `/v1/chat/completions`, where the request asks for no stream; vLLM may add other fields."""
-
-    model_config = ConfigDict(extra="allow")
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextChoice(ResponseModel):
+class TextChoice(CompletionChoice):
     """One answer to a prompt."""
 
-    model_config = ConfigDict(extra="allow")
-
-    index: int
     text: str
-    logprobs: dict[str, Any] | None = None
-    finish_reason: str | None = None
 
 
-class TextCompletion(ResponseModel):
-    """Answer of `/v1/completions`, where the request asks for no stream; vLLM may add other fields."""
-
-    model_config = ConfigDict(extra="allow")
+class CompletionReply(OpenResponseModel):
+    """What the answers of both routes have in common, where a request asks for no stream."""
 
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[TextChoice]
     usage: Usage
 
 
-class TokenizeReply(ResponseModel):
-    """Answer of `/tokenize`."""
+class ChatCompletion(CompletionReply):
+    """Answer of `/v1/chat/completions`, where the request asks for no stream; vLLM may add other fields."""
 
-    model_config = ConfigDict(extra="allow")
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class TextCompletion(CompletionReply):
+    """Answer of `/v1/completions`, where the request asks for no stream; vLLM may add other fields."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class TokenizeReply(OpenResponseModel):
+    """Answer of `/tokenize`."""
 
     count: int
     max_model_len: int

@@ -71,6 +71,14 @@ def test_both_names_at_once_are_refused(tmp_path: Path) -> None:
         load(tmp_path, kl_in="none", kl_placement="loss")
 
 
+@pytest.mark.parametrize(("key", "override"), [("loss", "loss_type"), ("loss_type", "loss")])
+def test_a_synonym_is_a_name_like_the_other(tmp_path: Path, key: str, override: str) -> None:
+    config = load(tmp_path, f"algorithm.{override}=ipo", name="dpo", **{key: "hinge"})
+    assert isinstance(config.algorithm, DPO) and config.algorithm.loss_type == "ipo"
+    with pytest.raises(ConfigError, match="loss is another name of loss_type, and both are given"):
+        load(tmp_path, name="dpo", loss="ipo", loss_type="hinge")
+
+
 def test_stored_settings_are_renamed_only_where_the_run_has_the_new_name() -> None:
     current = {"algorithm": {**NEW, "beta": 1.0}, "rewards": [{"name": "length"}], "own": {"correction": 1}}
     stored = {"algorithm": OLD, "rewards": [{"name": "length"}], "own": {"correction": 2}}
