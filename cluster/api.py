@@ -103,7 +103,7 @@ def serve(path: str | Path, *overrides: str, **settings: Any) -> Iterator[Endpoi
     command = [
         sys.executable,
         "-m",
-        "alignment.cli",
+        "cluster.cli",
         "serve",
         str(path),
         *own_settings,

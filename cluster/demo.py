@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from alignment.cli import call
 from alignment.errors import AlignmentError
 from alignment.rewards.rules import contains_keyword
 from cluster.api import serve
+from cluster.cli import call
 
 RECIPE = Path("configs/align/demo.yaml")
 QUESTIONS = Path("configs/data/short_answers.eval.jsonl")

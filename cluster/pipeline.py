@@ -10,11 +10,11 @@ import typer
 from pydantic import Field, model_validator
 
 from alignment.checkpoint import find_checkpoint
-from alignment.cli import call
 from alignment.errors import ClusterError, ConfigError
 from alignment.settings.load import load_config
 from alignment.settings.run import RunName
 from alignment.settings.section import Section
+from cluster.cli import call
 from cluster.config import ClusterRunConfig, load_run
 from cluster.launch import CONFIG
 

@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 import yaml
 
-from alignment.cli import COMMANDS
 from alignment.environment import NO_BARS
+from cluster.cli import COMMANDS
 
 RAYLIGN = Path(sys.executable).parent / "raylign"
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import without_wait_policy
 
-MODULES = ["alignment.cli", "cluster.worker", "serving.scoring"]
+MODULES = ["cluster.cli", "cluster.worker", "serving.scoring"]
 
 
 def openmp_of(module: str, environment: dict[str, str]) -> str:
@@ -30,7 +30,7 @@ def test_whatever_is_imported_first_openmp_lets_idle_threads_sleep(module: str) 
 
 
 def test_the_user_s_own_setting_stays() -> None:
-    assert "OMP_WAIT_POLICY = 'ACTIVE'" in openmp_of("alignment.cli", {**os.environ, "OMP_WAIT_POLICY": "active"})
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in openmp_of("cluster.cli", {**os.environ, "OMP_WAIT_POLICY": "active"})
 
 
 def test_tests_compute_as_users_do() -> None:

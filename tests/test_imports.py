@@ -22,7 +22,7 @@ ALLOWED = {"cluster.ray_access"}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # Importing these must stay cheap: they run before anything heavy, or in processes that need nothing heavy.
-LIGHT = ["alignment.settings.run", "alignment.settings.load", "alignment.groups", "alignment.errors", "alignment.cli"]
+LIGHT = ["alignment.settings.run", "alignment.settings.load", "alignment.groups", "alignment.errors", "cluster.cli"]
 LIGHT += ["cluster.config", "cluster.plan", "cluster.launch", "serving.promote", "serving.registry"]
 
 

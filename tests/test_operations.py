@@ -13,7 +13,7 @@ import click
 import pytest
 import typer
 
-from alignment.cli import COMMANDS
+from cluster.cli import COMMANDS
 from cluster.config import load_run
 from serving.config import load_serve_config
 from serving.keys import create_key

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
-from alignment.cli import COMMANDS
 from alignment.settings.load import load_config
 from alignment.settings.plugins import ScorerConfig, algorithm_class, algorithm_names, scorer_class, scorer_names
 from alignment.settings.section import Section, sections_of
+from cluster.cli import COMMANDS
 from cluster.config import ClusterRunConfig, load_run
 from cluster.pipeline import PipelineConfig
 from serving.config import ServeConfig, load_serve_config

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from docs.generate.metric_meanings import SECTIONS, meaning_of
 from alignment.metrics import read_metrics
 from docs.generate.__main__ import FOLDER, PAGES
+from docs.generate.metric_meanings import SECTIONS, meaning_of
 from docs.generate.text import COMMAND, type_text
 from tests.alignment.test_train import run
 

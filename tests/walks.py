@@ -8,7 +8,7 @@ from __future__ import annotations
 WALKS: dict[str, list[tuple[str, ...]]] = {
     "functions from `raylign train` to a DPO loss": [
         (
-            "alignment.cli:run_command",
+            "cluster.cli:run_command",
             "cluster.launch:train",
             "cluster.launch:run",
             "alignment.train:train",
@@ -18,7 +18,7 @@ WALKS: dict[str, list[tuple[str, ...]]] = {
             "alignment.losses.preference:sigmoid",
         ),
         (
-            "alignment.cli:run_command",
+            "cluster.cli:run_command",
             "cluster.launch:train",
             "cluster.launch:run",
             "cluster.launch:_run_here",
@@ -35,7 +35,7 @@ WALKS: dict[str, list[tuple[str, ...]]] = {
     ],
     "the same on Ray": [
         (
-            "alignment.cli:run_command",
+            "cluster.cli:run_command",
             "cluster.launch:train",
             "cluster.launch:run",
             "cluster.launch:_run_on_ray",
@@ -47,7 +47,7 @@ WALKS: dict[str, list[tuple[str, ...]]] = {
             "alignment.losses.preference:sigmoid",
         ),
         (
-            "alignment.cli:run_command",
+            "cluster.cli:run_command",
             "cluster.launch:train",
             "cluster.launch:run",
             "cluster.launch:_run_on_ray",

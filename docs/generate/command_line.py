@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from alignment.cli import COMMANDS, USAGE
+from cluster.cli import COMMANDS, USAGE
 from docs.generate.text import NOTICE, code_block, page_text
 
 WIDTH = 100

@@ -17,7 +17,6 @@ from alignment.environment import IDLE_THREADS
 from alignment.errors import ServingError
 
 START_TIMEOUT_S = 300.0
-RAYLIGN = ("-m", "alignment.cli")
 ENDPOINTS = ("ours", "before")
 """The endpoint of this checkout, and that of another one."""
 MODEL_NAME = "bench"
@@ -75,7 +74,7 @@ def running_server(name: str, settings: BenchSettings) -> Iterator[Server]:
         "vllm": lambda: ["-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(settings, port)],
         "ray": lambda: ["-m", "serving.bench.ray_serve_llm", settings.model, str(port), str(settings.max_num_seqs)],
         **dict.fromkeys(
-            ENDPOINTS, lambda: [*RAYLIGN, "serve", settings.model, *endpoint_settings(name, settings, port)]
+            ENDPOINTS, lambda: [*_raylign(checkout), "serve", settings.model, *endpoint_settings(name, settings, port)]
         ),
     }
     log = settings.folder / f"{name}.log"
@@ -147,13 +146,19 @@ def _database(name: str, settings: BenchSettings) -> str:
 
 def _create_key(name: str, settings: BenchSettings, checkout: Path | None) -> str:
     create = ["keys", "create", "--name", "bench", "--role", "admin", "--database", _database(name, settings)]
-    command = [sys.executable, *RAYLIGN, *create]
+    command = [sys.executable, *_raylign(checkout), *create]
     result: subprocess.CompletedProcess[str] = subprocess.run(
         command, capture_output=True, text=True, **_environment(checkout)
     )
     if result.returncode:
         raise ServingError(f"no key could be made:\n{result.stdout[-1000:]}{result.stderr[-1000:]}")
     return result.stdout.strip().splitlines()[-1]
+
+
+def _raylign(checkout: Path | None) -> list[str]:
+    """The arguments of Python that run `raylign`; earlier checkouts have the command line in another package."""
+    is_earlier = checkout is not None and (checkout / "alignment" / "cli.py").is_file()
+    return ["-m", "alignment.cli" if is_earlier else "cluster.cli"]
 
 
 def _environment(checkout: Path | None) -> dict[str, Any]:

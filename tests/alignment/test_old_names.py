@@ -38,8 +38,11 @@ def first_note() -> Iterator[None]:
 
 def load(folder: Path, *overrides: str, model: Any = None, **algorithm: str) -> RunConfig:
     path = folder / "run.yaml"
-    settings = {"name": "run", "steps": 1, "algorithm": {"name": "grpo", **algorithm}, "data": {"path": "a.jsonl"}}
-    path.write_text(yaml.safe_dump({**settings, "rewards": [{"name": "length", "target": 9}], "model": model or {}}))
+    settings: dict[str, Any] = {"name": "run", "steps": 1, "data": {"path": "a.jsonl"}}
+    settings["algorithm"] = {"name": "grpo", **algorithm}
+    if settings["algorithm"]["name"] == "grpo":
+        settings["rewards"] = [{"name": "length", "target": 9}]
+    path.write_text(yaml.safe_dump({**settings, "model": model or {}}))
     return load_config(path, overrides, kind=RunConfig)
 
 

@@ -100,7 +100,7 @@ def test_the_shipped_chain_is_whole() -> None:
 
 def test_a_chain_that_is_ended_ends_its_stage_too(chain: Path, tmp_path: Path) -> None:
     endless = "stages.0.set={steps: 1000000}"
-    started = subprocess.Popen([sys.executable, "-m", "alignment.cli", "pipeline", str(chain), endless])
+    started = subprocess.Popen([sys.executable, "-m", "cluster.cli", "pipeline", str(chain), endless])
     metrics = tmp_path / "out" / "chain" / "sft" / "metrics.jsonl"
     while not metrics.exists() or metrics.stat().st_size == 0:
         assert started.poll() is None

@@ -91,7 +91,7 @@ def test_a_cluster_that_answers_everybody_is_not_joined(open_cluster: str, tmp_p
     environment.pop(MODE, None)
     places = [f"output={tmp_path}"] if command[0] == "train" else [f"folder={tmp_path}", f"port={free_port()}"]
     ended = subprocess.run(
-        [sys.executable, "-m", "alignment.cli", *command, *places],
+        [sys.executable, "-m", "cluster.cli", *command, *places],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode != 0

@@ -71,7 +71,7 @@ def started(checkpoint: Path | str, folder: Path, *settings: str, ready: str = "
     keys = {role: create_key(store, name=f"the-{role}", role=role) for role in ("user", "labeller", "admin")}  # type: ignore[arg-type]
     store.close()
     ours = [f"port={port}", f"folder={folder}", f"feedback.database={database_in(folder)}", "kv_cache_gib=0.5"]
-    command = [sys.executable, "-m", "alignment.cli", "serve", str(checkpoint), *ours, *settings]
+    command = [sys.executable, "-m", "cluster.cli", "serve", str(checkpoint), *ours, *settings]
     with output.open("wb") as written:
         process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=without_wait_policy())
     url = f"http://127.0.0.1:{port}"

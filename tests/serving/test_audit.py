@@ -187,7 +187,7 @@ def test_the_trail_is_listed_by_command(tmp_path: Path) -> None:
     store = Store(database)
     store.audit(AuditEntry(action="promote", who="anna", address="192.0.2.7", detail={"status": 200})).result()
     store.close()
-    command = [sys.executable, "-m", "alignment.cli", "audit", "--database", database]
+    command = [sys.executable, "-m", "cluster.cli", "audit", "--database", database]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "promote" in told and "anna" in told and "192.0.2.7" in told and '{"status": 200}' in told
 

@@ -67,7 +67,7 @@ def test_what_answers_on_a_cluster_is_not_replaced(cluster: dict[str, str], tiny
     assert httpx.get(url).text == "still here"
     database = f"feedback.database=sqlite:///{tmp_path}/feedback.sqlite"
     settings = [f"port={port}", f"folder={tmp_path}", "name=assistant", "device=cpu", database]
-    second = on_cluster(cluster, "-m", "alignment.cli", "serve", str(tiny_model), *settings)
+    second = on_cluster(cluster, "-m", "cluster.cli", "serve", str(tiny_model), *settings)
     assert second.returncode == 1 and "The application 'other' answers on this cluster" in second.stderr
     assert httpx.get(url).text == "still here"
 

@@ -32,7 +32,7 @@ LORA = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj",
 
 
 def raylign(*arguments: str, **environment: str) -> str:
-    command = [sys.executable, "-m", "alignment.cli", *arguments]
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

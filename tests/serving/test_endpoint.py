@@ -210,7 +210,7 @@ def test_no_log_holds_what_people_ask(endpoint: Running) -> None:
 
 def test_a_second_endpoint_on_the_same_port_is_refused_at_once(endpoint: Running) -> None:
     port = endpoint.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "alignment.cli", "serve", BUNDLED, f"port={port}"]
+    command = [sys.executable, "-m", "cluster.cli", "serve", BUNDLED, f"port={port}"]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert refused.returncode == 1
     assert f"Cannot listen on port {port}" in refused.stderr

@@ -54,7 +54,7 @@ def soon(condition: Callable[[], bool]) -> None:
 
 
 def raylign(*arguments: str, database: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "alignment.cli", "keys", *arguments]
+    command = [sys.executable, "-m", "cluster.cli", "keys", *arguments]
     environment = {**os.environ, "RAYLIGN_DATABASE": database, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 

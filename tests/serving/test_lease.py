@@ -196,7 +196,7 @@ def test_a_second_serve_of_a_running_registry_ends_at_once_and_changes_nothing(t
     assert tenant.acquire()
     try:
         settings = ["name=prod", f"folder={folder}", f"port={free_port()}", "no_keys=true"]
-        command = [sys.executable, "-m", "alignment.cli", "serve", str(whole(tmp_path / "second", seed=2)), *settings]
+        command = [sys.executable, "-m", "cluster.cli", "serve", str(whole(tmp_path / "second", seed=2)), *settings]
         done = subprocess.run([*command, "--promote"], capture_output=True, text=True, timeout=250)
     finally:
         tenant.close()

@@ -60,7 +60,7 @@ def gate(tmp_path: Path, write_rows: Any) -> Path:
 
 
 def raylign(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "alignment.cli", *arguments]
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
 
 
@@ -285,7 +285,7 @@ def test_an_interrupted_examination_ends_the_trial(service: Standin, run: str, g
     service.on_asked = lambda: time.sleep(0.5)
     command = ["promote", run, "--url", service.url, "--gate", str(gate)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "alignment.cli", *command],
+        [sys.executable, "-m", "cluster.cli", *command],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -36,7 +36,7 @@ KEY = "a-key-of-this-test"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 PRIVATE = "paris lyon capital"
 FOR_THE_TEST = {"CUDA_VISIBLE_DEVICES": "", "OMP_DISPLAY_ENV": "true"}
-COMMAND = [sys.executable, "-m", "alignment.cli", "reward-server"]
+COMMAND = [sys.executable, "-m", "cluster.cli", "reward-server"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ CACHE_GIB = 0.0003
 def serving(model: Path, folder: Path, *settings: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     ours = [f"folder={folder}", "name=tiny", "device=cpu", "dtype=fp32", f"max_model_len={LENGTH}", *settings]
     process = subprocess.Popen(
-        [sys.executable, "-m", "alignment.cli", "serve", str(model), *ours],
+        [sys.executable, "-m", "cluster.cli", "serve", str(model), *ours],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

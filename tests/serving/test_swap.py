@@ -80,7 +80,7 @@ def load(endpoint: Running, model: str, *, clients: int = 4) -> Iterator[Seen]:
 
 
 def raylign(endpoint: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "alignment.cli", *arguments, "--url", endpoint.url]
+    command = [sys.executable, "-m", "cluster.cli", *arguments, "--url", endpoint.url]
     environment = {**os.environ, "RAYLIGN_KEY": endpoint.keys["admin"]}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 

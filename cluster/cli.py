@@ -84,7 +84,7 @@ def run_command(name: str, program: str) -> None:
 
 def call(*arguments: str) -> int:
     """Runs `raylign` in a process of its own and returns its exit status; if this process is ended, that one is too."""
-    child = subprocess.Popen([sys.executable, "-m", "alignment.cli", *arguments])
+    child = subprocess.Popen([sys.executable, "-m", "cluster.cli", *arguments])
     try:
         return child.wait()
     except BaseException:
