@@ -69,7 +69,7 @@ def other_names(key: str) -> list[str]:
 
 def _current_name(key: str, fields: Collection[str]) -> str:
     """The field that a key stands for; the key itself if it is a field, or stands for none."""
-    name = OLD_KEYS.get(key) or SYNONYMS.get(key)
+    name = OLD_KEYS.get(key) or SYNONYMS.get(key, key)
     return name if key not in fields and name in fields else key
 
 
