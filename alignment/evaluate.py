@@ -152,7 +152,7 @@ class SampledResult:
         answers = [group.completions[0] for group in self.groups]
         eval_answers = [group.completions[0] for group in self.eval_groups]
         scores = {f"scores/{name}": scores_of(name, answers) for name in self.reward_names}
-        scores |= {f"judges/{name}": scores_of(name, eval_answers) for name in self.eval_reward_names}
+        scores |= {f"eval_rewards/{name}": scores_of(name, eval_answers) for name in self.eval_reward_names}
         rewards = [answer.reward for answer in answers if answer.reward is not None]
         return {
             **({"reward": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards)} if rewards else {}),

@@ -18,16 +18,16 @@ LIMITS = (
 
 
 class RunGuards:
-    """The limits of a run: counts how long each has been broken, and follows held-out rewards and judges."""
+    """The limits of a run: counts how long each has been broken, and follows the rewards of held-out answers."""
 
-    def __init__(self, config: GuardsConfig, judges: Sequence[str] = ()) -> None:
+    def __init__(self, config: GuardsConfig, eval_rewards: Sequence[str] = ()) -> None:
         """Makes the guards of a run.
 
         Args:
-            judges: names of the scorers that are used for evaluation only, as in `eval/judges/NAME`.
+            eval_rewards: names of the scorers that are used for evaluation only, as in `eval/eval_rewards/NAME`.
         """
         self.config = config
-        self.judges = judges
+        self.eval_rewards = eval_rewards
         self._broken_steps: Counter[str] = Counter()
         self._evaluations: list[Metrics] = []
 
@@ -58,7 +58,7 @@ class RunGuards:
         return f"{value:.4g} {meaning} (guards.{key} is {limit:g}, {side} it {steps})"
 
     def _check_hacking(self) -> list[str]:
-        """The problem in words for each judge that fell while the held-out reward rose."""
+        """The problem in words for each evaluation reward that fell while the held-out reward rose."""
         window = self.config.hacking_window
         if not window or len(self._evaluations) <= window:
             return []
@@ -67,8 +67,8 @@ class RunGuards:
         if rise <= 0:
             return []
         return [
-            f"held-out reward rose by {rise:.4g} over {window} evaluations while the judge {name!r} fell from "
+            f"held-out reward rose by {rise:.4g} over {window} evaluations while eval reward {name!r} fell from "
             f"{previous[key]:.4g} to {latest[key]:.4g}: the reward may be hacked (guards.hacking_window)"
-            for name in self.judges
-            if (key := f"eval/judges/{name}") in latest and key in previous and latest[key] < previous[key]
+            for name in self.eval_rewards
+            if (key := f"eval/eval_rewards/{name}") in latest and key in previous and latest[key] < previous[key]
         ]

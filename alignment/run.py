@@ -82,7 +82,7 @@ class Run:
         check_data(data, steps, world)
         config.check_warmup(steps)
         reporter.note(f"data: {data.report}")
-        eval_rewards = run_on_all(lambda: Rewards(config.judges, world.device), world)
+        eval_rewards = run_on_all(lambda: Rewards(config.eval_rewards, world.device), world)
         run_log = RunLog(config.folder)
         source: GroupSource = DataSource(data.train, groups_per_step=config.groups_per_step)
         sampled_evaluation = None
@@ -103,7 +103,7 @@ class Run:
             data=data,
             source=source,
             evaluator=Evaluator(config, algorithm, data.eval, roles, world, run_log, sampled_evaluation),
-            guards=RunGuards(config.guards, judges=eval_rewards.names),
+            guards=RunGuards(config.guards, eval_rewards=eval_rewards.names),
             run_log=run_log,
             identity=identify(
                 config,
@@ -318,7 +318,7 @@ def _load_data(config: RunConfig, algorithm: Algorithm, roles: Roles, world: Wor
         BoundedGroupTokenizer(model.tokenizer, data, model.end_tokens, date=date, num_embeddings=model.num_embeddings),
         bad_rows if world.is_main else None,
         rewards=cast(Sequence[BuildableScorer], config.rewards),
-        judges=cast(Sequence[BuildableScorer], config.judges),
+        eval_rewards=cast(Sequence[BuildableScorer], config.eval_rewards),
     )
     return run_on_all(lambda: load_data(reader, seed=config.seed, progress=world.is_main), world)
 

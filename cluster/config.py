@@ -28,8 +28,8 @@ class ClusterConfig(Section):
     cpus_per_engine: NonNegative = 0.0
     """CPU cores that are reserved for each engine; with 0, engines share those of the workers, which wait meanwhile."""
     gpus_per_engine: NonNegative | None = None
-    """GPUs of each engine, which no worker and no other engine uses: `rollout.tensor_parallel`, or 0 for an engine on
-    the CPU beside workers on CPUs. None is `rollout.tensor_parallel` if workers have GPUs, else 0."""
+    """GPUs of each engine, which no worker and no other engine uses: `rollout.tensor_parallel_size`, or 0 for an engine
+    on the CPU beside workers on CPUs. None is `rollout.tensor_parallel_size` if workers have GPUs, else 0."""
     max_failures: Count = 2
     """How often Ray Train restarts the workers after one has died, from the newest intact checkpoint; 0 is never. The
     loss of a node after a notice (Kubernetes drains it) does not count. The loss of a node without a notice does, as of
@@ -52,13 +52,13 @@ class ClusterRunConfig(RunConfig):
     def gpus_of_engine(self) -> int:
         """The GPUs of each engine, with the default resolved."""
         if self.cluster.gpus_per_engine is None:
-            return self.rollout.tensor_parallel if self.cluster.gpus_per_worker else 0
+            return self.rollout.tensor_parallel_size if self.cluster.gpus_per_worker else 0
         return int(self.cluster.gpus_per_engine)
 
     @model_validator(mode="after")
     def _fits_gpus(self) -> Self:
         """Refuses numbers of GPUs that workers and engines cannot use."""
-        cluster, size = self.cluster, self.rollout.tensor_parallel
+        cluster, size = self.cluster, self.rollout.tensor_parallel_size
         if cluster.gpus_per_worker > 1:
             raise ValueError(
                 f"cluster.gpus_per_worker ({cluster.gpus_per_worker}) must be 0 or 1: a worker computes on one GPU and "
@@ -75,14 +75,14 @@ class ClusterRunConfig(RunConfig):
         if gpus == 0 and cluster.gpus_per_worker:
             raise ValueError(
                 "cluster.gpus_per_engine 0 beside workers with GPUs would put every engine onto a worker's GPU; give "
-                f"it {size} (rollout.tensor_parallel), or leave it out"
+                f"it {size} (rollout.tensor_parallel_size), or leave it out"
             )
         if gpus and gpus != size:
             share_note = (
                 f"; it cannot share a GPU: a worker takes a whole one, and 1 + {gpus:g} > 1" if 0 < gpus < 1 else ""
             )
             raise ValueError(
-                f"cluster.gpus_per_engine ({gpus:g}) must be rollout.tensor_parallel ({size}), over whose GPUs an "
+                f"cluster.gpus_per_engine ({gpus:g}) must be rollout.tensor_parallel_size ({size}), over whose GPUs an "
                 f"engine spreads its model{share_note}; set one of them to the other, or leave gpus_per_engine out"
             )
         return self
@@ -90,7 +90,7 @@ class ClusterRunConfig(RunConfig):
 
 def no_gpus_for(size: int) -> str:
     """The text of the error about tensor parallelism without GPUs."""
-    return f"rollout.tensor_parallel ({size}) spreads an engine over GPUs, and this one is on a CPU; set it to 1"
+    return f"rollout.tensor_parallel_size ({size}) spreads an engine over GPUs, and this one is on a CPU; set it to 1"
 
 
 def load_run(path: Path, overrides: list[str]) -> ClusterRunConfig:

@@ -72,8 +72,8 @@ def figures_of(metrics: list[dict[str, float]]) -> dict[str, float]:
         "seconds_per_step": statistics.median(line["perf/seconds"] for line in steps),
         "rollout_tokens_per_second": statistics.median(line["perf/rollout_tokens_per_second"] for line in steps),
         "mismatch_mean_abs": statistics.fmean(line["mismatch/mean_abs"] for line in steps),
-        "judge_before": first_evaluation["eval/judges/keywords"],
-        "judge_after": last_evaluation["eval/judges/keywords"],
+        "eval_reward_before": first_evaluation["eval/eval_rewards/keywords"],
+        "eval_reward_after": last_evaluation["eval/eval_rewards/keywords"],
     }
 
 

@@ -120,18 +120,19 @@ def check_machine(config: ClusterRunConfig, *, gpus: int) -> str:
     """
     rollout = config.rollout
     if config.wants_engines and gpus:
-        num_gpus, trainer_share = 1 + rollout.tensor_parallel, 1 - rollout.gpu_memory
-        workers = max(1, gpus - rollout.tensor_parallel)
+        num_gpus, trainer_share = 1 + rollout.tensor_parallel_size, 1 - rollout.gpu_memory_utilization
+        workers = max(1, gpus - rollout.tensor_parallel_size)
         machine_note = "" if gpus >= num_gpus else " on a machine with more GPUs"
         raise ConfigError(
-            "cluster.workers 0 puts the trainer and a vLLM engine onto one GPU: the engine takes rollout.gpu_memory "
-            f"({rollout.gpu_memory:g}) of it and leaves the trainer {trainer_share:.2g}. Apart, they need 1 GPU + "
-            f"{rollout.tensor_parallel} (rollout.tensor_parallel) = {num_gpus}, of {gpus} here. Set "
+            "cluster.workers 0 puts the trainer and a vLLM engine onto one GPU: the engine takes "
+            f"{rollout.gpu_memory_utilization:g} of it (rollout.gpu_memory_utilization) and leaves the trainer "
+            f"{trainer_share:.2g}. Apart, they need 1 GPU + {rollout.tensor_parallel_size} "
+            f"(rollout.tensor_parallel_size) = {num_gpus}, of {gpus} here. Set "
             f"cluster.workers={workers} cluster.gpus_per_worker=1{machine_note}, or rollout.engine=local for a tiny "
             "model"
         )
-    if config.wants_engines and rollout.tensor_parallel > 1:
-        raise ConfigError(no_gpus_for(rollout.tensor_parallel))
+    if config.wants_engines and rollout.tensor_parallel_size > 1:
+        raise ConfigError(no_gpus_for(rollout.tensor_parallel_size))
     if gpus > 1:
         return (
             f"cluster.workers 0 trains on one of {gpus} GPUs; "

@@ -63,7 +63,7 @@ class GateConfig(Section):
     num_prompts: PositiveCount = 64
     """How many rows are used, from the beginning of the data."""
     eval_rewards: Scorers = ()
-    """Scorers of the answers, as in a run's `judges`. They run in this process and see only text."""
+    """Scorers of the answers, as in a run's `eval_rewards`. They run in this process and see only text."""
     max_tokens: PositiveCount = 256
     """Largest number of tokens of an answer. Answers are greedy, at temperature 0."""
     margins: Margins = Field(default_factory=Margins)

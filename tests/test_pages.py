@@ -241,7 +241,7 @@ def known_keys() -> set[str]:
     """Every key of a run, an endpoint and a gate, by its dotted name."""
     keys = {key for kind in (ClusterRunConfig, ServeConfig, GateConfig) for key in keys_below(kind)}
     keys |= {f"algorithm.{key}" for name in algorithm_names() for key in algorithm_class(name).model_fields}
-    return keys | {f"{part}.{key}" for part in ("rewards", "judges") for key in scorer_keys()}
+    return keys | {f"{part}.{key}" for part in ("rewards", "eval_rewards") for key in scorer_keys()}
 
 
 def scorer_keys() -> set[str]:

@@ -167,14 +167,14 @@ def turns_of(question: str, answer: str) -> list[Row]:
 def test_the_recipes_that_learn_from_rules_run(launch: Launch, recipe: str) -> None:
     config = launch(recipe, *SAMPLED, "model.dtype=fp32", "data.eval_groups=4")
     assert [line["step"] for line in read_metrics(config.folder)] == [0, 1, 2]
-    assert "eval/judges/keywords" in read_metrics(config.folder)[-1]
+    assert "eval/eval_rewards/keywords" in read_metrics(config.folder)[-1]
 
 
 def test_the_ppo_recipe_runs_against_the_reward_model_of_its_own_recipe(launch: Launch) -> None:
     reward = launch("reward_smollm2", "data.eval_groups=4")
     assert read_metrics(reward.folder)[-1]["eval/rewards/accuracies"] >= 0
     config = launch("ppo_smollm2", *SAMPLED, f"rewards.0.path={reward.folder}", "data.eval_groups=4")
-    assert {"value_loss", "kl", "eval/judges/keywords"} <= read_metrics(config.folder)[-1].keys()
+    assert {"value_loss", "kl", "eval/eval_rewards/keywords"} <= read_metrics(config.folder)[-1].keys()
 
 
 def test_the_hh_reward_recipe_runs(launch: Launch, write_rows: Callable[..., Path]) -> None:

@@ -64,7 +64,7 @@ def runs(run_settings: Settings, write_rows: Callable[..., Path]) -> dict[str, S
         "data": {"path": str(write_rows(prompts, "prompts.jsonl")), "eval_groups": 2, "max_length": 32},
         "rollout": {"engine": "local", "completions": 2, "max_tokens": 4},
         "rewards": [{"name": WORTH}],
-        "judges": [{"name": "length", "target": 3}],
+        "eval_rewards": [{"name": "length", "target": 3}],
     }
     every_run = {**run_settings, "steps": 1}
     texts = [" a", " a b c", " a", " a b c", " a b c"]

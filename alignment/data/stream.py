@@ -43,19 +43,19 @@ class GroupReader:
         bad_rows: Path | None = None,
         *,
         rewards: Sequence[BuildableScorer] = (),
-        judges: Sequence[BuildableScorer] = (),
+        eval_rewards: Sequence[BuildableScorer] = (),
     ) -> None:
         """Args:
         bad_rows: file to which every skipped row is appended, as one JSON object per line; None writes no such file.
         rewards: scorers that will rate answers to these rows; a row with columns that one of them cannot read is bad.
-        judges: scorers that will rate answers to held-out rows only.
+        eval_rewards: scorers that will rate answers to held-out rows only.
         """
         self.data = data
         self.algorithm = algorithm
         self.tokenizer = tokenizer
         self.bad_rows = bad_rows
         self.rewards = rewards
-        self.judges = judges
+        self.eval_rewards = eval_rewards
         self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = 0
         self.skipped_counts: Counter[str] = Counter()
         """Number of rows that are valid and have nothing to train on, by the reason."""
@@ -115,7 +115,7 @@ class GroupReader:
             DataError: a scorer cannot read its columns, or every scorer would abstain.
         """
         is_held_out = self.data.eval is None or source == self.data.eval
-        for scorer in (*self.rewards, *(self.judges if is_held_out else ())):
+        for scorer in (*self.rewards, *(self.eval_rewards if is_held_out else ())):
             try:
                 scorer.check_row(group.columns)
             except RewardError as error:

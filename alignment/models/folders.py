@@ -119,7 +119,7 @@ def with_checkpoints(config: Run) -> Run:
             "model": pin(model, "path"),
             "critic": pin(config.critic, "path"),
             "rewards": pin_scorers(config.rewards),
-            "judges": pin_scorers(config.judges),
+            "eval_rewards": pin_scorers(config.eval_rewards),
         }
     )
 

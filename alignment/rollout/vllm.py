@@ -392,8 +392,8 @@ def _environment(settings: RolloutEngineSettings) -> Iterator[None]:
 
 def _setting_names(settings: RolloutEngineSettings) -> SettingNames:
     """The names of the settings that an error message may advise to change."""
-    cache = "rollout.cache_gb" if settings.device == "cpu" else "rollout.gpu_memory"
-    return SettingNames(cache=cache, length="data.max_length", gpus="rollout.tensor_parallel")
+    cache = "rollout.kv_cache_gib" if settings.device == "cpu" else "rollout.gpu_memory_utilization"
+    return SettingNames(cache=cache, length="data.max_length", gpus="rollout.tensor_parallel_size")
 
 
 def _start_vllm(settings: RolloutEngineSettings, log: StartLog) -> AsyncLLM:
@@ -417,7 +417,7 @@ def engine_arguments(settings: RolloutEngineSettings) -> dict[str, Any]:
         "revision": settings.model.revision,
         "dtype": settings.dtype,
         "max_model_len": settings.max_length,
-        "max_num_seqs": rollout.max_sequences,
+        "max_num_seqs": rollout.max_num_seqs,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "enable_prefix_caching": True,
         "enforce_eager": cpu,
@@ -427,7 +427,7 @@ def engine_arguments(settings: RolloutEngineSettings) -> dict[str, Any]:
     }
     if cpu:
         arguments |= {
-            "kv_cache_memory_bytes": int(rollout.cache_gb * 2**30),
+            "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
             "block_size": CPU_BLOCK_TOKENS,
             # If a prompt is computed in two chunks and its completion has a seed, the engine fails: vLLM resets the
             # random generator, which works on a GPU only.
@@ -435,8 +435,8 @@ def engine_arguments(settings: RolloutEngineSettings) -> dict[str, Any]:
         }
     else:
         arguments |= {
-            "gpu_memory_utilization": rollout.gpu_memory,
-            "tensor_parallel_size": rollout.tensor_parallel,
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "tensor_parallel_size": rollout.tensor_parallel_size,
         }
     lora = settings.model.lora
     return arguments | (_transfer_arguments() if lora is None else _adapter_arguments(settings.model, lora))

@@ -15,6 +15,10 @@ OLD_KEYS = {
     "kl_in": "kl_placement",
     "correction": "importance_correction",
     "judges": "eval_rewards",
+    "cache_gb": "kv_cache_gib",
+    "gpu_memory": "gpu_memory_utilization",
+    "max_sequences": "max_num_seqs",
+    "tensor_parallel": "tensor_parallel_size",
     "prompts": "num_prompts",
 }
 """Old keys of any section, and their new names."""

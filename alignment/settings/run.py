@@ -96,14 +96,14 @@ class RolloutConfig(Section):
     """Number format of the engine; `auto` is `model.dtype`."""
     timeout_s: Positive = 900.0
     """Seconds after which a step's rollouts, or a weight sync, count as failed. Long answers want more: 32,000 tokens
-    at 40 a second take 800 s, once for every `max_sequences` of them. Workers that wait for others allow for it."""
-    cache_gb: Positive = 1.0
+    at 40 a second take 800 s, once for every `max_num_seqs` of them. Workers that wait for others allow for it."""
+    kv_cache_gib: Positive = 1.0
     """GiB of key-value cache of an engine on a CPU."""
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Fraction of a GPU's memory that an engine takes, 0 to 1."""
-    max_sequences: PositiveCount = 256
+    max_num_seqs: PositiveCount = 256
     """Completions that an engine works on at once."""
-    tensor_parallel: PositiveCount = 1
+    tensor_parallel_size: PositiveCount = 1
     """GPUs of one engine."""
     environment: EnvironmentConfig | None = None
     """What the model talks with; None has every prompt answered once."""
@@ -142,7 +142,7 @@ class GuardsConfig(Section):
     patience: PositiveCount = 3
     """Steps in a row that a limit must be broken for."""
     hacking_window: Count = 0
-    """Evaluations over which rising rewards and falling `judges` are taken for reward hacking."""
+    """Evaluations over which rising rewards and falling `eval_rewards` are taken for reward hacking."""
 
 
 class EvaluateConfig(Section):
@@ -190,7 +190,7 @@ class RunConfig(Section):
     """The model's own answers, for algorithms that learn from them."""
     rewards: Scorers = ()
     """What those answers are worth: the weighted sum of these."""
-    judges: Scorers = ()
+    eval_rewards: Scorers = ()
     """Scorers that see only held-out answers and teach nothing: what a hacked reward is caught with. With them, any
     language model's run answers its held-out prompts at every evaluation."""
     critic: CriticConfig = Field(default_factory=CriticConfig)
@@ -255,9 +255,9 @@ class RunConfig(Section):
         algorithm = self.algorithm
         if not algorithm.is_online:
             if self.rewards:
-                raise ValueError(f"{algorithm.name} learns from the data, not from rewards; give them as judges")
-            if self.judges and algorithm.head == "score":
-                raise ValueError(f"{algorithm.name} trains a model that answers nothing that judges could see")
+                raise ValueError(f"{algorithm.name} learns from the data, not from rewards; give them as eval_rewards")
+            if self.eval_rewards and algorithm.head == "score":
+                raise ValueError(f"{algorithm.name} trains a model that writes no answers, which eval_rewards rate")
             return self
         if self.rollout.engine == "local" and self.optim.zero.stage == 3:
             raise ValueError("rollout.engine local needs all weights on one worker, which optim.zero.stage 3 spreads")
@@ -276,7 +276,7 @@ class RunConfig(Section):
     def _keeps_columns(self) -> Self:
         sources = [*self.data.sources, *([self.data.eval] if self.data.eval else [])]
         kept_columns = {column for source in sources for column in source.keep}
-        for scorer in (*self.rewards, *self.judges):
+        for scorer in (*self.rewards, *self.eval_rewards):
             for column in scorer.columns:
                 if column not in kept_columns:
                     raise ValueError(
@@ -288,7 +288,7 @@ class RunConfig(Section):
     @property
     def answers_prompts(self) -> bool:
         """True if the run draws completions, to learn from or to be judged by."""
-        return self.algorithm.is_online or bool(self.judges)
+        return self.algorithm.is_online or bool(self.eval_rewards)
 
     @property
     def wants_engines(self) -> bool:

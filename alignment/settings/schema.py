@@ -26,7 +26,7 @@ def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
         "anyOf": _alternatives(schema, AlgorithmConfig, algorithms),
         "description": RunConfig.model_fields["algorithm"].description,
     }
-    for section in ("rewards", "judges"):
+    for section in ("rewards", "eval_rewards"):
         schema["properties"][section]["items"] = {"anyOf": _alternatives(schema, ScorerConfig, scorers)}
     return schema
 

@@ -42,7 +42,7 @@ def configuration_page() -> str:
         "## Algorithms: `algorithm:`",
         "`name` chooses the algorithm, and with it the other keys.",
         *_family(AlgorithmConfig, algorithms),
-        "## Scorers: `rewards:` and `judges:`",
+        "## Scorers: `rewards:` and `eval_rewards:`",
         "A list; `name` chooses the scorer, and with it the other keys.",
         *_family(ScorerConfig, scorers),
         "## A chain of runs: `raylign pipeline`",

@@ -67,7 +67,7 @@ EVALUATION = {
     "eval/reward": "Reward of a held-out answer; one answer to each prompt, with the same seeds every time.",
     "eval/reward_std": "Standard deviation of `eval/reward` over the prompts.",
     "eval/scores/NAME": "Reward that the scorer NAME gave a held-out answer.",
-    "eval/judges/NAME": "Reward that NAME, a scorer of which nothing is learned, gave a held-out answer.",
+    "eval/eval_rewards/NAME": "Reward that NAME, a scorer of which nothing is learned, gave a held-out answer.",
     "eval/kl": "Divergence of a held-out answer from the reference (nats).",
     "eval/length": "Tokens of a held-out answer.",
     "eval/truncated": "Share of the held-out answers that ended for lack of room.",

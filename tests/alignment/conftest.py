@@ -52,12 +52,14 @@ def tokenizer() -> Any:
 def reader(tokenizer: Any, tmp_path: Path) -> Callable[..., GroupReader]:
     """A reader of the given data settings, by default for DPO; it names bad rows in `bad_rows.jsonl`."""
 
-    def make(algorithm: str = "dpo", rewards: Any = (), judges: Any = (), **settings: Any) -> GroupReader:
+    def make(algorithm: str = "dpo", rewards: Any = (), eval_rewards: Any = (), **settings: Any) -> GroupReader:
         data = DataConfig(**settings)
         chosen = algorithm_class(algorithm).model_validate({"name": algorithm})
         assert isinstance(chosen, Algorithm)
         tokenize = GroupTokenizer(tokenizer, data, frozenset({tokenizer.eos_token_id}))
-        return GroupReader(data, chosen, tokenize, tmp_path / "bad_rows.jsonl", rewards=rewards, judges=judges)
+        return GroupReader(
+            data, chosen, tokenize, tmp_path / "bad_rows.jsonl", rewards=rewards, eval_rewards=eval_rewards
+        )
 
     return make
 

@@ -53,15 +53,17 @@ def test_patience_counts_steps_in_a_row() -> None:
 
 
 def test_rising_rewards_with_a_falling_judge_are_told_of() -> None:
-    guards = RunGuards(GuardsConfig(hacking_window=2), judges=["taste", "length"])
+    guards = RunGuards(GuardsConfig(hacking_window=2), eval_rewards=["taste", "length"])
 
     def seen(reward: float, taste: float, length: float = 1.0) -> list[str]:
-        return guards.watch({"eval/reward": reward, "eval/judges/taste": taste, "eval/judges/length": length})
+        return guards.watch(
+            {"eval/reward": reward, "eval/eval_rewards/taste": taste, "eval/eval_rewards/length": length}
+        )
 
     assert seen(0.1, 0.9) == [] and seen(0.5, 0.2) == [], "two evaluations are no window of two"
     (text,) = seen(0.6, 0.7)
     assert "rose by 0.5" in text and "'taste' fell from 0.9 to 0.7" in text
-    assert seen(0.7, 0.8) == [], "over the last two the judge rose as well"
+    assert seen(0.7, 0.8) == [], "over the last two the evaluation reward rose as well"
     assert seen(0.5, 0.1) == [], "the reward fell too"
     assert guards.watch({"kl": 3.0}) == [], "a step without an evaluation says nothing about it"
 

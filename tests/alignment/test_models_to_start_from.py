@@ -117,12 +117,12 @@ def test_every_place_that_names_a_model_may_name_a_run(run_settings: Settings) -
             "model": {"path": str(folder), "lora": {"start": str(folder)}},
             "critic": {"path": str(folder)},
             "rewards": [{"name": "model", "path": str(folder)}, {"name": "sentiment"}],
-            "judges": [{"name": "model", "path": str(folder)}],
+            "eval_rewards": [{"name": "model", "path": str(folder)}],
         }
     )
     pinned = with_checkpoints(named)
     places = [pinned.model.path, pinned.model.lora and pinned.model.lora.start, pinned.critic.path]
-    places += [getattr(scorer, "path", None) for scorer in (pinned.rewards[0], pinned.judges[0])]
+    places += [getattr(scorer, "path", None) for scorer in (pinned.rewards[0], pinned.eval_rewards[0])]
     assert places == [str(find_checkpoint(folder))] * 5
     assert with_checkpoints(pinned) == pinned
 

@@ -60,7 +60,7 @@ def sampling_run(run_settings: Settings, write_rows: Callable[..., Path]) -> Set
         "algorithm": {"name": "grpo"},
         "rollout": {"engine": "local", "completions": 4, "max_tokens": 6},
         "rewards": [named(letters)],
-        "judges": [named(shortness)],
+        "eval_rewards": [named(shortness)],
         "optim": {"lr": 1e-3, "schedule": "constant"},
     }
 
@@ -146,7 +146,7 @@ LEARNERS: dict[str, Settings] = {
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_a_simple_rule_is_learned(kind: str, sampling_run: Settings) -> None:
     rollout = {**sampling_run["rollout"], "completions": 16, "max_tokens": 4}
-    settings = {**sampling_run, **LEARNERS[kind], "rollout": rollout, "judges": []}
+    settings = {**sampling_run, **LEARNERS[kind], "rollout": rollout, "eval_rewards": []}
     folder = run(settings, steps=20, optim={"lr": 1e-2, "schedule": "constant"})
     rewards = [line["reward"] for line in read_metrics(folder) if line["step"]]
     first, last = (sum(part) / len(part) for part in (rewards[:3], rewards[-3:]))

@@ -93,7 +93,7 @@ def test_texts_that_were_not_precomputed_are_never_held_against_the_actor_itself
     settings = {
         **run_settings,
         "model": {**run_settings["model"], "lora": lora},
-        "judges": [{"name": f"{__name__}:shortness"}],
+        "eval_rewards": [{"name": f"{__name__}:shortness"}],
         "rollout": {"engine": "local", "max_tokens": 6},
         "optim": {"lr": 1e-2, "schedule": "constant"},
     }

@@ -460,7 +460,7 @@ def test_scorers_survive_the_way_to_a_worker() -> None:
         **GOOD,
         "algorithm": {"name": "grpo"},
         "rewards": [{"name": "length", "target": 3, "weight": -1}, {"name": here(scripted), "kwargs": {"a": [1]}}],
-        "judges": [{"name": "model", "path": "somewhere"}],
+        "eval_rewards": [{"name": "model", "path": "somewhere"}],
     }
     config = check_config(tree, kind=RunConfig)
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
@@ -472,10 +472,10 @@ def test_the_schema_knows_every_scorer_and_describes_every_key() -> None:
     check = jsonschema.Draft202012Validator(schema)
     good = {**GOOD, "algorithm": {"name": "dpo"}}
     for right in ({"name": "length", "target": 3}, {"name": "my.own:function", "kwargs": {}}, {"name": "sentiment"}):
-        assert check.is_valid({**good, "rewards": [right], "judges": [right]}), right
+        assert check.is_valid({**good, "rewards": [right], "eval_rewards": [right]}), right
     for wrong in ({"name": "lenght"}, {"name": "length", "targte": 3}, {"name": "regex"}, {"weight": 1}):
         assert not check.is_valid({**good, "rewards": [wrong]}), wrong
-        assert not check.is_valid({**good, "judges": [wrong]}), wrong
+        assert not check.is_valid({**good, "eval_rewards": [wrong]}), wrong
     alternatives = schema["properties"]["rewards"]["items"]["anyOf"]
     assert len(alternatives) == len(scorer_names()) + 1
     undescribed = [

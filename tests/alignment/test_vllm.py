@@ -40,7 +40,7 @@ from tests.rollouts import submit
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_LENGTH = 96
-TINY = RolloutConfig(cache_gb=0.05, max_sequences=32, timeout_s=120)
+TINY = RolloutConfig(kv_cache_gib=0.05, max_num_seqs=32, timeout_s=120)
 PROMPTS = [Prompt(tokens=tuple(range(20 + i, 60 + 2 * i)), seed=i) for i in range(4)]
 
 

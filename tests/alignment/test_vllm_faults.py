@@ -227,7 +227,7 @@ if __name__ == "__main__":
             from safetensors.torch import load_file
             yield from load_file(Path(sys.argv[1]) / "model.safetensors").items()
 
-    model, rollout = ModelConfig(path=sys.argv[1], dtype="fp32"), RolloutConfig(cache_gb=0.05)
+    model, rollout = ModelConfig(path=sys.argv[1], dtype="fp32"), RolloutConfig(kv_cache_gib=0.05)
     settings = RolloutEngineSettings.for_run(model, rollout, max_length=96, device="cpu", threads=1)
     pool = local_generator(settings)
     pool.load(Whole())
@@ -289,13 +289,13 @@ def test_a_window_that_is_longer_than_the_models_ends_the_start_with_both_figure
 @pytest.mark.slow
 def test_a_start_that_fails_in_vllms_own_process_says_why_there(tmp_path: Path) -> None:
     config = ModelConfig(path=str(write_model(tmp_path, tied=True)), dtype="fp32")
-    small = dataclasses.replace(settings_of(config), rollout=RolloutConfig(cache_gb=0.00002), max_length=512)
+    small = dataclasses.replace(settings_of(config), rollout=RolloutConfig(kv_cache_gib=0.00002), max_length=512)
     with pytest.raises(RolloutError) as raised:
         local_generator(small)
     print(raised.value)
     assert re.search(
         r"one request of data\.max_length = 512 tokens needs [\w. ]+ GiB of key-value cache, and there are "
-        r"[\w. ]+ GiB\. Raise rollout\.cache_gb, or lower data\.max_length",
+        r"[\w. ]+ GiB\. Raise rollout\.kv_cache_gib, or lower data\.max_length",
         str(raised.value),
     )
     assert "See root cause" not in str(raised.value)

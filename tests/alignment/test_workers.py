@@ -116,7 +116,7 @@ def train_with_key(world: World, settings: Settings, key: str | None) -> None:
 
 def test_a_key_that_is_missing_on_one_machine_ends_all(run_settings: Settings) -> None:
     judge = {"name": "http", "url": "http://127.0.0.1:9/v1/rewards", "key_env": "KEY_OF_THE_JUDGE"}
-    settings = {**run_settings, "judges": [judge], "rollout": {"engine": "local"}}
+    settings = {**run_settings, "eval_rewards": [judge], "rollout": {"engine": "local"}}
     error = same_error(run_two(train_with_key, (settings, "secret"), (settings, None)))
     assert isinstance(error, ConfigError) and "KEY_OF_THE_JUDGE" in str(error)
 

@@ -169,7 +169,7 @@ def measured(args: argparse.Namespace, method: str, strength: float) -> list[Poi
     file = args.folder / f"{name}.json"
     file.write_text(json.dumps(settings_of(args, method, strength, name)), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "cluster", str(file)], check=True)
-    rewards = {"dpo": "eval/judges/sentiment", "ppo": "eval/reward"}
+    rewards = {"dpo": "eval/eval_rewards/sentiment", "ppo": "eval/reward"}
     return [
         Point(
             method=method,
@@ -216,7 +216,7 @@ def settings_of(args: argparse.Namespace, method: str, strength: float, name: st
         **shared,
         "algorithm": {"name": "dpo", "beta": strength},
         "data": {"path": str(args.folder / "pairs.jsonl"), "max_length": 128, "eval": held_out},
-        "judges": [{"name": "sentiment"}],
+        "eval_rewards": [{"name": "sentiment"}],
     }
 
 

@@ -245,7 +245,7 @@ def run_config(job: Job) -> RunConfig:
                 "completions": COMPLETIONS,
                 "max_tokens": MAX_TOKENS,
                 "steps_ahead": job.steps_ahead,
-                "cache_gb": 0.125,
+                "kv_cache_gib": 0.125,
             },
             "rewards": [{"name": "tests.benchmarks.grpo:brevity"}],
             "optim": {"lr": LR, "schedule": "constant", "micro_batch_tokens": job.micro_batch_tokens},

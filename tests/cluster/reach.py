@@ -1,8 +1,8 @@
 """Whom the pods of configs/cluster have to reach, told from what they run, and whether the NetworkPolicies let them.
 
 A pod's needs come from its own arguments: a database from `feedback.database`, an endpoint from `data.path`, a reward
-server from `rewards` and `judges`, a hub from the id of a model. Kubernetes' rule for policies is kept here as it is: a
-pod that no policy selects may do anything, and one that is selected only what some policy allows.
+server from `rewards` and `eval_rewards`, a hub from the id of a model. Kubernetes' rule for policies is kept here as it
+is: a pod that no policy selects may do anything, and one that is selected only what some policy allows.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def needs_of_run(run: ClusterRunConfig) -> list[Need]:
     sources = [*run.data.sources, *([run.data.eval] if run.data.eval else [])]
     needs = [need for source in sources for need in _source(source)]
     models = [run.model.path, run.model.lora.start if run.model.lora else None]
-    for scorer in (*run.rewards, *run.judges):
+    for scorer in (*run.rewards, *run.eval_rewards):
         if url := getattr(scorer, "url", None):
             needs.append(_url(url, f"scorer {scorer.name}", getattr(scorer, "key_env", None)))
         models.append(getattr(scorer, "path", None))

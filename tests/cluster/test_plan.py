@@ -34,7 +34,7 @@ def sampling(cluster: Settings, **rollout: Any) -> ClusterRunConfig:
 
 
 def test_engines_get_the_gpus_that_they_spread_over_without_being_told() -> None:
-    wanted = plan(sampling({"workers": 6, "gpus_per_worker": 1}, tensor_parallel=2))
+    wanted = plan(sampling({"workers": 6, "gpus_per_worker": 1}, tensor_parallel_size=2))
     assert wanted.engine_resources == {"GPU": 2.0}
     assert plan(sampling({"workers": 2})).engine_resources == {}, "beside workers on CPUs they need none"
 
@@ -45,13 +45,17 @@ def test_engines_get_the_gpus_that_they_spread_over_without_being_told() -> None
         ({"gpus_per_engine": 0}, {}, r"gpus_per_engine 0 beside workers with GPUs .* onto a worker's GPU"),
         (
             {"gpus_per_engine": 1},
-            {"tensor_parallel": 2},
-            r"gpus_per_engine \(1\) must be rollout\.tensor_parallel \(2\)",
+            {"tensor_parallel_size": 2},
+            r"gpus_per_engine \(1\) must be rollout\.tensor_parallel_size \(2\)",
         ),
-        ({"gpus_per_engine": 4}, {}, r"gpus_per_engine \(4\) must be rollout\.tensor_parallel \(1\)"),
+        ({"gpus_per_engine": 4}, {}, r"gpus_per_engine \(4\) must be rollout\.tensor_parallel_size \(1\)"),
         ({"gpus_per_engine": 0.5}, {}, r"takes a whole one, and 1 \+ 0\.5 > 1"),
         ({"gpus_per_worker": 4}, {}, r"gpus_per_worker \(4\) must be 0 or 1.*cluster\.workers=8"),
-        ({"gpus_per_worker": 0}, {"tensor_parallel": 2}, r"tensor_parallel \(2\) spreads an engine over GPUs"),
+        (
+            {"gpus_per_worker": 0},
+            {"tensor_parallel_size": 2},
+            r"tensor_parallel_size \(2\) spreads an engine over GPUs",
+        ),
     ],
 )
 def test_gpus_that_would_be_shared_or_wasted_are_refused(cluster: Settings, rollout: Settings, text: str) -> None:
@@ -62,29 +66,29 @@ def test_gpus_that_would_be_shared_or_wasted_are_refused(cluster: Settings, roll
 def test_what_no_node_can_hold_is_refused_however_large_the_sum() -> None:
     nodes = [{"CPU": 16.0, "GPU": 4.0}] * 4
     with pytest.raises(ConfigError, match=r"each engine takes 8 GPU of one node .* 4 node\(s\) with 16 CPU and 4 GPU"):
-        check_fits(plan(sampling({"workers": 4, "gpus_per_worker": 1}, tensor_parallel=8)), nodes=nodes)
+        check_fits(plan(sampling({"workers": 4, "gpus_per_worker": 1}, tensor_parallel_size=8)), nodes=nodes)
     with pytest.raises(ConfigError, match=r"each worker takes 32 CPU and 1 GPU of one node"):
         check_fits(plan(sampling({"workers": 1, "gpus_per_worker": 1, "cpus_per_worker": 32})), nodes=nodes)
 
 
 def test_bins_are_counted_and_not_sums() -> None:
     """Three engines of 4 GPUs and 4 workers are 16 GPUs, which two nodes of 6 and one of 4 have, but not for them."""
-    wanted = plan(sampling({"workers": 4, "gpus_per_worker": 1, "engines": 3}, tensor_parallel=4))
+    wanted = plan(sampling({"workers": 4, "gpus_per_worker": 1, "engines": 3}, tensor_parallel_size=4))
     fitting = [{"CPU": 64.0, "GPU": 6.0}, {"CPU": 64.0, "GPU": 6.0}, {"CPU": 64.0, "GPU": 4.0}]
     check_fits(wanted, nodes=fitting)
     split = [{"CPU": 64.0, "GPU": 7.0}, {"CPU": 64.0, "GPU": 7.0}, {"CPU": 64.0, "GPU": 2.0}]
     with pytest.raises(ConfigError, match=r"cluster\.engines \(3\) of 4 GPU do not fit, .* no room for all engines"):
         check_fits(wanted, nodes=split)
     busy = [{"CPU": 1.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}]
-    many = plan(sampling({"workers": 8, "gpus_per_worker": 1, "engines": 1}, tensor_parallel=4))
+    many = plan(sampling({"workers": 8, "gpus_per_worker": 1, "engines": 1}, tensor_parallel_size=4))
     check_fits(many, nodes=busy)  # the engine goes where there are no cores
-    more = plan(sampling({"workers": 10, "gpus_per_worker": 1, "engines": 1}, tensor_parallel=4))
+    more = plan(sampling({"workers": 10, "gpus_per_worker": 1, "engines": 1}, tensor_parallel_size=4))
     with pytest.raises(ConfigError, match=r"have room for 9 workers"):
         check_fits(more, nodes=busy)
 
 
 def test_the_sum_is_refused_with_the_arithmetic() -> None:
-    wanted = plan(sampling({"workers": 7, "gpus_per_worker": 1, "engines": 1}, tensor_parallel=2))
+    wanted = plan(sampling({"workers": 7, "gpus_per_worker": 1, "engines": 1}, tensor_parallel_size=2))
     text = r"workers \(7\) × 1 GPU \+ cluster\.engines \(1\) × 2 GPU = 9 GPU, but there are 8"
     with pytest.raises(ConfigError, match=text):
         check_fits(wanted, nodes=[EIGHT_GPUS])
@@ -145,8 +149,8 @@ def test_without_ray_trainer_and_engine_do_not_share_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"= 2, of 1 here\. .* on a machine with more GPUs"):
         check_machine(config, gpus=1)
     assert check_machine(config, gpus=0) == ""
-    with pytest.raises(ConfigError, match=r"tensor_parallel \(2\) spreads an engine over GPUs"):
-        check_machine(sampling({"workers": 0}, tensor_parallel=2), gpus=0)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size \(2\) spreads an engine over GPUs"):
+        check_machine(sampling({"workers": 0}, tensor_parallel_size=2), gpus=0)
 
 
 def test_without_ray_gpus_that_stand_idle_are_told() -> None:

@@ -54,7 +54,7 @@ REWARD = '{name: http, url: "http://raylign-reward:8100/score", key_env: RAYLIGN
     "settings",
     [
         f"'rewards=[{REWARD}]'",
-        f"'judges=[{REWARD}]'",
+        f"'eval_rewards=[{REWARD}]'",
         "data.path=postgresql+psycopg://raylign@raylign-database/raylign",
         "model.path=meta-llama/Llama-3.2-1B-Instruct",
         "'rewards=[{name: http, url: \"https://judge.example/score\"}]'",
@@ -66,7 +66,7 @@ def test_runs_reach_reward_servers_judges_the_database_and_hubs(settings: str) -
 
 UNREACHABLE = {
     "a judge on a port of its own": (
-        "'judges=[{name: http, url: \"https://judge.example:8443/score\"}]'",
+        "'eval_rewards=[{name: http, url: \"https://judge.example:8443/score\"}]'",
         "raylign-train/gpu: scorer http: judge.example:8443: no egress",
     ),
     "a service that is not there": (
@@ -78,7 +78,7 @@ UNREACHABLE = {
         "raylign-reward:80: its Service has no pod or no such port",
     ),
     "a key that no pod has": (
-        "'judges=[{name: http, url: \"https://judge.example/score\", key_env: JUDGE_KEY}]'",
+        "'eval_rewards=[{name: http, url: \"https://judge.example/score\", key_env: JUDGE_KEY}]'",
         "JUDGE_KEY does not come from a Secret",
     ),
     "an endpoint elsewhere in the cluster": (
