@@ -14,13 +14,13 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import CheckpointError
+from alignment.files import flush_to_disk
 from alignment.identity import Identity, check_same_run, identify
 from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
@@ -293,17 +293,8 @@ def commit(folder: Path) -> str:
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir() or path.stat().st_nlink == 1:  # a file that is hard-linked elsewhere keeps its mode
             path.chmod(0o755 if path.is_dir() else 0o644)  # the endpoint may run as another user
-        to_disk(path)
+        flush_to_disk(path)
     return mark
-
-
-def to_disk(path: Path) -> None:
-    """Flushes a file or folder from the system's memory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoints_of(run_folder: Path) -> Path:
@@ -398,7 +389,7 @@ def _write(
         commit(temporary_folder)
         shutil.rmtree(folder, ignore_errors=True)
         temporary_folder.rename(folder)
-        to_disk(folder.parent)
+        flush_to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(temporary_folder, ignore_errors=True)
         raise

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from alignment.files import replace_atomically
+
 Metrics = dict[str, float]
 """Figures of a step or an evaluation, by name."""
 
@@ -106,9 +108,8 @@ class FileReporter:
         """Drops the metrics of later steps, and shows the progress bar."""
         self._steps = steps
         lines = [line for line in _lines(self.file) if json.loads(line)["step"] <= step] if step else []
-        temporary_file = self.file.with_suffix(".unfinished")
-        temporary_file.write_text("".join(lines))
-        temporary_file.rename(self.file)
+        with replace_atomically(self.file) as partial_file:
+            partial_file.write_text("".join(lines), encoding="utf-8")
         self._bar = self._bar_class(total=steps, desc="training")
         self._bar.update(step)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from alignment.distributed.world import World, run_on_main
 from alignment.errors import CheckpointError
+from alignment.files import replace_atomically
 from alignment.groups import Group
 from alignment.models.folders import weights_stamp
 from alignment.models.roles import Roles
@@ -46,12 +47,10 @@ def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: Worl
 
     def write() -> None:
         """Writes the file of the log-probabilities."""
-        partial_file = file.with_suffix(".unfinished")
         try:
-            save_file({"logprobs": logprobs}, partial_file)
-            partial_file.rename(file)
+            with replace_atomically(file) as partial_file:
+                save_file({"logprobs": logprobs}, partial_file)
         except Exception as error:  # safetensors raises an error class of its own
-            partial_file.unlink(missing_ok=True)
             raise CheckpointError(f"{file} cannot be written: {error}") from error
 
     run_on_main(write if world.is_main else None, world)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignment.files import replace_atomically
+
 SAMPLES = "samples.jsonl"
 """Held-out prompts and the model's answers, with reward, scores and divergence if they are known."""
 PROVENANCE = "provenance.jsonl"
@@ -30,11 +32,9 @@ class RunLog:
             file = self.folder / name
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() and step else []
             complete_rows = [row for row in rows if row.endswith("\n")]  # if the process died, the last may be torn
-            temporary_file = file.with_suffix(".unfinished")
-            temporary_file.write_text(
-                "".join(row for row in complete_rows if json.loads(row)["step"] <= step), encoding="utf-8"
-            )
-            temporary_file.rename(file)
+            kept_text = "".join(row for row in complete_rows if json.loads(row)["step"] <= step)
+            with replace_atomically(file) as partial_file:
+                partial_file.write_text(kept_text, encoding="utf-8")
 
     def write_samples(self, rows: Iterable[dict[str, Any]]) -> None:
         """Appends sampled answers."""

@@ -17,6 +17,7 @@ import typer
 from alignment.environment import NO_BARS, compute_on, inherited_variables
 from alignment.errors import ClusterError, ConfigError
 from alignment.failure import clear_failure, failure_of
+from alignment.files import replace_atomically
 from alignment.settings.plugins import MODULE_FOLDERS
 from alignment.settings.run import ZeroConfig
 from alignment.settings.schema import json_schema
@@ -122,13 +123,10 @@ def _save_config(config: ClusterRunConfig) -> None:
         ConfigError: the folder or the file cannot be written.
     """
     file = config.make_folder() / CONFIG
-    temporary_file = file.with_name(f".{CONFIG}.unfinished")
     try:
-        temporary_file.write_text(config.model_dump_json(indent=1))
-        temporary_file.replace(file)
+        with replace_atomically(file) as partial_file:
+            partial_file.write_text(config.model_dump_json(indent=1), encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary_file.unlink()
         raise ConfigError(f"output {config.output!r}: {file} cannot be written: {error.strerror}") from error
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serving.files import write_atomically
+from alignment.files import write_durably
 from serving.keys import Database, open_store
 
 if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
@@ -110,7 +110,7 @@ def write_entry(folder: Path, entry: AuditEntry) -> bool:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(_file(folder, entry), json.dumps(asdict(entry)).encode())
+        write_durably(_file(folder, entry), json.dumps(asdict(entry)).encode(), mode=0o600)
     except OSError as error:
         logger.error("An entry of the audit trail cannot be written (%s): %s", error.strerror, _line(entry))
         return False

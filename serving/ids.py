@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from serving.files import write_atomically
+from alignment.files import write_durably
 
 ID = re.compile(r"(?:chatcmpl|cmpl|cmp)-([0-9a-f]{20})([0-9a-f]{12})(?:-[0-9]{1,9})?")
 """The id of an answer, or of a group of answers."""
@@ -49,5 +49,5 @@ def _key(folder: Path) -> bytes:
     file = folder / "ids.key"
     with FileLock(folder / ".ids.lock"):
         if not file.is_file():
-            write_atomically(file, secrets.token_bytes(32))
+            write_durably(file, secrets.token_bytes(32), mode=0o600)
         return file.read_bytes()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from alignment.errors import ConfigError
-from serving.files import write_atomically
+from alignment.files import write_durably
 
 if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
     from serving.store import Store
@@ -90,7 +90,7 @@ class KeyCache:
         """
         content = json.dumps({"database": self._database, "keys": [asdict(key) for key in keys]}).encode()
         if content != self._content:
-            write_atomically(self._file, content)
+            write_durably(self._file, content, mode=0o600)
             self._content = content
 
 

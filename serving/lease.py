@@ -22,7 +22,8 @@ from filelock import FileLock
 from pydantic import TypeAdapter
 
 from alignment.errors import CheckpointError, ServingError
-from serving.registry import HEARTBEAT_TIMEOUT_S, Registry, format_time, read_file, write_file
+from alignment.files import write_durably
+from serving.registry import HEARTBEAT_TIMEOUT_S, Registry, format_time, read_file
 
 logger = logging.getLogger("ray.serve")
 
@@ -240,7 +241,7 @@ class Tenant:
             return
         fresh = Lease(owner=self._owner, url=self._url, began=time.time(), processes=())
         new_lease = replace(lease or fresh, processes=(*other_processes, *own_processes))
-        write_file(self._file, LEASES.dump_json(new_lease, indent=1))
+        write_durably(self._file, LEASES.dump_json(new_lease, indent=1))
 
 
 def _machine_name() -> str:

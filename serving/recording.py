@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.files import write_durably
 from alignment.rewards.remote import ChatMessage
-from serving.files import write_atomically
 from serving.store import Store
 from serving.store.records import GenerationRecord, RecordedAnswer, StoreAway, StoreError, StoreFull
 
@@ -100,7 +100,7 @@ class Recorder:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(file, _to_json(group))
+            write_durably(file, _to_json(group), mode=0o600)
         except OSError as problem:
             self._report_loss(f"it cannot be kept in {self._folder} ({problem.strerror})", "no file")
             return

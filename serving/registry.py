@@ -40,10 +40,10 @@ from alignment.checkpoint import (
     checkpoint_or_path,
     checkpoints_of,
     commit,
-    to_disk,
     verify,
 )
 from alignment.errors import CheckpointError, ServingError
+from alignment.files import flush_to_disk, write_durably
 from alignment.metrics import read_metrics
 from alignment.models.folders import BUNDLED, KEPT_BASES, base_of, bundled_folder, is_adapter, is_merged
 from serving.bases import base_stamp
@@ -451,7 +451,7 @@ class Registry:
                 if replace(new_state, pending=state.pending) != state:
                     new_state = replace(new_state, serial=state.serial + 1)
                 if new_state != state:
-                    write_file(self._state_file, STATES.dump_json(new_state, indent=1))
+                    write_durably(self._state_file, STATES.dump_json(new_state, indent=1))
                 return new_state
         except OSError as error:
             raise CheckpointError(f"{self._state_file} cannot be written: {error}") from error
@@ -488,7 +488,7 @@ class Registry:
         if origin == folder:
             return version
         updated_version = replace(version, stamp=_files_stamp(origin, folder), source=str(origin))
-        write_file(folder.with_suffix(".json"), VERSIONS.dump_json(updated_version, indent=1))
+        write_durably(folder.with_suffix(".json"), VERSIONS.dump_json(updated_version, indent=1))
         return updated_version
 
     def _keep_base(self, base: str) -> None:
@@ -502,7 +502,7 @@ class Registry:
         staging_folder.mkdir()
         _copy(folder, staging_folder)
         staging_folder.rename(self._bases_folder / folder.name)
-        to_disk(self._bases_folder)
+        flush_to_disk(self._bases_folder)
 
     def _find_by_content(self, content: str) -> Version | None:
         """The intact version with this content hash, if there is one."""
@@ -529,9 +529,9 @@ class Registry:
             **_training_history(origin),
         )
         folder = self._version_folder(version.number)
-        write_file(folder.with_suffix(".json"), VERSIONS.dump_json(version, indent=1))
+        write_durably(folder.with_suffix(".json"), VERSIONS.dump_json(version, indent=1))
         staging_folder.rename(folder)
-        to_disk(self._versions_folder)
+        flush_to_disk(self._versions_folder)
         return version
 
     def _version_folder(self, number: int) -> Path:
@@ -722,14 +722,3 @@ def read_file(file: Path, kind: TypeAdapter[Content]) -> Content | None:
         return None
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: it does not hold what was written there") from error
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Replaces a file atomically, and returns when it is on the disk. The caller must hold a lock."""
-    temporary_file = file.with_name(f".{file.name}.unfinished")
-    with temporary_file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary_file.replace(file)
-    to_disk(file.parent)

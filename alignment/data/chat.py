@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from alignment.data.control_tokens import ControlTokens, Span
 from alignment.data.rendering import RenderedAnswer, Renderer, TemplateInputs
 from alignment.errors import ConfigError, DataError
+from alignment.files import replace_atomically
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import DataConfig
 
@@ -93,9 +94,8 @@ def run_date(folder: Path) -> datetime.date:
     if file.is_file():
         return datetime.date.fromisoformat(file.read_text(encoding="utf-8").strip())
     today = datetime.date.today()
-    partial_file = file.with_suffix(".part")
-    partial_file.write_text(f"{today.isoformat()}\n", encoding="utf-8")
-    partial_file.replace(file)
+    with replace_atomically(file) as partial_file:
+        partial_file.write_text(f"{today.isoformat()}\n", encoding="utf-8")
     return today
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from alignment.data.sources import is_live, read_rows
 from alignment.distributed.world import World, run_on_main
 from alignment.errors import DataError
+from alignment.files import replace_atomically
 from alignment.settings.data import DataConfig, SourceConfig
 
 FOLDER = "data"
@@ -68,15 +69,13 @@ def _snapshot_source(source: Source, run_folder: Path, notes: list[str]) -> Sour
 
 def _write_rows(source: SourceConfig, file: Path) -> int:
     """Writes the rows and returns their number. An unreadable row is written as a text, so that it stays a bad row."""
-    partial_file = file.with_suffix(".unfinished")
     num_rows = 0
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file.open("w", encoding="utf-8") as stream:
+        with replace_atomically(file) as partial_file, partial_file.open("w", encoding="utf-8") as stream:
             for _, row in read_rows(source):
                 stream.write(json.dumps(row if isinstance(row, dict) else str(row)) + "\n")
                 num_rows += 1
-        partial_file.rename(file)
     except OSError as error:
         raise DataError(f"{file}: the rows of {source.path} cannot be written: {error}") from error
     return num_rows

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from alignment.files import write_durably
 from serving import lease as module
 from serving.lease import FILE, LEASES, Lease, LeaseTaken, Process, Tenant, lease_of
-from serving.registry import Registry, write_file
+from serving.registry import Registry
 from tests.conftest import free_port
 from tests.serving.tiny import whole
 
@@ -49,7 +50,7 @@ def elsewhere(registry: Registry, *, age_s: float = 0.0, owner: str = "theirs") 
     process = Process(host="node-7", machine="m7", pid=17, started="1", heartbeat=time.time() - age_s)
     lease = Lease(owner=owner, url="http://node-7:8000", began=1.7e9, processes=(process,))
     registry.folder.mkdir(parents=True, exist_ok=True)
-    write_file(registry.folder / FILE, LEASES.dump_json(lease))
+    write_durably(registry.folder / FILE, LEASES.dump_json(lease))
     return lease
 
 
@@ -101,7 +102,7 @@ def test_a_process_that_got_a_dead_one_s_number_is_not_taken_for_it(
     ours = module._current_process()
     lease = Lease(owner="theirs", url=URL, began=1.7e9, processes=(replace(ours, started="another time"),))
     registry.folder.mkdir(parents=True)
-    write_file(registry.folder / FILE, LEASES.dump_json(lease))
+    write_durably(registry.folder / FILE, LEASES.dump_json(lease))
     assert tenants("ours").acquire()
 
 
