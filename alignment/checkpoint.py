@@ -1,17 +1,14 @@
-"""Checkpoints: Hugging Face folders with the trainer's state, written atomically, and verified before use.
+"""Saves and restores the state of a run: a checkpoint is the folder of its model with the trainer's state beside it.
 
 runs/NAME/checkpoints/step-00000100/
-    config.json, model.safetensors, tokenizer.json …     what transformers, peft and vLLM open
+    config.json, model.safetensors, tokenizer.json …     see `alignment.models.model_folder`
     trainer/state.json, trainer/tensors.safetensors      step, cursor, fp32 masters, moments, random states
     trainer/rollouts.safetensors                         rollouts for later steps, if there are any
-    manifest.json                                        sha256 and size of every file
-    COMMITTED                                            sha256 of the manifest; written last
+    manifest.json, COMMITTED                             written last, so that it is complete or absent
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import logging
 import shutil
@@ -22,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 from alignment.errors import CheckpointError
 from alignment.files import flush_to_disk
 from alignment.identity import Identity, check_same_run, identify
+from alignment.models.model_folder import TRAINER, ModelFolder
+from alignment.run_folder import checkpoint_or_path as checkpoint_or_path  # for rollout.vllm, which is being moved
 from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
 
-if TYPE_CHECKING:  # looking for a checkpoint, as the endpoint does, needs no torch
+if TYPE_CHECKING:  # who reads the name of a file here, as the endpoint does, needs no torch
     import torch
     from torch import Tensor
 
@@ -36,8 +35,6 @@ if TYPE_CHECKING:  # looking for a checkpoint, as the endpoint does, needs no to
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, COMMITTED, CHECKPOINTS = "manifest.json", "COMMITTED", "checkpoints"
-TRAINER = "trainer/"
 STATE, TENSORS = f"{TRAINER}state.json", f"{TRAINER}tensors.safetensors"
 ROLLOUTS = f"{TRAINER}rollouts.safetensors"
 PREFIXES: dict[Role, str] = {"actor": "", "critic": "critic."}
@@ -95,13 +92,13 @@ def save(
     weights = roles.actor_backend.gather_weights(only_trained=roles.actor.has_adapter)
 
     def write() -> None:
-        folder = checkpoints_of(config.folder) / f"step-{progress.step:08d}"
+        folder = config.run_folder.checkpoint(progress.step)
         state = {**asdict(progress), "identity": identity.fixed_settings, "adjustable": identity.adjustable_settings}
         try:
             _write(folder, roles.actor, weights, state, {TENSORS: tensors, ROLLOUTS: rollouts or {}})
         except Exception as error:  # transformers, peft, safetensors and tokenizers have errors of their own
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
-        for old_folder in _folders(config.folder)[config.checkpoint.keep :]:
+        for old_folder in config.run_folder.checkpoints()[config.checkpoint.keep :]:
             shutil.rmtree(old_folder, onerror=_warn_about_deletion)
 
     run_on_main(write if world.is_main else None, world)
@@ -123,7 +120,7 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
     from alignment.distributed.world import run_on_main
 
     def attempt() -> str | None:
-        checkpoints_folder = checkpoints_of(config.folder)
+        checkpoints_folder = config.run_folder.checkpoints_folder
         trial, actor = checkpoints_folder / ".trial", roles.actor
         try:
             (trial / TRAINER).mkdir(parents=True, exist_ok=True)
@@ -152,7 +149,7 @@ def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World
     Raises:
         CheckpointError: the checkpoint belongs to another model, algorithm or data set.
     """
-    folder = world.from_main(newest_intact(config.folder) if world.is_main else None)
+    folder = world.from_main(config.run_folder.newest_intact() if world.is_main else None)
     if folder is None:
         progress = Progress(step=0, position=0, kl_coefficient=roles.algorithm.init_kl_coef)
         return ResumeState(progress=progress)
@@ -176,137 +173,6 @@ def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World
     )
 
 
-def find_checkpoint(path: Path, *, only_model: bool = False) -> Path:
-    """Resolves a path to a verified checkpoint: the path itself, or the newest intact one of a run's folder.
-
-    Args:
-        only_model: whether to verify the model alone; see `verify`.
-
-    Raises:
-        CheckpointError: there is none, or the path is a damaged checkpoint.
-    """
-    if (path / MANIFEST).is_file() or (path / COMMITTED).is_file():
-        verify(path, only_model=only_model)
-        return path
-    newest = newest_intact(path, only_model=only_model)
-    if newest is None:
-        hint = ": this run has none (yet)" if is_run(path) else ""
-        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with an intact one{hint}")
-    return newest
-
-
-def checkpoint_or_path(path: str) -> str:
-    """Resolves the folder of one of our runs or checkpoints to a verified checkpoint; returns any other path unchanged.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or the run has none.
-    """
-    folder = Path(path).expanduser()
-    if folder.name == CHECKPOINTS and is_run(folder.parent):
-        folder = folder.parent
-    is_ours = is_run(folder) or any((folder / mark).is_file() for mark in (COMMITTED, MANIFEST))
-    return str(find_checkpoint(folder, only_model=True)) if is_ours else path
-
-
-def is_run(folder: Path) -> bool:
-    """True for the folder of a run, even before its first checkpoint; false for the folder of a model."""
-    settings = _settings(folder / "config.json")
-    if "model_type" in settings:
-        return False
-    return {"algorithm", "data"} <= settings.keys() or checkpoints_of(folder).is_dir()
-
-
-def newest_intact(run_folder: Path, *, only_model: bool = False) -> Path | None:
-    """The newest checkpoint of a run that passes verification. Damaged newer ones are moved to `quarantine`."""
-    for folder in _folders(run_folder):
-        try:
-            verify(folder, only_model=only_model)
-            return folder
-        except CheckpointError as error:
-            logger.warning("%s; %s, trying the one before", error, _set_aside(folder, run_folder / "quarantine"))
-    return None
-
-
-def _set_aside(folder: Path, quarantine: Path) -> str:
-    """Moves a damaged checkpoint to another folder if possible; returns what was done, in words."""
-    target = quarantine / folder.name
-    try:
-        quarantine.mkdir(exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
-    except OSError as error:
-        return f"it cannot be moved to {target} ({error.strerror})"
-    return f"moved to {target}"
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty if there is none."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-def verify(folder: Path, *, only_model: bool = False) -> None:
-    """Compares all files with the manifest, and the manifest with the commit mark.
-
-    Args:
-        only_model: whether to verify the model alone, without reading the trainer's state, which is larger.
-
-    Raises:
-        CheckpointError: a file is missing or differs; the text names it.
-    """
-    try:
-        manifest = (folder / MANIFEST).read_bytes()
-        commit_mark = (folder / COMMITTED).read_text()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing") from error
-    if hashlib.sha256(manifest).hexdigest() != commit_mark.strip():
-        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} is not the one that was committed")
-    for name, entry in json.loads(manifest).items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            )
-        if only_model and name.startswith(TRAINER):
-            continue
-        if (_digest(file) if only_model else _sha256(file)) != entry["sha256"]:
-            raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
-
-
-def commit(folder: Path) -> str:
-    """Writes the manifest of a folder's files and the commit mark, and flushes everything to the disk.
-
-    Returns:
-        sha256 of the manifest in hex; it is the same for folders with the same files.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    entries = {str(file.relative_to(folder)): {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
-    manifest = json.dumps(entries, indent=1)
-    mark = hashlib.sha256(manifest.encode()).hexdigest()
-    (folder / MANIFEST).write_text(manifest)
-    (folder / COMMITTED).write_text(mark)
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir() or path.stat().st_nlink == 1:  # a file that is hard-linked elsewhere keeps its mode
-            path.chmod(0o755 if path.is_dir() else 0o644)  # the endpoint may run as another user
-        flush_to_disk(path)
-    return mark
-
-
-def checkpoints_of(run_folder: Path) -> Path:
-    """The folder with a run's checkpoints."""
-    return run_folder / CHECKPOINTS
-
-
-def _folders(run_folder: Path) -> list[Path]:
-    """The folders of a run's checkpoints, newest first."""
-    return sorted(checkpoints_of(run_folder).glob("step-*"), reverse=True)
-
-
 def _warn_about_deletion(_: object, path: str, problem: Any) -> None:
     """Logs that a file of an old checkpoint cannot be deleted; an error handler of `shutil.rmtree`."""
     logger.warning("%s, of an older checkpoint, cannot be deleted: %s", path, problem[1])
@@ -324,14 +190,14 @@ def _note_of_room(config: RunConfig, needed_bytes: int, free_bytes: int) -> str 
     """
     needed_gb, free_gb = needed_bytes / 1e9, free_bytes / 1e9
     figures = (
-        f"{checkpoints_of(config.folder)}: a checkpoint of this run takes {needed_gb:.3g} GB, and {free_gb:.3g} GB are "
-        "free"
+        f"{config.run_folder.checkpoints_folder}: a checkpoint of this run takes {needed_gb:.3g} GB, and "
+        f"{free_gb:.3g} GB are free"
     )
     if free_bytes < needed_bytes:
         raise CheckpointError(f"{figures}. Free some, or name another place with output=…")
     # While a checkpoint is written, there is one more than the run keeps.
     num_checkpoints = config.checkpoint.keep + 1 if config.checkpoint.every else 1
-    if free_bytes < needed_bytes * (num_checkpoints - len(_folders(config.folder))):
+    if free_bytes < needed_bytes * (num_checkpoints - len(config.run_folder.checkpoints())):
         return (
             f"WARNING: {figures}, while the run will need {num_checkpoints} at once (checkpoint.keep, and one being "
             "written)"
@@ -386,7 +252,7 @@ def _write(
             if content:
                 cpu_tensors = {name: tensor.cpu().contiguous() for name, tensor in content.items()}
                 save_file(cpu_tensors, temporary_folder / file)
-        commit(temporary_folder)
+        ModelFolder(temporary_folder).commit()
         shutil.rmtree(folder, ignore_errors=True)
         temporary_folder.rename(folder)
         flush_to_disk(folder.parent)
@@ -401,24 +267,6 @@ def _write_model(folder: Path, actor: LanguageModel, weights: dict[str, Tensor])
     if not actor.network.can_generate():
         actor.network.config.save_pretrained(folder)  # peft does not write it for the adapter of a reward model
     actor.tokenizer.save_pretrained(folder)
-
-
-def _sha256(file: Path) -> str:
-    """sha256 of a file in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(file: Path) -> str:
-    """sha256 of a file in hex. An unchanged file is read only once by this process, which may open a model often."""
-    state = file.stat()
-    return _cached_sha256(file, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_sha256(file: Path, size: int, modified_ns: int, changed_ns: int, inode: int) -> str:
-    """sha256 of a file, cached by what changes together with its content."""
-    return _sha256(file)
 
 
 def _random_state(device: torch.device) -> Tensor:

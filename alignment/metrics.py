@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from alignment.files import replace_atomically
+from alignment.run_folder import RunFolder, append_row, truncate_rows
 
 Metrics = dict[str, float]
 """Figures of a step or an evaluation, by name."""
@@ -80,21 +78,20 @@ class NoteReporter(Silent):
 class FileReporter:
     """Reports to the terminal and to the run's folder."""
 
-    def __init__(self, folder: Path, bar: Any = partial(tqdm, disable=None)) -> None:  # noqa: B008
+    def __init__(self, run_folder: RunFolder, bar: Any = partial(tqdm, disable=None)) -> None:  # noqa: B008
         """Makes the reporter of a run.
 
         Args:
-            folder: the run's folder.
+            run_folder: the run's folder.
             bar: makes the progress bar. Ray has its own for the output of workers. By default, there is a bar if the
                 output goes to a terminal.
         """
         # SummaryWriter is not used, because its thread and queue can deadlock if a signal ends the process.
         from tensorboardX.event_file_writer import EventsWriter
 
-        board = folder / "tensorboard"
-        board.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "metrics.jsonl"
-        self.board = EventsWriter(str(board / "events"))
+        run_folder.tensorboard_folder.mkdir(parents=True, exist_ok=True)
+        self.file = run_folder.metrics_file
+        self.board = EventsWriter(str(run_folder.tensorboard_folder / "events"))
         self._bar_class = bar
         self._bar: Any = None
         self._steps = 0
@@ -107,16 +104,13 @@ class FileReporter:
     def begin(self, step: int, steps: int) -> None:
         """Drops the metrics of later steps, and shows the progress bar."""
         self._steps = steps
-        lines = [line for line in _lines(self.file) if json.loads(line)["step"] <= step] if step else []
-        with replace_atomically(self.file) as partial_file:
-            partial_file.write_text("".join(lines), encoding="utf-8")
+        truncate_rows(self.file, step)
         self._bar = self._bar_class(total=steps, desc="training")
         self._bar.update(step)
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Writes the metrics of a step to all files, and prints its line."""
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_row(self.file, {"step": step, **metrics})
         self._write_event(step, metrics)
         self.note(_line(step, self._steps, metrics))
         if step:
@@ -136,18 +130,6 @@ class FileReporter:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self.board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self.board.flush()
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The metrics of all reported steps of a run, in order."""
-    return [json.loads(line) for line in _lines(run_folder / "metrics.jsonl")]
-
-
-def _lines(file: Path) -> list[str]:
-    """The complete lines of a file. A line that was cut off when the process died is left out."""
-    if not file.exists():
-        return []
-    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _line(step: int, steps: int, metrics: Metrics) -> str:

@@ -40,7 +40,7 @@ def precompute(groups: list[Group], roles: Roles, config: RunConfig, world: Worl
     Raises:
         CheckpointError: the file cannot be written.
     """
-    file = config.folder / f"reference-{_key(groups, roles, config)}.safetensors"
+    file = config.run_folder.reference_file(_key(groups, roles, config))
     if world.from_main(file.is_file()):
         return _attach(groups, load_file(file)["logprobs"])
     logprobs = _compute(groups, roles, config, world, progress=progress)

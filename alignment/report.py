@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from alignment.errors import ConfigError
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 
 PAGE = "report.html"
 # Title, then the metrics that share its axes: (metric, legend).
@@ -65,10 +64,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/demo.")],
 ) -> None:
     """Writes RUN/report.html from the run's metrics and samples: one file, no network needed to read it."""
-    print(write_report(run, [], {}))
+    print(write_report(RunFolder(run), [], {}))
 
 
-def write_report(run_folder: Path, exchanges: list[dict[str, Any]], figures: dict[str, float]) -> Path:
+def write_report(run_folder: RunFolder, exchanges: list[dict[str, Any]], figures: dict[str, float]) -> Path:
     """Writes a run's page.
 
     Args:
@@ -84,15 +83,18 @@ def write_report(run_folder: Path, exchanges: list[dict[str, Any]], figures: dic
     """
     from jinja2 import Environment, FileSystemLoader
 
-    metrics = read_metrics(run_folder)
+    metrics = run_folder.read_metrics()
     if not metrics:
-        raise ConfigError(f"{run_folder} holds no metrics.jsonl with a reported step, so it is not the folder of a run")
+        raise ConfigError(
+            f"{run_folder} holds no {run_folder.metrics_file.name} with a reported step, so it is not the folder of a "
+            "run"
+        )
     charts = [chart for title, series in CHARTS if (chart := draw(title, series, metrics))]
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(PAGE)
-    page = run_folder / PAGE
+    page = run_folder.report_file
     page.write_text(
         template.render(
-            name=run_folder.name,
+            name=run_folder.path.name,
             charts=charts,
             figures=figures,
             exchanges=exchanges,
@@ -146,12 +148,10 @@ def draw(title: str, series: tuple[tuple[str, str], ...], metrics: list[dict[str
     return Chart(title=title, curves=curves, ticks=ticks, steps=steps)
 
 
-def _samples(run_folder: Path) -> list[dict[str, Any]]:
+def _samples(run_folder: RunFolder) -> list[dict[str, Any]]:
     """The prompts that have sampled answers from before and after training, with both answers."""
-    file = run_folder / "samples.jsonl"
     by_prompt: dict[str, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        sample = json.loads(line)
+    for sample in run_folder.read_samples():
         field = "answer_after" if sample["step"] else "answer_before"
         by_prompt.setdefault(sample["prompt"], {"prompt": sample["prompt"]})[field] = sample
     return [sample for sample in by_prompt.values() if {"answer_before", "answer_after"} <= sample.keys()]

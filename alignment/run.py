@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import cast
 
 from filelock import FileLock, Timeout
@@ -36,11 +34,11 @@ from alignment.rollout import Generator
 from alignment.rollout.local import LocalGenerator
 from alignment.rollout.queue import RolloutQueue
 from alignment.rollout.sampler import Sampler
+from alignment.run_folder import RunFolder
 from alignment.run_log import RunLog
 from alignment.settings.run import OptimConfig, RunConfig
 from alignment.step import StepSettings, learning_rate
 
-SUMMARY = "summary.json"
 MANY_STEPS = 200
 """Steps that one would not want to lose."""
 
@@ -83,7 +81,7 @@ class Run:
         config.check_warmup(steps)
         reporter.note(f"data: {data.report}")
         eval_rewards = run_on_all(lambda: Rewards(config.eval_rewards, world.device), world)
-        run_log = RunLog(config.folder)
+        run_log = RunLog(config.run_folder)
         source: GroupSource = DataSource(data.train, groups_per_step=config.groups_per_step)
         sampled_evaluation = None
         if config.answers_prompts:
@@ -221,7 +219,7 @@ class Run:
             "groups_per_second": steps_done * self.config.groups_per_step / seconds,
         }
         if self.world.is_main:
-            (self.config.folder / SUMMARY).write_text(json.dumps(summary))
+            self.config.run_folder.write_summary(summary)
         self.evaluator.write_samples(self.num_steps)
         self.reporter.close()
         command = "serve" if self.algorithm.head == "language" else "reward-server"
@@ -301,7 +299,7 @@ class Run:
 
 def _load_data(config: RunConfig, algorithm: Algorithm, roles: Roles, world: World, reporter: Reporter) -> Data:
     model = roles.actor
-    bad_rows = config.folder / "bad_rows.jsonl"
+    bad_rows = config.run_folder.bad_rows_file
     if world.is_main:
         bad_rows.unlink(missing_ok=True)
     if len(model.tokenizer) > model.num_embeddings:
@@ -309,8 +307,8 @@ def _load_data(config: RunConfig, algorithm: Algorithm, roles: Roles, world: Wor
             f"model: it embeds {model.num_embeddings} ids, and its tokenizer has ids up to "
             f"{len(model.tokenizer) - 1}; a row that uses one of the others is a bad one"
         )
-    data = keep_live_rows(config.data, config.folder, world, reporter.note)
-    date = run_on_main((lambda: run_date(config.folder)) if world.is_main else None, world)
+    data = keep_live_rows(config.data, config.run_folder, world, reporter.note)
+    date = run_on_main((lambda: run_date(config.run_folder)) if world.is_main else None, world)
     DATE_OF_RUN.set(date)
     reader = GroupReader(
         data,
@@ -332,15 +330,15 @@ def num_steps(config: RunConfig, data: Data) -> int:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(run_folder: RunFolder) -> Iterator[None]:
     """Holds the lock of a run's folder, which the system frees even if the process is killed.
 
     Raises:
         ConfigError: another process is training there.
     """
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            clear_failure(folder)
+        with FileLock(run_folder.lock_file, timeout=0):
+            clear_failure(run_folder)
             yield
     except Timeout as error:
-        raise ConfigError(f"another process is training {folder}; wait for it, or choose another name") from error
+        raise ConfigError(f"another process is training {run_folder}; wait for it, or choose another name") from error

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ClusterError
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from cluster.config import ClusterRunConfig, load_run
 
 START_LIMIT_S = 600.0
@@ -133,7 +133,7 @@ class TrainedRun:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """What was reported of every step, in order; `step` 0 is the untrained model."""
-        return read_metrics(self.path)
+        return RunFolder(self.path).read_metrics()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import typer
 
 from alignment.errors import AlignmentError
 from alignment.rewards.rules import contains_keyword
+from alignment.run_folder import RunFolder
 from cluster.api import serve
 from cluster.cli import call
 
@@ -74,8 +75,12 @@ def demo(
         say(f"3/3  Asking both the held-out questions of {QUESTIONS}")
         exchanges = ask_all(endpoint.url, read_questions(QUESTIONS))
     print(table(exchanges[:NUM_PRINTED]))
-    figures = {**_training_figures(run_folder), **comparison(exchanges), "seconds_total": time.monotonic() - start}
-    page = write_report(run_folder, [vars(exchange) for exchange in exchanges], figures)
+    figures = {
+        **_training_figures(RunFolder(run_folder)),
+        **comparison(exchanges),
+        "seconds_total": time.monotonic() - start,
+    }
+    page = write_report(RunFolder(run_folder), [vars(exchange) for exchange in exchanges], figures)
     say(f"Report: {page}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
@@ -150,12 +155,9 @@ def _ask(client: Any, model: str, question: dict[str, Any]) -> DemoAnswer:
     )
 
 
-def _training_figures(run_folder: Path) -> dict[str, float]:
-    from alignment.metrics import read_metrics
-    from alignment.run import SUMMARY
-
-    first_evaluation, *_, last_evaluation = (line for line in read_metrics(run_folder) if "eval/loss" in line)
-    summary = json.loads((run_folder / SUMMARY).read_text())
+def _training_figures(run_folder: RunFolder) -> dict[str, float]:
+    first_evaluation, *_, last_evaluation = (line for line in run_folder.read_metrics() if "eval/loss" in line)
+    summary = run_folder.read_summary()
     return {
         "pairs_per_second": summary["groups_per_second"],
         "accuracy_before": first_evaluation["eval/rewards/accuracies"],

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from alignment.run_folder import RunFolder
 from cluster.demo import DemoAnswer, Exchange, call_raylign, say, table
 
 CHAIN = Path("configs/align/rlhf_smollm2.yaml")
@@ -29,17 +30,16 @@ def demo_ppo(
     Takes about a quarter of an hour on two CPU cores. The last line printed is one JSON object with the figures; the
     report with curves and samples is OUTPUT/rlhf_smollm2/ppo/report.html.
     """
-    from alignment.metrics import read_metrics
     from alignment.report import write_report
 
     start = time.monotonic()
     chain = output / "rlhf_smollm2"
     shutil.rmtree(chain, ignore_errors=True)
     call_raylign("pipeline", str(CHAIN), f"output={output}", *(overrides or []))
-    run_folder = chain / "ppo"
+    run_folder = RunFolder(chain / "ppo")
     exchanges = exchanges_of(run_folder)
     print(table(exchanges[:NUM_PRINTED]))
-    figures = figures_of(read_metrics(run_folder))
+    figures = figures_of(run_folder.read_metrics())
     page = write_report(
         run_folder, [vars(exchange) for exchange in exchanges], {**figures, "seconds_total": time.monotonic() - start}
     )
@@ -47,9 +47,9 @@ def demo_ppo(
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
-def exchanges_of(run_folder: Path) -> list[Exchange]:
+def exchanges_of(run_folder: RunFolder) -> list[Exchange]:
     """Reads the sampled answers of a run to each of its sample prompts, before the first step and after the last."""
-    rows = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = run_folder.read_samples()
     last_step = max(row["step"] for row in rows)
     first_rows, last_rows = ([row for row in rows if row["step"] == step] for step in (0, last_step))
     return [

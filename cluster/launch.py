@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from cluster.engines import Engines
 
 
-CONFIG = "config.json"
-"""File of a run with its complete configuration."""
-
-
 def train(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/align/demo.yaml")
@@ -113,7 +109,7 @@ def run(config: ClusterRunConfig) -> None:
 
     _check_machine(config)
     with _engine_here(config) as generator:
-        loop(config, World(device=device), FileReporter(config.folder), generator)
+        loop(config, World(device=device), FileReporter(config.run_folder), generator)
 
 
 def _save_config(config: ClusterRunConfig) -> None:
@@ -122,7 +118,7 @@ def _save_config(config: ClusterRunConfig) -> None:
     Raises:
         ConfigError: the folder or the file cannot be written.
     """
-    file = config.make_folder() / CONFIG
+    file = config.make_folder().config_file
     try:
         with replace_atomically(file) as partial_file:
             partial_file.write_text(config.model_dump_json(indent=1), encoding="utf-8")
@@ -205,14 +201,14 @@ def _run_on_ray(config: ClusterRunConfig) -> None:
         check_fits(cluster_plan, nodes=[node["Resources"] for node in ray.nodes() if node["Alive"]])
     print(f"cluster: starting {cluster_plan.sentence} …", flush=True)
     with leave_mark(config.folder) as mark, _engines_on_ray(config, cluster_plan) as engines:
-        clear_failure(config.folder)
+        clear_failure(config.run_folder)
         trainer = _trainer(config, cluster_plan, engines, mark)
         # Ray Train's own files about an earlier fit of this name are not needed, and a damaged one would be fatal.
-        shutil.rmtree(config.folder / "ray", ignore_errors=True)
+        shutil.rmtree(config.run_folder.ray_folder, ignore_errors=True)
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            if failure := final_error(error) or failure_of(config.folder):
+            if failure := final_error(error) or failure_of(config.run_folder):
                 raise failure from None
             raise ClusterError(
                 f"the workers failed more than cluster.max_failures ({config.cluster.max_failures}) times: {error}"
@@ -322,7 +318,7 @@ def _trainer(config: ClusterRunConfig, cluster_plan: Plan, engines: Engines | No
         ),
         run_config=RunConfig(
             name=config.name,
-            storage_path=str((config.folder / "ray").resolve()),
+            storage_path=str(config.run_folder.ray_folder.resolve()),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             # On another machine, Ray's worker loads torch before any of our modules.
             worker_runtime_env={"env_vars": inherited_variables() | NO_BARS},

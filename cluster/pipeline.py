@@ -9,16 +9,13 @@ from typing import Annotated, Any, Self
 import typer
 from pydantic import Field, model_validator
 
-from alignment.checkpoint import find_checkpoint
 from alignment.errors import ClusterError, ConfigError
+from alignment.run_folder import find_checkpoint
 from alignment.settings.load import load_config
 from alignment.settings.run import RunName
 from alignment.settings.section import Section
 from cluster.cli import call
 from cluster.config import ClusterRunConfig, load_run
-from cluster.launch import CONFIG
-
-SUMMARY = "summary.json"  # alignment.train writes it, but its import takes seconds
 
 
 class StageConfig(Section):
@@ -87,7 +84,7 @@ def check(chain: PipelineConfig, folder: Path) -> list[ClusterRunConfig]:
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
         run_configs.append(run_config)
-        checkpoints[stage.name] = str(run_config.folder / "checkpoints" / "newest")
+        checkpoints[stage.name] = str(run_config.run_folder.checkpoints_folder / "newest")
     return run_configs
 
 
@@ -114,7 +111,8 @@ def _fill_in(value: Any, checkpoints: dict[str, str]) -> Any:
 def _run(stage: StageConfig, file: Path, settings: list[str]) -> None:
     """Runs a stage in its own process, which frees all memory at the end. A finished stage is skipped."""
     config = load_run(file, settings)
-    if (config.folder / SUMMARY).exists() and (config.folder / CONFIG).read_text() == config.model_dump_json(indent=1):
+    run_folder, config_text = config.run_folder, config.model_dump_json(indent=1)
+    if run_folder.summary_file.exists() and run_folder.config_file.read_text(encoding="utf-8") == config_text:
         print(f"{config.folder} is finished")
         return
     if call("train", str(file), *settings):

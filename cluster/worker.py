@@ -102,9 +102,10 @@ def run(settings: dict[str, Any]) -> None:
     _limit_logging()
     torch.set_num_threads(config.cluster.cpus_per_worker)
     world = _world(device)
-    if failure := world.from_main(failure_of(config.folder)):
+    if failure := world.from_main(failure_of(config.run_folder)):
         raise failure  # raised again, as Ray Train restarted the workers before it learned that the error is final
-    inner = FileReporter(config.folder, bar=tqdm_ray.tqdm if settings["bar"] else _NoBar) if world.is_main else Silent()
+    bar = tqdm_ray.tqdm if settings["bar"] else _NoBar
+    inner = FileReporter(config.run_folder, bar=bar) if world.is_main else Silent()
     with _attached_engines(settings["engines"], config, world) as generator:
         train(config, world, RayReporter(inner), generator)
 

@@ -11,7 +11,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from alignment.models.folders import bundled_folder, is_merged
+from alignment.models.cache import is_bundled, is_merged
 
 NUM_SAMPLES = 16
 """How many pieces of a weights file are read. The weights of two models differ nearly everywhere."""
@@ -27,7 +27,7 @@ def base_stamp(base: str) -> str | None:
     and for a hub id that this machine does not have.
     """
     folder = Path(base)
-    if is_merged(folder) or folder.name == bundled_folder().name:
+    if is_merged(folder) or is_bundled(folder):
         return None
     return _folder_stamp(folder) if folder.is_dir() else local_revision(base)
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from alignment.errors import CheckpointError, ServingError
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles, rank_of
-from alignment.models.folders import base_of, is_adapter, is_merged, model_source
+from alignment.models.cache import is_merged
+from alignment.models.folders import model_source
+from alignment.models.model_folder import ADAPTER_CONFIG, TOKENIZER, WEIGHTS_INDEX, ModelFolder, read_json
 
-ADAPTER_FILE = "adapter_model.safetensors"
-MODEL_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 """Number formats with NaN and infinity: the integer type to read a number as, and the bits of its exponent. All of
@@ -30,7 +30,7 @@ SCAN_CHUNK = 2**22
 NO_ANSWERS = "{folder} is a reward model: it gives scores and no answers; `raylign reward-server` puts it behind HTTP"
 FREE_SETTINGS = ("dtype", "pad_token_id", "torch_dtype", "transformers_version", "use_cache")
 """Keys of config.json that may differ: an engine does not compute with them, or the tensors show them."""
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+VOCABULARIES = (TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt")
 NOT_VOCABULARY = ("truncation", "padding")
 """Keys of tokenizer.json that are settings of whoever saved it, and no part of the vocabulary."""
 
@@ -89,25 +89,25 @@ def adapter_of(folder: Path, name: str) -> Adapter:
         CheckpointError: adapter_config.json is damaged.
         ServingError: it is of a kind that vLLM does not serve.
     """
-    settings = _read_json(folder / "adapter_config.json")
+    model = ModelFolder(folder)
+    settings = model.read_adapter_config()
     try:
         rank = rank_of(settings)
         targets = settings.get("target_modules") or ""
         names = None if isinstance(targets, str) else tuple(sorted(targets))
     except (TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json is damaged: {error}") from error
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
     for obstacle in obstacles(settings):  # vLLM would refuse these half a minute later
         raise ServingError(
             f"The adapter {folder} cannot be served beside its base model, since {obstacle}; "
             "merge it into the base model and serve the result"
         )
-    template = folder / "chat_template.jinja"
     return Adapter(
         name=name,
         folder=str(folder),
         rank=rank,
         target_modules=names,
-        chat_template=str(template) if template.is_file() else None,
+        chat_template=str(model.chat_template_file) if model.chat_template_file.is_file() else None,
     )
 
 
@@ -132,11 +132,11 @@ def check_servable(folder: Path) -> None:
         ModelError: the base model of an adapter does not exist.
         ServingError: it is of a kind that is not served.
     """
-    tensors = tensors_of(folder)
-    if is_adapter(folder):
-        _check_adapter(folder, tensors)
-    elif any("ForSequenceClassification" in name for name in _model_settings(folder).get("architectures") or ()):
+    tensors, model = tensors_of(folder), ModelFolder(folder)
+    if model.is_reward_model:
         raise ServingError(NO_ANSWERS.format(folder=folder))
+    if model.is_adapter:
+        _check_adapter(model, tensors)
     for name, header in tensors.items():
         if not _is_finite(header):
             raise CheckpointError(f"{header.file}: {name} holds NaN or an infinity")
@@ -155,39 +155,23 @@ def check_compatible(candidate: Path, current: Path, *, capacity: LoraCapacity |
         ModelError: the base model of an adapter does not exist.
         ServingError: the engine cannot change to it; the message says why.
     """
-    if is_adapter(candidate) and is_adapter(current):
+    candidate_model, current_model = ModelFolder(candidate), ModelFolder(current)
+    if candidate_model.is_adapter and current_model.is_adapter:
         _check_adapter_compatible(candidate, current, capacity or capacity_for([adapter_of(current, current.name)]))
-    elif is_adapter(candidate):
+    elif candidate_model.is_adapter:
         raise ServingError(
             f"{candidate} is an adapter, and this endpoint serves whole models: merge it into its base model, or start "
             "an endpoint of its own for it"
         )
-    elif is_adapter(current):
+    elif current_model.is_adapter:
         raise ServingError(
-            f"{candidate} is a whole model, and this endpoint serves adapters on {base_of(current)}: train one of "
+            f"{candidate} is a whole model, and this endpoint serves adapters on {current_model.base}: train one of "
             "those with model.lora, or start an endpoint of its own for it"
         )
     else:
         _check_weights_compatible(candidate, current)
     _check_vocabulary(candidate, current)
     _check_template(candidate, current)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights of a model or an adapter.
-
-    Raises:
-        CheckpointError: the index of these files is damaged.
-    """
-    if is_adapter(folder):
-        return [ADAPTER_FILE]
-    if not (folder / INDEX).is_file():
-        return [MODEL_FILE]
-    index = _read_json(folder / INDEX)
-    try:
-        return sorted(set(index["weight_map"].values()))
-    except (LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map") from error
 
 
 def tensors_of(folder: Path) -> dict[str, TensorHeader]:
@@ -197,9 +181,9 @@ def tensors_of(folder: Path) -> dict[str, TensorHeader]:
         CheckpointError: a file is missing, or its header contradicts its size, as after an interrupted copy.
     """
     tensors: dict[str, TensorHeader] = {}
-    for name in weight_files(folder):
+    for name in ModelFolder(folder).weight_files():
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX} is damaged: {name!r} is not the name of a file beside it")
+            raise CheckpointError(f"{folder / WEIGHTS_INDEX} is damaged: {name!r} is not the name of a file beside it")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing")
         tensors.update(_tensor_headers(folder / name))
@@ -239,17 +223,15 @@ def _is_finite(header: TensorHeader) -> bool:
     return True
 
 
-def _check_adapter(folder: Path, tensors: dict[str, TensorHeader]) -> None:
-    settings = _read_json(folder / "adapter_config.json")
-    if settings.get("task_type") == "SEQ_CLS":
-        raise ServingError(NO_ANSWERS.format(folder=folder))
+def _check_adapter(adapter: ModelFolder, tensors: dict[str, TensorHeader]) -> None:
+    folder, settings = adapter.path, adapter.read_adapter_config()
     adapter_of(folder, folder.name)
-    model_source(base_of(folder))
+    model_source(adapter.base)
     ranks = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
     for module, layer in _lora_layers(folder, tensors).items():
         if layer.rank not in ranks:
             raise CheckpointError(
-                f"{folder} is damaged: {module} has rank {layer.rank}, which adapter_config.json does not know of"
+                f"{folder} is damaged: {module} has rank {layer.rank}, which {ADAPTER_CONFIG} does not know of"
             )
 
 
@@ -276,7 +258,7 @@ def _lora_layers(folder: Path, tensors: dict[str, TensorHeader]) -> dict[str, Lo
 
 
 def _check_adapter_compatible(candidate: Path, current: Path, capacity: LoraCapacity) -> None:
-    bases = [model_source(base_of(folder)) for folder in (candidate, current)]
+    bases = [model_source(ModelFolder(folder).base) for folder in (candidate, current)]
     if bases[0] != bases[1] and not (is_merged(bases[0]) and Path(bases[0]).name == Path(bases[1]).name):
         raise ServingError(
             f"{candidate} is an adapter on {bases[0]}, and this endpoint serves {bases[1]}. A run that starts from an "
@@ -313,7 +295,7 @@ def _check_capacity(candidate: Path, layers: dict[str, LoraLayer], capacity: Lor
 
 
 def _check_weights_compatible(candidate: Path, current: Path) -> None:
-    candidate_settings, current_settings = _model_settings(candidate), _model_settings(current)
+    candidate_settings, current_settings = (ModelFolder(folder).read_config() for folder in (candidate, current))
     for key in sorted(candidate_settings.keys() & current_settings.keys() - set(FREE_SETTINGS)):
         if candidate_settings[key] != current_settings[key] and "dropout" not in key and not key.startswith("_"):
             raise ServingError(
@@ -362,11 +344,12 @@ def _vocabulary(folder: Path) -> dict[str, Any]:
     contents: dict[str, Any] = {
         file.name: file.read_bytes() for name in VOCABULARIES if (file := folder / name).is_file()
     }
-    if not contents and is_adapter(folder):
-        return _vocabulary(Path(model_source(base_of(folder))))
-    if "tokenizer.json" in contents:
-        tokenizer = _read_json(folder / "tokenizer.json")
-        return {"tokenizer.json": {key: tokenizer[key] for key in tokenizer if key not in NOT_VOCABULARY}}
+    model = ModelFolder(folder)
+    if not contents and model.is_adapter:
+        return _vocabulary(Path(model_source(model.base)))
+    if TOKENIZER in contents:
+        tokenizer = read_json(folder / TOKENIZER)
+        return {TOKENIZER: {key: tokenizer[key] for key in tokenizer if key not in NOT_VOCABULARY}}
     return contents
 
 
@@ -382,29 +365,11 @@ def _check_template(candidate: Path, current: Path) -> None:
 def template_of(folder: Path) -> str | None:
     """The text of the chat template, or None. An adapter without a template has that of its base model, if that model
     is a folder here."""
-    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _read_json(settings).get("chat_template") if settings.is_file() else None
-    if template is None and is_adapter(folder):
-        return template_of(Path(model_source(base_of(folder))))
+    model = ModelFolder(folder)
+    template = model.read_chat_template()
+    if template is None and model.is_adapter:
+        return template_of(Path(model_source(model.base)))
     return template if isinstance(template, str) else None
-
-
-def _model_settings(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: it is not JSON") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is damaged: it is not a JSON object")
-    return value
 
 
 def _first_names(names: Iterable[str]) -> str:

@@ -33,21 +33,14 @@ from typing import Any, Literal, TypeVar
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from alignment.checkpoint import (
-    COMMITTED,
-    MANIFEST,
-    STATE,
-    checkpoint_or_path,
-    checkpoints_of,
-    commit,
-    verify,
-)
+from alignment.checkpoint import STATE
 from alignment.errors import CheckpointError, ServingError
 from alignment.files import flush_to_disk, write_durably
-from alignment.metrics import read_metrics
-from alignment.models.folders import BUNDLED, KEPT_BASES, base_of, bundled_folder, is_adapter, is_merged
+from alignment.models.cache import BUNDLED, is_bundled, is_merged
+from alignment.models.model_folder import KEPT_BASES, MANIFEST, ModelFolder
+from alignment.run_folder import RunFolder, checkpoint_or_path
 from serving.bases import base_stamp
-from serving.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable, weight_files
+from serving.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable
 
 __all__ = ["ChangeUnderWay", "PendingChange", "Registry", "State", "Version"]
 
@@ -202,8 +195,8 @@ class Registry:
                 duplicate = self._find_by_content(content)
                 if duplicate is not None:
                     return self._record_origin(duplicate, origin)
-                if is_adapter(origin):
-                    self._keep_base(base_of(origin))
+                if (model := ModelFolder(origin)).is_adapter:
+                    self._keep_base(model.base)
                 return self._store_version(staging_folder, origin, content, parent)
         except OSError as error:
             raise CheckpointError(f"{origin} cannot be copied into {self.folder}: {error}") from error
@@ -242,7 +235,7 @@ class Registry:
 
         An engine with capacity for the current version alone could not return to a larger one.
         """
-        folders = [folder for folder in map(self._version_folder, self._numbers()) if is_adapter(folder)]
+        folders = [folder for folder in map(self._version_folder, self._numbers()) if ModelFolder(folder).is_adapter]
         return capacity_for(adapter_of(folder, folder.name) for folder in folders) if folders else None
 
     def verify(self, number: int) -> None:
@@ -253,7 +246,7 @@ class Registry:
             ServingError: there is no version of that number.
             CheckpointError: a file is missing or has changed; the message names it.
         """
-        verify(self.folder_of(number), only_model=True)
+        ModelFolder(self.folder_of(number)).verify(only_model=True)
 
     def delete(self, number: int) -> int:
         """Deletes a version's files, and its base model if only this version needs the copy; returns the bytes freed.
@@ -508,23 +501,25 @@ class Registry:
         """The intact version with this content hash, if there is one."""
         for number in self._numbers():
             with suppress(CheckpointError, OSError):  # a damaged version is passed over: a new copy replaces it
-                if (self._version_folder(number) / COMMITTED).read_text() == content:
+                if ModelFolder(self._version_folder(number)).commit_mark == content:
                     self.verify(number)
                     return self.version(number)
         return None
 
     def _store_version(self, staging_folder: Path, origin: Path, content: str, parent: int | None) -> Version:
         """Gives a complete copy its number, writes its record, and moves it to its final place."""
+        model = ModelFolder(origin)
+        base = model.base if model.is_adapter else None
         version = Version(
             number=max([0, *self._numbers(), *self._deleted_numbers()]) + 1,
             name=name_of(str(origin)),
-            kind="adapter" if is_adapter(origin) else "full",
-            base=base_of(origin) if is_adapter(origin) else None,
+            kind=model.kind,
+            base=base,
             content=content,
             source=str(origin),
             parent=parent,
             stamp=_files_stamp(origin, staging_folder),
-            base_stamp=base_stamp(base_of(origin)) if is_adapter(origin) else None,
+            base_stamp=None if base is None else base_stamp(base),
             created=time.time(),
             **_training_history(origin),
         )
@@ -550,9 +545,9 @@ def name_of(checkpoint: str) -> str:
     path = Path(checkpoint).expanduser().resolve()
     if not path.is_dir():
         return checkpoint
-    if path.parent.name == "checkpoints":
-        return f"{path.parents[1].name}-{path.name}"
-    return BUNDLED if path.name == bundled_folder().name else path.name
+    if run_folder := RunFolder.of_checkpoint(path):
+        return f"{run_folder.path.name}-{path.name}"
+    return BUNDLED if is_bundled(path) else path.name
 
 
 def _promote(state: State, number: int) -> State:
@@ -619,23 +614,18 @@ def _copy(origin: Path, target: Path) -> str:
     Raises:
         CheckpointError: a file of a checkpoint that raylign wrote has changed since its commit.
     """
-    manifest = _manifest(origin)
+    model, version = ModelFolder(origin), ModelFolder(target)
+    manifest = model.read_manifest()
     for name in manifest or [file.name for file in origin.iterdir() if file.is_file()]:
-        if _is_model_file(name, weight_files(origin)):
+        if _is_model_file(name, model.weight_files()):
             _copy_file((origin / name).resolve(), target / name)
-    content = commit(target)
+    content = version.commit()
     for file in target.iterdir():
         file.chmod(READ_ONLY)
-    changed_names = [name for name, entry in _manifest(target).items() if manifest and manifest[name] != entry]
+    changed_names = [name for name, entry in version.read_manifest().items() if manifest and manifest[name] != entry]
     if changed_names:
         raise CheckpointError(f"{origin} changed while it was copied ({', '.join(changed_names)}); add it again")
     return content
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Size and hash of every file, by name; empty for a folder that raylign did not write."""
-    file = folder / MANIFEST
-    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
 def _is_model_file(name: str, weights: list[str]) -> bool:
@@ -674,9 +664,8 @@ def _delete_folder(folder: Path) -> int:
 
 def _newest_checkpoint(checkpoint: Path) -> Path:
     """The folder that a path stands for: a run's newest committed checkpoint, else the path itself."""
-    run_folder = checkpoint.parent if checkpoint.name == checkpoints_of(checkpoint.parent).name else checkpoint
-    folders = [folder for folder in checkpoints_of(run_folder).glob("step-*") if (folder / COMMITTED).is_file()]
-    return max(folders, default=checkpoint)
+    folders = RunFolder.at(checkpoint).checkpoints()
+    return next((folder for folder in folders if ModelFolder(folder).commit_mark), checkpoint)
 
 
 def _files_stamp(*folders: Path) -> str:
@@ -688,26 +677,18 @@ def _files_stamp(*folders: Path) -> str:
 
 def _training_history(origin: Path) -> dict[str, Any]:
     """Data, configuration and evaluation of the run that a checkpoint comes from, as far as they are recorded."""
-    if STATE not in _manifest(origin):
+    if STATE not in ModelFolder(origin).read_manifest():
         return {"data": None, "config": None}
     state = json.loads((origin / STATE).read_bytes())
-    data, run_folder = state["identity"]["data"], origin.parent.parent
-    if origin.parent != checkpoints_of(run_folder):
+    data, run_folder = state["identity"]["data"], RunFolder.of_checkpoint(origin)
+    if run_folder is None:
         return {"data": data, "config": None}
-    config, metrics = _read_config(run_folder / "config.json"), _last_evaluation(run_folder, state["step"])
-    return {"data": data, "config": config, "metrics": metrics}
+    return {"data": data, "config": run_folder.read_config(), "metrics": _last_evaluation(run_folder, state["step"])}
 
 
-def _read_config(file: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError):  # there is none, or the run starts again and is writing it
-        return None
-
-
-def _last_evaluation(run_folder: Path, step: int) -> dict[str, float]:
+def _last_evaluation(run_folder: RunFolder, step: int) -> dict[str, float]:
     """The last metrics on held-out data up to a step."""
-    for line in reversed(read_metrics(run_folder)):
+    for line in reversed(run_folder.read_metrics()):
         metrics = {name: value for name, value in line.items() if name.startswith("eval/") and math.isfinite(value)}
         if metrics and line["step"] <= step:
             return {"step": line["step"], **metrics}

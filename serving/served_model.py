@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.errors import AlignmentError, ServingError
-from alignment.models.folders import base_of, model_source
+from alignment.errors import AlignmentError, CheckpointError, ServingError
+from alignment.models.folders import model_source
+from alignment.models.model_folder import ModelFolder
 from serving.audit import folder_of, write_entry
 from serving.bases import base_stamp
 from serving.compatibility import Adapter, LoraCapacity, adapter_of, template_of
@@ -127,7 +127,7 @@ def reference_of(config: ServeConfig, registry: Registry) -> str | None:
     """The reference model of the current version's implicit rewards: the base model of an adapter; for whole weights
     the configured reference, or the model that their training started from. None if it is not known."""
     version = registry.version(registry.state().current)
-    base = base_of(registry.folder_of(version.number)) if version.kind == "adapter" else None
+    base = ModelFolder(registry.folder_of(version.number)).base if version.kind == "adapter" else None
     return config.rewards.reference or base or (version.config or {}).get("model", {}).get("path")
 
 
@@ -153,9 +153,9 @@ def rewards_length(config: ServeConfig, model: str) -> int:
 def _num_positions(folder: Path) -> int | None:
     """The number of positions of a model; None if the folder does not exist, or does not say."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = ModelFolder(folder).read_config()
         positions = config.get("text_config", config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
+    except (CheckpointError, AttributeError):
         return None
     return positions if isinstance(positions, int) and positions > 0 else None
 
@@ -214,7 +214,7 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
     )
     if version.kind == "full":
         return served_model
-    base = base_of(folder)
+    base = ModelFolder(folder).base
     _check_base(base, version)
     if name_of(base) == name:
         raise ServingError(

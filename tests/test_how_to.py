@@ -24,7 +24,7 @@ import httpx
 import pytest
 
 from alignment import cli
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from alignment.settings.plugins import MODULE_FOLDERS
 from tests.alignment.test_train import run
 
@@ -116,7 +116,7 @@ def test_what_a_page_adds_is_trained_with(
     run_page(page, scratch, tiny_model)
     assert_printed(page, capfd.readouterr().out)
     for folder in (scratch / "runs").iterdir():
-        assert [line["step"] for line in read_metrics(folder)] == [1, 2]
+        assert [line["step"] for line in RunFolder(folder).read_metrics()] == [1, 2]
 
 
 def test_a_refused_family_says_with_which_attention_it_works(
@@ -152,7 +152,7 @@ def test_a_game_is_played_for_several_turns(
 ) -> None:
     run_page("environment", scratch, brief_model)
     assert_printed("environment", capfd.readouterr().out)
-    steps = read_metrics(scratch / "runs" / "game")
+    steps = RunFolder(scratch / "runs" / "game").read_metrics()
     assert [step["step"] for step in steps] == [1, 2]
     assert any(step["reward"] != 0 for step in steps), "some guesses were right or wrong"
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignment.checkpoint import find_checkpoint
-from alignment.metrics import read_metrics
+from alignment.run_folder import find_checkpoint
 from alignment.settings.run import RunConfig
 from cluster.config import load_run
 from cluster.launch import run
@@ -108,7 +107,7 @@ def test_a_recipe_runs_on_real_rows(recipe: str, rows: str, sizes: list[str], la
 
 
 def assert_two_steps(config: RunConfig) -> None:
-    metrics = read_metrics(config.folder)
+    metrics = config.run_folder.read_metrics()
     evaluated = config.data.eval is not None or config.data.eval_groups > 0
     # Step 0 is the untrained model's evaluation.
     assert [entry["step"] for entry in metrics] == ([0, 1, 2] if evaluated else [1, 2])
@@ -166,15 +165,15 @@ def turns_of(question: str, answer: str) -> list[Row]:
 @pytest.mark.parametrize("recipe", ["grpo_smollm2", "rloo_smollm2", "online_dpo_smollm2"])
 def test_the_recipes_that_learn_from_rules_run(launch: Launch, recipe: str) -> None:
     config = launch(recipe, *SAMPLED, "model.dtype=fp32", "data.eval_groups=4")
-    assert [line["step"] for line in read_metrics(config.folder)] == [0, 1, 2]
-    assert "eval/eval_rewards/keywords" in read_metrics(config.folder)[-1]
+    assert [line["step"] for line in config.run_folder.read_metrics()] == [0, 1, 2]
+    assert "eval/eval_rewards/keywords" in config.run_folder.read_metrics()[-1]
 
 
 def test_the_ppo_recipe_runs_against_the_reward_model_of_its_own_recipe(launch: Launch) -> None:
     reward = launch("reward_smollm2", "data.eval_groups=4")
-    assert read_metrics(reward.folder)[-1]["eval/rewards/accuracies"] >= 0
+    assert reward.run_folder.read_metrics()[-1]["eval/rewards/accuracies"] >= 0
     config = launch("ppo_smollm2", *SAMPLED, f"rewards.0.path={reward.folder}", "data.eval_groups=4")
-    assert {"value_loss", "kl", "eval/eval_rewards/keywords"} <= read_metrics(config.folder)[-1].keys()
+    assert {"value_loss", "kl", "eval/eval_rewards/keywords"} <= config.run_folder.read_metrics()[-1].keys()
 
 
 def test_the_hh_reward_recipe_runs(launch: Launch, write_rows: Callable[..., Path]) -> None:
@@ -191,7 +190,7 @@ def test_the_stack_llama_recipes_run_one_after_the_other(launch: Launch, write_r
     files = [f"data.path={rows}", "data.data_dir=null", "data.max_length=128", "data.max_prompt_length=64"]
     reward = launch("reward_stack_llama", *files, f"data.eval.path={rows}", "data.eval.data_dir=null")
     config = launch("stack_llama_ppo", *SAMPLED, *files, f"rewards.0.path={reward.folder}")
-    assert next(line["kl_coefficient"] for line in read_metrics(config.folder) if line["step"]) == 0.2
+    assert next(line["kl_coefficient"] for line in config.run_folder.read_metrics() if line["step"]) == 0.2
 
 
 @pytest.mark.parametrize("recipe", ["grpo_8b", "ppo_8b"])
@@ -216,4 +215,4 @@ def test_the_recipes_for_a_gpu_cluster_run_small(launch: Launch, write_rows: Cal
         "ppo_8b": ["critic.path=null", "data.max_prompt_length=64", "rewards=[{name: sentiment}]"],
     }
     config = launch(recipe, *SAMPLED, *places, *changes[recipe])
-    assert read_metrics(config.folder)[-1]["step"] == 2
+    assert config.run_folder.read_metrics()[-1]["step"] == 2

@@ -21,11 +21,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from alignment.checkpoint import find_checkpoint
 from alignment.distributed.world import World
 from alignment.errors import ModelError
 from alignment.metrics import Silent
 from alignment.models.folders import BUNDLED
+from alignment.run_folder import find_checkpoint
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from cluster.config import ClusterRunConfig, load_run

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from docs.generate.__main__ import FOLDER, PAGES
 from docs.generate.metric_meanings import SECTIONS, meaning_of
 from docs.generate.text import COMMAND, type_text
@@ -83,7 +83,7 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(runs: dict[str, S
     metric_names: set[str] = set()
     for name, settings in runs.items():
         folder = run(settings, name=name)
-        metric_names |= {metric for line in read_metrics(folder) for metric in line if metric != "step"}
+        metric_names |= {metric for line in RunFolder(folder).read_metrics() for metric in line if metric != "step"}
     assert not {name for name in metric_names if meaning_of(name) is None}
     patterns = {pattern for meanings in SECTIONS.values() for pattern in meanings}
     patterns_of_metrics = {

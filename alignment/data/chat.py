@@ -19,6 +19,7 @@ from alignment.data.rendering import RenderedAnswer, Renderer, TemplateInputs
 from alignment.errors import ConfigError, DataError
 from alignment.files import replace_atomically
 from alignment.groups import Completion, Group, Message
+from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""  # noqa: E501
@@ -81,16 +82,15 @@ def _jinja_literal(value: Any) -> str:
 
 DATE_OF_RUN: ContextVar[datetime.date | None] = ContextVar("DATE_OF_RUN", default=None)
 """The date that templates print in this process; scorers use it too, because they do not know the run's folder."""
-DATE_FILE = "date"
 """Name of the file, in a run's folder, with the date on which the run began, for templates that print a date."""
 
 
-def run_date(folder: Path) -> datetime.date:
+def run_date(run_folder: RunFolder) -> datetime.date:
     """Returns the date on which a run began, from its folder; the first call writes today's date there.
 
     Chat templates that print today's date print this one, so that the prompts of a run stay the same on every day.
     """
-    file = folder / DATE_FILE
+    file = run_folder.date_file
     if file.is_file():
         return datetime.date.fromisoformat(file.read_text(encoding="utf-8").strip())
     today = datetime.date.today()

@@ -13,15 +13,13 @@ from alignment.data.sources import is_live, read_rows
 from alignment.distributed.world import World, run_on_main
 from alignment.errors import DataError
 from alignment.files import replace_atomically
+from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig, SourceConfig
-
-FOLDER = "data"
-"""Name of the folder, inside a run's, that holds the rows of its live sources as they were when the run began."""
 
 Source = TypeVar("Source", bound=SourceConfig)
 
 
-def keep_live_rows(data: DataConfig, run_folder: Path, world: World, note: Callable[[str], None]) -> DataConfig:
+def keep_live_rows(data: DataConfig, run_folder: RunFolder, world: World, note: Callable[[str], None]) -> DataConfig:
     """Returns the configuration with a file of the run in place of every live source. Every worker must call this.
 
     The main worker writes the files when the run begins. All workers read them, also when the run is resumed, so that
@@ -50,12 +48,12 @@ def keep_live_rows(data: DataConfig, run_folder: Path, world: World, note: Calla
     return snapshot
 
 
-def _snapshot_source(source: Source, run_folder: Path, notes: list[str]) -> Source:
+def _snapshot_source(source: Source, run_folder: RunFolder, notes: list[str]) -> Source:
     """The source with the run's file as its path; writes that file if there is none, and adds a note for people."""
     if not is_live(source):
         return source
     key = hashlib.sha256(repr((source.path, source.skip, source.take)).encode()).hexdigest()[:12]
-    file = run_folder / FOLDER / f"rows-{key}.jsonl"
+    file = run_folder.rows_folder / f"rows-{key}.jsonl"
     if file.exists():
         written_at = datetime.datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         notes.append(

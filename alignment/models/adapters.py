@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from transformers import (
 )
 
 from alignment.errors import ModelError
+from alignment.models.model_folder import ADAPTER_WEIGHTS, ModelFolder
 from alignment.models.saving import mend_generation_settings
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 """Prefix of every tensor's name in an adapter's file; the rest is the name in the base model."""
 FULL_WEIGHTS = ("weight", "base_layer.weight", "modules_to_save.weight")
@@ -41,7 +40,7 @@ def merge(adapter: Path, source: str, folder: Path, *, tokenizer_source: str) ->
     """
     from peft import PeftModel
 
-    settings = json.loads((adapter / SETTINGS).read_text(encoding="utf-8"))
+    settings = ModelFolder(adapter).read_adapter_config()
     base = _base(adapter, settings, source)
     dtype = base.dtype
     fit_vocabulary(base, adapter)
@@ -76,7 +75,7 @@ def fit_vocabulary(base: PreTrainedModel, adapter: Path) -> None:
 
 def tensor_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in an adapter's file, by its name there."""
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
@@ -86,7 +85,7 @@ def _base(adapter: Path, settings: dict[str, Any], source: str) -> PreTrainedMod
         causal: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         return causal
     # Our adapters keep the model's own settings beside them, which describe the head; peft does not keep them.
-    model_settings = AutoConfig.from_pretrained(str(adapter) if (adapter / "config.json").is_file() else source)
+    model_settings = AutoConfig.from_pretrained(str(adapter) if ModelFolder(adapter).has_config else source)
     model_settings.num_labels = next(
         (shape[0] for name, shape in tensor_shapes(adapter).items() if name.startswith(f"{PREFIX}score.")), 1
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,16 +23,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alignment.checkpoint import checkpoint_or_path
 from alignment.data.chat import chat_template, with_kwargs
 from alignment.errors import ConfigError, ModelError
 from alignment.models.attention import IMPLEMENTATIONS, Attention, limit_recompilations
 from alignment.models.check import prove_packing
-from alignment.models.folders import is_adapter, model_source
+from alignment.models.folders import model_source
 from alignment.models.language_model import LanguageModel
 from alignment.models.memory_efficient import patch_memory_efficient
+from alignment.models.model_folder import ModelFolder
 from alignment.models.rope import fix_rope
 from alignment.models.saving import mend_generation_settings
+from alignment.run_folder import checkpoint_or_path
 from alignment.settings.data import DataConfig
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.section import NumberFormat
@@ -401,11 +401,11 @@ def _load_adapter_weights(peft_model: Any, path: str) -> None:
     """
     from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-    folder = Path(checkpoint_or_path(path)).expanduser()
-    if not is_adapter(folder):
+    adapter = ModelFolder(Path(checkpoint_or_path(path)).expanduser())
+    if not adapter.is_adapter:
         raise ModelError(f"model.lora.start {path!r} is no folder with an adapter")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    weights = load_peft_weights(str(folder), device="cpu")
+    settings = adapter.read_adapter_config()
+    weights = load_peft_weights(str(adapter.path), device="cpu")
     old_shapes: dict[str, Any] = {name: list(weight.shape) for name, weight in weights.items()}
     new_shapes: dict[str, Any] = {
         name: list(weight.shape) for name, weight in get_peft_model_state_dict(peft_model).items()

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignment.checkpoint import checkpoint_or_path
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.rewards import BuildableScorer, UnreadableTexts
+from alignment.run_folder import checkpoint_or_path
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.section import NumberFormat, PositiveCount

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from alignment.errors import ConfigError
+from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.plugins import AlgorithmConfig, EnvironmentConfig, Scorers, algorithm_class, algorithm_names
@@ -300,7 +301,12 @@ class RunConfig(Section):
         """Where this run writes: metrics, checkpoints, samples."""
         return Path(self.output) / self.name
 
-    def make_folder(self) -> Path:
+    @property
+    def run_folder(self) -> RunFolder:
+        """The same folder, with the names of its files."""
+        return RunFolder(self.folder)
+
+    def make_folder(self) -> RunFolder:
         """Makes `folder`, and returns it.
 
         Raises:
@@ -314,4 +320,4 @@ class RunConfig(Section):
             raise ConfigError(
                 f"output {self.output!r}: the run's folder {self.folder} cannot be written: {error.strerror}"
             ) from error
-        return self.folder
+        return self.run_folder

@@ -16,6 +16,7 @@ from alignment.data.stream import Data, GroupReader, ListStream
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
 from alignment.models.load import load_tokenizer
+from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from tests.alignment.chat_templates import published, tokenizer_for
@@ -410,9 +411,9 @@ def test_a_template_prints_one_date_per_run(tmp_path: Path) -> None:
     day = datetime.date(2024, 2, 29)
     tok = GroupTokenizer(tokenizer, DataConfig(path="none"), frozenset({tokenizer.eos_token_id}), date=day)
     assert "Today is 29 Feb 2024" in prompt_of(tok, tok(row(user("Hi"), assistant("Ho"))))
-    assert run_date(tmp_path) == datetime.date.today()
+    assert run_date(RunFolder(tmp_path)) == datetime.date.today()
     (tmp_path / "date").write_text("2024-02-29\n")
-    assert run_date(tmp_path) == day
+    assert run_date(RunFolder(tmp_path)) == day
 
 
 def test_a_default_date_of_a_template_stays_its_own() -> None:

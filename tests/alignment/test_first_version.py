@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignment.distributed.world import World
-from alignment.metrics import FileReporter, read_metrics
+from alignment.metrics import FileReporter
 from alignment.train import train
 from cluster.config import ClusterRunConfig, load_run
 
@@ -26,9 +26,9 @@ def test_a_run_of_the_first_version_loads_and_goes_on(
     shutil.copytree(FIRST_VERSION, folder)
     monkeypatch.chdir(folder)
     config = load_run(Path(f"{name}.yaml"), ["steps=3"])
-    train(config, World(), FileReporter(config.folder))
+    train(config, World(), FileReporter(config.run_folder))
     assert "resuming after step 2" in capsys.readouterr().out
-    assert [row["step"] for row in read_metrics(config.folder)][-3:] == [1, 2, 3]
+    assert [row["step"] for row in config.run_folder.read_metrics()][-3:] == [1, 2, 3]
 
 
 def test_the_configuration_that_a_run_of_the_first_version_has_kept_loads(monkeypatch: pytest.MonkeyPatch) -> None:

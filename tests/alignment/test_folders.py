@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from alignment.errors import ModelError
-from alignment.models.folders import BUNDLED, base_of, is_adapter, model_source
+from alignment.models.folders import BUNDLED, model_source
+from alignment.models.model_folder import ModelFolder
 
 UNPACK = "from alignment.models.folders import BUNDLED, model_source; print(model_source(BUNDLED))"
 
@@ -84,8 +85,8 @@ def test_an_adapter_is_merged_into_its_base_once(adapter: Path, tiny_model: Path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert is_adapter(adapter) and not is_adapter(tiny_model)
-    assert base_of(adapter) == str(tiny_model)
+    assert ModelFolder(adapter).is_adapter and not ModelFolder(tiny_model).is_adapter
+    assert ModelFolder(adapter).base == str(tiny_model)
     merged = Path(model_source(str(adapter)))
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     alone = logits(base)
@@ -126,7 +127,7 @@ def test_an_adapter_of_the_bundled_model_finds_it_in_this_machines_cache(
     here = cache / "models" / f"{BUNDLED}-1"
     shutil.copytree(tiny_model, here)
     change(adapter, base_model_name_or_path=f"/home/somebody/.cache/raylign/models/{here.name}")
-    assert base_of(adapter) == str(here)
+    assert ModelFolder(adapter).base == str(here)
     assert (Path(model_source(str(adapter))) / "config.json").exists()
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.checkpoint import find_checkpoint
 from alignment.distributed.world import World
 from alignment.errors import GuardError
 from alignment.guards import LIMITS, RunGuards
-from alignment.metrics import FileReporter, read_metrics
+from alignment.metrics import FileReporter
 from alignment.rollout import Policy, Prompt, Result, Rollout, Sampling, Weights
+from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.run import GuardsConfig, RunConfig
 from alignment.train import train
 
@@ -126,7 +126,7 @@ def guarded(run_settings: Settings, write_rows: Callable[..., Path]) -> Settings
 
 def run(settings: Settings, engines: Scripted, **changed: Any) -> Path:
     config = RunConfig.model_validate({**settings, **changed})
-    train(config, World(), FileReporter(config.folder), engines)
+    train(config, World(), FileReporter(config.run_folder), engines)
     return config.folder
 
 
@@ -148,7 +148,7 @@ def test_a_roll_back_restores_the_weights_bit_for_bit_and_goes_on_with_later_pro
     assert same(weights[4], weights[2]) and not same(weights[4], weights[3])
     assert not same(weights[5], weights[3]), "other prompts teach something else"
     assert positions(folder) == [4, 8, 16, 20], "the prompts of the step that was taken back are not used again"
-    assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in RunFolder(folder).read_metrics()] == [0, 1, 2, 3, 4]
     assert "Rolling back to step 2" in capsys.readouterr().out
 
 
@@ -163,7 +163,7 @@ def test_without_a_checkpoint_so_far_a_roll_back_goes_to_the_beginning(guarded: 
 def test_a_roll_back_to_the_beginning_keeps_what_was_measured_there(guarded: Settings) -> None:
     folder = run(guarded, Scripted(endless={1}), steps=2, checkpoint={"every": 0})
     samples = [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2] and samples == [0, 2]
+    assert [line["step"] for line in RunFolder(folder).read_metrics()] == [0, 1, 2] and samples == [0, 2]
 
 
 def test_after_too_many_roll_backs_the_run_stops(guarded: Settings) -> None:
@@ -200,6 +200,6 @@ def test_a_warning_changes_nothing(guarded: Settings, tmp_path: Path, capsys: py
 def test_patience_holds_over_the_steps_of_a_run(guarded: Settings) -> None:
     patient = {**guarded["guards"], "action": "stop", "patience": 2}
     folder = run(guarded, Scripted(endless={1, 3}), guards=patient)
-    assert len(read_metrics(folder)) == 5, "never twice in a row"
+    assert len(RunFolder(folder).read_metrics()) == 5, "never twice in a row"
     with pytest.raises(GuardError, match=r"step 3: .* for 2 steps"):
         run(guarded, Scripted(endless={2, 3}), guards=patient, name="other")

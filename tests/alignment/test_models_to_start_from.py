@@ -21,12 +21,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from alignment.checkpoint import checkpoint_or_path, checkpoints_of, find_checkpoint
 from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, DataError, ModelError
 from alignment.models.folders import model_source, with_checkpoints
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.roles import Roles
+from alignment.run_folder import checkpoint_or_path, find_checkpoint
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RunConfig
@@ -84,13 +84,15 @@ def test_the_folder_of_a_run_is_its_newest_intact_checkpoint(run_settings: Setti
     first = ClusterRunConfig.model_validate({**run_settings, "name": "first", "checkpoint": {"every": 2}})
     launch(first)
     newest = find_checkpoint(first.folder)
-    for path in (first.folder, checkpoints_of(first.folder), newest):
+    for path in (first.folder, first.run_folder.checkpoints_folder, newest):
         assert Path(model_source(str(path))) == newest.resolve()
     damage("a flipped byte", newest / "model.safetensors")
     second = ClusterRunConfig.model_validate({**run_settings, "model": {"path": str(first.folder), "dtype": "fp32"}})
     launch(second)
     state = json.loads((find_checkpoint(second.folder) / "trainer" / "state.json").read_text())
-    assert state["identity"]["model.path"] == str(checkpoints_of(first.folder) / "step-00000002"), "not 'the newest'"
+    assert state["identity"]["model.path"] == str(first.run_folder.checkpoints_folder / "step-00000002"), (
+        "not 'the newest'"
+    )
 
 
 def test_a_run_without_a_checkpoint_says_so(run_settings: Settings) -> None:

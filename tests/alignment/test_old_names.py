@@ -13,6 +13,7 @@ import yaml
 from alignment.algorithms.dpo import DPO
 from alignment.algorithms.grpo import GRPO
 from alignment.errors import ConfigError
+from alignment.run_folder import RunFolder
 from alignment.run_log import RunLog
 from alignment.settings import old_names
 from alignment.settings.load import load_config
@@ -104,7 +105,7 @@ def test_an_algorithm_of_another_package_may_use_the_old_names_of_attributes() -
 def test_a_run_log_of_an_earlier_release_goes_on_under_its_new_name(tmp_path: Path) -> None:
     rows = [f'{{"step": {step}, "position": {4 * step}, "versions": [], "prompts": []}}\n' for step in (1, 2, 3)]
     (tmp_path / "ledger.jsonl").write_text("".join(rows))
-    log = RunLog(tmp_path)
+    log = RunLog(RunFolder(tmp_path))
     log.truncate_after(2)
     log.write_step(3, 12, {"versions": [], "prompts": []})
     assert (tmp_path / "provenance.jsonl").read_text() == "".join(rows)

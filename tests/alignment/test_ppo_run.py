@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.algorithms import Algorithm
-from alignment.checkpoint import checkpoints_of, commit, find_checkpoint
 from alignment.groups import Completion, Group
-from alignment.metrics import read_metrics
+from alignment.models.model_folder import ModelFolder
+from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.plugins import algorithm_class
 from tests.alignment.test_train import assert_same_run, run, weights
 from tests.conftest import TEXT
@@ -105,7 +105,7 @@ def test_four_steps_and_four_more_are_eight_bit_for_bit(kind: str, sampling_run:
         json.loads((find_checkpoint(folder) / "trainer" / "state.json").read_text()) for folder in (whole, resumed)
     ]
     assert states[0] == states[1]
-    coefficients = [line["kl_coefficient"] for line in read_metrics(whole) if line["step"]]
+    coefficients = [line["kl_coefficient"] for line in RunFolder(whole).read_metrics() if line["step"]]
     if settings["algorithm"].get("kl_target"):
         assert len(set(coefficients)) > 4, "the price must move"
         assert states[0]["kl_coefficient"] not in coefficients, "and the next step's is kept"
@@ -132,7 +132,7 @@ def test_ahead_by_one_step_the_answers_are_one_version_old(sampling_run: Setting
     provenance = rows_of(folder / "provenance.jsonl")
     assert [row["versions"] for row in provenance] == [[0], [0], [1], [2], [3]]
     assert [row["position"] for row in provenance] == [4, 8, 12, 16, 20]
-    mismatch = [line["mismatch/mean_abs"] for line in read_metrics(folder) if line["step"]]
+    mismatch = [line["mismatch/mean_abs"] for line in RunFolder(folder).read_metrics() if line["step"]]
     assert mismatch[0] < 1e-5 < min(mismatch[1:]), "what is off the policy is measured, and corrected"
 
 
@@ -148,7 +148,7 @@ def test_a_simple_rule_is_learned(kind: str, sampling_run: Settings) -> None:
     rollout = {**sampling_run["rollout"], "completions": 16, "max_tokens": 4}
     settings = {**sampling_run, **LEARNERS[kind], "rollout": rollout, "eval_rewards": []}
     folder = run(settings, steps=20, optim={"lr": 1e-2, "schedule": "constant"})
-    rewards = [line["reward"] for line in read_metrics(folder) if line["step"]]
+    rewards = [line["reward"] for line in RunFolder(folder).read_metrics() if line["step"]]
     first, last = (sum(part) / len(part) for part in (rewards[:3], rewards[-3:]))
     print(f"{kind}: {first:.3f} -> {last:.3f}")
     assert last > first + 0.15
@@ -161,10 +161,10 @@ def test_while_the_critic_warms_up_the_actor_stands_still(trunk: str, sampling_r
     start, end = load_file(tiny_model / "model.safetensors"), load_file(find_checkpoint(folder) / "model.safetensors")
     assert not all(torch.equal(end[name], start[name]) for name in start)
 
-    warm = checkpoints_of(folder) / "step-00000002"
+    warm = RunFolder(folder).checkpoints_folder / "step-00000002"
     end = load_file(warm / "model.safetensors")
     assert all(torch.equal(end[name], start[name]) for name in start)
-    lines = [line for line in read_metrics(folder) if 1 <= line["step"] <= 2]
+    lines = [line for line in RunFolder(folder).read_metrics() if 1 <= line["step"] <= 2]
     assert all(line["lr"] == 0 and "grad_norm" not in line and line["grad_norm_critic"] > 0 for line in lines)
     assert lines[1]["value_loss"] != lines[0]["value_loss"]
     assert not any(name.startswith("optimizer.") for name in weights(warm)), "nor does it gather moments"
@@ -186,7 +186,7 @@ def test_trained_and_sampled_log_probabilities_have_one_temperature(
 ) -> None:
     rollout = {**sampling_run["rollout"], "temperature": temperature}
     algorithm = {"name": name, "epochs_per_step": 1}
-    before, first = read_metrics(run(sampling_run, steps=1, rollout=rollout, algorithm=algorithm))
+    before, first = RunFolder(run(sampling_run, steps=1, rollout=rollout, algorithm=algorithm)).read_metrics()
     assert first["mismatch/mean_abs"] < 1e-4
     assert first["mismatch/ratio"] == pytest.approx(1, abs=1e-4)
     assert first["kl"] == pytest.approx(0, abs=1e-3) and before["eval/kl"] == pytest.approx(0, abs=1e-3)
@@ -197,14 +197,14 @@ def test_a_filtered_sampler_keeps_to_its_filter_and_is_measured_against_the_whol
     filtered: Settings, sampling_run: Settings
 ) -> None:
     settings = {**sampling_run, "algorithm": {"name": "ppo", "epochs_per_step": 1}}
-    _, first = read_metrics(run(settings, steps=1, rollout={**sampling_run["rollout"], **filtered}))
+    _, first = RunFolder(run(settings, steps=1, rollout={**sampling_run["rollout"], **filtered})).read_metrics()
     assert 0 < first["mismatch/ratio"] < 1, "every token was drawn from fewer, so with a larger probability"
     assert first["kl"] == pytest.approx(0, abs=1e-3), "the actor is still its own reference"
 
 
 def test_top_k_of_one_is_greedy(sampling_run: Settings) -> None:
     folder = run(sampling_run, steps=1, rollout={**sampling_run["rollout"], "top_k": 1})
-    first = read_metrics(folder)[-1]
+    first = RunFolder(folder).read_metrics()[-1]
     assert first["groups/equal_rewards"] == 1 and first["policy_loss"] == 0
 
 
@@ -222,7 +222,7 @@ def test_before_the_first_update_the_divergence_is_zero(
     algorithm: str, rollout: Settings, sampling_run: Settings
 ) -> None:
     rollout = {**sampling_run["rollout"], **rollout}
-    before, first = read_metrics(run(sampling_run, steps=1, rollout=rollout, algorithm={"name": algorithm}))
+    before, first = RunFolder(run(sampling_run, steps=1, rollout=rollout, algorithm={"name": algorithm})).read_metrics()
     assert first["kl"] == pytest.approx(0, abs=1e-3)
     assert before["eval/kl"] == pytest.approx(0, abs=1e-3)
 
@@ -236,7 +236,7 @@ def test_online_pairs_come_from_the_scores_and_ties_make_none(sampling_run: Sett
 
     assert group(0.1, 0.9, 0.1).pairs == [(1, 0), (1, 2)]
     assert algorithm.is_informative(group(0.1, 0.9)) and not algorithm.is_informative(group(0.5, 0.5))
-    _, first = read_metrics(run(sampling_run, algorithm={"name": "online_dpo"}, steps=1))
+    _, first = RunFolder(run(sampling_run, algorithm={"name": "online_dpo"}, steps=1)).read_metrics()
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5), "at first the actor is its own reference"
 
 
@@ -249,7 +249,7 @@ def test_a_run_in_which_all_is_worth_the_same_learns_nothing_and_stays_finite(
         {"name": algorithm} if algorithm == "online_dpo" else {"name": algorithm, "kl_placement": "none"}
     )
     folder = run(settings, steps=2)
-    for line in (line for line in read_metrics(folder) if line["step"]):
+    for line in (line for line in RunFolder(folder).read_metrics() if line["step"]):
         assert line["loss"] == 0 and line["grad_norm"] == 0 and line["groups/equal_rewards"] == 1
         assert all(math.isfinite(value) for value in line.values())
     start, end = load_file(tiny_model / "model.safetensors"), load_file(find_checkpoint(folder) / "model.safetensors")
@@ -262,7 +262,7 @@ def test_a_run_of_which_every_answer_is_masked_learns_nothing_and_stays_finite(
     """One token is too short for the tiny model to end in."""
     settings = {**sampling_run, "rollout": {**sampling_run["rollout"], "max_tokens": 1}}
     folder = run(settings, steps=1, algorithm={"name": "ppo", "truncated": "mask", "epochs_per_step": 1})
-    line = read_metrics(folder)[-1]
+    line = RunFolder(folder).read_metrics()[-1]
     assert line["completions/truncated"] == 1 and line["loss"] == 0
     assert all(math.isfinite(value) for value in line.values())
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_without_answers_drawn_ahead_is_resumed_as_before(sampling_
     folder = find_checkpoint(run(settings, steps=2))
     for name in ("trainer/rollouts.safetensors", "manifest.json", "COMMITTED"):
         (folder / name).unlink()
-    commit(folder)
+    ModelFolder(folder).commit()
     provenance = rows_of(run(settings, steps=4) / "provenance.jsonl")
     assert [row["versions"] for row in provenance] == [[0], [0], [2], [2]]
 
@@ -295,7 +295,7 @@ def test_a_checkpoint_without_answers_drawn_ahead_is_resumed_as_before(sampling_
 def test_uninformative_groups_are_replaced_by_new_prompts(sampling_run: Settings) -> None:
     algorithm = {"name": "grpo", "drop_equal_groups": True}
     folder = run(sampling_run, algorithm=algorithm, rollout={**sampling_run["rollout"], "max_tokens": 1}, steps=3)
-    lines = [line for line in read_metrics(folder) if line["step"]]
+    lines = [line for line in RunFolder(folder).read_metrics() if line["step"]]
     provenance = rows_of(folder / "provenance.jsonl")
     assert sum(line["rollout/refills"] for line in lines) > 0
     assert provenance[-1]["position"] == 12 + sum(line["rollout/refills"] for line in lines)
@@ -317,7 +317,7 @@ def test_uninformative_groups_are_replaced_while_drawing_ahead_too(sampling_run:
     assert_same_run(whole, resumed)
     for folder in (whole, resumed):
         provenance = rows_of(folder / "provenance.jsonl")
-        refills = [line["rollout/refills"] for line in read_metrics(folder) if line["step"]]
+        refills = [line["rollout/refills"] for line in RunFolder(folder).read_metrics() if line["step"]]
         assert sum(refills) > 0
         assert [row["position"] for row in provenance] == [4 * n + sum(refills[:n]) for n in range(1, 7)]
         for before, row in zip([{"position": 0}, *provenance], provenance, strict=False):

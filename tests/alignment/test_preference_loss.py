@@ -15,7 +15,7 @@ from alignment.data.packing import pack
 from alignment.errors import ConfigError
 from alignment.groups import Completion, Group
 from alignment.losses.preference import PREFERENCE_LOSSES, Pairs
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from alignment.settings.load import check_config
 from alignment.settings.run import RunConfig
 from tests.alignment.test_train import run
@@ -103,6 +103,9 @@ def test_what_is_no_loss_is_refused_with_the_reason(algorithm: Settings, reason:
 def test_an_algorithm_may_add_groups_to_a_step(run_settings: Settings) -> None:
     """A pair and its mirror image have opposite gradients where the model is the reference, so nothing is learned."""
     settings = {**run_settings, "algorithm": {"name": f"{__name__}:Twice"}, "steps": 1}
-    line = read_metrics(run(settings))[-1]
+    line = RunFolder(run(settings)).read_metrics()[-1]
     assert line["grad_norm"] < 1e-6 and line["rewards/accuracies"] == 0.5
-    assert read_metrics(run({**settings, "name": "once", "algorithm": {"name": "dpo"}}))[-1]["grad_norm"] > 1e-3
+    assert (
+        RunFolder(run({**settings, "name": "once", "algorithm": {"name": "dpo"}})).read_metrics()[-1]["grad_norm"]
+        > 1e-3
+    )

@@ -13,13 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignment.checkpoint import find_checkpoint
 from alignment.distributed.world import World
 from alignment.errors import CheckpointError
 from alignment.groups import Completion, Group
-from alignment.metrics import read_metrics
 from alignment.models.roles import Roles
 from alignment.reference import _attach, precompute
+from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.run import RunConfig
 from alignment.step import annotate
 from tests.alignment.test_packing import random_groups
@@ -77,7 +76,8 @@ def test_all_ways_to_the_reference_give_the_same_also_when_training_goes_on_from
 
 def test_all_ways_give_the_same_run(started: Settings) -> None:
     runs = {
-        way: read_metrics(run({**started, "name": way, "algorithm": {"name": "dpo", "reference": way}})) for way in WAYS
+        way: RunFolder(run({**started, "name": way, "algorithm": {"name": "dpo", "reference": way}})).read_metrics()
+        for way in WAYS
     }
     for way in WAYS[1:]:
         for one, other in zip(runs["adapter_off"], runs[way], strict=True):
@@ -100,7 +100,7 @@ def test_texts_that_were_not_precomputed_are_never_held_against_the_actor_itself
     kls = {}
     for way in ("auto", "precomputed"):
         folder = run({**settings, "name": way, "algorithm": {"name": "dpo", "reference": way}})
-        kls[way] = read_metrics(folder)[-1].get("eval/kl")
+        kls[way] = RunFolder(folder).read_metrics()[-1].get("eval/kl")
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()] if lora else []
         assert all("kl" in row for row in rows)
     assert kls["auto"] is not None and kls["auto"] > 0.1

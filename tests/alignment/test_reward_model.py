@@ -17,16 +17,15 @@ import torch
 from alignment import checkpoint
 from alignment.algorithms import Algorithm
 from alignment.batch import Outputs
-from alignment.checkpoint import find_checkpoint
 from alignment.data.packing import pack
 from alignment.distributed.world import World
 from alignment.errors import DataError
 from alignment.groups import Completion, Group
 from alignment.identity import Identity
-from alignment.metrics import read_metrics
 from alignment.models.forward import scores
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.roles import Roles
+from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.plugins import algorithm_class
@@ -135,7 +134,7 @@ def test_a_separable_preference_is_learned_and_the_level_of_its_scores_is_kept(
     settings = {**reward_settings, "model": {**reward_settings["model"], "lora": lora}}
     settings["optim"] = {"lr": 1e-2 if lora else 1e-3, "schedule": "constant"}
     folder = run(settings)
-    last = read_metrics(folder)[-1]
+    last = RunFolder(folder).read_metrics()[-1]
     assert last["eval/rewards/accuracies"] > 0.9 and last["eval/rewards/margins"] > 1
     assert {"eval/rewards/accuracies_chosen_longer", "eval/rewards/accuracies_chosen_shorter"} <= last.keys()
     if lora is None:
@@ -152,7 +151,7 @@ def test_every_checkpoint_of_a_reward_model_has_the_figures_of_its_own_scores_al
     settings = {**reward_settings, "checkpoint": {"every": 1, "keep": 9}, "steps": 5}
     means = {
         line["step"]: line["eval/scores/mean"]
-        for line in read_metrics(run({**settings, "name": "every", "evaluate": {"every": 1}}))
+        for line in RunFolder(run({**settings, "name": "every", "evaluate": {"every": 1}})).read_metrics()
     }
     folder = run({**settings, "steps": 3, "optim": {**settings["optim"], "schedule": "constant"}})
     run({**settings, "optim": {**settings["optim"], "schedule": "constant"}})
@@ -300,7 +299,7 @@ def test_an_adapter_of_a_reward_model_can_be_opened_as_the_reward_model_that_it_
     folder = run(reward_settings, model=model, optim={"lr": 1e-2, "schedule": "constant"})
     merged = opened(find_checkpoint(folder))
     known = merged.network.config.to_dict()
-    assert known["raylign_reward_mean"] == pytest.approx(read_metrics(folder)[-1]["eval/scores/mean"])
+    assert known["raylign_reward_mean"] == pytest.approx(RunFolder(folder).read_metrics()[-1]["eval/scores/mean"])
     rows = [json.loads(line) for line in Path(reward_settings["data"]["path"]).read_text().splitlines()]
 
     def pair(row: dict[str, str]) -> Group:

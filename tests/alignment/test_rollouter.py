@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from alignment.groups import Group, Message
-from alignment.metrics import read_metrics
 from alignment.models.load import load_tokenizer
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.rollouter import MultiTurn, Observation, SingleTurn
+from alignment.run_folder import RunFolder
 from alignment.settings.model import ModelConfig
 from tests.alignment.test_ppo_run import letters, named, rows_of
 from tests.alignment.test_train import assert_same_run, run
@@ -194,11 +194,11 @@ def test_rewards_of_environment_and_scorers_add_up_and_a_run_resumes_bit_for_bit
     resumed = run(halves, steps=4)
     assert_same_run(whole, resumed)
     assert (whole / "provenance.jsonl").read_text() == (resumed / "provenance.jsonl").read_text()
-    extras = [line["reward"] - line["scores/letters"] for line in read_metrics(whole)]
+    extras = [line["reward"] - line["scores/letters"] for line in RunFolder(whole).read_metrics()]
     assert max(extras) > 0 and all(-1e-9 <= extra <= 10.25 for extra in extras), extras
     assert len(rows_of(whole / "provenance.jsonl")) == 4
 
 
 def test_an_environment_can_be_all_that_gives_rewards(conversations: Settings) -> None:
-    line = read_metrics(run({**conversations, "rewards": []}, steps=1))[-1]
+    line = RunFolder(run({**conversations, "rewards": []}, steps=1)).read_metrics()[-1]
     assert 0 <= line["reward"] <= 10.25

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from alignment import checkpoint
-from alignment.checkpoint import Progress, checkpoints_of, find_checkpoint
+from alignment.checkpoint import Progress
 from alignment.distributed.world import World
 from alignment.errors import CheckpointError, ConfigError
 from alignment.identity import Identity
 from alignment.metrics import Silent
 from alignment.models.roles import Roles
+from alignment.run_folder import find_checkpoint
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from cluster.config import ClusterRunConfig
@@ -74,7 +75,7 @@ def test_whichever_file_cannot_be_written_the_error_is_ours_and_earlier_checkpoi
             pytest.raises(CheckpointError, match=r"cannot be written: .*; earlier ones are"),
         ):
             save(2)
-        assert [folder.name for folder in checkpoints_of(config.folder).iterdir()] == [intact.name]
+        assert [folder.name for folder in config.run_folder.checkpoints_folder.iterdir()] == [intact.name]
     assert find_checkpoint(config.folder) == intact
     save(2)
 
@@ -84,7 +85,7 @@ def test_what_cannot_be_saved_ends_a_run_before_its_first_step(kind: str, run_se
     config = configured(run_settings, kind, evaluate={"every": 1})
     with files_of_at_most(400), pytest.raises(CheckpointError, match="cannot be written, so no step is taken"):
         train(config, World(), Silent())
-    assert not list(checkpoints_of(config.folder).iterdir())
+    assert not list(config.run_folder.checkpoints_folder.iterdir())
     train(config, World(), Silent())
     assert find_checkpoint(config.folder).name == "step-00000004"
 

@@ -12,7 +12,7 @@ import pytest
 from alignment.data.snapshot import keep_live_rows
 from alignment.distributed.world import World
 from alignment.errors import DataError
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from tests.alignment.test_train import assert_same_run, run
 from tests.alignment.test_workers import train_with
@@ -60,7 +60,7 @@ def test_workers_read_what_the_main_one_has_written(growing: Settings) -> None:
     ended = run_two(train_with, (growing,), (growing,))
     assert [each.error for each in ended] == [None, None]
     folder = Path(growing["output"]) / "run"
-    assert read_metrics(folder)[-1]["step"] == 4
+    assert RunFolder(folder).read_metrics()[-1]["step"] == 4
     (file,) = (folder / "data").iterdir()
     assert [json.loads(line) for line in file.read_text().splitlines()] == pair_rows(24)
 
@@ -71,15 +71,15 @@ def test_every_live_source_is_kept_and_no_other_is_touched(tmp_path: Path) -> No
     mixture = [{"path": url, "skip": 1, "take": 3}, {"path": str(file), "take": 2}]
     data = DataConfig.model_validate({"mixture": mixture, "eval": {"path": url}})
     notes: list[str] = []
-    kept = keep_live_rows(data, tmp_path, World(), notes.append)
+    kept = keep_live_rows(data, RunFolder(tmp_path), World(), notes.append)
     live, local = kept.mixture
     assert local == data.mixture[1]
     assert live == data.mixture[0].model_copy(update={"path": live.path, "skip": 0, "take": None})
     assert [len(Path(str(source.path)).read_text().splitlines()) for source in (live, kept.eval) if source] == [3, 5]
     assert len(notes) == 2
-    assert keep_live_rows(data, tmp_path, World(), notes.append) == kept
+    assert keep_live_rows(data, RunFolder(tmp_path), World(), notes.append) == kept
     plain = DataConfig(path=str(file))
-    assert keep_live_rows(plain, tmp_path, World(), notes.append) is plain
+    assert keep_live_rows(plain, RunFolder(tmp_path), World(), notes.append) is plain
 
 
 def test_a_broken_row_stays_one_bad_row(growing: Settings, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
-from alignment.checkpoint import checkpoints_of, commit, find_checkpoint, newest_intact
 from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
-from alignment.metrics import FileReporter, read_metrics
+from alignment.metrics import FileReporter
+from alignment.models.model_folder import ModelFolder
+from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from tests.conftest import pair_rows
@@ -28,7 +29,7 @@ LORA = {"rank": 4, "dropout": 0.1}  # dropout, so that the random states matter
 
 def run(settings: Settings, **changed: Any) -> Path:
     config = RunConfig.model_validate({**settings, **changed})
-    train(config, World(), FileReporter(config.folder))
+    train(config, World(), FileReporter(config.run_folder))
     return config.folder
 
 
@@ -40,7 +41,7 @@ def merged(settings: Settings, changed: Settings) -> Settings:
 
 def measured(folder: Path) -> list[dict[str, float]]:
     """The metrics of every step but the times, which no run repeats."""
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(folder)]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in RunFolder(folder).read_metrics()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def tensorboard(folder: Path) -> Iterator[tuple[int, str, float]]:
 
 def test_dpo_learns_to_tell_its_pairs_apart(run_settings: Settings) -> None:
     folder = run(run_settings, steps=15, evaluate={"every": 5, "samples": 2, "sample_tokens": 4})
-    metrics = read_metrics(folder)
+    metrics = RunFolder(folder).read_metrics()
     assert [line["step"] for line in metrics] == list(range(16))
     assert metrics[-1]["loss"] < 0.3 < metrics[1]["loss"]
     assert metrics[-1]["rewards/accuracies"] == 1
@@ -136,7 +137,7 @@ def test_a_precomputed_reference_is_computed_once(run_settings: Settings) -> Non
 
 def test_epochs_become_steps_rounded_up(run_settings: Settings) -> None:
     folder = run(run_settings, steps=None, epochs=1.5)
-    assert read_metrics(folder)[-1]["step"] == 8, "1.5 × 20 groups in steps of 4 are 7.5 steps"
+    assert RunFolder(folder).read_metrics()[-1]["step"] == 8, "1.5 × 20 groups in steps of 4 are 7.5 steps"
 
 
 def test_a_finished_run_is_left_as_it_is(run_settings: Settings) -> None:
@@ -148,7 +149,7 @@ def test_a_finished_run_is_left_as_it_is(run_settings: Settings) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(run_settings: Settings) -> None:
     folder = run(run_settings, steps=6, checkpoint={"every": 2, "keep": 2})
-    kept = sorted(path.name for path in checkpoints_of(folder).iterdir())
+    kept = sorted(path.name for path in RunFolder(folder).checkpoints_folder.iterdir())
     assert kept == ["step-00000004", "step-00000006"]
 
 
@@ -210,7 +211,7 @@ def test_a_checkpoint_without_the_settings_that_may_change_is_resumed_all_the_sa
     (folder / "trainer" / "state.json").write_text(json.dumps(state))
     for mark in ("manifest.json", "COMMITTED"):
         (folder / mark).unlink()
-    commit(folder)
+    ModelFolder(folder).commit()
     capsys.readouterr()
     run(merged(run_settings, {"optim": {"lr": 5e-4}}), steps=6)
     assert "resuming after step 4\n" in capsys.readouterr().out
@@ -246,7 +247,7 @@ def test_an_adapter_is_continued_from_its_merged_weights(
     first = run(run_settings, name="first", model=lora, steps=6)
     adapter = find_checkpoint(first)
     second = run(run_settings, name="second", model={**lora, "path": str(adapter)})
-    loss_mask, continued = read_metrics(first)[-1], read_metrics(second)[0]
+    loss_mask, continued = RunFolder(first).read_metrics()[-1], RunFolder(second).read_metrics()[0]
     assert continued["eval/rewards/margins"] == pytest.approx(0, abs=1e-4), "the merged start is the new reference"
     assert continued["eval/logps/chosen"] == pytest.approx(loss_mask["eval/logps/chosen"], abs=1e-2)
 
@@ -292,8 +293,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 
 def test_an_unfinished_checkpoint_is_never_chosen(run_settings: Settings) -> None:
     folder = run(run_settings)
-    (checkpoints_of(folder) / ".step-00000009.unfinished").mkdir()
-    newest = newest_intact(folder)
+    (RunFolder(folder).checkpoints_folder / ".step-00000009.unfinished").mkdir()
+    newest = RunFolder(folder).newest_intact()
     assert newest is not None and newest.name == "step-00000004"
 
 
@@ -321,7 +322,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(run_setting
     assert ended.returncode != 0
     assert "CheckpointError" in ended.stderr and "cannot be written" in ended.stderr
     assert find_checkpoint(folder) == intact
-    assert not list(checkpoints_of(folder).glob(".*"))
+    assert not list(RunFolder(folder).checkpoints_folder.glob(".*"))
 
 
 def test_errors_are_of_one_family() -> None:

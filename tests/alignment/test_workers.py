@@ -16,9 +16,10 @@ import pytest
 
 from alignment.distributed.world import World, run_on_main
 from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
-from alignment.failure import FAILURE, clear_failure, failure_of, propagate_failure
-from alignment.metrics import FileReporter, Silent, read_metrics
+from alignment.failure import clear_failure, failure_of, propagate_failure
+from alignment.metrics import FileReporter, Silent
 from alignment.rollout.pool import EngineLost
+from alignment.run_folder import RunFolder
 from alignment.settings.run import RunConfig
 from tests.conftest import pair_rows
 from tests.workers import Ended, run_two
@@ -39,7 +40,7 @@ def train_with(world: World, settings: Settings, largest_file: int | None = None
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     config = RunConfig.model_validate(settings)
-    train(config, world, FileReporter(config.folder, bar=NoBar) if world.is_main else Silent())
+    train(config, world, FileReporter(config.run_folder, bar=NoBar) if world.is_main else Silent())
 
 
 class NoBar:
@@ -66,7 +67,7 @@ def test_a_row_more_on_one_worker_is_refused_with_both_figures(
     error = same_error(run_two(train_with, (settings,), ({**settings, "data": more},)))
     assert isinstance(error, DataError)
     assert "worker 0: 20 groups to train on" in str(error) and "worker 1: 21 groups" in str(error)
-    assert not read_metrics(Path(settings["output"]) / "run"), "nothing was learned"
+    assert not RunFolder(Path(settings["output"]) / "run").read_metrics(), "nothing was learned"
 
 
 def test_another_held_out_row_on_one_worker_is_refused(run_settings: Settings, write_rows: Callable[..., Path]) -> None:
@@ -91,7 +92,7 @@ def test_streams_that_drift_apart_are_refused_before_the_step_that_would_learn_f
         settings.append({**run_settings, "data": data})
     error = same_error(run_two(train_with, *((each,) for each in settings)))
     assert "other groups for step 2" in str(error) and "other.jsonl:" in str(error)
-    assert [line["step"] for line in read_metrics(Path(run_settings["output"]) / "run")] == [1]
+    assert [line["step"] for line in RunFolder(Path(run_settings["output"]) / "run").read_metrics()] == [1]
 
 
 def test_a_disk_that_is_full_on_the_main_worker_ends_all(run_settings: Settings) -> None:
@@ -139,18 +140,18 @@ def test_what_only_the_main_worker_does_may_take_longer_than_a_collective() -> N
 
 def test_the_first_error_is_kept_until_the_next_attempt(tmp_path: Path) -> None:
     for error in (EngineLost("the first"), DataError("what followed")):
-        with pytest.raises(type(error)), propagate_failure(tmp_path, World()):
+        with pytest.raises(type(error)), propagate_failure(RunFolder(tmp_path), World()):
             raise error
-    kept = failure_of(tmp_path)
+    kept = failure_of(RunFolder(tmp_path))
     assert type(kept) is RolloutError and str(kept) == "the first", "an error of a kind that others know"
-    clear_failure(tmp_path)
-    assert failure_of(tmp_path) is None
+    clear_failure(RunFolder(tmp_path))
+    assert failure_of(RunFolder(tmp_path)) is None
 
 
 def test_a_full_disk_is_an_error_of_ours_whatever_was_being_written(tmp_path: Path) -> None:
     text = r"metrics\.jsonl cannot be written: No space left"
-    with pytest.raises(CheckpointError, match=text), propagate_failure(tmp_path, World()):
+    with pytest.raises(CheckpointError, match=text), propagate_failure(RunFolder(tmp_path), World()):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-    with pytest.raises(FileNotFoundError), propagate_failure(tmp_path, World()):
+    with pytest.raises(FileNotFoundError), propagate_failure(RunFolder(tmp_path), World()):
         (tmp_path / "nowhere").read_text()
-    assert json.loads((tmp_path / FAILURE).read_text())["kind"] == "CheckpointError"
+    assert json.loads(RunFolder(tmp_path).failure_file.read_text())["kind"] == "CheckpointError"

@@ -163,7 +163,7 @@ def starting_weights(config: Any, device: Any) -> Any:
 
 def measured(args: argparse.Namespace, method: str, strength: float) -> list[Point]:
     """Trains at one strength, in a process of its own, and reads what it measured on the way."""
-    from alignment.metrics import read_metrics
+    from alignment.run_folder import RunFolder
 
     name = f"{method}-{strength:g}"
     file = args.folder / f"{name}.json"
@@ -178,7 +178,7 @@ def measured(args: argparse.Namespace, method: str, strength: float) -> list[Poi
             kl=line["eval/kl"],
             reward=line[rewards[method]],
         )
-        for line in read_metrics(args.folder / name)
+        for line in RunFolder(args.folder / name).read_metrics()
         if "eval/kl" in line
     ]
 

@@ -12,6 +12,7 @@ from alignment.distributed.world import World
 from alignment.errors import ConfigError
 from alignment.metrics import FileReporter
 from alignment.report import write_report
+from alignment.run_folder import RunFolder
 from alignment.settings.run import RunConfig
 from alignment.train import train
 from cluster.demo import QUESTIONS, DemoAnswer, Exchange, comparison, contains_keyword, read_questions, table
@@ -77,8 +78,8 @@ def test_the_comparison_counts_lengths_and_right_answers() -> None:
 
 def test_a_report_needs_no_network_and_escapes_what_the_model_says(run_settings: dict[str, Any]) -> None:
     config = RunConfig.model_validate({**run_settings, "evaluate": {"samples": 2, "sample_tokens": 4}})
-    train(config, World(), FileReporter(config.folder))
-    page = write_report(config.folder, [vars(one) for one in EXCHANGES], {"accuracy_after": 1.0}).read_text()
+    train(config, World(), FileReporter(config.run_folder))
+    page = write_report(config.run_folder, [vars(one) for one in EXCHANGES], {"accuracy_after": 1.0}).read_text()
     assert not re.search(r"(src|href)=", page), "everything is in the one file"
     assert "<b>word" not in page and "&lt;b&gt;word" in page
     assert page.count("<polyline") >= 6 and "Samples during training" in page
@@ -86,4 +87,4 @@ def test_a_report_needs_no_network_and_escapes_what_the_model_says(run_settings:
 
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not the folder of a run"):
-        write_report(tmp_path, [], {})
+        write_report(RunFolder(tmp_path), [], {})

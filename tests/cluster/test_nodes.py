@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from alignment.errors import ConfigError
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from cluster.config import ClusterRunConfig
 from cluster.launch import run
 
@@ -89,7 +89,7 @@ def test_a_node_that_is_taken_away_after_a_notice_is_no_failure(
 
     def take_away() -> None:
         folder = tmp_path / "runs" / "run"
-        while not any(line["step"] >= 25 for line in read_metrics(folder)):
+        while not any(line["step"] >= 25 for line in RunFolder(folder).read_metrics()):
             time.sleep(0.05)
         (lost,) = [
             node["NodeID"]
@@ -102,11 +102,11 @@ def test_a_node_that_is_taken_away_after_a_notice_is_no_failure(
         subprocess.run(command, check=True, capture_output=True)
         time.sleep(5)
         cluster.remove_node(nodes[lost], allow_graceful=False)
-        taken.append(read_metrics(folder)[-1]["step"])
+        taken.append(RunFolder(folder).read_metrics()[-1]["step"])
 
     thread = threading.Thread(target=take_away, daemon=True)
     thread.start()
     folder = run_here(run_settings, steps=400, checkpoint={"every": 10}, evaluate={"every": 200})
     thread.join(timeout=60)
     assert taken and taken[0] < 400, "it was lost in the middle"
-    assert [line["step"] for line in read_metrics(folder) if "loss" in line][-1] == 400
+    assert [line["step"] for line in RunFolder(folder).read_metrics() if "loss" in line][-1] == 400

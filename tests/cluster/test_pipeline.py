@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from alignment.errors import ClusterError, ConfigError
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from alignment.settings.load import load_config
 from cluster.pipeline import PipelineConfig, check, pipeline
 from tests.conftest import pair_rows
@@ -58,7 +58,7 @@ def test_each_stage_feeds_the_next_and_is_run_once(
 ) -> None:
     pipeline(chain)
     runs = {name: tmp_path / "out" / "chain" / name for name in ("sft", "reward", "ppo")}
-    assert all(read_metrics(run)[-1]["step"] == 2 for run in runs.values())
+    assert all(RunFolder(run).read_metrics()[-1]["step"] == 2 for run in runs.values())
     settings = yaml.safe_load((runs["ppo"] / "config.json").read_text())
     assert settings["model"]["path"] == str(runs["sft"] / "checkpoints" / "step-00000002")
     assert settings["rewards"][0]["path"] == str(runs["reward"] / "checkpoints" / "step-00000002")

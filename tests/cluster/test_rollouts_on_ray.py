@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from cluster.config import ClusterRunConfig
 from cluster.launch import run
 from tests.cluster.test_train_on_ray import train_workers
@@ -43,7 +43,7 @@ def run_on_ray(settings: Settings, write_rows: Callable[..., Path], **cluster: i
 
 def wait_for_report(folder: Path, step: int) -> None:
     """Returns in the middle of the step after `step`."""
-    while not any(line["step"] >= step for line in read_metrics(folder)):
+    while not any(line["step"] >= step for line in RunFolder(folder).read_metrics()):
         time.sleep(0.01)
 
 
@@ -55,7 +55,7 @@ def assert_each_prompt_was_used_once(folder: Path) -> None:
     prompts = [prompt for entry in provenance for prompt in entry["prompts"]]
     assert len(set(prompts)) == len(prompts) == STEPS * PROMPTS
     assert [entry["versions"] for entry in provenance] == [[step] for step in range(STEPS)]
-    metrics = read_metrics(folder)
+    metrics = RunFolder(folder).read_metrics()
     assert [line["step"] for line in metrics] == list(range(STEPS + 1))
     assert max(line["mismatch/mean_abs"] for line in metrics[1:]) < 1e-4, "engine and trainer have the same weights"
 

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from alignment.errors import CheckpointError, ConfigError, DataError
-from alignment.metrics import read_metrics
+from alignment.run_folder import RunFolder
 from cluster.config import ClusterRunConfig
 from cluster.launch import run
 from tests.alignment.test_train import assert_same_run, measured, weights
@@ -39,7 +39,7 @@ def train_workers() -> list[psutil.Process]:
 
 def kill_when(folder: Path, step: int, killed: list[int]) -> None:
     """Ends the worker with SIGKILL once it has reported a step, in the middle of a later one."""
-    while not any(line["step"] >= step for line in read_metrics(folder)):
+    while not any(line["step"] >= step for line in RunFolder(folder).read_metrics()):
         time.sleep(0.01)
     for worker in train_workers():
         killed.append(worker.pid)
@@ -75,7 +75,7 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(
     stopped: list[psutil.Process] = []
 
     def stop() -> None:
-        while not any(line["step"] >= 10 for line in read_metrics(tmp_path / "runs" / "run")):
+        while not any(line["step"] >= 10 for line in RunFolder(tmp_path / "runs" / "run").read_metrics()):
             time.sleep(0.01)
         for worker in train_workers():
             stopped.append(worker)
@@ -84,7 +84,7 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(
     threading.Thread(target=stop, daemon=True).start()
     folder = run_on_ray({**run_settings, "steps": 200, "checkpoint": {"every": 10}})
     assert stopped, "the test did not stop anything"
-    assert [line["step"] for line in read_metrics(folder)] == list(range(201))
+    assert [line["step"] for line in RunFolder(folder).read_metrics()] == list(range(201))
     assert not any(worker.is_running() for worker in stopped)
 
 
@@ -122,7 +122,7 @@ def test_a_disk_that_gets_full_ends_the_run_on_all_workers(run_settings: Setting
     full: list[float] = []
 
     def fill() -> None:
-        while not read_metrics(Path(run_settings["output"]) / "run"):
+        while not RunFolder(Path(run_settings["output"]) / "run").read_metrics():
             time.sleep(0.01)
         for worker in train_workers():
             worker.rlimit(psutil.RLIMIT_FSIZE, (200_000, 200_000))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment.checkpoint import find_checkpoint
+from alignment.run_folder import find_checkpoint
 from tests.alignment.test_train import measured, weights
 from tests.cluster.test_train_on_ray import run_on_ray
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import ServingError
-from alignment.models.folders import base_of
+from alignment.models.model_folder import ModelFolder
 from serving.compatibility import check_compatible
 from serving.config import ServeConfig
 from serving.registry import Registry
@@ -37,7 +37,7 @@ def test_an_adapter_on_a_merged_one_is_served_where_that_is_not_in_the_cache(mer
     served = served_version(config, registry, 1)
     kept = registry.folder / "bases" / merged.name
     assert (served.source, served.base_name) == (str(kept), merged.name)
-    assert base_of(registry.folder_of(2)) == str(kept)
+    assert ModelFolder(registry.folder_of(2)).base == str(kept)
     check_compatible(registry.folder_of(2), registry.folder_of(1))
     registry.folder.rename(tmp_path / "elsewhere")
     moved = Registry(tmp_path / "elsewhere")

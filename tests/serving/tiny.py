@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from alignment.checkpoint import commit
+from alignment.models.model_folder import ModelFolder
 
 BASE = "org/base"
 MODULES = ("q_proj", "v_proj")
@@ -69,5 +69,5 @@ def of_run(run: Path, step: int, *, seed: int = 0, **settings: Any) -> Path:
     (folder / "trainer").mkdir()
     (folder / "trainer" / "state.json").write_text(json.dumps({"step": step, "identity": {"data": "fingerprint"}}))
     (folder / "trainer" / "tensors.safetensors").write_bytes(b"masters")
-    commit(folder)
+    ModelFolder(folder).commit()
     return folder
