@@ -20,7 +20,6 @@ from alignment.errors import CheckpointError
 from alignment.files import flush_to_disk
 from alignment.identity import Identity, check_same_run, identify
 from alignment.models.model_folder import TRAINER, ModelFolder
-from alignment.run_folder import checkpoint_or_path as checkpoint_or_path  # for rollout.vllm, which is being moved
 from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
 

@@ -44,6 +44,10 @@ class RolloutError(AlignmentError):
     """Completions could not be sampled: an engine failed or was late more often than it may be restarted."""
 
 
+class EngineLost(RolloutError):
+    """The engine has died. Its work can be given to another engine, or to the same one after a restart."""
+
+
 class RewardError(AlignmentError):
     """A reward is missing, late or not a number, after the attempts that the configuration allows."""
 

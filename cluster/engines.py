@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.distributed.world import World
-from alignment.errors import AlignmentError, RolloutError
+from alignment.errors import AlignmentError, EngineLost, RolloutError
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
-from alignment.rollout.pool import EngineLost, EnginePool
-from alignment.rollout.vllm import RolloutEngine, RolloutEngineSettings
+from alignment.rollout.pool import EnginePool
 from alignment.rollout.weights import PREFIX, FileWeightTransfer, WeightUpdate, local_directories, sweep
 from alignment.settings.run import RunConfig
+from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from alignment.rollout import Generator
-    from alignment.rollout.vllm import RolloutEngineSettings
+    from alignment.vllm.engine import RolloutEngineSettings
     from cluster.engines import Engines
 
 
@@ -151,7 +151,7 @@ def _engine_here(config: ClusterRunConfig) -> Iterator[Generator | None]:
         return
     import torch
 
-    from alignment.rollout.vllm import local_generator
+    from alignment.vllm.local import local_generator
 
     print("rollout: starting a vLLM engine …", flush=True)
     with contextlib.closing(local_generator(_engine_settings(config, gpu=torch.cuda.is_available()))) as generator:
@@ -164,7 +164,7 @@ def _engine_settings(config: ClusterRunConfig, *, gpu: bool) -> RolloutEngineSet
     Args:
         gpu: whether they run on GPUs.
     """
-    from alignment.rollout.vllm import RolloutEngineSettings
+    from alignment.vllm.engine import RolloutEngineSettings
 
     device: Literal["cpu", "cuda"] = "cuda" if gpu else "cpu"
     # Engines on one machine share its cores, and more threads than cores would slow each other down.

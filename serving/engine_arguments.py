@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.settings.section import NumberFormat
 from alignment.start_failure import SettingNames, StartLog
-from serving.compatibility import Adapter, LoraCapacity
+from alignment.vllm.arguments import (
+    adapter_arguments,
+    engine_environment,
+    forbid_usage_reports,
+    shared_arguments,
+    transfer_arguments,
+    use_one_process,
+)
 from serving.config import Device, ServeConfig
 from serving.parsers import OPENED, reasoning_parser_of
 from serving.scheduling import SCHEDULER
@@ -43,14 +50,9 @@ class EngineSettings:
 
 def set_environment(settings: EngineSettings) -> None:
     """Sets the environment of vLLM's process. A `runtime_env` would make Ray start another worker process first."""
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    if settings.device == "cpu":
-        # The engine's process reads this when it starts. Ray allows one thread per reserved CPU, and vLLM by default
-        # leaves one core to the process that reads requests; all cores give up to twice the tokens per second.
-        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
-        if _is_eager(settings.config, cpu=True):
-            # Otherwise the first request for log-probabilities compiles a helper that ranks them, for 25 s.
-            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    forbid_usage_reports()
+    eager = _is_eager(settings.config, cpu=settings.device == "cpu")
+    os.environ.update(engine_environment(device=settings.device, eager=eager))
 
 
 def setting_names(settings: EngineSettings) -> SettingNames:
@@ -79,14 +81,10 @@ def engine_class(settings: EngineSettings) -> type[VLLMEngine]:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
     class OneProcessEngine(VLLMEngine):  # type: ignore[misc]
-        """Runs the model in the engine's own process.
-
-        On CPU, vLLM starts one process that schedules and one per shard of the model, only to set the number of threads
-        of the latter. With one shard, `set_environment` has set it, and the second process (10 s, 0.5 GB) is saved.
-        """
+        """Runs the model in the engine's own process."""
 
         def _start_async_llm_engine(self, arguments: Any, config: Any, placement_group: Any) -> Any:
-            config.parallel_config.distributed_executor_backend = "uni"
+            use_one_process(config)
             return super()._start_async_llm_engine(arguments, config, placement_group)
 
     one_process = settings.device == "cpu" and settings.config.tensor_parallel_size == 1
@@ -97,15 +95,17 @@ def engine_arguments(settings: EngineSettings, served_model: ServedModel) -> dic
     """The arguments of vLLM's `AsyncEngineArgs`."""
     from vllm.config import StructuredOutputsConfig
 
-    from alignment.rollout.weights import WORKER
-
     config, cpu = settings.config, settings.device == "cpu"
-    arguments: dict[str, Any] = {
+    arguments = shared_arguments(
+        device=settings.device,
+        eager=_is_eager(config, cpu=cpu),
+        max_num_seqs=config.max_num_seqs,
+        cache_gib=config.kv_cache_gib,
+        gpu_memory=config.gpu_memory_utilization,
+    )
+    arguments |= {
         "dtype": _dtype(config.dtype, settings.device),
-        "max_num_seqs": config.max_num_seqs,
-        "enforce_eager": _is_eager(config, cpu=cpu),
         "tensor_parallel_size": config.tensor_parallel_size,
-        "worker_extension_cls": WORKER,
         # The backend with which forms are tried. vLLM's "auto" would pass a form that it refuses to others, untried.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
         "scheduler_cls": SCHEDULER,
@@ -123,17 +123,12 @@ def engine_arguments(settings: EngineSettings, served_model: ServedModel) -> dic
         arguments["reasoning_parser"] = reasoning_parser
     if (template := chat_template_of(config, served_model)) is not None:
         arguments["chat_template"] = template
-    if cpu:
-        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
-        # A prompt that is computed in two steps kills the engine if its request has a seed: vLLM rewinds the random
-        # generator, which works on GPUs only.
-        arguments["enable_chunked_prefill"] = False
-    else:
-        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
-    return arguments | (
-        _adapter_arguments(served_model.adapter, served_model.lora_capacity)
-        if served_model.adapter and served_model.lora_capacity
-        else _transfer_arguments()
+    capacity = served_model.lora_capacity
+    if not served_model.adapter or not capacity:
+        return arguments | transfer_arguments()
+    # One slot stays empty, as requests for the base model come too.
+    return arguments | adapter_arguments(
+        slots=MAX_ADAPTERS + 1, rank=capacity.rank, target_modules=capacity.target_modules
     )
 
 
@@ -173,25 +168,3 @@ def _dtype(number_format: NumberFormat, device: Device) -> str:
 
     dtype = dtype_name(number_format, device)
     return "auto" if number_format == "auto" and dtype == "bfloat16" else dtype
-
-
-def _transfer_arguments() -> dict[str, Any]:
-    from vllm.config import WeightTransferConfig
-
-    from alignment.rollout.weights import FILES
-
-    return {"weight_transfer_config": WeightTransferConfig(backend=FILES)}
-
-
-def _adapter_arguments(adapter: Adapter, capacity: LoraCapacity) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "enable_lora": True,
-        # One more than are in use at a time. On CPU, vLLM 0.32 applies the last slot to requests for the base model
-        # when they share a batch with requests for an adapter, so the last slot must stay empty.
-        "max_loras": MAX_ADAPTERS + 1,
-        "max_lora_rank": capacity.rank,
-    }
-    if capacity.target_modules:
-        # If the output head is wrapped too, a batch of requests for prompt log-probabilities kills vLLM's CPU engine.
-        arguments["lora_target_modules"] = list(capacity.target_modules)
-    return arguments

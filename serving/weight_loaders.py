@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import ServingError
+from alignment.vllm.swap import prepare_transfer, replace_weights, swap
 from serving.registry import Registry
 from serving.served_model import adapter_name
 from serving.versions import PartialLoadError
@@ -56,28 +57,15 @@ class WholeWeightsLoader:
 
     async def begin(self) -> None:
         """Prepares vLLM's weight transfer."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._client.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await prepare_transfer(self._client)
 
     async def load(self, number: int) -> None:
         """Loads a version; see `Loader.load`. No request may be in progress."""
-        from alignment.rollout.vllm import wait_while_alive
-
         files = sorted(str(file) for file in self._registry.folder_of(number).glob("*.safetensors"))
         try:
-            await wait_while_alive(self._client, self._replace(files, number))
+            await swap(self._client, lambda: replace_weights(self._client, files, number))
         except Exception as error:  # vLLM passes on any exception of its process
             raise PartialLoadError(f"version {number} got stuck half-way into the engine: {error}") from error
-
-    async def _replace(self, files: list[str], number: int) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await self._client.pause_generation(mode="wait", clear_cache=True)
-        await self._client.start_weight_update()
-        await self._client.update_weights(WeightTransferUpdateRequest(update_info={"files": files}))
-        await self._client.finish_weight_update(str(number))
-        await self._client.resume_generation()
 
     async def unload(self, number: int) -> None:
         """Does nothing: the next weights have replaced these."""

@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from alignment.errors import RolloutError
+from alignment.errors import EngineLost, RolloutError
 from alignment.rollout import Policy, Prompt, Rollout, Sampling, Weights
 from alignment.rollout.weights import FileWeightTransfer, GatherOnce, WeightUpdate
 
@@ -52,10 +52,6 @@ def longest_wait_s(timeout_s: float) -> float:
         timeout_s: `rollout.timeout_s`.
     """
     return 4 * timeout_s + 6 * HEARTBEAT_S
-
-
-class EngineLost(RolloutError):
-    """The engine has died. Its work can be given to another engine, or to the same one after a restart."""
 
 
 class EngineHandle(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.rollout import adapter_speed
+from alignment.vllm import adapter_speed
 
 
 @pytest.mark.parametrize("adapters", [[0, 0, 0, 0], [2, 2, 2, 2], [-1, -1, -1, -1], [0, 2, 1, -1]])

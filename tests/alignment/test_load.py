@@ -11,9 +11,9 @@ import torch._dynamo
 
 from alignment.models.attention import limit_recompilations
 from alignment.models.load import DTYPES, number_format
-from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RolloutConfig
+from alignment.vllm.engine import RolloutEngineSettings
 
 
 def seconds(dtype: torch.dtype) -> float:

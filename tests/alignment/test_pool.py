@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.errors import ModelError, RolloutError
+from alignment.errors import EngineLost, ModelError, RolloutError
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
-from alignment.rollout.pool import EngineLost, EnginePool, longest_wait_s
+from alignment.rollout.pool import EnginePool, longest_wait_s
 from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
 from tests.rollouts import submit
 

@@ -29,11 +29,12 @@ from alignment.models.load import LanguageModel, load_model
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.vllm import RolloutEngine, RolloutEngineSettings, local_generator, seed_of
 from alignment.rollout.weights import FileWeightTransfer
 from alignment.settings.data import DataConfig
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import OptimConfig, RolloutConfig
+from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings, seed_of
+from alignment.vllm.local import local_generator
 from tests.conftest import make_tokenizer
 from tests.processes import engine_processes
 from tests.rollouts import submit
@@ -315,19 +316,19 @@ def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(model
 WITHOUT_TYING = """
 import json, os, sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
-import alignment.rollout.weights as movement
+from alignment.vllm import arguments, reload
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
 folder, file, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=96,
-          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=movement.FILES),
-          worker_extension_cls=movement.WORKER)
+          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=arguments.FILES),
+          worker_extension_cls=arguments.WORKER)
 llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-tie, found = movement.pack_again, {}
+tie, found = reload.pack_again, {}
 for name, tied in (("without", lambda model: None), ("with", tie)):
-    movement.pack_again = tied
+    reload.pack_again = tied
     llm.start_weight_update()
     llm.update_weights(WeightTransferUpdateRequest(update_info={"files": [file]}))
     llm.finish_weight_update()

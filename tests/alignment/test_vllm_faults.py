@@ -24,10 +24,10 @@ import torch
 
 from alignment.errors import ConfigError, RolloutError
 from alignment.rollout import Weights
-from alignment.rollout.vllm import local_generator
 from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import RolloutConfig
+from alignment.vllm.local import local_generator
 from tests.alignment.test_vllm import (
     PROMPTS,
     REPOSITORY,
@@ -219,7 +219,8 @@ if __name__ == "__main__":
     from alignment.settings.model import ModelConfig
     from alignment.settings.run import RolloutConfig
     from alignment.rollout import Prompt, Sampling
-    from alignment.rollout.vllm import RolloutEngineSettings, local_generator
+    from alignment.vllm.engine import RolloutEngineSettings
+    from alignment.vllm.local import local_generator
 
     class Whole:
         version = 7
@@ -311,8 +312,8 @@ LIFELINE = """
 import multiprocessing, os, sys, time
 
 def worker():
-    from alignment.rollout.weights import _end_with_owner
-    _end_with_owner()
+    from alignment.vllm.lifeline import end_with_owner
+    end_with_owner()
     print("worker", os.getpid(), flush=True)
     time.sleep(600)
 

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from alignment.distributed.world import World, run_on_main
-from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
+from alignment.errors import CheckpointError, ConfigError, DataError, EngineLost, ModelError, RolloutError
 from alignment.failure import clear_failure, failure_of, propagate_failure
 from alignment.metrics import FileReporter, Silent
-from alignment.rollout.pool import EngineLost
 from alignment.run_folder import RunFolder
 from alignment.settings.run import RunConfig
 from tests.conftest import pair_rows

@@ -115,9 +115,10 @@ def judged_answers(prompts: list[str], model: str) -> list[dict[str, Any]]:
     from alignment.models.load import load_tokenizer
     from alignment.rewards.sentiment import Sentiment
     from alignment.rollout import Prompt, Sampling
-    from alignment.rollout.vllm import RolloutEngineSettings, local_generator
     from alignment.settings.model import ModelConfig
     from alignment.settings.run import RolloutConfig
+    from alignment.vllm.engine import RolloutEngineSettings
+    from alignment.vllm.local import local_generator
     from tests.rollouts import submit
 
     config = ModelConfig(path=model)

@@ -219,7 +219,8 @@ def ours(job: Job) -> Run:
     """Our loop without its surroundings: no evaluation, no checkpoint, no report."""
     import torch
 
-    from alignment.rollout.vllm import RolloutEngineSettings, local_generator
+    from alignment.vllm.engine import RolloutEngineSettings
+    from alignment.vllm.local import local_generator
 
     torch.set_num_threads(job.threads)
     config = run_config(job)

@@ -19,10 +19,10 @@ from alignment.distributed.world import World
 from alignment.errors import RolloutError
 from alignment.rollout import Rollout
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RunConfig
+from alignment.vllm.engine import RolloutEngineSettings
 from cluster.engines import Engines, attach, running_engines
 from tests.alignment.test_vllm import (
     MAX_LENGTH,

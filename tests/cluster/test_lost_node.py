@@ -12,10 +12,10 @@ import ray
 
 from alignment.distributed.world import World
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.vllm import RolloutEngineSettings
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RunConfig
+from alignment.vllm.engine import RolloutEngineSettings
 from cluster.engines import attach, running_engines
 from tests.alignment.test_vllm import (
     MAX_LENGTH,

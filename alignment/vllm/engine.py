@@ -1,7 +1,4 @@
-"""Rollout by vLLM: an engine that takes token ids and returns token ids. `cluster.engines` runs it in Ray actors.
-
-vLLM is imported inside functions, because the import takes 10 s and only processes with an engine need it.
-"""
+"""Rollout by vLLM: an engine that takes token ids and returns token ids. `cluster.engines` runs it in Ray actors."""
 
 from __future__ import annotations
 
@@ -11,21 +8,30 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from alignment.checkpoint import checkpoint_or_path
-from alignment.errors import AlignmentError, ConfigError, RolloutError
+from alignment.errors import AlignmentError, ConfigError, EngineLost, RolloutError
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
-from alignment.rollout.pool import EngineLost, EnginePool
-from alignment.rollout.weights import FILES, PREFIX, WORKER, FileWeightTransfer, WeightUpdate, local_directories, sweep
+from alignment.rollout.weights import WeightUpdate
+from alignment.run_folder import checkpoint_or_path
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import RolloutConfig
 from alignment.start_failure import SettingNames, StartLog
+from alignment.vllm.arguments import (
+    Device,
+    adapter_arguments,
+    engine_environment,
+    forbid_usage_reports,
+    shared_arguments,
+    transfer_arguments,
+    use_one_process,
+)
+from alignment.vllm.swap import prepare_transfer, replace_weights, swap
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -33,11 +39,6 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-Device = Literal["cpu", "cuda"]
-LOCAL = f"{PREFIX}local-"
-"""Prefix of the transfer's name for an engine of the same process; the process id follows."""
-DEATH_POLL_S = 0.5
-"""Seconds between two checks whether vLLM's process has died during a call to it."""
 CPU_BLOCK_TOKENS = 32
 """Number of tokens in a block of the key-value cache on a CPU. Completions share full blocks of their prompt. With
 vLLM's default of 128, most prompts would share nothing."""
@@ -112,7 +113,7 @@ class RolloutEngine:
                 with _environment(self.settings):
                     self._llm = _start_vllm(self.settings, log)
                 if self.settings.model.lora is None:
-                    await wait_while_alive(self._llm, self._prepare_transfer(self._llm))
+                    await prepare_transfer(self._llm)
             except AlignmentError:
                 raise
             except Exception as error:  # vLLM raises any error that its model code raises
@@ -154,10 +155,7 @@ class RolloutEngine:
             self._is_half_loaded = True
             load = self._load_all if update.adapter is None else self._load_adapter
             try:
-                # This also clears the cache of prompts, which the old weights have computed.
-                await wait_while_alive(llm, llm.pause_generation(mode="wait", clear_cache=True))
-                await wait_while_alive(llm, load(llm, update))
-                await wait_while_alive(llm, llm.resume_generation())
+                await swap(llm, lambda: load(llm, update))
             except EngineLost as error:
                 raise EngineLost(f"{error} while it loaded version {update.version} of the weights") from error
             except Exception as error:  # vLLM passes on any error of its process
@@ -199,19 +197,9 @@ class RolloutEngine:
             raise EngineLost("the vLLM engine has died")
         return self._llm
 
-    async def _prepare_transfer(self, llm: AsyncLLM) -> None:
-        """Prepares vLLM's weight transfer."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-
     async def _load_all(self, llm: AsyncLLM, update: WeightUpdate) -> None:
-        """Loads all weights in one session of vLLM's weight transfer."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info={"files": list(update.files)}))
-        await llm.finish_weight_update(str(update.version))
+        """Loads all weights."""
+        await replace_weights(llm, list(update.files), update.version)
 
     async def _load_adapter(self, llm: AsyncLLM, update: WeightUpdate) -> None:
         """Replaces the adapter."""
@@ -255,88 +243,12 @@ class RolloutEngine:
         return _rollout(final_output.outputs[0])
 
 
-class LocalEngineHandle:
-    """A handle to an engine in this process."""
-
-    def __init__(self, settings: RolloutEngineSettings) -> None:
-        self.engine = RolloutEngine(settings)
-
-    async def begin(self) -> None:
-        """Starts the engine."""
-        await self.engine.start()
-
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        """Generates the completions of a prompt."""
-        return await self.engine.generate(prompt, sampling)
-
-    async def load(self, update: WeightUpdate) -> None:
-        """Loads an update into the engine."""
-        await self.engine.load(update)
-
-    async def check(self) -> None:
-        """Checks that the engine is alive."""
-        await self.engine.check()
-
-    async def restart(self) -> None:
-        """Ends the engine and starts a new one."""
-        await self.engine.stop()
-        await self.engine.start()
-
-    async def stop(self) -> None:
-        """Ends the engine."""
-        await self.engine.stop()
-
-
-def local_generator(settings: RolloutEngineSettings) -> EnginePool:
-    """Starts an engine from this process, for a run without Ray, and returns a `Generator` over it.
-
-    Raises:
-        RolloutError: the engine does not start.
-    """
-    sweep()
-    transfer = FileWeightTransfer(f"{LOCAL}{os.getpid()}", local_directories())
-    pool = EnginePool(
-        [LocalEngineHandle(settings)],
-        transfer,
-        adapter=settings.model.lora is not None,
-        timeout_s=settings.rollout.timeout_s,
-    )
-    try:
-        pool.begin()
-    except BaseException:
-        pool.close()
-        raise
-    return pool
-
-
 def seed_of(prompt: Prompt, index: int) -> int:
     """The seed of one completion: a hash of the prompt's seed and the completion's index.
 
     With sums instead of hashes, seeds would repeat: (prompt 1, completion 0) would equal (prompt 0, completion 1).
     """
     return int.from_bytes(hashlib.blake2b(f"{prompt.seed}/{index}".encode(), digest_size=7).digest(), "big")
-
-
-async def wait_while_alive(llm: AsyncLLM, call: Coroutine[Any, Any, None]) -> None:
-    """Waits for a call to vLLM's process as long as the process is alive.
-
-    When the process dies, vLLM 0.32 fails the requests in progress, but the futures of other calls never end
-    (`utility_results` of its client). Without this function, a caller would wait forever.
-
-    Raises:
-        EngineLost: the process has died.
-    """
-    task = asyncio.ensure_future(call)
-    # The call may fail because of the same death. Reading its error here avoids asyncio's warning about it.
-    task.add_done_callback(lambda future: future.cancelled() or future.exception())
-    try:
-        while not task.done():
-            await asyncio.wait([task], timeout=DEATH_POLL_S)
-            if llm.errored:
-                raise EngineLost("the vLLM engine has died")
-        await task
-    finally:
-        task.cancel()
 
 
 def _parameters(prompt: Prompt, sampling: Sampling, index: int) -> SamplingParams:
@@ -373,19 +285,15 @@ def _rollout(output: CompletionOutput) -> Rollout:
 @contextlib.contextmanager
 def _environment(settings: RolloutEngineSettings) -> Iterator[None]:
     """Sets vLLM's environment variables; those for the engine's process alone only inside this context."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    forbid_usage_reports()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it would warn of a dozen settings that are intended
     previous = dict(os.environ)
-    if settings.device == "cpu":
-        # Ray allows one thread for each reserved CPU, and vLLM leaves one core to the process that sends requests. With
-        # all cores, an engine generates up to twice as many tokens per second.
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads or len(os.sched_getaffinity(0)))
-        # Eager mode covers the model only. A function that ranks log-probabilities would still be compiled, for 25 s.
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    variables = engine_environment(device=settings.device, eager=True, threads=settings.threads)
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in ("OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"):
+        for name in variables:
             os.environ.pop(name, None)
             os.environ.update({name: previous[name]} if name in previous else {})
 
@@ -403,62 +311,37 @@ def _start_vllm(settings: RolloutEngineSettings, log: StartLog) -> AsyncLLM:
 
     config = AsyncEngineArgs(**engine_arguments(settings), logging_config=log.config()).create_engine_config()
     if settings.device == "cpu":
-        # On a CPU, vLLM starts one process that schedules and one that computes, only to set the second one's number of
-        # threads. `_environment` has set it already, so one process (10 s, 0.5 GB) is saved.
-        config.parallel_config.distributed_executor_backend = "uni"
+        use_one_process(config)
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
 def engine_arguments(settings: RolloutEngineSettings) -> dict[str, Any]:
     """The arguments of vLLM's `AsyncEngineArgs`."""
     cpu, rollout = settings.device == "cpu", settings.rollout
-    arguments: dict[str, Any] = {
+    arguments = shared_arguments(
+        device=settings.device,
+        eager=cpu,
+        max_num_seqs=rollout.max_num_seqs,
+        cache_gib=rollout.kv_cache_gib,
+        gpu_memory=rollout.gpu_memory_utilization,
+    )
+    arguments |= {
         "model": model_source(settings.model.path),
         "revision": settings.model.revision,
         "dtype": settings.dtype,
         "max_model_len": settings.max_length,
-        "max_num_seqs": rollout.max_num_seqs,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "enable_prefix_caching": True,
-        "enforce_eager": cpu,
         "logprobs_mode": "processed_logprobs",  # of the sampled distribution, including the temperature
         "generation_config": "vllm",  # ignore the model's own: the run has all settings
-        "worker_extension_cls": WORKER,
     }
-    if cpu:
-        arguments |= {
-            "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
-            "block_size": CPU_BLOCK_TOKENS,
-            # If a prompt is computed in two chunks and its completion has a seed, the engine fails: vLLM resets the
-            # random generator, which works on a GPU only.
-            "enable_chunked_prefill": False,
-        }
-    else:
-        arguments |= {
-            "gpu_memory_utilization": rollout.gpu_memory_utilization,
-            "tensor_parallel_size": rollout.tensor_parallel_size,
-        }
+    arguments |= {"block_size": CPU_BLOCK_TOKENS} if cpu else {"tensor_parallel_size": rollout.tensor_parallel_size}
     lora = settings.model.lora
-    return arguments | (_transfer_arguments() if lora is None else _adapter_arguments(settings.model, lora))
-
-
-def _transfer_arguments() -> dict[str, Any]:
-    """The arguments for an engine that gets all weights."""
-    from vllm.config import WeightTransferConfig
-
-    return {"weight_transfer_config": WeightTransferConfig(backend=FILES)}
-
-
-def _adapter_arguments(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
-    """The arguments for an engine that gets an adapter."""
-    return {
-        "enable_lora": True,
-        # One slot is enough. vLLM 0.32 on a CPU confuses the base model with the last slot, but all requests are for
-        # the adapter.
-        "max_loras": 1,
-        "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora.rank),
-        "lora_target_modules": _target_modules(model, lora),
-    }
+    if lora is None:
+        return arguments | transfer_arguments()
+    rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)
+    # One slot is enough, as all requests are for the adapter.
+    return arguments | adapter_arguments(slots=1, rank=rank, target_modules=_target_modules(settings.model, lora))
 
 
 def _check_adapter(lora: LoraConfig) -> None:
