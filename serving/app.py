@@ -22,7 +22,7 @@ from serving.engine_arguments import EngineSettings
 from serving.ingress import Ingress
 from serving.lease import LeaseTaken, lease_of
 from serving.nodes import check_nodes
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.routing import ConversationRouter
 from serving.scoring import MAX_BATCH, SCORING_NAME, Scoring
 from serving.served_model import ServedModel, publish, registry_of

@@ -7,7 +7,6 @@ An entry stays in its file until the database takes it. Any ingress that runs st
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import threading
@@ -16,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,27 +23,11 @@ from alignment.files import write_durably
 from serving.keys import Database, open_store
 
 if TYPE_CHECKING:  # SQLAlchemy takes a third of a second, and --help must not
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from serving.registry import Registry
     from serving.store import Store
     from serving.store.records import AuditEntry
 
 RETRY_S = 5.0
 """Seconds between attempts to store the entries in files."""
-MAX_DETAIL = 2000
-"""Most characters of a request's body that an entry holds."""
-ACTIONS = {
-    ("POST", "/v1/admin/versions"): "register",
-    ("DELETE", "/v1/admin/versions/{number}"): "delete version",
-    ("POST", "/v1/admin/promote"): "promote",
-    ("DELETE", "/v1/admin/canary"): "end canary",
-    ("POST", "/v1/admin/rollback"): "rollback",
-    ("GET", "/v1/feedback/export"): "export",
-    ("DELETE", "/v1/records/{id}"): "delete record",
-}
-"""The names of actions. Any other change that needs an admin is named by its method and path."""
-READS = ("GET", "HEAD", "OPTIONS")
 
 logger = logging.getLogger("ray.serve")
 
@@ -117,82 +100,13 @@ def write_entry(folder: Path, entry: AuditEntry) -> bool:
     return True
 
 
-def folder_of(registry: Registry) -> Path:
-    """Returns the folder of a registry in which entries wait for the database."""
-    return registry.folder / "audit"
+def entries_folder(registry_folder: Path) -> Path:
+    """Returns the folder in which entries wait for the database, inside a registry's folder."""
+    return registry_folder / "audit"
 
 
 def _file(folder: Path, entry: AuditEntry) -> Path:
     return folder / f"{entry.id}.json"
-
-
-class AuditMiddleware:
-    """ASGI middleware between `serving.access` and the routes: adds an entry for what admins do, by any route.
-
-    What a key may not do is refused, and gets no entry: otherwise anybody could fill the disk.
-    """
-
-    def __init__(self, app: ASGIApp, trail: AuditTrail) -> None:
-        self._app = app
-        self._trail = trail
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status: int | None = None
-
-        async def send_and_record(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                await self._record(scope, status)
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_record)
-        finally:
-            if status is None:  # the client went away, or the request failed; what it began may continue
-                await self._record(scope, None)
-
-    async def _record(self, scope: Scope, status: int | None) -> None:
-        action, key = action_of(scope), scope["state"]["key"]
-        if action is not None and key.allows("admin"):
-            from serving.store.records import AuditEntry
-
-            detail = {"status": status, **_request_detail(scope)}
-            client = scope.get("client")
-            entry = AuditEntry(action=action, who=key.name, address=client[0] if client else None, detail=detail)
-            await asyncio.to_thread(self._trail.record, entry)
-
-
-def action_of(scope: Scope) -> str | None:
-    """Returns the name of what a routed request does; None if it needs no entry."""
-    route = scope.get("route")
-    if route is None:
-        return None
-    method, path = scope["method"], route.path
-    action = ACTIONS.get((method, path))
-    if action == "promote" and _body(scope).get("canary") is not None:
-        return "canary"
-    is_change = next(iter(route.tags), "admin") == "admin" and method not in READS
-    return action or (f"{method} {path}" if is_change else None)
-
-
-def _body(scope: Scope) -> dict[str, Any]:
-    body: dict[str, Any] = scope["state"].get("json", {})
-    return body
-
-
-def _request_detail(scope: Scope) -> dict[str, Any]:
-    """Returns the parts of a request that say what it was about."""
-    body, query = _body(scope), scope.get("query_string", b"").decode("latin-1")
-    detail: dict[str, Any] = dict(scope.get("path_params", {}))
-    if query:
-        detail["query"] = query[:MAX_DETAIL]
-    if body:
-        detail["body"] = body if len(json.dumps(body)) <= MAX_DETAIL else "too long"
-    return detail
 
 
 def _read(file: Path) -> AuditEntry:

@@ -18,7 +18,8 @@ from alignment.errors import AlignmentError, ServingError
 from serving.candidate import CandidateReplica, serve_reason
 from serving.config import ServeConfig
 from serving.engine import Status
-from serving.registry import Registry, State
+from serving.registry.state import State
+from serving.registry.versions import Registry
 from serving.routing import canary_answers, conversation_key
 from serving.schema import TOKEN_ROUTES, Redirect, Reply, RequestError, Route, error_reply
 from serving.scoring import SCORING_NAME, ScoreResult, ScoringRequest

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from alignment.errors import ServingError
 from serving.engine import Status
-from serving.registry import State
+from serving.registry.state import State
 from serving.versions import candidate_version
 
 logger = logging.getLogger("ray.serve")

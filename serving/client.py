@@ -13,7 +13,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from alignment.errors import ServingError
 from alignment.rewards.remote import MAX_PAUSE_S, key_from
-from serving.registry import State, Version
+from serving.registry.state import State
+from serving.registry.versions import Version
 
 if TYPE_CHECKING:
     import httpx

@@ -29,7 +29,8 @@ from serving.engine_arguments import EngineSettings, engine_class, llm_config, s
 from serving.engine_replies import MAX_MESSAGE, ModelNames, engine_error, parse_request, to_reply
 from serving.grammar import forms_of
 from serving.prompts import read_shielded_prompts, shield_chat
-from serving.registry import Registry, State
+from serving.registry.state import State
+from serving.registry.versions import Registry
 from serving.schema import (
     TOKEN_ROUTES,
     Redirect,

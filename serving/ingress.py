@@ -22,9 +22,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from serving.access import AccessMiddleware, as_response
-from serving.audit import AuditMiddleware, AuditTrail, folder_of
+from serving.audit import AuditTrail, entries_folder
 from serving.backend import Backend
 from serving.config import ServeConfig
+from serving.http.audit import AuditMiddleware
 from serving.ids import Ids
 from serving.keys import Key, KeyCache, Keys
 from serving.lease import Tenant
@@ -33,7 +34,7 @@ from serving.nodes import check_database
 from serving.page import HEADERS, INDEX, PageFile, page_files
 from serving.queues import num_waiting
 from serving.recording import Recorder
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.routes import (
     ERRORS,
     ERRORS_BESIDE_TEXT,
@@ -87,7 +88,9 @@ class Ingress:
         self._store = _open_store(database, config, is_known=key_cache.read() is not None)
         metrics = Metrics()
         metrics.track_waiting("engine", num_waiting)
-        self._trail = AuditTrail(self._store, folder_of(version_registry), on_loss=metrics.count_lost_audit_entry)
+        self._trail = AuditTrail(
+            self._store, entries_folder(version_registry.folder), on_loss=metrics.count_lost_audit_entry
+        )
         self._keys = Keys(self._store, key_cache)
         self._recorder = Recorder(self._store, version_registry.folder / "unstored", on_loss=metrics.count_lost_record)
         replica_context = serve.get_replica_context()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from serving.config import ServeConfig
-    from serving.registry import Registry
+    from serving.registry.versions import Registry
     from serving.served_model import ServedModel
 
 APPLICATION = "raylign"

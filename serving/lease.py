@@ -23,7 +23,8 @@ from pydantic import TypeAdapter
 
 from alignment.errors import CheckpointError, ServingError
 from alignment.files import write_durably
-from serving.registry import HEARTBEAT_TIMEOUT_S, Registry, format_time, read_file
+from serving.registry.state import HEARTBEAT_TIMEOUT_S, format_time, read_file
+from serving.registry.versions import Registry
 
 logger = logging.getLogger("ray.serve")
 

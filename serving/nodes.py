@@ -11,7 +11,7 @@ from typing import Any
 
 from alignment.errors import ServingError
 from alignment.shared_folder import WAIT_S, leave_mark, sees
-from serving.registry import Registry
+from serving.registry.versions import Registry
 
 logger = logging.getLogger("ray.serve")
 

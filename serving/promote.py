@@ -18,7 +18,8 @@ from alignment.errors import ServingError
 if TYPE_CHECKING:
     from serving.client import EndpointClient, Listing
     from serving.gate import GateConfig
-    from serving.registry import State, Version
+    from serving.registry.state import State
+    from serving.registry.versions import Version
 
 URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 7200.0

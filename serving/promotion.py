@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from alignment.errors import AlignmentError, CheckpointError, ServingError
 from serving.compatibility import check_compatible
-from serving.registry import PendingChange, Registry, State
+from serving.registry.state import PendingChange, State
+from serving.registry.versions import Registry
 
 logger = logging.getLogger("ray.serve")
 

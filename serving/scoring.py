@@ -27,7 +27,7 @@ from alignment.rewards.remote import ChatMessage
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from serving.config import Device, ServeConfig
-from serving.registry import Registry, Version
+from serving.registry.versions import Registry, Version
 from serving.schema import Reply, error_reply
 from serving.served_model import reference_of, rewards_length
 

@@ -22,7 +22,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serving.metrics import merge
-from serving.registry import State
+from serving.registry.state import State
 
 ANSWER_S = 1.0
 """Seconds that an ingress has to answer."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from alignment.errors import AlignmentError, CheckpointError, ServingError
 from alignment.models.folders import model_source
 from alignment.models.model_folder import ModelFolder
-from serving.audit import folder_of, write_entry
+from serving.audit import entries_folder, write_entry
 from serving.bases import base_stamp
 from serving.compatibility import Adapter, LoraCapacity, adapter_of, template_of
 from serving.config import ServeConfig
 from serving.parsers import tool_call_parser_of
-from serving.registry import Registry, Version, name_of
+from serving.registry.checkpoints import name_of
+from serving.registry.versions import Registry, Version
 from serving.store.records import AuditEntry, operator
 
 REWARDS_LENGTH = 2048
@@ -164,7 +165,7 @@ def _record_start(config: ServeConfig, registry: Registry, *, version: int | Non
     """Writes a start into the audit trail: the version that it registered, and those that answered before and after."""
     current = registry.state().current
     detail = {"checkpoint": config.checkpoint, "version": version, "before": previous, "current": current}
-    write_entry(folder_of(registry), AuditEntry(action="start", who=operator(), detail=detail))
+    write_entry(entries_folder(registry.folder), AuditEntry(action="start", who=operator(), detail=detail))
 
 
 def _unchanged_note(registry: Registry, current: int) -> str:

@@ -22,7 +22,8 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from alignment.errors import AlignmentError, ServingError
-from serving.registry import Registry, State
+from serving.registry.state import State
+from serving.registry.versions import Registry
 
 logger = logging.getLogger("ray.serve")
 

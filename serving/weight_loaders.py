@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import ServingError
 from alignment.vllm.swap import prepare_transfer, replace_weights, swap
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.served_model import adapter_name
 from serving.versions import PartialLoadError
 

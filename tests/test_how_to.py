@@ -23,9 +23,9 @@ from typing import Any
 import httpx
 import pytest
 
-from alignment import cli
 from alignment.run_folder import RunFolder
 from alignment.settings.plugins import MODULE_FOLDERS
+from cluster import cli
 from tests.alignment.test_train import run
 
 FOLDER = Path(__file__).parents[1] / "docs" / "how-to"
@@ -163,7 +163,7 @@ def test_a_route_is_served_once_its_file_is_there(scratch: Path, monkeypatch: py
     from serving.config import LimitsConfig, ServeConfig
     from serving.ingress import application
     from serving.keys import Key
-    from serving.registry import State
+    from serving.registry.state import State
 
     write_files("route", scratch)
     monkeypatch.setattr(routes, "__path__", [*routes.__path__, str(scratch / "serving" / "routes")])

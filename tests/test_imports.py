@@ -23,7 +23,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Importing these must stay cheap: they run before anything heavy, or in processes that need nothing heavy.
 LIGHT = ["alignment.settings.run", "alignment.settings.load", "alignment.groups", "alignment.errors", "cluster.cli"]
-LIGHT += ["cluster.config", "cluster.plan", "cluster.launch", "serving.promote", "serving.registry"]
+LIGHT += ["cluster.config", "cluster.plan", "cluster.launch", "serving.promote", "serving.registry.versions"]
 
 
 def imported(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:

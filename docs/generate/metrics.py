@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from docs.generate.metric_meanings import SECTIONS
 from docs.generate.text import NOTICE, item, page_text
 from serving.metrics import Metrics
-from serving.registry import State
+from serving.registry.state import State
 from serving.scrape import GatheredMetrics, IngressMetrics, page
 
 

@@ -22,7 +22,7 @@ from serving.lease import Tenant
 from serving.metrics import NONE, Metrics
 from serving.promotion import Promotions
 from serving.recording import Recorder
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.schema import RequestError
 from serving.served_model import ServedModel
 from serving.shares import KeyShare

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alignment.rewards.remote import ChatMessage
 from serving.keys import Key
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.routes import (
     VERSION_HEADER,
     Context,

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.errors import AlignmentError
 from serving.engine import Status
-from serving.registry import State, Version
+from serving.registry.state import State
+from serving.registry.versions import Version
 from serving.routes import Context, IngressContext, ParsedBodyRoute, ResponseModel, key_of
 from serving.schema import RequestError
 

@@ -109,7 +109,7 @@ def ours(asked: list[Any], adapter: Path, folder: Path, dtype: NumberFormat) -> 
     import torch
 
     from alignment.settings.model import ModelConfig
-    from serving.registry import Registry
+    from serving.registry.versions import Registry
     from serving.scoring import Policies
 
     registry = Registry(folder / "registry")

@@ -27,7 +27,8 @@ from serving.candidate import CANDIDATE_NAME
 from serving.config import ServeConfig
 from serving.engine import CandidateEngine, Engine
 from serving.engine_arguments import EngineSettings
-from serving.registry import Registry, State
+from serving.registry.state import State
+from serving.registry.versions import Registry
 from serving.routing import ConversationRouter
 from serving.schema import Reply, Route, error_reply, event
 from serving.scoring import ScoreResult, Scoring, ScoringRequest

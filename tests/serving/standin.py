@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from alignment.errors import AlignmentError
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.schema import RequestError
 
 MODEL = "assistant"

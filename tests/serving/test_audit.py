@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import serving.audit
 from serving.access import AccessMiddleware
-from serving.audit import AuditMiddleware, AuditTrail
+from serving.audit import AuditTrail
 from serving.config import LimitsConfig, ServeConfig
+from serving.http.audit import AuditMiddleware
 from serving.ingress import answer_errors
 from serving.keys import Key, Role
 from serving.recording import Recorder

@@ -12,7 +12,7 @@ from alignment.errors import ServingError
 from alignment.models.model_folder import ModelFolder
 from serving.compatibility import check_compatible
 from serving.config import ServeConfig
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.served_model import publish, served_version
 from tests.serving.tiny import adapter, whole
 

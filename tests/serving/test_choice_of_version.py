@@ -10,7 +10,7 @@ import pytest
 
 from serving.config import ServeConfig
 from serving.keys import Key, Role
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.routes.rewards import check_choice
 from serving.schema import RequestError
 from serving.scoring import Policies, ScoreResult, Scoring, ScoringItem, ScoringRequest

@@ -17,7 +17,7 @@ from alignment.errors import ConfigError
 from serving.config import ServeConfig
 from serving.keys import ROLES, Key, KeyCache, KeyLifetime, Keys, create_key, rotate_key
 from serving.launch import _other_database
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.store import Store
 from serving.store.opening import find_database
 from serving.store.records import Conflict, StoreAway, UnknownId

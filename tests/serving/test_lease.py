@@ -18,7 +18,7 @@ import pytest
 from alignment.files import write_durably
 from serving import lease as module
 from serving.lease import FILE, LEASES, Lease, LeaseTaken, Process, Tenant, lease_of
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from tests.conftest import free_port
 from tests.serving.tiny import whole
 

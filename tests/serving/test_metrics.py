@@ -27,7 +27,8 @@ from serving.engine_arguments import EngineSettings
 from serving.ingress import Ingress
 from serving.keys import create_key
 from serving.metrics import FORM_REASONS, LOSS_REASONS, Metrics, exposition
-from serving.registry import Registry, State
+from serving.registry.state import State
+from serving.registry.versions import Registry
 from serving.routes.openai import with_usage, without_usage
 from serving.schema import error_reply, event
 from serving.scrape import ANSWER_S, GatheredMetrics, IngressMetrics, gather, page

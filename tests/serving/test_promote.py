@@ -19,7 +19,8 @@ from alignment.errors import ConfigError, ServingError
 from serving.client import EndpointClient, Listing
 from serving.engine import Status
 from serving.promote import delete_versions, list_versions, promote, rollback, versions
-from serving.registry import Registry, State
+from serving.registry.state import State
+from serving.registry.versions import Registry
 from tests.conftest import free_port
 from tests.serving.standin import Standin, broken, running
 from tests.serving.tiny import adapter, of_run

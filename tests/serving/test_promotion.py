@@ -12,10 +12,11 @@ import pytest
 
 from alignment.errors import ServingError
 from serving import promotion as module
-from serving import registry as registry_module
 from serving.lease import LeaseTaken
 from serving.promotion import Promotions
-from serving.registry import ChangeUnderWay, Registry, State
+from serving.registry import state as state_module
+from serving.registry.state import ChangeUnderWay, State
+from serving.registry.versions import Registry
 from serving.versions import Versions
 from tests.serving.tiny import adapter, whole
 
@@ -194,7 +195,7 @@ def test_an_ingress_that_dies_half_way_stops_nobody_for_long(
             await fleet.replicas[0].move(2)
         with pytest.raises(ChangeUnderWay, match="version 2, which Anna asked for"):
             await ingress().promote(3)
-        monkeypatch.setattr(registry_module, "HEARTBEAT_TIMEOUT_S", 0.0)  # time passes
+        monkeypatch.setattr(state_module, "HEARTBEAT_TIMEOUT_S", 0.0)  # time passes
         await fleet.adopt()  # as each replica does every two seconds
         assert fleet.answers == [1, 1], "what was under way counts for nothing any more"
         assert (await ingress().promote(3)).current == 3 and fleet.answers == [3, 3]

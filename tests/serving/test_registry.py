@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from alignment.errors import CheckpointError, ServingError
-from serving import registry as module
 from serving.compatibility import LoraCapacity
-from serving.registry import ChangeUnderWay, Registry, State
+from serving.registry import state as module
+from serving.registry.state import ChangeUnderWay, State
+from serving.registry.versions import Registry
 from tests.serving.tiny import adapter, of_run, whole
 
 CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")

@@ -16,7 +16,7 @@ from ray.serve import Application
 from serving.app import _scoring_options, application
 from serving.backend import Backend
 from serving.config import ServeConfig
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.schema import RequestError
 from serving.scoring import SCORING_NAME, ScoreResult, ScoringItem, ScoringRequest
 from serving.served_model import ServedModel

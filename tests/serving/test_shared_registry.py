@@ -14,7 +14,7 @@ import ray
 
 from alignment.errors import ServingError
 from serving.nodes import check_nodes
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from tests.cluster.test_nodes import ANOTHER_NODE, NODE, apart
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
 from serving.engine_arguments import EngineSettings
 from serving.ingress import Ingress, _open_store
 from serving.keys import create_key
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.served_model import served_version
 from serving.store import Store
 from serving.store.records import StoreAway

@@ -23,7 +23,7 @@ from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
 from alignment.models.folders import bundled
-from serving.registry import Registry
+from serving.registry.versions import Registry
 from serving.routing import canary_answers
 from tests.serving.conftest import ALIGNED, Running, random_adapter
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import CheckpointError, ServingError
-from serving.registry import HEARTBEAT_TIMEOUT_S, PendingChange, State
+from serving.registry.state import HEARTBEAT_TIMEOUT_S, PendingChange, State
 from serving.versions import MoveLimits, PartialLoadError, ReplicaUnavailable, Versions, candidate_version
 
 

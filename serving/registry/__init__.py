@@ -1,0 +1,1 @@
+"""The registry: the versions of the served model, which of them answers, and how that changes."""
