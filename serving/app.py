@@ -15,18 +15,18 @@ from ray.serve.config import RequestRouterConfig
 from alignment.errors import ConfigError
 from alignment.settings.load import check_config
 from cluster.ray_access import check_token
-from serving.candidate import CANDIDATE_NAME
 from serving.config import Device, ServeConfig
-from serving.engine import CandidateEngine, Engine
-from serving.engine_arguments import EngineSettings
-from serving.ingress import Ingress
-from serving.lease import LeaseTaken, lease_of
-from serving.nodes import check_nodes
+from serving.feedback.store.opening import default_database
+from serving.http.ingress import Ingress
+from serving.registry.lease import LeaseTaken, lease_of
+from serving.registry.nodes import check_nodes
+from serving.registry.served_model import ServedModel, publish, registry_of
 from serving.registry.versions import Registry
-from serving.routing import ConversationRouter
-from serving.scoring import MAX_BATCH, SCORING_NAME, Scoring
-from serving.served_model import ServedModel, publish, registry_of
-from serving.store.opening import default_database
+from serving.replica.candidate import CANDIDATE_NAME
+from serving.replica.engine import CandidateEngine, Engine
+from serving.replica.engine_arguments import EngineSettings
+from serving.replica.routing import ConversationRouter
+from serving.replica.scoring import MAX_BATCH, SCORING_NAME, Scoring
 
 logger = logging.getLogger("ray.serve")
 
@@ -59,7 +59,7 @@ def build(args: dict[str, Any]) -> Application:
     Raises:
         ConfigError: a field is unknown, missing or out of range; the text has a line for every problem.
         ClusterError: the Ray cluster answers also clients without its token.
-        AlignmentError: the checkpoint cannot be served (see `serving.served_model.publish`).
+        AlignmentError: the checkpoint cannot be served (see `serving.registry.served_model.publish`).
         LeaseTaken: the registry belongs to another endpoint, and `on_lease` is `refuse`.
     """
     config = check_config(args, kind=ServeConfig)
@@ -97,8 +97,8 @@ def application(config: ServeConfig, served_model: ServedModel, registry: Regist
 
     Args:
         served_model: the version that answers at the start.
-        owner: owner of the registry's lease (see `serving.lease`). Without a `/` it is a cluster, and each of its
-            applications becomes an owner of its own.
+        owner: owner of the registry's lease (see `serving.registry.lease`). Without a `/` it is a cluster, and each of
+            its applications becomes an owner of its own.
     """
     device = choose_device(config)
     limits = config.limits_on(device, num_cores=len(os.sched_getaffinity(0)))

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from serving.config import ServeConfig
+    from serving.registry.served_model import ServedModel
     from serving.registry.versions import Registry
-    from serving.served_model import ServedModel
 
 APPLICATION = "raylign"
 LOG_HINT = (
@@ -134,9 +134,9 @@ def endpoint(config: ServeConfig) -> Iterator[RunningEndpoint]:
 
     Raises:
         ServingError: the port is in use, another endpoint holds the registry's lease, or the engine did not start.
-        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.served_model.publish`).
+        CheckpointError, ModelError: the checkpoint cannot be served (see `serving.registry.served_model.publish`).
     """
-    from serving.served_model import publish, registry_of
+    from serving.registry.served_model import publish, registry_of
 
     if _is_local():
         refuse_busy_port(config.host, config.port)
@@ -165,7 +165,7 @@ def endpoint(config: ServeConfig) -> Iterator[RunningEndpoint]:
 def _hold_lease(config: ServeConfig, registry: Registry, owner: str) -> Iterator[bool]:
     """Holds the registry's lease inside the `with` block, or waits for it there while another endpoint holds it; yields
     whether it is held at the start."""
-    from serving.lease import Tenant
+    from serving.registry.lease import Tenant
 
     tenant = Tenant(registry, owner=owner, url=config.url)
     is_held = tenant.acquire(wait=config.on_lease == "wait", notify=typer.echo)
@@ -177,7 +177,7 @@ def _hold_lease(config: ServeConfig, registry: Registry, owner: str) -> Iterator
 
 def _other_database(config: ServeConfig, registry: Registry) -> str | None:
     """A note that keys and feedback of former versions of raylign are in another database; None if there are none."""
-    from serving.store.opening import FILE, old_file
+    from serving.feedback.store.opening import FILE, old_file
 
     old = old_file()
     if old is None or config.feedback.database is not None or (registry.folder / FILE).exists():
@@ -286,8 +286,8 @@ def _running_application(
     from ray import serve
 
     from serving.app import application, choose_device
-    from serving.nodes import check_nodes
-    from serving.store.opening import default_database
+    from serving.feedback.store.opening import default_database
+    from serving.registry.nodes import check_nodes
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(

@@ -31,8 +31,8 @@ from alignment.rewards import Reward, Scorer, Unreadable, check_rewards
 from alignment.rewards.model import RewardModel
 from alignment.rewards.remote import ScoredItem, ScoreItem, ScoreReply, ScoreRequest, key_from
 from alignment.settings.load import check_config
+from serving.http.origins import check_local
 from serving.launch import refuse_busy_port
-from serving.origins import check_local
 from serving.schema import RequestError, error_reply, parse_json
 
 logger = logging.getLogger(__name__)

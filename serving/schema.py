@@ -52,7 +52,7 @@ class Reply:
     form_s: float = 0.0
     """CPU seconds that compiling the answer's form on trial took; 0 for a form that was compiled before."""
     form_problem: str | None = None
-    """Why the answer's form is refused, as `serving.trial.TrialOutcome`; None if it is not."""
+    """Why the answer's form is refused, as `serving.replica.trial.TrialOutcome`; None if it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import without_wait_policy
 
-MODULES = ["cluster.cli", "cluster.worker", "serving.scoring"]
+MODULES = ["cluster.cli", "cluster.worker", "serving.replica.scoring"]
 
 
 def openmp_of(module: str, environment: dict[str, str]) -> str:

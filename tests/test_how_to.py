@@ -158,15 +158,15 @@ def test_a_game_is_played_for_several_turns(
 
 
 def test_a_route_is_served_once_its_file_is_there(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving import routes
-    from serving.access import AccessMiddleware
     from serving.config import LimitsConfig, ServeConfig
-    from serving.ingress import application
-    from serving.keys import Key
+    from serving.feedback.keys import Key
+    from serving.http import routes
+    from serving.http.access import AccessMiddleware
+    from serving.http.ingress import application
     from serving.registry.state import State
 
     write_files("route", scratch)
-    monkeypatch.setattr(routes, "__path__", [*routes.__path__, str(scratch / "serving" / "routes")])
+    monkeypatch.setattr(routes, "__path__", [*routes.__path__, str(scratch / "serving" / "http" / "routes")])
     state = State(current=3)
     registry = SimpleNamespace(state=lambda: state)
     context: Any = SimpleNamespace(config=ServeConfig(checkpoint="model"), registry=registry, started_at=0)

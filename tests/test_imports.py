@@ -19,11 +19,15 @@ FORBIDDEN = {
 }
 ALLOWED = {"cluster.ray_access"}
 """What both who train and who serve ask of Ray."""
+ROOMS_OF_SERVING = ("feedback", "registry", "replica", "http")
+"""A room may import those before it, also inside functions."""
+COMMON_IN_SERVING = {"config", "schema"}
+"""Modules of `serving` that every room may import, and that import no room."""
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # Importing these must stay cheap: they run before anything heavy, or in processes that need nothing heavy.
 LIGHT = ["alignment.settings.run", "alignment.settings.load", "alignment.groups", "alignment.errors", "cluster.cli"]
-LIGHT += ["cluster.config", "cluster.plan", "cluster.launch", "serving.promote", "serving.registry.versions"]
+LIGHT += ["cluster.config", "cluster.plan", "cluster.launch", "serving.registry.promote", "serving.registry.versions"]
 
 
 def imported(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
@@ -47,6 +51,12 @@ def packages_of(path: Path, *, inside_functions: bool) -> set[str]:
     return {name.partition(".")[0] for name in names if not name.startswith(allowed)}
 
 
+def rooms_of(path: Path) -> set[str]:
+    """The rooms and modules directly in `serving` that a file imports."""
+    names = imported(ast.parse(path.read_text(encoding="utf-8")), inside_functions=True)
+    return {name.split(".")[1] for name in names if name.startswith("serving.")}
+
+
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -55,6 +65,18 @@ def name_of(path: Path) -> str:
 def test_a_package_imports_nothing_from_its_left(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     assert not packages_of(path, inside_functions=True) & FORBIDDEN[package]
+
+
+@pytest.mark.parametrize("room", ROOMS_OF_SERVING)
+def test_a_room_of_serving_imports_only_the_rooms_below_it(room: str) -> None:
+    below = {*COMMON_IN_SERVING, *ROOMS_OF_SERVING[: ROOMS_OF_SERVING.index(room) + 1]}
+    above = {name_of(path): rooms_of(path) - below for path in (ROOT / "serving" / room).rglob("*.py")}
+    assert above and not {path: names for path, names in above.items() if names}
+
+
+@pytest.mark.parametrize("name", sorted(COMMON_IN_SERVING))
+def test_what_all_rooms_of_serving_import_knows_none_of_them(name: str) -> None:
+    assert rooms_of(ROOT / "serving" / f"{name}.py") <= COMMON_IN_SERVING
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

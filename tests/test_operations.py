@@ -16,8 +16,8 @@ import typer
 from cluster.cli import COMMANDS
 from cluster.config import load_run
 from serving.config import load_serve_config
-from serving.keys import create_key
-from serving.store import Store
+from serving.feedback.keys import create_key
+from serving.feedback.store import Store
 from tests.cluster.reach import needs_of, pods_of
 from tests.cluster.test_cluster_files import KUBERNETES_FILES, load
 from tests.databases import new_database

@@ -20,7 +20,7 @@ from cluster.cli import COMMANDS
 from cluster.config import ClusterRunConfig, load_run
 from cluster.pipeline import PipelineConfig
 from serving.config import ServeConfig, load_serve_config
-from serving.gate import GateConfig, load_gate
+from serving.registry.gate import GateConfig, load_gate
 from tests.test_operations import parsed
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig
 from docs.generate.text import NOTICE, anchor, first_paragraph, item, join_names, page_text, type_text, value_text
 from serving.config import ServeConfig
-from serving.gate import GateConfig
+from serving.registry.gate import GateConfig
 
 
 def configuration_page() -> str:

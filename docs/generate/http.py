@@ -19,11 +19,12 @@ from docs.generate.text import (
     value_text,
     wrap_text,
 )
-from serving import ingress, reward_server
+from serving import reward_server
 from serving.config import ServeConfig
-from serving.fields import IGNORED, SUPPORTED, UNSUPPORTED
-from serving.routes import PUBLIC
-from serving.routes.bodies import ChatBody, CompletionBody
+from serving.http import ingress
+from serving.http.fields import IGNORED, SUPPORTED, UNSUPPORTED
+from serving.http.routes import PUBLIC
+from serving.http.routes.bodies import ChatBody, CompletionBody
 from serving.schema import STATUS_CODES
 
 

@@ -9,9 +9,9 @@ from prometheus_client.metrics_core import Metric
 
 from docs.generate.metric_meanings import SECTIONS
 from docs.generate.text import NOTICE, item, page_text
-from serving.metrics import Metrics
+from serving.http.metrics import Metrics
+from serving.http.scrape import GatheredMetrics, IngressMetrics, page
 from serving.registry.state import State
-from serving.scrape import GatheredMetrics, IngressMetrics, page
 
 
 def metrics_page() -> str:

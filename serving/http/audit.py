@@ -1,4 +1,4 @@
-"""Notices what admins do by any route, and has the audit trail record it (see `serving.audit`)."""
+"""Notices what admins do by any route, and has the audit trail record it (see `serving.feedback.audit`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.audit import AuditTrail
-from serving.store.records import AuditEntry
+from serving.feedback.audit import AuditTrail
+from serving.feedback.store.records import AuditEntry
 
 MAX_DETAIL = 2000
 """Most characters of a request's body that an entry holds."""
@@ -27,7 +27,7 @@ READS = ("GET", "HEAD", "OPTIONS")
 
 
 class AuditMiddleware:
-    """ASGI middleware between `serving.access` and the routes: adds an entry for what admins do, by any route.
+    """ASGI middleware between `serving.http.access` and the routes: adds an entry for what admins do, by any route.
 
     What a key may not do is refused, and gets no entry: otherwise anybody could fill the disk.
     """

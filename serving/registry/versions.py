@@ -8,7 +8,7 @@ REGISTRY/versions/00001/       the files that transformers, peft and vLLM open, 
 REGISTRY/versions/00001.deleted  the mark of a deleted version: its number is never given to another version
 REGISTRY/bases/                base models of adapters that would otherwise exist only in the cache of one machine
 REGISTRY/state.json            which version answers, the versions before it, the canary, and the change in progress
-REGISTRY/lease.json            the endpoint that the registry belongs to (see `serving.lease`)
+REGISTRY/lease.json            the endpoint that the registry belongs to (see `serving.registry.lease`)
 
 The folder must be readable by every replica. A process that is killed leaves the registry readable: each file is
 written completely or not at all, the next `add` removes unfinished copies, and the operating system frees the locks.
@@ -32,8 +32,7 @@ from alignment.errors import CheckpointError, ServingError
 from alignment.files import flush_to_disk, write_durably
 from alignment.models.cache import is_merged
 from alignment.models.model_folder import KEPT_BASES, ModelFolder
-from serving.bases import base_stamp
-from serving.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable
+from serving.registry.bases import base_stamp
 from serving.registry.checkpoints import (
     checkpoint_folder,
     copy_model,
@@ -43,6 +42,7 @@ from serving.registry.checkpoints import (
     newest_checkpoint,
     training_history,
 )
+from serving.registry.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable
 from serving.registry.state import PendingChange, State, read_file
 
 
@@ -73,7 +73,7 @@ class Version:
     start it shows whether the files are unchanged, without reading them."""
     base_stamp: str | None = None
     """Identifies the base model of an adapter, so that another model in the same place is noticed; None if it is not
-    known. See `serving.bases.base_stamp`."""
+    known. See `serving.registry.bases.base_stamp`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The run's last evaluation before the checkpoint, under the names in metrics.jsonl, with its `step`."""
     created: float
@@ -224,8 +224,8 @@ class Registry:
     def promote(self, number: int) -> State:
         """Makes a version the current one and ends any canary. Promoting the current version only ends the canary.
 
-        This method is for a registry that no endpoint uses; `serving.promotion` changes the versions of a running
-        endpoint.
+        This method is for a registry that no endpoint uses; `serving.registry.promotion` changes the versions of a
+        running endpoint.
 
         Raises:
             ChangeUnderWay: another change is in progress.

@@ -24,7 +24,7 @@ from cluster import launch
 from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig
 from serving.config import ServeConfig
-from serving.gate import GateConfig
+from serving.registry.gate import GateConfig
 from tests.conftest import RECIPES
 
 GOOD = {"name": "run", "steps": 3, "algorithm": {"name": "dpo"}, "data": {"path": "pairs.jsonl"}}

@@ -20,8 +20,8 @@ from alignment.errors import ConfigError, DataError
 from alignment.settings.data import SourceConfig
 from alignment.settings.load import check_config
 from alignment.settings.run import RunConfig
-from serving.store import Store
-from serving.store.records import Choice, Feedback, GenerationRecord, RecordedAnswer, UnknownId
+from serving.feedback.store import Store
+from serving.feedback.store.records import Choice, Feedback, GenerationRecord, RecordedAnswer, UnknownId
 from tests.conftest import free_port
 
 KEY = "rk_0123456789abcdef_" + "s" * 43

@@ -105,12 +105,12 @@ def sequences(asked: list[Any]) -> list[tuple[list[int], int]]:
 
 
 def ours(asked: list[Any], adapter: Path, folder: Path, dtype: NumberFormat) -> Callable[[], Totals]:
-    """As `serving.scoring` does it."""
+    """As `serving.replica.scoring` does it."""
     import torch
 
     from alignment.settings.model import ModelConfig
     from serving.registry.versions import Registry
-    from serving.scoring import Policies
+    from serving.replica.scoring import Policies
 
     registry = Registry(folder / "registry")
     version = registry.add(adapter)

@@ -30,8 +30,8 @@ from cluster.config import load_run
 from cluster.plan import plan
 from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS, application
 from serving.config import ServeConfig
+from serving.registry.served_model import ServedModel
 from serving.registry.versions import Registry
-from serving.served_model import ServedModel
 from tests.cluster.reach import (
     CLIENT,
     OPERATOR,

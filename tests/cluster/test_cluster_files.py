@@ -212,7 +212,7 @@ def test_what_the_head_runs_needs_no_vllm() -> None:
     code = """
 import sys; sys.modules["vllm"] = None
 from pathlib import Path
-import cluster.engines, cluster.final_error, cluster.worker, serving.app, serving.launch, serving.served_model
+import cluster.engines, cluster.final_error, cluster.worker, serving.app, serving.launch, serving.registry.served_model
 from cluster.config import load_run
 from cluster.launch import _engine_settings
 assert _engine_settings(load_run(Path("configs/align/grpo_8b.yaml"), []), gpu=True).device == "cuda"

@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from alignment.models.folders import bundled
-from serving.keys import create_key
-from serving.store import Store
+from serving.feedback.keys import create_key
+from serving.feedback.store import Store
 from tests.alignment.chat_templates import published
 from tests.conftest import free_port
 from tests.processes import descendants, without_wait_policy

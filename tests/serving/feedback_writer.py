@@ -6,8 +6,8 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from serving.store import Store
-from serving.store.records import Choice, Feedback
+from serving.feedback.store import Store
+from serving.feedback.store.records import Choice, Feedback
 
 WRITERS, ITEMS = 64, 200
 

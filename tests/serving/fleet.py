@@ -22,19 +22,19 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from alignment.errors import ServingError
-from serving.backend import Backend
-from serving.candidate import CANDIDATE_NAME
 from serving.config import ServeConfig
-from serving.engine import CandidateEngine, Engine
-from serving.engine_arguments import EngineSettings
+from serving.registry.served_model import served_version
 from serving.registry.state import State
 from serving.registry.versions import Registry
-from serving.routing import ConversationRouter
+from serving.replica.backend import Backend
+from serving.replica.candidate import CANDIDATE_NAME
+from serving.replica.engine import CandidateEngine, Engine
+from serving.replica.engine_arguments import EngineSettings
+from serving.replica.routing import ConversationRouter
+from serving.replica.scoring import ScoreResult, Scoring, ScoringRequest
+from serving.replica.trial import Trials
+from serving.replica.versions import TURN_LOCK, MoveLimits, PartialLoadError, Versions, candidate_version, fleet_version
 from serving.schema import Reply, Route, error_reply, event
-from serving.scoring import ScoreResult, Scoring, ScoringRequest
-from serving.served_model import served_version
-from serving.trial import Trials
-from serving.versions import TURN_LOCK, MoveLimits, PartialLoadError, Versions, candidate_version, fleet_version
 
 MODEL = "assistant"
 LOAD_S = 0.3

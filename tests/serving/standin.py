@@ -1,6 +1,6 @@
 """A small endpoint without a model: real HTTP, a real registry, and answers that are written down per version.
 
-Its admin routes do what those of `serving.routes.versions` do, without replicas.
+Its admin routes do what those of `serving.http.routes.versions` do, without replicas.
 """
 
 from __future__ import annotations

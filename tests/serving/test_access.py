@@ -12,13 +12,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.types import Message
 
-from serving.access import LARGE_BYTES, AccessMiddleware
 from serving.config import LimitsConfig
-from serving.ingress import with_cors
-from serving.keys import Key
-from serving.metrics import Metrics
-from serving.routes import ParsedBodyRoute, audit, feedback, health, openai, rewards, versions
-from serving.shares import Rate
+from serving.feedback.keys import Key
+from serving.http.access import LARGE_BYTES, AccessMiddleware
+from serving.http.ingress import with_cors
+from serving.http.metrics import Metrics
+from serving.http.routes import ParsedBodyRoute, audit, feedback, health, openai, rewards, versions
+from serving.http.shares import Rate
 
 ANNA = Key(name="anna", role="user")
 SECRET = "a secret in /etc/passwd"
@@ -241,7 +241,7 @@ def test_a_client_that_goes_away_ends_its_request_whatever_its_headers_say() -> 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["not begun", "streamed"])
 def test_an_answer_in_progress_ends_with_its_key(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.access.KEY_CHECK_S", 0.05)
+    monkeypatch.setattr("serving.http.access.KEY_CHECK_S", 0.05)
     valid, ended, told, metrics = {"key": True}, asyncio.Event(), [], Metrics()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:

@@ -16,18 +16,18 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from safetensors.torch import load_file, save_file
 
-import serving.audit
-from serving.access import AccessMiddleware
-from serving.audit import AuditTrail
+import serving.feedback.audit
 from serving.config import LimitsConfig, ServeConfig
+from serving.feedback.audit import AuditTrail
+from serving.feedback.keys import Key, Role
+from serving.feedback.recording import Recorder
+from serving.feedback.store import Store, opening
+from serving.feedback.store.records import AuditEntry, operator
+from serving.http.access import AccessMiddleware
 from serving.http.audit import AuditMiddleware
-from serving.ingress import answer_errors
-from serving.keys import Key, Role
-from serving.recording import Recorder
-from serving.routes import IngressContext, audit, authorise, feedback
-from serving.served_model import publish
-from serving.store import Store, opening
-from serving.store.records import AuditEntry, operator
+from serving.http.ingress import answer_errors
+from serving.http.routes import IngressContext, audit, authorise, feedback
+from serving.registry.served_model import publish
 from tests.databases import connection_to, new_database
 from tests.serving.test_recording import away
 
@@ -155,7 +155,7 @@ def test_a_change_whose_client_went_away_is_written_down_too(tmp_path: Path) -> 
 def test_while_the_database_is_away_nothing_is_lost(
     postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving.audit, "RETRY_S", 0.2)
+    monkeypatch.setattr(serving.feedback.audit, "RETRY_S", 0.2)
     database = new_database(postgresql)
     store = Store(database)
     trail = AuditTrail(store, tmp_path)

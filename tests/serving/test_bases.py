@@ -10,10 +10,10 @@ import pytest
 
 from alignment.errors import ServingError
 from alignment.models.model_folder import ModelFolder
-from serving.compatibility import check_compatible
 from serving.config import ServeConfig
+from serving.registry.compatibility import check_compatible
+from serving.registry.served_model import publish, served_version
 from serving.registry.versions import Registry
-from serving.served_model import publish, served_version
 from tests.serving.tiny import adapter, whole
 
 

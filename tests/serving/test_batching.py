@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from serving.batching import batch_items
+from serving.replica.batching import batch_items
 
 
 async def _collected(items: AsyncGenerator[int], interval_s: float) -> list[list[int]]:

@@ -18,8 +18,8 @@ from serving.bench.streams import StreamFigures, StreamLoad, make_model, stream_
 EVENT = b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n'
 START = b"HTTP/1.1 200 OK\r\n\r\n"
 STACKS = """\
-<module> (worker.py:300);run (asyncio/runners.py:44);streamed (serving/routes/openai.py:260);loads (json/decoder.py:3) 3
-run (asyncio/runners.py:44);_sent (serving/backend.py:140);__anext__ (ray/serve/handle.py:7);wait (asyncio/tasks.py:1) 5
+<module> (worker.py:300);run (asyncio/runners.py:44);streamed (serving/http/routes/openai.py:260);loads (decoder.py:3) 3
+run (runners.py:44);_sent (serving/replica/backend.py:140);__anext__ (ray/serve/handle.py:7);wait (asyncio/tasks.py:1) 5
 run (asyncio/runners.py:44);select (selectors.py:469) 2
 told (/work/.venv/lib/python3.11/site-packages/vllm/v1/engine/async_llm.py:12) 1
 not a stack
@@ -27,7 +27,7 @@ not a stack
 
 
 def test_a_look_counts_for_the_innermost_function_whose_part_is_known() -> None:
-    assert count_areas(STACKS) == {"serving/routes/openai.py": 3, "ray_serve": 5, "event_loop": 2, "vllm": 1}
+    assert count_areas(STACKS) == {"serving/http/routes/openai.py": 3, "ray_serve": 5, "event_loop": 2, "vllm": 1}
 
 
 def test_events_are_counted_as_a_client_sees_them_arrive() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from serving.config import ServeConfig
-from serving.keys import Key, Role
+from serving.feedback.keys import Key, Role
+from serving.http.routes.rewards import check_choice
 from serving.registry.versions import Registry
-from serving.routes.rewards import check_choice
+from serving.replica.scoring import Policies, ScoreResult, Scoring, ScoringItem, ScoringRequest
 from serving.schema import RequestError
-from serving.scoring import Policies, ScoreResult, Scoring, ScoringItem, ScoringRequest
 
 MADE = 4
 

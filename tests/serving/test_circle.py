@@ -17,7 +17,7 @@ from alignment.rewards.rules import contains_keyword
 from cluster.config import load_run
 from cluster.demo import read_questions
 from cluster.launch import run
-from serving.promote import promote, rollback
+from serving.registry.promote import promote, rollback
 from tests.serving.conftest import SMALL, Running, started
 
 TOKENS = 96

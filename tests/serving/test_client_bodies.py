@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serving.fields import to_engine_request
-from serving.routes.openai import ChatBody, CompletionBody
+from serving.http.fields import to_engine_request
+from serving.http.routes.openai import ChatBody, CompletionBody
 from serving.schema import RequestError, validation_error_reply
 
 ASKED: dict[str, Any] = {"role": "user", "content": "Weather in Bonn?"}

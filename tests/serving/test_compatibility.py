@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignment.errors import CheckpointError, ModelError, ServingError
-from serving.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable
+from serving.registry.compatibility import LoraCapacity, adapter_of, capacity_for, check_compatible, check_servable
 from tests.serving.tiny import HIDDEN, SETTINGS, VOCABULARY, adapter, lora, numbers, whole
 
 

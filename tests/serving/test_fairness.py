@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from serving.keys import create_key
-from serving.store import Store
+from serving.feedback.keys import create_key
+from serving.feedback.store import Store
 from tests.processes import engine_processes
 from tests.serving.conftest import Running, started
 from tests.serving.test_hardening import longer

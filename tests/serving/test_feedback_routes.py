@@ -12,7 +12,7 @@ import pytest
 from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
 from alignment.settings.data import SourceConfig
-from serving.routes.feedback import EngineAnswer, comparable_answers
+from serving.http.routes.feedback import EngineAnswer, comparable_answers
 from tests.serving.conftest import ALIGNED, Running
 
 TURNS = [{"role": "user", "content": "Name a colour."}]

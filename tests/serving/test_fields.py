@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.fields import IGNORED, SMALLEST_TOP_P, SUPPORTED, UNSUPPORTED, to_engine_request
-from serving.routes.feedback import ComparisonBody, FeedbackBody
-from serving.routes.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from serving.routes.rewards import RewardsBody
+from serving.http.fields import IGNORED, SMALLEST_TOP_P, SUPPORTED, UNSUPPORTED, to_engine_request
+from serving.http.routes.feedback import ComparisonBody, FeedbackBody
+from serving.http.routes.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serving.http.routes.rewards import RewardsBody
 from serving.schema import RequestError, parse_json, validation_error_reply
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

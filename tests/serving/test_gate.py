@@ -11,8 +11,17 @@ import pytest
 
 from alignment.errors import ConfigError, DataError, RewardError, ServingError
 from alignment.settings.load import check_config
-from serving.client import EndpointClient
-from serving.gate import Figures, GateConfig, GateResult, Margins, compare, evaluate_versions, held_out, load_gate
+from serving.registry.client import EndpointClient
+from serving.registry.gate import (
+    Figures,
+    GateConfig,
+    GateResult,
+    Margins,
+    compare,
+    evaluate_versions,
+    held_out,
+    load_gate,
+)
 from serving.registry.versions import Registry
 from tests.serving.standin import MODEL, Standin, broken, running
 from tests.serving.tiny import adapter

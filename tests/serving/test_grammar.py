@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serving.config import LimitsConfig
-from serving.grammar import check_structured_output, form_size
+from serving.replica.grammar import check_structured_output, form_size
 from serving.schema import RequestError
 
 LIMITS = LimitsConfig()

@@ -20,9 +20,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.keys import create_key, rotate_key
-from serving.store import Store
-from serving.trial_process import NICENESS
+from serving.feedback.keys import create_key, rotate_key
+from serving.feedback.store import Store
+from serving.replica.trial_process import NICENESS
 from tests.processes import descendants, engine_processes
 from tests.serving.conftest import Running, holding, started
 

@@ -15,12 +15,12 @@ import pytest
 
 from alignment.errors import ConfigError
 from serving.config import ServeConfig
-from serving.keys import ROLES, Key, KeyCache, KeyLifetime, Keys, create_key, rotate_key
+from serving.feedback.keys import ROLES, Key, KeyCache, KeyLifetime, Keys, create_key, rotate_key
+from serving.feedback.store import Store
+from serving.feedback.store.opening import find_database
+from serving.feedback.store.records import Conflict, StoreAway, UnknownId
 from serving.launch import _other_database
 from serving.registry.versions import Registry
-from serving.store import Store
-from serving.store.opening import find_database
-from serving.store.records import Conflict, StoreAway, UnknownId
 from tests.databases import connection_to, new_database
 
 VISIBLE_AFTER_S = 6.0

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from alignment.files import write_durably
-from serving import lease as module
-from serving.lease import FILE, LEASES, Lease, LeaseTaken, Process, Tenant, lease_of
+from serving.registry import lease as module
+from serving.registry.lease import FILE, LEASES, Lease, LeaseTaken, Process, Tenant, lease_of
 from serving.registry.versions import Registry
 from tests.conftest import free_port
 from tests.serving.tiny import whole
@@ -208,7 +208,7 @@ def test_a_second_serve_of_a_running_registry_ends_at_once_and_changes_nothing(t
 def test_another_cluster_s_endpoint_is_built_without_changing_what_the_first_one_serves(tmp_path: Path) -> None:
     from serving import build
     from serving.config import ServeConfig
-    from serving.served_model import registry_of
+    from serving.registry.served_model import registry_of
 
     arguments = {"name": "prod", "folder": str(tmp_path / "serving"), "device": "cpu"}
     first = {**arguments, "checkpoint": str(whole(tmp_path / "first"))}

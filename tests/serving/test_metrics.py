@@ -23,18 +23,18 @@ from ray import serve
 
 from serving.app import ENGINE_NAME, INGRESS_NAME, _engine_options
 from serving.config import ServeConfig
-from serving.engine_arguments import EngineSettings
-from serving.ingress import Ingress
-from serving.keys import create_key
-from serving.metrics import FORM_REASONS, LOSS_REASONS, Metrics, exposition
+from serving.feedback.keys import create_key
+from serving.feedback.store import Store
+from serving.feedback.transcript import Transcript
+from serving.http.ingress import Ingress
+from serving.http.metrics import FORM_REASONS, LOSS_REASONS, Metrics, exposition
+from serving.http.routes.openai import with_usage, without_usage
+from serving.http.scrape import ANSWER_S, GatheredMetrics, IngressMetrics, gather, page
+from serving.registry.served_model import served_version
 from serving.registry.state import State
 from serving.registry.versions import Registry
-from serving.routes.openai import with_usage, without_usage
+from serving.replica.engine_arguments import EngineSettings
 from serving.schema import error_reply, event
-from serving.scrape import ANSWER_S, GatheredMetrics, IngressMetrics, gather, page
-from serving.served_model import served_version
-from serving.store import Store
-from serving.transcript import Transcript
 from tests.conftest import free_port
 from tests.processes import descendants
 from tests.serving.fleet import MODEL, LightScoring, SpokenEngine, start_light_ray

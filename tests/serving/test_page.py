@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serving.page import HEADERS, INDEX, page_files
+from serving.http.page import HEADERS, INDEX, page_files
 from tests.conftest import free_port
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

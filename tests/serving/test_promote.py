@@ -16,11 +16,11 @@ import typer
 import yaml
 
 from alignment.errors import ConfigError, ServingError
-from serving.client import EndpointClient, Listing
-from serving.engine import Status
-from serving.promote import delete_versions, list_versions, promote, rollback, versions
+from serving.registry.client import EndpointClient, Listing
+from serving.registry.promote import delete_versions, list_versions, promote, rollback, versions
 from serving.registry.state import State
 from serving.registry.versions import Registry
+from serving.replica.engine import Status
 from tests.conftest import free_port
 from tests.serving.standin import Standin, broken, running
 from tests.serving.tiny import adapter, of_run

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from alignment.errors import ServingError
-from serving import promotion as module
-from serving.lease import LeaseTaken
-from serving.promotion import Promotions
+from serving.registry import promotion as module
 from serving.registry import state as state_module
+from serving.registry.lease import LeaseTaken
+from serving.registry.promotion import Promotions
 from serving.registry.state import ChangeUnderWay, State
 from serving.registry.versions import Registry
-from serving.versions import Versions
+from serving.replica.versions import Versions
 from tests.serving.tiny import adapter, whole
 
 

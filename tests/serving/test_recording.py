@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from alignment.rewards.remote import ChatMessage
-from serving import recording
-from serving.ids import Ids
-from serving.recording import Recorder
-from serving.store import Store, opening
-from serving.store.records import Feedback, GenerationRecord, RecordedAnswer, Thumb, UnknownId
+from serving.feedback import recording
+from serving.feedback.ids import Ids
+from serving.feedback.recording import Recorder
+from serving.feedback.store import Store, opening
+from serving.feedback.store.records import Feedback, GenerationRecord, RecordedAnswer, Thumb, UnknownId
 
 SECRET = "a text that somebody wants to be gone"
 

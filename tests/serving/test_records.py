@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.transcript import Transcript, generation_record, unrecordable_reason
+from serving.feedback.transcript import Transcript, generation_record, unrecordable_reason
 from tests.serving.conftest import ALIGNED, Running
 from tests.serving.test_feedback_routes import exported, judge
 

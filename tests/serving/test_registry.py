@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from alignment.errors import CheckpointError, ServingError
-from serving.compatibility import LoraCapacity
 from serving.registry import state as module
+from serving.registry.compatibility import LoraCapacity
 from serving.registry.state import ChangeUnderWay, State
 from serving.registry.versions import Registry
 from tests.serving.tiny import adapter, of_run, whole

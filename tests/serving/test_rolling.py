@@ -14,10 +14,10 @@ import ray
 from ray import serve
 
 from alignment.errors import ServingError
-from serving.backend import Backend
-from serving.candidate import CANDIDATE_NAME
 from serving.registry.versions import Registry
-from serving.routing import canary_answers
+from serving.replica.backend import Backend
+from serving.replica.candidate import CANDIDATE_NAME
+from serving.replica.routing import canary_answers
 from tests.serving.fleet import WAIT_S, ask, backend_of, fleet, light_config, start_light_ray
 from tests.serving.tiny import whole
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.routing import KEY_LENGTH, canary_answers, conversation_key, home_index
+from serving.replica.routing import KEY_LENGTH, canary_answers, conversation_key, home_index
 
 NAMES = [f"replica-{number}" for number in range(5)]
 BEGUN = [f"conversation {number}" for number in range(2000)]

@@ -14,12 +14,12 @@ from ray import serve
 from ray.serve import Application
 
 from serving.app import _scoring_options, application
-from serving.backend import Backend
 from serving.config import ServeConfig
+from serving.registry.served_model import ServedModel
 from serving.registry.versions import Registry
+from serving.replica.backend import Backend
+from serving.replica.scoring import SCORING_NAME, ScoreResult, ScoringItem, ScoringRequest
 from serving.schema import RequestError
-from serving.scoring import SCORING_NAME, ScoreResult, ScoringItem, ScoringRequest
-from serving.served_model import ServedModel
 from tests.serving.fleet import LightScoring, start_light_ray
 
 JOB = ScoringRequest(items=(ScoringItem(prompt="a", completions=("b",)),), version=None)

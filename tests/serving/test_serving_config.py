@@ -16,9 +16,9 @@ from alignment.models.folders import BUNDLED
 from serving.app import build
 from serving.config import ServeConfig, load_serve_config
 from serving.launch import RunningEndpoint, _exception_text, refuse_busy_port
+from serving.registry.served_model import ServedModel, check_here, publish, rewards_length
 from serving.registry.versions import Registry
 from serving.schema import RequestError, parse_json
-from serving.served_model import ServedModel, check_here, publish, rewards_length
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from alignment.errors import ServingError
-from serving.nodes import check_nodes
+from serving.registry.nodes import check_nodes
 from serving.registry.versions import Registry
 from tests.cluster.test_nodes import ANOTHER_NODE, NODE, apart
 

@@ -13,12 +13,12 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from serving.access import AccessMiddleware
 from serving.config import Device, LimitsConfig, ServeConfig
-from serving.keys import Key, Role
-from serving.routes import spend_form_seconds
+from serving.feedback.keys import Key, Role
+from serving.http.access import AccessMiddleware
+from serving.http.routes import spend_form_seconds
+from serving.http.shares import FormSeconds, KeyShare, RequestSize, request_size
 from serving.schema import RequestError, check_num_values, parse_json
-from serving.shares import FormSeconds, KeyShare, RequestSize, request_size
 
 LIMITS = LimitsConfig(max_tokens=100)
 KEYS = {
@@ -136,7 +136,7 @@ def test_who_waits_too_long_is_refused_and_who_leaves_makes_room(monkeypatch: py
         await first.end()
         await settle()
         assert next_one.has_begun.is_set() and not gone.has_begun.is_set()
-        monkeypatch.setattr("serving.shares.WAIT_S", 0.01)
+        monkeypatch.setattr("serving.http.shares.WAIT_S", 0.01)
         late = OneRequest(share, answers=4)
         with pytest.raises(RequestError, match="1 answers in progress, and may have 4; this request asks for 4"):
             await late.task

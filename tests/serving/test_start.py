@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.keys import create_key
-from serving.store import Store
+from serving.feedback.keys import create_key
+from serving.feedback.store import Store
 from tests.conftest import free_port
 from tests.processes import without_wait_policy
 from tests.serving.test_beside_others import cluster  # noqa: F401  # a fixture

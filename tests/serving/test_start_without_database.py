@@ -14,13 +14,13 @@ import ray
 from ray import serve
 
 from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
-from serving.engine_arguments import EngineSettings
-from serving.ingress import Ingress, _open_store
-from serving.keys import create_key
+from serving.feedback.keys import create_key
+from serving.feedback.store import Store
+from serving.feedback.store.records import StoreAway
+from serving.http.ingress import Ingress, _open_store
+from serving.registry.served_model import served_version
 from serving.registry.versions import Registry
-from serving.served_model import served_version
-from serving.store import Store
-from serving.store.records import StoreAway
+from serving.replica.engine_arguments import EngineSettings
 from tests.conftest import free_port
 from tests.databases import connection_to, new_database
 from tests.serving.fleet import MODEL, Parrot, start_light_ray

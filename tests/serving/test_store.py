@@ -27,11 +27,11 @@ from alignment.data.shapes import to_group
 from alignment.errors import ServingError
 from alignment.groups import Message
 from alignment.settings.data import SourceConfig
-from serving import store as stores
-from serving.store import Store
-from serving.store import writer as writing
-from serving.store.opening import WRITES, engine_of, lock, prepare
-from serving.store.records import (
+from serving.feedback import store as stores
+from serving.feedback.store import Store
+from serving.feedback.store import writer as writing
+from serving.feedback.store.opening import WRITES, engine_of, lock, prepare
+from serving.feedback.store.records import (
     Agreement,
     BadVerdict,
     Choice,
@@ -50,7 +50,7 @@ from serving.store.records import (
     Verdict,
     Wins,
 )
-from serving.store.tables import metadata
+from serving.feedback.store.tables import metadata
 from tests.databases import connection_to, new_schema
 from tests.serving.feedback_writer import ITEMS, WRITERS
 
@@ -455,7 +455,7 @@ def test_the_migrations_make_the_tables_that_the_code_expects(database: str) -> 
 
 def test_processes_that_open_a_new_database_at_once_all_find_it_whole(database: str) -> None:
     code = (
-        "import sys, time; from serving.store import Store; print('ready', flush=True); sys.stdin.readline()\n"
+        "import sys, time; from serving.feedback.store import Store; print('ready', flush=True); sys.stdin.readline()\n"
         "store = Store(sys.argv[1]); print(store.statistics().answers); store.close()"
     )
     command = [sys.executable, "-c", code, database]

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from alignment.models.folders import bundled
 from serving.registry.versions import Registry
-from serving.routing import canary_answers
+from serving.replica.routing import canary_answers
 from tests.serving.conftest import ALIGNED, Running, random_adapter
 
 QUESTION = "What is the capital of France, and what is it known for?"

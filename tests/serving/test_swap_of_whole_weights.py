@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from serving.routing import canary_answers
+from serving.replica.routing import canary_answers
 from tests.processes import descendants, engine_processes
 from tests.serving.conftest import SMALL, SMALL_TOKENS, Running, holding
 from tests.serving.test_swap import TOKENS, TURNS, load, one_answer, raylign, version_of

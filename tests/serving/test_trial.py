@@ -13,10 +13,10 @@ import xgrammar
 
 from alignment.models.folders import bundled
 from serving.config import LimitsConfig
-from serving.grammar import Form, forms_of
-from serving.metrics import FORM_REASONS
+from serving.http.metrics import FORM_REASONS
+from serving.replica.grammar import Form, forms_of
+from serving.replica.trial import Trials
 from serving.schema import RequestError
-from serving.trial import Trials
 
 FAR_S = 60.0
 GOOD = Form(kind="json", text=json.dumps({"type": "object", "properties": {"a": {"type": "boolean"}}}))
@@ -79,7 +79,7 @@ async def refusal_of(each: Trials, *forms: Form) -> str:
 
 def children() -> list[psutil.Process]:
     """Those that compile at this moment."""
-    beside = [child for child in psutil.Process().children() if "serving.trial_process" in child.cmdline()]
+    beside = [child for child in psutil.Process().children() if "serving.replica.trial_process" in child.cmdline()]
     return [child for process in beside for child in process.children()]
 
 
@@ -182,7 +182,7 @@ def test_what_a_client_that_left_had_compiled_ends(runner: asyncio.Runner, trial
 def test_a_process_that_is_killed_is_replaced(runner: asyncio.Runner, trials: Trials) -> None:
     async def scene() -> None:
         for process in psutil.Process().children():
-            if "serving.trial_process" in process.cmdline():
+            if "serving.replica.trial_process" in process.cmdline():
                 process.kill()
         for number in range(20):
             try:

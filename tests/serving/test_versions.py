@@ -13,7 +13,7 @@ import pytest
 
 from alignment.errors import CheckpointError, ServingError
 from serving.registry.state import HEARTBEAT_TIMEOUT_S, PendingChange, State
-from serving.versions import MoveLimits, PartialLoadError, ReplicaUnavailable, Versions, candidate_version
+from serving.replica.versions import MoveLimits, PartialLoadError, ReplicaUnavailable, Versions, candidate_version
 
 
 @dataclass
