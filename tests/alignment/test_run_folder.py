@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 
 from alignment.errors import CheckpointError
 from alignment.files import replace_atomically, write_durably
-from alignment.models.model_folder import ModelFolder
+from alignment.models.model_folder import COMMITTED, MANIFEST, ModelFolder
 from alignment.run_folder import RunFolder, append_row, checkpoint_or_path, find_checkpoint, truncate_rows
 
+ROOT = Path(__file__).parents[2]
 LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\rg\x1ch\n"
 """Characters at which `str.splitlines` breaks a line."""
 
@@ -109,3 +111,17 @@ def test_a_model_says_what_it_is(tmp_path: Path, files: dict[str, Any], kind: st
 def test_both_are_asked_without_torch() -> None:
     code = "import sys, alignment.run_folder, alignment.models.folders; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_name_of_a_file_is_written_down_once() -> None:
+    properties = {name for name in vars(RunFolder) if name.endswith(("_file", "_folder")) and name != "reference_file"}
+    names = {getattr(RunFolder(Path()), name).name for name in properties} | {MANIFEST, COMMITTED}
+    names -= {"config.json", ".lock", "data", "date", "ray", "report.html"}  # other things are called so too
+    constants = [
+        node.value
+        for package in ("alignment", "cluster", "serving")
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+    ]
+    assert {name: constants.count(name) for name in names} == dict.fromkeys(names, 1)
