@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import RewardError
-from alignment.rewards import Reward
+from alignment.rewards import BuildableScorer, Reward
 from alignment.rewards.rules import Rule, contains_keyword, kept_column
 
 if TYPE_CHECKING:
@@ -319,3 +319,7 @@ CHECKS: dict[str, Callable[[str, Arguments], bool]] = {
     "change_case:capital_word_frequency": _capital_words,
     "punctuation:no_comma": lambda text, _: "," not in text,
 }
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {"ifeval": IFEval}
+"""The scorers of this module, by the names that configurations have for them."""

@@ -341,3 +341,7 @@ def _signs(text: str) -> str:
     text = re.sub(r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
     return "".join(SIGNS.get(character, character) for character in text)
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {"math": Math}
+"""The scorers of this module, by the names that configurations have for them."""

@@ -275,3 +275,7 @@ def _cut_prompt(prompt: tuple[int, ...], length: int, bos: int | None) -> tuple[
     if length < len(prompt) and length > 1 and prompt[0] == bos:
         return prompt[:1] + prompt[len(prompt) - length + 1 :]
     return prompt[len(prompt) - length :]
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {"model": RewardModel}
+"""The scorers of this module, by the names that configurations have for them."""

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import RewardError
-from alignment.rewards import Reward
+from alignment.rewards import BuildableScorer, Reward
 from alignment.rewards.quantities import ParsedAnswer, first_number, formula, has_words, last_number, only_number
 from alignment.rewards.rules import Rule, kept_column
 from alignment.settings.section import NonNegative
@@ -158,3 +158,7 @@ def _braced_text(text: str) -> str:
         if depth == 0:
             return text[: brace.start()]
     return text
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {"exact_number": ExactNumber}
+"""The scorers of this module, by the names that configurations have for them."""

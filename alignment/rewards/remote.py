@@ -361,3 +361,7 @@ def _is_json(item: ScoreItem) -> bool:
 def _prompt(group: Group) -> dict[str, Any]:
     prompt = prompt_of(group)
     return {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {"http": RewardService}
+"""The scorers of this module, by the names that configurations have for them."""

@@ -275,3 +275,12 @@ def _tokens(completion: Completion) -> tuple[int, ...]:
     if completion.text and not completion.tokens:
         raise RewardError("a length in tokens needs completions with tokens; these have text alone")
     return completion.tokens
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {
+    "regex": Regex,
+    "length": Length,
+    "keywords": Keywords,
+    "repetition": Repetition,
+}
+"""The scorers of this module, by the names that configurations have for them."""

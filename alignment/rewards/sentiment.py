@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
+from alignment.rewards import BuildableScorer
 from alignment.rewards.rules import Rule
 from alignment.settings.section import Positive
 
@@ -69,3 +70,7 @@ def sentiment_balance(text: str) -> int:
         value = (word in POSITIVE) - (word in NEGATIVE)
         balance += -value if index - last_negation <= REACH else value
     return balance
+
+
+SCORERS: dict[str, type[BuildableScorer]] = {"sentiment": Sentiment}
+"""The scorers of this module, by the names that configurations have for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Mapping
@@ -14,19 +15,6 @@ from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
 from alignment.settings.section import Positive, PositiveCount, Section
 
-BUILTIN_SCORERS = {
-    "regex": "alignment.rewards.rules:Regex",
-    "length": "alignment.rewards.rules:Length",
-    "exact_number": "alignment.rewards.numbers:ExactNumber",
-    "math": "alignment.rewards.mathematics:Math",
-    "keywords": "alignment.rewards.rules:Keywords",
-    "repetition": "alignment.rewards.rules:Repetition",
-    "sentiment": "alignment.rewards.sentiment:Sentiment",
-    "ifeval": "alignment.rewards.ifeval:IFEval",
-    "model": "alignment.rewards.model:RewardModel",
-    "http": "alignment.rewards.remote:RewardService",
-}
-"""The scorers that come with raylign, by name."""
 MODULE_FOLDERS: list[str] = []
 """Where modules are looked for beside what is installed: Ray's workers get the current folder by Ray, these by us."""
 
@@ -152,9 +140,18 @@ class ScorerConfig(Section):
         return ()
 
 
+@functools.cache
+def builtin_scorers() -> dict[str, type[ScorerConfig]]:
+    """The scorers that come with raylign, by name: the entries of `SCORERS` in the modules of `alignment.rewards`."""
+    scorers: dict[str, type[ScorerConfig]] = {}
+    for path in sorted((Path(__file__).parents[1] / "rewards").glob("[a-z]*.py")):
+        scorers |= vars(importlib.import_module(f"alignment.rewards.{path.stem}")).get("SCORERS", {})
+    return dict(sorted(scorers.items()))
+
+
 def scorer_names() -> list[str]:
     """Names of the built-in scorers."""
-    return list(BUILTIN_SCORERS)
+    return list(builtin_scorers())
 
 
 def scorer_class(name: str) -> type[ScorerConfig]:
@@ -167,7 +164,7 @@ def scorer_class(name: str) -> type[ScorerConfig]:
     Raises:
         ConfigError: there is no such scorer; the text names the nearest known one.
     """
-    scorer = _callable(load_plugin(name, BUILTIN_SCORERS, "scorer"), name)
+    scorer = _callable(load_plugin(name, builtin_scorers(), "scorer"), name)
     if isinstance(scorer, type):
         if not issubclass(scorer, ScorerConfig):
             raise ConfigError(

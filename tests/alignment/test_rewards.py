@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -485,6 +485,23 @@ def test_the_schema_knows_every_scorer_and_describes_every_key() -> None:
         if not field.get("description")
     ]
     assert undescribed == []
+
+
+def test_a_line_in_a_module_of_rewards_makes_a_scorer_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignment.rewards import rules
+    from alignment.settings.plugins import builtin_scorers
+
+    class Shortness(rules.Length):
+        name: Literal["shortness"] = "shortness"
+
+    monkeypatch.setitem(rules.SCORERS, "shortness", Shortness)
+    builtin_scorers.cache_clear()
+    try:
+        assert scorer_class("shortness") is Shortness
+        with pytest.raises(ConfigError, match="did you mean 'shortness'"):
+            scorer_class("shortnes")
+    finally:
+        builtin_scorers.cache_clear()
 
 
 def test_checking_a_configuration_with_scorers_needs_no_torch() -> None:
