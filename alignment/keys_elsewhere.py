@@ -215,7 +215,7 @@ KEYS_ELSEWHERE = {
     "logging_dir": HISTORY,
     "logging_strategy": HISTORY,
     "logging_first_step": HISTORY,
-    "report_to": HISTORY,
+    "report_to": "trackers, a list of names",
     "plot_loss": "no key: `raylign report` draws it",
     "wandb_project": HISTORY,
     "log_level": HISTORY,

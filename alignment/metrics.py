@@ -1,15 +1,18 @@
-"""Reporting: a line per step and a progress bar for people, `metrics.jsonl` and TensorBoard for programs."""
+"""Reporting: a line per step and a progress bar for people, `metrics.jsonl` and trackers for programs."""
 
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from alignment.run_folder import RunFolder, append_row, truncate_rows
+from alignment.run_folder import append_row, truncate_rows
+from alignment.trackers import build_tracker
+
+if TYPE_CHECKING:
+    from alignment.settings.run import RunConfig
 
 Metrics = dict[str, float]
 """Figures of a step or an evaluation, by name."""
@@ -76,22 +79,22 @@ class NoteReporter(Silent):
 
 
 class FileReporter:
-    """Reports to the terminal and to the run's folder."""
+    """Reports to the terminal, to the run's `metrics.jsonl` and to its trackers."""
 
-    def __init__(self, run_folder: RunFolder, bar: Any = partial(tqdm, disable=None)) -> None:  # noqa: B008
+    def __init__(self, config: RunConfig, bar: Any = partial(tqdm, disable=None)) -> None:  # noqa: B008
         """Makes the reporter of a run.
 
         Args:
-            run_folder: the run's folder.
+            config: the run's configuration.
             bar: makes the progress bar. Ray has its own for the output of workers. By default, there is a bar if the
                 output goes to a terminal.
-        """
-        # SummaryWriter is not used, because its thread and queue can deadlock if a signal ends the process.
-        from tensorboardX.event_file_writer import EventsWriter
 
-        run_folder.tensorboard_folder.mkdir(parents=True, exist_ok=True)
-        self.file = run_folder.metrics_file
-        self.board = EventsWriter(str(run_folder.tensorboard_folder / "events"))
+        Raises:
+            ConfigError: there is no such tracker.
+        """
+        self.trackers = [build_tracker(name, config) for name in config.trackers]
+        config.folder.mkdir(parents=True, exist_ok=True)
+        self.file = config.run_folder.metrics_file
         self._bar_class = bar
         self._bar: Any = None
         self._steps = 0
@@ -109,27 +112,20 @@ class FileReporter:
         self._bar.update(step)
 
     def report(self, step: int, metrics: Metrics) -> None:
-        """Writes the metrics of a step to all files, and prints its line."""
+        """Writes the metrics of a step to the file, hands them to the trackers, and prints its line."""
         append_row(self.file, {"step": step, **metrics})
-        self._write_event(step, metrics)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
         self.note(_line(step, self._steps, metrics))
         if step:
             self._bar.update(1)
 
     def close(self) -> None:
-        """Closes the progress bar and TensorBoard's file."""
+        """Closes the progress bar and the trackers."""
         if self._bar is not None:
             self._bar.close()
-        self.board.close()
-
-    def _write_event(self, step: int, metrics: Metrics) -> None:
-        """Writes the metrics of a step to TensorBoard's file."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self.board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self.board.flush()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _line(step: int, steps: int, metrics: Metrics) -> str:

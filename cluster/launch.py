@@ -109,7 +109,7 @@ def run(config: ClusterRunConfig) -> None:
 
     _check_machine(config)
     with _engine_here(config) as generator:
-        loop(config, World(device=device), FileReporter(config.run_folder), generator)
+        loop(config, World(device=device), FileReporter(config), generator)
 
 
 def _save_config(config: ClusterRunConfig) -> None:

@@ -105,7 +105,7 @@ def run(settings: dict[str, Any]) -> None:
     if failure := world.from_main(failure_of(config.run_folder)):
         raise failure  # raised again, as Ray Train restarted the workers before it learned that the error is final
     bar = tqdm_ray.tqdm if settings["bar"] else _NoBar
-    inner = FileReporter(config.run_folder, bar=bar) if world.is_main else Silent()
+    inner = FileReporter(config, bar=bar) if world.is_main else Silent()
     with _attached_engines(settings["engines"], config, world) as generator:
         train(config, world, RayReporter(inner), generator)
 

@@ -16,8 +16,16 @@ from alignment.errors import ConfigError
 from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
-from alignment.settings.plugins import AlgorithmConfig, EnvironmentConfig, Scorers, algorithm_class, algorithm_names
+from alignment.settings.plugins import (
+    AlgorithmConfig,
+    EnvironmentConfig,
+    Scorers,
+    algorithm_class,
+    algorithm_names,
+    load_plugin,
+)
 from alignment.settings.section import Count, Fraction, NonNegative, NumberFormat, Positive, PositiveCount, Section
+from alignment.trackers import TRACKERS
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """Also the name of a folder."""
@@ -204,6 +212,9 @@ class RunConfig(Section):
     """Evaluation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """What gets the metrics besides `metrics.jsonl`: `tensorboard`, or a dotted `package.module:attribute` of one's
+    own, which is called with the run's configuration and returns an `alignment.trackers.Tracker`."""
 
     is_run: ClassVar[bool] = True
 
@@ -224,6 +235,16 @@ class RunConfig(Section):
             return algorithm_class(value["name"]).model_validate(value)
         except ConfigError as error:  # pydantic collects ValueErrors, so that every other problem is told as well
             raise ValueError(str(error)) from error
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        for name in trackers:
+            try:
+                load_plugin(name, TRACKERS, "tracker")
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return trackers
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

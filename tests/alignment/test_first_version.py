@@ -26,7 +26,7 @@ def test_a_run_of_the_first_version_loads_and_goes_on(
     shutil.copytree(FIRST_VERSION, folder)
     monkeypatch.chdir(folder)
     config = load_run(Path(f"{name}.yaml"), ["steps=3"])
-    train(config, World(), FileReporter(config.run_folder))
+    train(config, World(), FileReporter(config))
     assert "resuming after step 2" in capsys.readouterr().out
     assert [row["step"] for row in config.run_folder.read_metrics()][-3:] == [1, 2, 3]
 

@@ -126,7 +126,7 @@ def guarded(run_settings: Settings, write_rows: Callable[..., Path]) -> Settings
 
 def run(settings: Settings, engines: Scripted, **changed: Any) -> Path:
     config = RunConfig.model_validate({**settings, **changed})
-    train(config, World(), FileReporter(config.run_folder), engines)
+    train(config, World(), FileReporter(config), engines)
     return config.folder
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
@@ -29,7 +30,7 @@ LORA = {"rank": 4, "dropout": 0.1}  # dropout, so that the random states matter
 
 def run(settings: Settings, **changed: Any) -> Path:
     config = RunConfig.model_validate({**settings, **changed})
-    train(config, World(), FileReporter(config.run_folder))
+    train(config, World(), FileReporter(config))
     return config.folder
 
 
@@ -80,6 +81,35 @@ def test_dpo_learns_to_tell_its_pairs_apart(run_settings: Settings) -> None:
     assert drawn[15, "loss"] == pytest.approx(metrics[-1]["loss"])
     assert len(drawn) == sum(len(line) - 1 for line in metrics)
     assert json.loads((folder / "summary.json").read_text())["groups_per_second"] > 0
+
+
+class RunTracker:
+    """A tracker of one's own, which remembers the metrics in a file of the run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.file = config.folder / "tracked.jsonl"
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self.file.with_suffix(".closed").touch()
+
+
+def test_a_tracker_of_ones_own_gets_every_metric(run_settings: Settings) -> None:
+    folder = run(run_settings, steps=2, trackers=["tests.alignment.test_train:RunTracker"])
+    rows = [json.loads(line) for line in (folder / "tracked.jsonl").read_text().splitlines()]
+    assert rows == RunFolder(folder).read_metrics()
+    assert (folder / "tracked.closed").exists()
+    assert not (folder / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorbord", "tests.alignment.test_train:NoTracker"])
+def test_an_unknown_tracker_is_refused(run_settings: Settings, name: str) -> None:
+    reason = "cannot be imported" if ":" in name else "did you mean 'tensorboard'"
+    with pytest.raises(ValidationError, match=reason):
+        RunConfig.model_validate({**run_settings, "trackers": [name]})
 
 
 @pytest.mark.parametrize("model", [{}, {"lora": LORA}, {"dtype": "bf16"}, {"gradient_checkpointing": True}])

@@ -39,7 +39,7 @@ def train_with(world: World, settings: Settings, largest_file: int | None = None
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     config = RunConfig.model_validate(settings)
-    train(config, world, FileReporter(config.run_folder, bar=NoBar) if world.is_main else Silent())
+    train(config, world, FileReporter(config, bar=NoBar) if world.is_main else Silent())
 
 
 class NoBar:

@@ -78,7 +78,7 @@ def test_the_comparison_counts_lengths_and_right_answers() -> None:
 
 def test_a_report_needs_no_network_and_escapes_what_the_model_says(run_settings: dict[str, Any]) -> None:
     config = RunConfig.model_validate({**run_settings, "evaluate": {"samples": 2, "sample_tokens": 4}})
-    train(config, World(), FileReporter(config.run_folder))
+    train(config, World(), FileReporter(config))
     page = write_report(config.run_folder, [vars(one) for one in EXCHANGES], {"accuracy_after": 1.0}).read_text()
     assert not re.search(r"(src|href)=", page), "everything is in the one file"
     assert "<b>word" not in page and "&lt;b&gt;word" in page
