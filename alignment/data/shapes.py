@@ -7,7 +7,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alignment.data.files import Cell, Row
@@ -15,6 +15,7 @@ from alignment.errors import DataError, WithoutWeight
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import SourceConfig
 from alignment.settings.model import is_template_variable
+from alignment.settings.plugins import load_plugin
 
 STACK_EXCHANGE = {"chosen": "response_j", "rejected": "response_k"}
 STACK_EXCHANGE_PROMPT = "Question: {question}\n\nAnswer: "
@@ -110,6 +111,8 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     and `chat_template_kwargs`, for the chat template; `finish_reason` or `truncated`, which say whether an answer was
     cut off when it was sampled; and a `weight` of 1, or of 0 for a row that is not trained on.
 
+    With `source.shape`, a function of one's own reads the row instead.
+
     Args:
         origin: where the row comes from, as `file:line`; the id of the group.
 
@@ -118,6 +121,8 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
         DataError: the row cannot be used; the text says why, without the origin.
     """
     columns = {column: _parse_cell(_cell(row, column, f"column {column!r} (keep)")) for column in source.keep}
+    if source.shape is not None:
+        return dataclasses.replace(_read_by_function(source.shape, row, origin), columns=columns)
     shape = _Shape(row, source)
     _check_columns(shape)
     group, tools = _build_group(shape, origin), _tools(shape)
@@ -236,45 +241,98 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _build_group(shape: _Shape, origin: str) -> Group:
-    if shape.has_field("chosen") and shape.has_field("rejected"):
-        prompt, answers = _preference(shape)
-        rewards: list[float | None] = [1.0, 0.0]
-        if answers[0] == answers[1]:
-            raise DataError("chosen and rejected are the same")
-    elif shape.has_field("completions"):
-        prompt, answers = shape.prompt(), _answers(shape.list_value("completions"), "completions")
-        if not answers:
-            raise DataError("completions is empty")
-        rewards = _rewards(shape, len(answers))
-    elif shape.has_field("completion"):
-        prompt, answers = shape.prompt(), [_answer(shape.value("completion"), "completion")]
-        rewards = [_label(shape)] if shape.has_field("label") or not shape.has_field("rewards") else _rewards(shape, 1)
-    elif shape.has_field("chosen") or shape.has_field("rejected"):
-        raise DataError(f"field {'rejected' if shape.has_field('chosen') else 'chosen'!r} is missing")
-    elif shape.has_field("messages"):
-        turns = _messages(shape.list_value("messages"), "messages")
-        turns = _join_prompt(shape.prompt(), turns) if shape.has_field("prompt") and turns else turns
-        if not shape.has_field("label"):
-            return _conversation(turns, origin, _truncations(shape, 1)[0])
-        if len(turns) < 2 or turns[-1].role != "assistant":
-            raise DataError("a label is about the assistant's turn at the end of messages, and there is none")
-        prompt, answers, rewards = turns[:-1], [turns[-1]], [_label(shape)]
-    elif shape.has_field("text"):
-        if "text" not in shape.columns and (column := _tree_column(shape.row)) is not None:
-            raise DataError(
-                f"a text with a {column!r} is one message of a conversation, and rows here are whole ones; join them "
-                "to messages, or say columns: {text: text} to learn every message as plain text"
-            )
-        text = Message(role="assistant", content=_string(shape.value("text"), "text"))
-        prompt, answers, rewards = "", [text], [None]
-    elif shape.has_field("prompt") or shape.is_alpaca:
-        prompt, answers, rewards = shape.prompt(), [], []
-    else:
+def _read_pair(shape: _Shape, origin: str) -> Group:
+    prompt, answers = _preference(shape)
+    if answers[0] == answers[1]:
+        raise DataError("chosen and rejected are the same")
+    return _group(shape, origin, prompt, answers, [1.0, 0.0])
+
+
+def _read_completions(shape: _Shape, origin: str) -> Group:
+    prompt, answers = shape.prompt(), _answers(shape.list_value("completions"), "completions")
+    if not answers:
+        raise DataError("completions is empty")
+    return _group(shape, origin, prompt, answers, _rewards(shape, len(answers)))
+
+
+def _read_completion(shape: _Shape, origin: str) -> Group:
+    prompt, answers = shape.prompt(), [_answer(shape.value("completion"), "completion")]
+    is_labelled = shape.has_field("label") or not shape.has_field("rewards")
+    return _group(shape, origin, prompt, answers, [_label(shape)] if is_labelled else _rewards(shape, 1))
+
+
+def _read_half_pair(shape: _Shape, origin: str) -> Group:
+    raise DataError(f"field {'rejected' if shape.has_field('chosen') else 'chosen'!r} is missing")
+
+
+def _read_messages(shape: _Shape, origin: str) -> Group:
+    turns = _messages(shape.list_value("messages"), "messages")
+    turns = _join_prompt(shape.prompt(), turns) if shape.has_field("prompt") and turns else turns
+    if not shape.has_field("label"):
+        return _conversation(turns, origin, _truncations(shape, 1)[0])
+    if len(turns) < 2 or turns[-1].role != "assistant":
+        raise DataError("a label is about the assistant's turn at the end of messages, and there is none")
+    return _group(shape, origin, turns[:-1], [turns[-1]], [_label(shape)])
+
+
+def _read_text(shape: _Shape, origin: str) -> Group:
+    if "text" not in shape.columns and (column := _tree_column(shape.row)) is not None:
         raise DataError(
-            f"has none of the known fields; its columns are {', '.join(map(repr, shape.row)) or 'none'}. Say by "
-            "data.columns what they are, as {prompt: question, completion: answer}"
+            f"a text with a {column!r} is one message of a conversation, and rows here are whole ones; join them "
+            "to messages, or say columns: {text: text} to learn every message as plain text"
         )
+    text = Message(role="assistant", content=_string(shape.value("text"), "text"))
+    return _group(shape, origin, "", [text], [None])
+
+
+def _read_prompt(shape: _Shape, origin: str) -> Group:
+    return _group(shape, origin, shape.prompt(), [], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """A shape of rows."""
+
+    matches: Callable[[_Shape], bool]
+    """Whether a row has this shape."""
+    read: Callable[[_Shape, str], Group]
+    """Reads a row of this shape, which comes from an origin.
+
+    Raises:
+        DataError: the row cannot be used.
+    """
+
+
+SHAPES = {
+    "pair": RowShape(lambda shape: shape.has_field("chosen") and shape.has_field("rejected"), _read_pair),
+    "completions": RowShape(lambda shape: shape.has_field("completions"), _read_completions),
+    "completion": RowShape(lambda shape: shape.has_field("completion"), _read_completion),
+    "half_pair": RowShape(lambda shape: shape.has_field("chosen") or shape.has_field("rejected"), _read_half_pair),
+    "messages": RowShape(lambda shape: shape.has_field("messages"), _read_messages),
+    "text": RowShape(lambda shape: shape.has_field("text"), _read_text),
+    "prompt": RowShape(lambda shape: shape.has_field("prompt") or shape.is_alpaca, _read_prompt),
+}
+"""The shapes that come with raylign, by name. A row is read in the first one that it matches."""
+
+
+def _build_group(shape: _Shape, origin: str) -> Group:
+    for row_shape in SHAPES.values():
+        if row_shape.matches(shape):
+            return row_shape.read(shape, origin)
+    raise DataError(
+        f"has none of the known fields; its columns are {', '.join(map(repr, shape.row)) or 'none'}. Say by "
+        "data.columns what they are, as {prompt: question, completion: answer}"
+    )
+
+
+def _group(
+    shape: _Shape, origin: str, prompt: Prompt, answers: list[Message], rewards: Sequence[float | None]
+) -> Group:
+    """The group of a prompt, its answers and their rewards.
+
+    Raises:
+        DataError: an answer is empty, or the row does not say of each answer whether it was cut off.
+    """
     if any(_is_empty(answer) for answer in answers):
         raise DataError("an answer is empty")
     completions = tuple(
@@ -282,6 +340,25 @@ def _build_group(shape: _Shape, origin: str) -> Group:
         for answer, reward, is_truncated in zip(answers, rewards, _truncations(shape, len(answers)), strict=True)
     )
     return Group(id=origin, prompt=prompt, completions=completions)
+
+
+def _read_by_function(name: str, row: Row, origin: str) -> Group:
+    """Reads a row by the function that a configuration names.
+
+    Raises:
+        ConfigError: there is no such function.
+        DataError: the function raises an error, or it returns no Group.
+    """
+    function = load_plugin(name, {}, "shape")
+    try:
+        group = function(row)
+    except DataError:
+        raise
+    except Exception as error:  # anything may come from a function of one's own
+        raise DataError(f"{name} raises {error!r:.200}") from error
+    if not isinstance(group, Group):
+        raise DataError(f"{name} returns a {type(group).__name__}, not an alignment.groups.Group")
+    return dataclasses.replace(group, id=origin)
 
 
 def _tree_column(row: Row) -> str | None:

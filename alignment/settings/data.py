@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -60,6 +60,10 @@ class SourceConfig(Section):
     prompt_template: str | None = None
     """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`; dots reach into a column.
     None reads a column."""
+    shape: Annotated[str, Field(pattern=":")] | None = None
+    """A dotted `package.module:function` of one's own that reads every row: it is called with the row, a mapping, and
+    returns an `alignment.groups.Group`. `columns`, `prompt_template` and `prompt_as` mean nothing then. None finds out
+    by the names of the columns."""
     keep: tuple[str, ...] = ()
     """Columns that are handed to the scorers as they are, such as `answer` for one that knows the right one; dots reach
     into a column, as `reward_model.ground_truth`."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from alignment.data import shapes
 from alignment.data.files import Cell
 from alignment.data.shapes import to_group
-from alignment.errors import DataError, NoPreference, WithoutWeight
+from alignment.errors import ConfigError, DataError, NoPreference, WithoutWeight
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import SourceConfig
 from tests.conftest import read_data
@@ -32,6 +33,36 @@ def group_of(row: Row, **settings: Any) -> Group:
 
 def messages(*turns: Row) -> tuple[Message, ...]:
     return tuple(Message(**turn) for turn in turns)
+
+
+def read_dialogue(row: Row) -> Group:
+    """A shape of one's own."""
+    return Group(id="", prompt=row["dialogue"][0], completions=(Completion(text=row["dialogue"][1]),))
+
+
+def test_a_shape_of_ones_own_reads_rows() -> None:
+    row = {"dialogue": ["2 + 2?", "4"], "answer": 4}
+    group = group_of(row, shape="tests.alignment.test_shapes:read_dialogue", keep=("answer",))
+    assert (group.id, group.prompt, group.completions, group.columns) == (
+        "rows.jsonl:7",
+        "2 + 2?",
+        FOUR,
+        {"answer": 4},
+    )
+    with pytest.raises(DataError, match=r"read_dialogue raises KeyError\('dialogue'\)"):
+        group_of({"text": "4"}, shape="tests.alignment.test_shapes:read_dialogue")
+    with pytest.raises(DataError, match="returns a dict, not an"):
+        group_of(row, shape="builtins:dict")
+    with pytest.raises(ConfigError, match="shape 'builtins:dicts' cannot be imported"):
+        group_of(row, shape="builtins:dicts")
+
+
+def test_an_entry_of_the_table_is_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    dialogue = shapes.RowShape(
+        lambda shape: shape.has_field("dialogue"), lambda shape, origin: read_dialogue(shape.row)
+    )
+    monkeypatch.setitem(shapes.SHAPES, "dialogue", dialogue)
+    assert group_of({"dialogue": ["2 + 2?", "4"]}).completions == FOUR
 
 
 @pytest.mark.parametrize(
