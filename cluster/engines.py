@@ -11,14 +11,13 @@ import contextlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.distributed.world import World
 from alignment.errors import AlignmentError, EngineLost, RolloutError
-from alignment.rollout import Prompt, Rollout, Sampling, Weights
+from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.weights import PREFIX, FileWeightTransfer, WeightUpdate, local_directories, sweep
+from alignment.rollout.transfer import PREFIX, EngineLocations, WeightUpdate, weight_transfer_class
 from alignment.settings.run import RunConfig
 from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings
 
@@ -91,7 +90,7 @@ def running_engines(settings: RolloutEngineSettings, *, count: int, cpus: float,
         yield engines
     finally:
         _end(actors)
-        FileWeightTransfer(name, local_directories()).clear()
+        settings.transfer_class(name, EngineLocations(are_here=lambda: True)).clear()
 
 
 def attach(engines: Engines, config: RunConfig, world: World) -> EnginePool:
@@ -102,35 +101,16 @@ def attach(engines: Engines, config: RunConfig, world: World) -> EnginePool:
     Raises:
         RolloutError: an engine does not start.
     """
+    transfer_class = weight_transfer_class(config.rollout.weight_transfer)
     if world.is_main:
-        sweep()
+        transfer_class.sweep()
     handles = [RayEngineHandle(actor) for actor in engines.actors()] if world.is_main else []
-    transfer = NearestFileTransfer(engines.name, handles, config.folder.resolve())
+    locations = EngineLocations(are_here=lambda: _are_here(handles), shared_folder=config.folder.resolve())
+    transfer = transfer_class(engines.name, locations)
     adapter = config.model.lora is not None
     pool = EnginePool(handles, transfer, adapter=adapter, timeout_s=config.rollout.timeout_s, is_main=world.is_main)
     pool.begin()
     return pool
-
-
-class NearestFileTransfer(FileWeightTransfer):
-    """Sends weights through shared memory if all engines are on this machine, else through the run's folder.
-
-    It checks that at each sync, because a lost engine may come back on another machine.
-    """
-
-    def __init__(self, name: str, handles: list[RayEngineHandle], folder: Path) -> None:
-        super().__init__(name, (*local_directories(), folder))
-        self.handles = handles
-        self.folder = folder
-
-    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
-        """Writes weights to the nearest directory that all engines can read."""
-        self.clear()  # in the directories of the last update
-        node = _node()
-        self.directories = (
-            local_directories() if all(handle.node == node for handle in self.handles) else (self.folder,)
-        )
-        return super().send(weights, adapter=adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +142,7 @@ class EngineActor:
             if self._is_started:
                 await self.engine.reset()
             else:
-                sweep()
+                self.engine.settings.transfer_class.sweep()
                 await self.engine.start()
                 self._is_started = True
         return self.instance
@@ -280,6 +260,12 @@ def _end(actors: list[ActorHandle]) -> None:
     ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=STOP_S)
     for actor in actors:
         ray.kill(actor)
+
+
+def _are_here(handles: list[RayEngineHandle]) -> bool:
+    """Whether all engines are on the node that this process runs on."""
+    node = _node()
+    return all(handle.node == node for handle in handles)
 
 
 def _node() -> str:

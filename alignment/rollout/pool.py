@@ -27,7 +27,8 @@ from typing import Any, Protocol, TypeVar
 
 from alignment.errors import EngineLost, RolloutError
 from alignment.rollout import Policy, Prompt, Rollout, Sampling, Weights
-from alignment.rollout.weights import FileWeightTransfer, GatherOnce, WeightUpdate
+from alignment.rollout.gather import GatherOnce
+from alignment.rollout.transfer import WeightTransfer, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def longest_wait_s(timeout_s: float) -> float:
 
     The time limit of the process group has to be longer. Otherwise it would end all workers before the main worker can
     report what has failed. The longest wait is a sync. It waits for unfinished rollouts (1 × `timeout_s`), for engines
-    that still read the previous files (½), for the files to be written, and for the engines' load with a restart (1).
-    The rest is slack for the writing.
+    that still read the previous weights (½), for the new ones to be sent, and for the engines' load with a restart (1).
+    The rest is slack for the sending.
 
     Args:
         timeout_s: `rollout.timeout_s`.
@@ -123,7 +124,7 @@ class EnginePool:
     def __init__(
         self,
         handles: Sequence[EngineHandle],
-        transfer: FileWeightTransfer,
+        transfer: WeightTransfer,
         *,
         adapter: bool,
         timeout_s: float,
@@ -150,7 +151,7 @@ class EnginePool:
         self._offer: WeightUpdate | None = None
         """The update that a restarted engine has to load."""
         self._offer_available = asyncio.Event()
-        """Is set while all files of the offer exist."""
+        """Is set while the weights of the offer can be received."""
         self._pending_work: list[Future[Any]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
@@ -194,7 +195,7 @@ class EnginePool:
             gather_once.complete()
 
     def close(self) -> None:
-        """Stops the engines and the pool's thread, and deletes the files of the last update."""
+        """Stops the engines and the pool's thread, and withdraws the last update."""
         if not self.is_main or not self._thread.is_alive():
             return
         with contextlib.suppress(RolloutError):
@@ -242,7 +243,7 @@ class EnginePool:
         await _gather(slot.handle.stop() for slot in self.slots)
 
     async def _withdraw_offer(self) -> None:
-        """Withdraws the offer, because its files will be replaced, and waits for engines that still read them."""
+        """Withdraws the offer, because its weights will be replaced, and waits for engines that still receive them."""
         self._offer_available.clear()
         # It does not wait for the restarts that these loads belong to. If a load fails, another restart may follow,
         # which may have to wait for room.

@@ -15,6 +15,8 @@ from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
 from alignment.settings.section import Positive, PositiveCount, Section
 
+BUILTIN_WEIGHT_TRANSFERS = {"files": "alignment.rollout.transfer.files:NearestFileTransfer"}
+"""What brings weights into engines, by name. The modules are named, as their import needs torch."""
 MODULE_FOLDERS: list[str] = []
 """Where modules are looked for beside what is installed: Ray's workers get the current folder by Ray, these by us."""
 
@@ -104,6 +106,18 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
     if not (isinstance(algorithm, type) and issubclass(algorithm, AlgorithmConfig)):
         raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
     return algorithm
+
+
+def load_weight_transfer(name: str) -> type[Any]:
+    """Finds the class behind the name of a weight transfer; `alignment.rollout.transfer` says what such a class does.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    transfer = load_plugin(name, BUILTIN_WEIGHT_TRANSFERS, "weight transfer")
+    if not isinstance(transfer, type):
+        raise ConfigError(f"weight transfer {name!r} is a {type(transfer).__name__}, not a class")
+    return transfer
 
 
 class EnvironmentConfig(Section):

@@ -17,12 +17,14 @@ from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.plugins import (
+    BUILTIN_WEIGHT_TRANSFERS,
     AlgorithmConfig,
     EnvironmentConfig,
     Scorers,
     algorithm_class,
     algorithm_names,
     load_plugin,
+    load_weight_transfer,
 )
 from alignment.settings.section import Count, Fraction, NonNegative, NumberFormat, Positive, PositiveCount, Section
 from alignment.trackers import TRACKERS
@@ -114,8 +116,22 @@ class RolloutConfig(Section):
     """Completions that an engine works on at once."""
     tensor_parallel_size: PositiveCount = 1
     """GPUs of one engine."""
+    weight_transfer: str = "files"
+    """What brings the trained weights into vLLM's engines. `files`: through shared memory, or through the run's folder
+    if an engine is on another machine. Or a dotted `package.module:Class` of one's own, which has the methods of
+    `alignment.rollout.transfer.WeightTransfer`."""
     environment: EnvironmentConfig | None = None
     """What the model talks with; None has every prompt answered once."""
+
+    @field_validator("weight_transfer")
+    @classmethod
+    def _has_a_transfer(cls, name: str) -> str:
+        if name not in BUILTIN_WEIGHT_TRANSFERS:  # the import of a built-in one needs torch
+            try:
+                load_weight_transfer(name)
+            except ConfigError as error:  # pydantic collects ValueErrors
+                raise ValueError(str(error)) from error
+        return name
 
 
 class CriticConfig(Section):

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 WORKER = "alignment.vllm.plugin.EngineWorker"
-"""vLLM's `worker_extension_cls` of all our engines. A process that imports it registers `FILES`."""
-FILES = "raylign_files"
-"""The name by which vLLM knows our weight transfer."""
+"""vLLM's `worker_extension_cls` of all our engines. A process that imports it registers `BACKEND`."""
+BACKEND = "raylign"
+"""The name by which vLLM knows our receiver of weights."""
 
 
 def forbid_usage_reports() -> None:
@@ -45,7 +45,7 @@ def engine_environment(*, device: Device, eager: bool, threads: int | None = Non
 
 
 def shared_arguments(
-    *, device: Device, eager: bool, max_num_seqs: int, cache_gib: float, gpu_memory: float
+    *, device: Device, eager: bool, max_num_seqs: int, kv_cache_gib: float, gpu_memory_utilization: float
 ) -> dict[str, Any]:
     """The arguments of vLLM's `AsyncEngineArgs` that every engine gets.
 
@@ -53,8 +53,8 @@ def shared_arguments(
         device: the kind of device that the engine runs on.
         eager: whether the model runs without being compiled.
         max_num_seqs: most completions that the engine works on at once.
-        cache_gib: GiB of the key-value cache on a CPU.
-        gpu_memory: fraction of a GPU's memory that the engine takes.
+        kv_cache_gib: GiB of the key-value cache on a CPU.
+        gpu_memory_utilization: fraction of a GPU's memory that the engine takes.
     """
     arguments: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
@@ -62,9 +62,9 @@ def shared_arguments(
         "worker_extension_cls": WORKER,
     }
     if device != "cpu":
-        return arguments | {"gpu_memory_utilization": gpu_memory}
+        return arguments | {"gpu_memory_utilization": gpu_memory_utilization}
     return arguments | {
-        "kv_cache_memory_bytes": int(cache_gib * 2**30),
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         # If a prompt is computed in two chunks and its request has a seed, the engine fails: vLLM resets the random
         # generator, which works on a GPU only.
         "enable_chunked_prefill": False,
@@ -75,7 +75,7 @@ def transfer_arguments() -> dict[str, Any]:
     """The arguments for an engine whose weights are all replaced."""
     from vllm.config import WeightTransferConfig
 
-    return {"weight_transfer_config": WeightTransferConfig(backend=FILES)}
+    return {"weight_transfer_config": WeightTransferConfig(backend=BACKEND)}
 
 
 def adapter_arguments(*, slots: int, rank: int, target_modules: Sequence[str] | None) -> dict[str, Any]:

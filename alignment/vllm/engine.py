@@ -17,9 +17,10 @@ from alignment.errors import AlignmentError, ConfigError, EngineLost, RolloutErr
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.rollout import Prompt, Rollout, Sampling
-from alignment.rollout.weights import WeightUpdate
+from alignment.rollout.transfer import WeightTransfer, WeightUpdate, weight_transfer_class
 from alignment.run_folder import checkpoint_or_path
 from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.plugins import MODULE_FOLDERS, search_for_modules
 from alignment.settings.run import RolloutConfig
 from alignment.start_failure import SettingNames, StartLog
 from alignment.vllm.arguments import (
@@ -58,6 +59,8 @@ class RolloutEngineSettings:
     """The kind of device that the engine runs on."""
     threads: int | None = None
     """Number of CPU threads; None is one for each core that the process may use."""
+    module_folders: tuple[str, ...] = ()
+    """Folders in which the process of an engine looks for modules too, as that of one's own weight transfer."""
 
     @classmethod
     def for_run(
@@ -73,7 +76,14 @@ class RolloutEngineSettings:
         folder = Path(model.path).expanduser()
         if folder.is_dir():
             model = model.model_copy(update={"path": str(folder.resolve())})
-        return cls(model=model, rollout=rollout, max_length=max_length, device=device, threads=threads)
+        return cls(
+            model=model,
+            rollout=rollout,
+            max_length=max_length,
+            device=device,
+            threads=threads,
+            module_folders=tuple(MODULE_FOLDERS),
+        )
 
     @property
     def dtype(self) -> str:
@@ -81,6 +91,13 @@ class RolloutEngineSettings:
         from alignment.models.load import dtype_name
 
         return dtype_name(self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype, self.device)
+
+    @property
+    def transfer_class(self) -> type[WeightTransfer]:
+        """The class of what brings weights into the engine."""
+        for folder in self.module_folders:
+            search_for_modules(Path(folder))
+        return weight_transfer_class(self.rollout.weight_transfer)
 
 
 class RolloutEngine:
@@ -113,7 +130,7 @@ class RolloutEngine:
                 with _environment(self.settings):
                     self._llm = _start_vllm(self.settings, log)
                 if self.settings.model.lora is None:
-                    await prepare_transfer(self._llm)
+                    await prepare_transfer(self._llm, self.settings.rollout.weight_transfer)
             except AlignmentError:
                 raise
             except Exception as error:  # vLLM raises any error that its model code raises
@@ -153,7 +170,7 @@ class RolloutEngine:
             if self._is_half_loaded:
                 raise RolloutError("an earlier update got stuck half-way, so the engine has to be restarted")
             self._is_half_loaded = True
-            load = self._load_all if update.adapter is None else self._load_adapter
+            load = self._load_adapter if update.is_adapter else self._load_all
             try:
                 await swap(llm, lambda: load(llm, update))
             except EngineLost as error:
@@ -199,7 +216,7 @@ class RolloutEngine:
 
     async def _load_all(self, llm: AsyncLLM, update: WeightUpdate) -> None:
         """Loads all weights."""
-        await replace_weights(llm, list(update.files), update.version)
+        await replace_weights(llm, update.update_info, update.version)
 
     async def _load_adapter(self, llm: AsyncLLM, update: WeightUpdate) -> None:
         """Replaces the adapter."""
@@ -209,7 +226,8 @@ class RolloutEngine:
             await llm.remove_lora(self._adapter.lora_int_id)
         # Each adapter gets a new number and a new name. For a known name, vLLM would keep the adapter that it has.
         number = next(self._request_numbers)
-        self._adapter = LoRARequest(lora_name=str(number), lora_int_id=number, lora_path=update.adapter)
+        folder = self.settings.transfer_class.adapter_folder(update.update_info)
+        self._adapter = LoRARequest(lora_name=str(number), lora_int_id=number, lora_path=str(folder))
         await llm.add_lora(self._adapter)
         await llm.update_weight_version(str(update.version))
 
@@ -322,8 +340,8 @@ def engine_arguments(settings: RolloutEngineSettings) -> dict[str, Any]:
         device=settings.device,
         eager=cpu,
         max_num_seqs=rollout.max_num_seqs,
-        cache_gib=rollout.kv_cache_gib,
-        gpu_memory=rollout.gpu_memory_utilization,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
     )
     arguments |= {
         "model": model_source(settings.model.path),

@@ -6,7 +6,7 @@ import os
 
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.weights import PREFIX, FileWeightTransfer, WeightUpdate, local_directories, sweep
+from alignment.rollout.transfer import PREFIX, EngineLocations, WeightUpdate
 from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings
 
 LOCAL = f"{PREFIX}local-"
@@ -51,8 +51,9 @@ def local_generator(settings: RolloutEngineSettings) -> EnginePool:
     Raises:
         RolloutError: the engine does not start.
     """
-    sweep()
-    transfer = FileWeightTransfer(f"{LOCAL}{os.getpid()}", local_directories())
+    transfer_class = settings.transfer_class
+    transfer_class.sweep()
+    transfer = transfer_class(f"{LOCAL}{os.getpid()}", EngineLocations(are_here=lambda: True))
     pool = EnginePool(
         [LocalEngineHandle(settings)],
         transfer,

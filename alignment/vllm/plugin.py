@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from alignment.vllm import adapter_speed
-from alignment.vllm.arguments import FILES
+from alignment.vllm.arguments import BACKEND
 from alignment.vllm.lifeline import end_with_owner
 from alignment.vllm.reload import receiver_class
 
@@ -24,7 +24,7 @@ def install() -> None:
     # product makes the request, but may not do so for one or two tokens. On other machines this does nothing.
     torch.cpu._init_amx()
     adapter_speed.install()
-    WeightTransferEngineFactory.register_engine(FILES, receiver_class())
+    WeightTransferEngineFactory.register_engine(BACKEND, receiver_class())
 
 
 install()

@@ -7,41 +7,38 @@ from typing import Any
 
 import torch
 
-from alignment.rollout.weights import read
+from alignment.rollout.transfer import weight_transfer_class
 
 
 @dataclass
-class NoInit:
-    """The information that vLLM's side of the transfer needs before the first update: none."""
+class ReceiverInit:
+    """The information that the receiver needs before the first update."""
 
-
-@dataclass
-class FilesInfo:
-    """The information that vLLM's side of the transfer needs for an update."""
-
-    files: list[str]
-    """Paths of the safetensors files."""
+    transfer: str
+    """Name of the weight transfer, as in `rollout.weight_transfer`."""
 
 
 def receiver_class() -> type[Any]:
-    """Makes the class of vLLM's side of the transfer. It is made in a function, because its base class needs vLLM."""
+    """Makes the class that receives weights within vLLM, in a function, because its base class needs vLLM."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    class FilesReceiver(WeightTransferEngine):  # type: ignore[misc]
-        init_info_cls = NoInit
-        update_info_cls = FilesInfo
+    class WeightReceiver(WeightTransferEngine):  # type: ignore[misc]
+        init_info_cls = ReceiverInit
+        update_info_cls = dict
 
-        def init_transfer_engine(self, init_info: NoInit) -> None: ...
+        def init_transfer_engine(self, init_info: ReceiverInit) -> None:
+            self.transfer = weight_transfer_class(init_info.transfer)
 
         def start_weight_update(self) -> None:
             self.missing_names = {name for name, _ in self.model.named_parameters()} - _tied_names(self.model)
             unpack_experts(self.model)
             initialize_layerwise_reload(self.model)
 
-        def receive_weights(self, update_info: FilesInfo) -> None:
-            # All files are loaded in one call, because a layer may be spread over two files.
-            self.missing_names -= self.model.load_weights(read(update_info.files)) or self.missing_names
+        def receive_weights(self, update_info: dict[str, Any]) -> None:
+            # All weights are loaded in one call, because a layer may be spread over two files.
+            weights = self.transfer.receive(update_info)
+            self.missing_names -= self.model.load_weights(weights) or self.missing_names
             if self.missing_names:
                 example = min(self.missing_names)
                 raise ValueError(f"an update of all weights lacks {len(self.missing_names)}, such as {example}")
@@ -52,7 +49,7 @@ def receiver_class() -> type[Any]:
 
         def shutdown(self) -> None: ...
 
-    return FilesReceiver
+    return WeightReceiver
 
 
 def _tied_names(model: torch.nn.Module) -> set[str]:

@@ -34,23 +34,32 @@ async def swap(llm: AsyncLLM, load: Callable[[], Awaitable[None]]) -> None:
     await wait_while_alive(llm, steps())
 
 
-async def prepare_transfer(llm: AsyncLLM) -> None:
+async def prepare_transfer(llm: AsyncLLM, transfer: str) -> None:
     """Prepares vLLM's weight transfer; needed once before `replace_weights`.
+
+    Args:
+        transfer: name of the weight transfer, as in `rollout.weight_transfer`.
 
     Raises:
         EngineLost: the engine has died.
     """
     from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-    await wait_while_alive(llm, llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={})))
+    request = WeightTransferInitRequest(init_info={"transfer": transfer})
+    await wait_while_alive(llm, llm.init_weight_transfer_engine(request))
 
 
-async def replace_weights(llm: AsyncLLM, files: list[str], version: int) -> None:
-    """Loads all weights in one session of vLLM's weight transfer; called within `swap`."""
+async def replace_weights(llm: AsyncLLM, update_info: dict[str, Any], version: int) -> None:
+    """Loads all weights in one session of vLLM's weight transfer; called within `swap`.
+
+    Args:
+        update_info: what the transfer's receiving side needs; see `WeightUpdate`.
+        version: number of the version that the engine then has.
+    """
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
     await llm.start_weight_update()
-    await llm.update_weights(WeightTransferUpdateRequest(update_info={"files": files}))
+    await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
     await llm.finish_weight_update(str(version))
 
 

@@ -100,8 +100,8 @@ def engine_arguments(settings: EngineSettings, served_model: ServedModel) -> dic
         device=settings.device,
         eager=_is_eager(config, cpu=cpu),
         max_num_seqs=config.max_num_seqs,
-        cache_gib=config.kv_cache_gib,
-        gpu_memory=config.gpu_memory_utilization,
+        kv_cache_gib=config.kv_cache_gib,
+        gpu_memory_utilization=config.gpu_memory_utilization,
     )
     arguments |= {
         "dtype": _dtype(config.dtype, settings.device),

@@ -57,13 +57,13 @@ class WholeWeightsLoader:
 
     async def begin(self) -> None:
         """Prepares vLLM's weight transfer."""
-        await prepare_transfer(self._client)
+        await prepare_transfer(self._client, "files")
 
     async def load(self, number: int) -> None:
         """Loads a version; see `Loader.load`. No request may be in progress."""
         files = sorted(str(file) for file in self._registry.folder_of(number).glob("*.safetensors"))
         try:
-            await swap(self._client, lambda: replace_weights(self._client, files, number))
+            await swap(self._client, lambda: replace_weights(self._client, {"files": files}, number))
         except Exception as error:  # vLLM passes on any exception of its process
             raise PartialLoadError(f"version {number} got stuck half-way into the engine: {error}") from error
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from alignment.errors import EngineLost, ModelError, RolloutError
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EnginePool, longest_wait_s
-from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
+from alignment.rollout.transfer import WeightUpdate
+from alignment.rollout.transfer.files import FileWeightTransfer
 from tests.rollouts import submit
 
 TIMEOUT_S = 2.0
@@ -85,7 +86,7 @@ class PaperEngineHandle:
                 await self.check()
             if self.is_damaged:
                 raise RolloutError("the files are damaged")
-            (file,) = update.files
+            (file,) = update.update_info["files"]
             self.number = int(load_file(file)["number"])
             await self.check()
             self.version = update.version

@@ -17,7 +17,8 @@ from alignment.errors import RolloutError
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Weights
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
+from alignment.rollout.transfer import WeightUpdate
+from alignment.rollout.transfer.files import FileWeightTransfer
 from alignment.settings.run import ZeroConfig
 from tests.alignment.test_pool import PaperEngineHandle
 from tests.alignment.test_zero import Task, Workers

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import alignment.rollout.weights as movement
+import alignment.rollout.transfer.files as file_transfer
 from alignment.data.packing import pack
 from alignment.distributed.backends import wrap
 from alignment.distributed.trainable import TrainableModule
@@ -27,9 +27,10 @@ from alignment.groups import Completion, Group
 from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.roles import ActorWeights
-from alignment.rollout import Prompt, Rollout, Sampling
+from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.weights import FileWeightTransfer
+from alignment.rollout.transfer import WeightUpdate
+from alignment.rollout.transfer.files import FileWeightTransfer
 from alignment.settings.data import DataConfig
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import OptimConfig, RolloutConfig
@@ -259,12 +260,9 @@ def test_a_sender_that_fails_half_way_leaves_nothing_to_draw_from(pair: Pair) ->
 class Damaging(FileWeightTransfer):
     """Loses the last file of what it writes."""
 
-    def send(self, weights: movement.Weights, *, adapter: bool) -> movement.WeightUpdate:
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
         update = super().send(weights, adapter=adapter)
-        folder = Path(update.adapter or update.files[0]).parent
-        files = sorted(Path(update.adapter).glob("*.safetensors")) if update.adapter else list(map(Path, update.files))
-        assert folder.exists()
-        files[-1].unlink()
+        Path(update.update_info["files"][-1]).unlink()
         return update
 
 
@@ -272,9 +270,10 @@ class Damaging(FileWeightTransfer):
 def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)  # several files, of which the first ones are whole
+    monkeypatch.setattr(file_transfer, "SHARD_BYTES", 50_000)  # several files, of which the first ones are whole
     processes = set(engine_processes())
     good = pair.engine.transfer
+    assert isinstance(good, FileWeightTransfer)
     pair.engine.transfer = Damaging(good.name, good.directories)
     with pytest.raises(RolloutError, match="could not be loaded"):
         pair.engine.load(pair.trainer.change())
@@ -323,9 +322,9 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 
 folder, file, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=96,
-          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=arguments.FILES),
+          kv_cache_memory_bytes=50_000_000, weight_transfer_config=WeightTransferConfig(backend=arguments.BACKEND),
           worker_extension_cls=arguments.WORKER)
-llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"transfer": "files"}))
 tie, found = reload.pack_again, {}
 for name, tied in (("without", lambda model: None), ("with", tie)):
     reload.pack_again = tied
@@ -345,7 +344,14 @@ def test_without_its_tying_the_output_head_would_stay_the_old_one(models: dict[b
     trainer = Trainer.of(ModelConfig(path=str(models[True]), dtype="fp32"))
     update = FileWeightTransfer("update", (tmp_path,)).send(trainer.change(), adapter=False)
     tokens = list(range(20, 60))
-    command = [sys.executable, "-c", WITHOUT_TYING, str(models[True]), update.files[0], json.dumps(tokens)]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_TYING,
+        str(models[True]),
+        update.update_info["files"][0],
+        json.dumps(tokens),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200, check=False)
     assert "FOUND" in ended.stdout, ended.stderr[-2000:]
     found = json.loads(ended.stdout.partition("FOUND")[2])

@@ -24,7 +24,8 @@ import torch
 
 from alignment.errors import ConfigError, RolloutError
 from alignment.rollout import Weights
-from alignment.rollout.weights import FileWeightTransfer, WeightUpdate
+from alignment.rollout.transfer import WeightUpdate
+from alignment.rollout.transfer.files import FileWeightTransfer
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import RolloutConfig
 from alignment.vllm.local import local_generator
@@ -103,7 +104,7 @@ class Pipes(FileWeightTransfer):
 
     def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
         update = super().send(weights, adapter=adapter)
-        self.pipe = Path(update.files[-1])
+        self.pipe = Path(update.update_info["files"][-1])
         self.file = self.pipe.with_suffix(".whole")
         self.pipe.rename(self.file)
         os.mkfifo(self.pipe)

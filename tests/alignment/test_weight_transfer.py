@@ -1,18 +1,42 @@
-"""Weights on their way to engines: what a killed run left in a machine's memory goes, what a living one holds stays."""
+"""Weights on their way to engines: as files, of which none outlives its run for long, or by anybody's own transfer."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from alignment.rollout.weights import FileWeightTransfer, sweep
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from alignment.rollout.transfer import EngineLocations, weight_transfer_class
+from alignment.rollout.transfer.files import FileWeightTransfer, NearestFileTransfer, local_directories, sweep
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.run import RolloutConfig
+from alignment.vllm.local import LOCAL, local_generator
+from tests.alignment.bytes_transfer import BytesTransfer
+from tests.alignment.test_vllm import (
+    PROMPTS,
+    TINY,
+    Trainer,
+    assert_equal_within_rounding,
+    sampling,
+    settings_of,
+    write_model,
+)
+from tests.rollouts import submit
 
 WRITER = """
 import sys
 from pathlib import Path
 import torch
-from alignment.rollout.weights import FileWeightTransfer
+from alignment.rollout.transfer.files import FileWeightTransfer
 
 class Two:
     version = 3
@@ -63,3 +87,67 @@ def test_a_transfer_leaves_nothing_and_holds_nothing_once_it_is_cleared(tmp_path
     transfer.clear()
     assert names(tmp_path) == []
     assert transfer._locks == []
+
+
+class OneWeight:
+    """A trainer's side with one weight."""
+
+    version = 1
+
+    def save_adapter(self, folder: Path) -> bool:
+        return False
+
+    def participate(self) -> None: ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", torch.arange(3.0)
+
+
+def test_files_go_to_the_folder_that_all_see_only_while_an_engine_is_elsewhere(tmp_path: Path) -> None:
+    are_here = True
+    transfer_class = weight_transfer_class("files")
+    assert transfer_class is NearestFileTransfer
+    transfer = transfer_class(
+        f"raylign-{os.getpid()}", EngineLocations(are_here=lambda: are_here, shared_folder=tmp_path)
+    )
+    for are_here in (True, False, True):
+        update = transfer.send(OneWeight(), adapter=False)
+        (file,) = update.update_info["files"]
+        assert Path(file).is_relative_to(tmp_path) is not are_here
+        assert [(name, weight.tolist()) for name, weight in transfer_class.receive(update.update_info)] == [
+            ("weight", [0.0, 1.0, 2.0])
+        ]
+    transfer.clear()
+    assert names(tmp_path) == []
+    assert not Path(file).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "there is no weight transfer 'file'; did you mean 'files'"),
+        ("nowhere:Transfer", "weight transfer 'nowhere:Transfer' cannot be imported"),
+        ("tests.alignment.bytes_transfer:load", "is a function, not a class"),
+    ],
+)
+def test_a_transfer_that_there_is_not_is_refused_with_the_configuration(name: str, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        RolloutConfig(weight_transfer=name)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, alpha=8.0)], ids=["all weights", "adapter"])
+def test_an_engine_says_what_the_trainer_says_with_weights_that_never_were_files_of_the_trainer(
+    tmp_path: Path, lora: LoraConfig | None
+) -> None:
+    rollout = TINY.model_copy(update={"weight_transfer": "tests.alignment.bytes_transfer:BytesTransfer"})
+    config = ModelConfig(path=str(write_model(tmp_path / "model", tied=True)), dtype="fp32", lora=lora)
+    trainer = Trainer.of(config)
+    with contextlib.closing(local_generator(dataclasses.replace(settings_of(config), rollout=rollout))) as engine:
+        assert isinstance(engine.transfer, BytesTransfer)
+        for num_syncs in (1, 2):
+            engine.load(trainer.change())
+            rollouts = submit(engine, PROMPTS, sampling())()
+            assert {rollout.weight_version for group in rollouts for rollout in group} == {num_syncs}
+            assert_equal_within_rounding(trainer.mismatch(rollouts))
+        assert engine.transfer.num_updates == num_syncs
+        assert not [path for folder in local_directories() for path in folder.glob(f"{LOCAL}{os.getpid()}*")]

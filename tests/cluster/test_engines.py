@@ -14,11 +14,12 @@ import psutil
 import pytest
 import ray
 
-import alignment.rollout.weights as movement
+import alignment.rollout.transfer.files as file_transfer
 from alignment.distributed.world import World
 from alignment.errors import RolloutError
 from alignment.rollout import Rollout
 from alignment.rollout.pool import EnginePool
+from alignment.rollout.transfer.files import FileWeightTransfer
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.run import RunConfig
@@ -182,8 +183,9 @@ def test_an_update_that_is_cut_in_half_is_an_error_in_bounded_time(
 ) -> None:
     pool = attach(dataclasses.replace(engines, count=1), config, World())
     pool.load(trainer.change())
-    monkeypatch.setattr(movement, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(file_transfer, "SHARD_BYTES", 50_000)
     good = pool.transfer
+    assert isinstance(good, FileWeightTransfer)
     pool.transfer = Damaging(good.name, good.directories)
     started = time.monotonic()
     with pytest.raises(RolloutError, match="could not be loaded"):

@@ -1,7 +1,5 @@
 """Weight transfer by files: it brings the trainer's weights into vLLM engines through shared memory.
 
-    trainer: FileWeightTransfer.send ─► files of a WeightUpdate ─► engine: one session of vLLM's weight transfer
-
 An adapter is sent as the folder that peft writes, and all weights as safetensors files of bounded size. vLLM's own
 transports need CUDA. This one only needs a file system that both processes see, so it works on CPUs and on GPUs.
 """
@@ -15,34 +13,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from alignment.errors import RolloutError
 from alignment.rollout import Weights
+from alignment.rollout.transfer import PREFIX, EngineLocations, WeightUpdate
 
 SHARD_BYTES = 64 << 20
 """Bytes of weights that are copied before they are written, which is the extra memory of a sync."""
 SHARED_MEMORY = Path("/dev/shm")
 """Folder of a Linux machine's shared memory."""
-PREFIX = "raylign-"
-"""Prefix of all transfers' names on a machine."""
 SETTLED_S = 60.0
 """Age (s) after which a folder has been locked by its writer, if the writer is alive."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightUpdate:
-    """One version of the weights, as files that an engine can read."""
-
-    version: int
-    """Number of optimizer steps behind the weights."""
-    adapter: str | None
-    """Folder of a LoRA adapter, with a new name for each update; None if `files` hold all weights."""
-    files: tuple[str, ...] = ()
-    """safetensors files that together hold each weight once, by its Hugging Face name."""
 
 
 def local_directories() -> tuple[Path, ...]:
@@ -92,12 +77,32 @@ class FileWeightTransfer:
             for folder in directory.glob(f"{self.name}-weights-*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
+    @staticmethod
+    def sweep() -> None:
+        """Deletes files that killed processes have left in this machine's memory."""
+        sweep()
+
+    @staticmethod
+    def receive(update_info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yields each weight of an update by name, mapped into memory rather than copied."""
+        from safetensors import safe_open
+
+        for file in update_info["files"]:
+            with safe_open(file, framework="pt") as tensor_file:
+                for name in tensor_file.keys():  # noqa: SIM118  # not a dict
+                    yield name, tensor_file.get_tensor(name)
+
+    @staticmethod
+    def adapter_folder(update_info: dict[str, Any]) -> Path:
+        """The folder of an update's adapter, which has a new name for each update."""
+        return Path(update_info["folder"])
+
     def _send_adapter(self, weights: Weights) -> WeightUpdate:
         """Writes an adapter as peft does, to the last directory."""
         folder = self._folder(self.directories[-1], version=weights.version)
         if not weights.save_adapter(folder):
             raise RolloutError("the engines were started for an adapter (model.lora), and the trainer has none")
-        return WeightUpdate(version=weights.version, adapter=str(folder))
+        return WeightUpdate(version=weights.version, is_adapter=True, update_info={"folder": str(folder)})
 
     def _send_all(self, weights: Weights) -> WeightUpdate:
         """Writes all weights as safetensors files of bounded size."""
@@ -109,7 +114,7 @@ class FileWeightTransfer:
             file = self._folder(directory, version=weights.version) / f"{len(files):05d}.safetensors"
             save_file(shard, file)
             files.append(str(file))
-        return WeightUpdate(version=weights.version, adapter=None, files=tuple(files))
+        return WeightUpdate(version=weights.version, is_adapter=False, update_info={"files": files})
 
     def _directory_for(self, size: int) -> Path:
         """The first directory with twice as much room as `size` bytes, else the last one."""
@@ -123,6 +128,25 @@ class FileWeightTransfer:
             folder.mkdir(parents=True)
             self._locks += _lock(folder, fcntl.LOCK_SH)
         return folder
+
+
+class NearestFileTransfer(FileWeightTransfer):
+    """Sends weights through shared memory if all engines are on this machine, else through the folder that all see.
+
+    It asks for that at each sync, because a lost engine may come back on another machine.
+    """
+
+    def __init__(self, name: str, engines: EngineLocations) -> None:
+        shared = () if engines.shared_folder is None else (engines.shared_folder,)
+        super().__init__(name, (*local_directories(), *shared))
+        self.engines = engines
+
+    def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
+        """Writes weights to the nearest directory that all engines can read."""
+        self.clear()  # in the directories of the last update
+        folder = self.engines.shared_folder
+        self.directories = local_directories() if folder is None or self.engines.are_here() else (folder,)
+        return super().send(weights, adapter=adapter)
 
 
 def _lock(folder: Path, kind: int) -> list[int]:
@@ -152,50 +176,6 @@ def sweep(directories: tuple[Path, ...] | None = None, *, settled_s: float = SET
                     os.close(descriptor)
 
 
-class GatherOnce:
-    """Wraps the main worker's `Weights` so that they are gathered exactly once, even if their sending fails.
-
-    Meanwhile the other workers are in `participate`, whose collectives need this worker. If this worker left early and
-    began another collective, the workers would wait for each other forever, or mix up the data of two collectives.
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self._iterator: Iterator[tuple[str, Tensor]] | None = None
-        """The weights that are still to be gathered; None means all of them."""
-
-    @property
-    def version(self) -> int:
-        """Number of optimizer steps behind the weights."""
-        return self._weights.version
-
-    def save_adapter(self, folder: Path) -> bool:
-        """Gathers and writes the adapter; false if all weights are trained."""
-        self._iterator = iter(())  # the adapter is gathered completely before anything is written
-        is_adapter = self._weights.save_adapter(folder)
-        if not is_adapter:
-            self._iterator = None
-        return is_adapter
-
-    def participate(self) -> None:
-        """Takes part in gathering the weights."""
-        self._iterator = iter(())
-        self._weights.participate()
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields each weight by its Hugging Face name."""
-        self._iterator = self._weights.named_weights()
-        return self._iterator
-
-    def complete(self) -> None:
-        """Gathers the weights that have not been gathered yet."""
-        if self._iterator is None:
-            self.participate()
-        else:
-            for _ in self._iterator:
-                pass
-
-
 def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Collects tensors into dictionaries of about SHARD_BYTES each."""
     shard: dict[str, Tensor] = {}
@@ -209,13 +189,3 @@ def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
             shard, size = {}, 0
     if shard:
         yield shard
-
-
-def read(files: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields each tensor of some safetensors files by name, mapped into memory rather than copied."""
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="pt") as tensor_file:
-            for name in tensor_file.keys():  # noqa: SIM118  # not a dict
-                yield name, tensor_file.get_tensor(name)
