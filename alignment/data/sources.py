@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 from alignment.data.files import KINDS, Rows, data_files, is_data_file, may_hold_split, parse_line, read_file
 from alignment.errors import DataError
 from alignment.settings.data import SourceConfig
+from alignment.settings.plugins import load_plugin
 
 if TYPE_CHECKING:
     import httpx
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ("http://", "https://")
 DATABASES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""A dotted name of one's own, as `package.module:function`. The id of a set on the hub has no colon."""
 KEY_VARIABLE = "RAYLIGN_KEY"
 """Environment variable with the bearer key for endpoints."""
 PAGE = 1000
@@ -27,9 +32,26 @@ TIMEOUT_S = 60.0
 """Seconds after which an endpoint that sends nothing has failed."""
 
 
+@dataclass(frozen=True)
+class SourceKind:
+    """A kind of `data.path`, by what the path looks like."""
+
+    matches: Callable[[str], bool]
+    """Whether a path is of this kind."""
+    read: Callable[[SourceConfig], Rows]
+    """Yields the rows of a source of this kind, each with its origin.
+
+    Raises:
+        DataError: the source cannot be opened.
+    """
+    is_live: bool = False
+    """True if such a source may have different rows each time it is read."""
+
+
 def is_live(source: SourceConfig) -> bool:
     """True if the source may have different rows each time it is read: an endpoint or a database."""
-    return source.path is not None and source.path.startswith(ENDPOINTS + DATABASES)
+    path = source.path
+    return path is not None and any(kind.is_live and kind.matches(path) for kind in SOURCES.values())
 
 
 def read_rows(source: SourceConfig) -> Rows:
@@ -39,22 +61,42 @@ def read_rows(source: SourceConfig) -> Rows:
 
     Raises:
         DataError: the source itself cannot be opened.
+        ConfigError: the path is a dotted name, and there is no such function.
     """
     assert source.path is not None
-    path = Path(source.path).expanduser()
-    if source.path.startswith(ENDPOINTS):
-        rows = _read_endpoint(source.path)
-    elif source.path.startswith(DATABASES):
-        rows = _read_database(source.path)
-    elif path.exists():
-        rows = _read_files(path, source)
-    elif any(sign in source.path for sign in "*?["):
-        rows = _read_pattern(str(path), source)
-    elif source.path.startswith((".", "/", "~")) or is_data_file(source.path):
-        raise DataError(f"data file {source.path} does not exist (looked from {Path.cwd()})")
-    else:
-        rows = _read_hub(source)
+    rows = _kind(source.path).read(source)
     return islice(rows, source.skip, None if source.take is None else source.skip + source.take)
+
+
+def _kind(path: str) -> SourceKind:
+    return next(kind for kind in SOURCES.values() if kind.matches(path))
+
+
+def _local_path(path: str | None) -> Path:
+    return Path(path or "").expanduser()
+
+
+def _refuse_missing_file(source: SourceConfig) -> Rows:
+    raise DataError(f"data file {source.path} does not exist (looked from {Path.cwd()})")
+
+
+def _read_by_function(source: SourceConfig) -> Rows:
+    """Yields the rows of the iterable that a function of one's own returns.
+
+    Raises:
+        ConfigError: there is no such function.
+        DataError: the function raises an error, or what it yields is no row.
+    """
+    name = source.path or ""
+    function, number = load_plugin(name, {}, "source"), 0
+    try:
+        for number, row in enumerate(function(source), start=1):
+            is_row = isinstance(row, dict)
+            yield f"{name}:{number}", row if is_row else DataError(f"is no row but a {type(row).__name__}")
+    except DataError:
+        raise
+    except Exception as error:  # anything may come from a function of one's own
+        raise DataError(f"{name}: raises {error!r:.200} after row {number}") from error
 
 
 def _read_files(path: Path, source: SourceConfig) -> Rows:
@@ -169,3 +211,26 @@ def _fetch_records(engine: sa.Engine, query: sa.Select[int, str], last_number: i
     except SQLAlchemyError as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{engine.url.render_as_string()}: cannot be read: {reason}") from error
+
+
+SOURCES = {
+    "endpoint": SourceKind(
+        lambda path: path.startswith(ENDPOINTS), lambda source: _read_endpoint(source.path or ""), is_live=True
+    ),
+    "database": SourceKind(
+        lambda path: path.startswith(DATABASES), lambda source: _read_database(source.path or ""), is_live=True
+    ),
+    "files": SourceKind(
+        lambda path: _local_path(path).exists(), lambda source: _read_files(_local_path(source.path), source)
+    ),
+    "pattern": SourceKind(
+        lambda path: any(sign in path for sign in "*?["),
+        lambda source: _read_pattern(str(_local_path(source.path)), source),
+    ),
+    "missing_file": SourceKind(
+        lambda path: path.startswith((".", "/", "~")) or is_data_file(path), _refuse_missing_file
+    ),
+    "function": SourceKind(lambda path: FUNCTION.fullmatch(path) is not None, _read_by_function),
+    "hub": SourceKind(lambda path: True, _read_hub),
+}
+"""The kinds of sources, by name. A path is of the first kind that it matches."""

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from alignment.data import sources
 from alignment.data.files import Row
 from alignment.data.sources import read_rows
-from alignment.errors import DataError
+from alignment.errors import ConfigError, DataError
 from alignment.settings.data import SourceConfig
 
 WriteRows = Callable[..., Path]
@@ -461,3 +462,33 @@ def test_a_file_given_by_itself_is_any_split_that_its_name_does_not_deny(tmp_pat
 def test_the_last_part_of_a_name_says_the_kind_of_a_file(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "rows.json.csv", b"a,b\n1,2\n")
     assert read(path) == [(f"{path}:2", {"a": "1", "b": "2"})]
+
+
+def counted_rows(source: SourceConfig) -> Iterator[Any]:
+    """A source of one's own."""
+    yield {"prompt": source.split, "completion": "1"}
+    yield {"prompt": "b", "completion": "2"}
+    yield "no row"
+    raise OSError("gone")
+
+
+def test_a_source_of_ones_own_yields_rows() -> None:
+    name = "tests.alignment.test_sources:counted_rows"
+    assert list(read_rows(SourceConfig(path=name, take=2))) == [
+        (f"{name}:1", {"prompt": "train", "completion": "1"}),
+        (f"{name}:2", {"prompt": "b", "completion": "2"}),
+    ]
+    rows = read_rows(SourceConfig(path=name, skip=2))
+    origin, problem = next(rows)
+    assert origin == f"{name}:3"
+    assert isinstance(problem, DataError)
+    with pytest.raises(DataError, match=r"OSError\('gone'\) after row 3"):
+        next(rows)
+    with pytest.raises(ConfigError, match="test_sources:no_rows' cannot be imported"):
+        list(read_rows(SourceConfig(path="tests.alignment.test_sources:no_rows")))
+
+
+def test_an_entry_of_the_table_is_a_kind_of_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = sources.SourceKind(lambda path: path.startswith("counted://"), counted_rows)
+    monkeypatch.setattr(sources, "SOURCES", {"counted": kind, **sources.SOURCES})
+    assert len(list(read_rows(SourceConfig(path="counted://two", take=2)))) == 2
