@@ -1,4 +1,4 @@
-"""Attention over a packed batch: which tokens each token sees, in the three forms in which a model can apply that.
+"""Attention over a packed batch: which tokens each token sees, and the forms in which a model can apply that.
 
 transformers makes one mask for each kind of layer (full, sliding, chunked) from a function of two indices. This module
 calls that function with positions inside a sequence instead of indices in the batch. So a window reaches back through
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,6 @@ from transformers.masking_utils import causal_mask_function
 from alignment.batch import Batch
 from alignment.errors import ModelError
 
-Attention = Literal["grouped", "sdpa", "flex"]
-IMPLEMENTATIONS: dict[Attention, str] = {
-    "grouped": "raylign_packed",
-    "sdpa": "raylign_packed_dense",
-    "flex": "raylign_packed_flex",
-}
-"""Names by which transformers finds the three forms."""
 BLOCK = 128
 """Number of tokens in a block of flex_attention."""
 RECOMPILE_LIMIT = 64
@@ -45,6 +38,7 @@ IGNORED_KEYWORDS = frozenset({"sliding_window", "position_ids", "cache_position"
 """Keywords that change nothing here: the masks already hold the window, and queries and keys hold the positions."""
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
+MakeMask = Callable[["Layout", Tensor | None, torch.dtype], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -297,7 +291,7 @@ def _block_lists(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
-def _layer_mask(form: Attention) -> Callable[..., Any]:
+def _layer_mask(implementation: str, make_mask: MakeMask) -> Callable[..., Any]:
     """Returns the function with which transformers makes the mask of one kind of layer."""
 
     def make(
@@ -310,18 +304,14 @@ def _layer_mask(form: Attention) -> Callable[..., Any]:
         layout = _LAYOUT.get()
         if layout is None or q_length != layout.batch.tokens.shape[0]:
             raise ModelError(
-                f"attention {IMPLEMENTATIONS[form]} is for packed batches; call set_attn_implementation('sdpa') to run "
+                f"attention {implementation} is for packed batches; call set_attn_implementation('sdpa') to run "
                 "the model by itself"
             )
         try:
             window_starts = find_window_starts(mask_function, layout.num_positions, layout.batch.tokens.device)
         except ModelError as error:  # the model may have no layer of this kind (Qwen2-MoE: a window of 0)
             return UnsupportedMask(reason=str(error))
-        if form == "grouped":
-            return grouped_mask(layout, window_starts, dtype)
-        if form == "sdpa":
-            return dense_mask(layout.batch, window_starts)[None, None]
-        return block_mask(layout, window_starts)
+        return make_mask(layout, window_starts, dtype)
 
     return make
 
@@ -454,12 +444,45 @@ def _attend(
     return weights @ value
 
 
-FUNCTIONS: dict[Attention, Callable[..., Any]] = {
-    "grouped": grouped_attention,
-    "sdpa": dense_attention,
-    "flex": flex_attention,
-}
+@dataclass(frozen=True, kw_only=True)
+class PackedAttention:
+    """A form in which a model can apply the packed mask."""
 
-for _form, _name in IMPLEMENTATIONS.items():
-    AttentionInterface.register(_name, FUNCTIONS[_form])
-    AttentionMaskInterface.register(_name, _layer_mask(_form))
+    implementation: str
+    """Name by which transformers finds it: letters, digits and underscores, which no other attention has."""
+    attend: Callable[..., Any]
+    """Computes the attention of a layer, with the arguments and the result of `grouped_attention`."""
+    make_mask: MakeMask
+    """Makes the mask that `attend` gets, from the layout, what `find_window_starts` returns, and a dtype."""
+    needs_cuda: str = ""
+    """Why it runs on CUDA alone; empty if it runs on CPUs too."""
+    prepare: Callable[[], None] = lambda: None
+    """Prepares this process, before a model is loaded."""
+
+
+def register_attention(attention: PackedAttention) -> None:
+    """Makes a packed attention known to transformers."""
+    REGISTERED.add(attention.implementation)
+    AttentionInterface.register(attention.implementation, attention.attend)
+    AttentionMaskInterface.register(
+        attention.implementation, _layer_mask(attention.implementation, attention.make_mask)
+    )
+
+
+REGISTERED: set[str] = set()
+"""Names of the packed attentions that transformers knows."""
+GROUPED = PackedAttention(implementation="raylign_packed", attend=grouped_attention, make_mask=grouped_mask)
+DENSE = PackedAttention(
+    implementation="raylign_packed_dense",
+    attend=dense_attention,
+    make_mask=lambda layout, window_starts, _: dense_mask(layout.batch, window_starts)[None, None],
+)
+FLEX = PackedAttention(
+    implementation="raylign_packed_flex",
+    attend=flex_attention,
+    make_mask=lambda layout, window_starts, _: block_mask(layout, window_starts),
+    needs_cuda="on a CPU flex_attention has no backward pass",
+    prepare=limit_recompilations,
+)
+for _attention in (GROUPED, DENSE, FLEX):
+    register_attention(_attention)

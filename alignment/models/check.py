@@ -29,7 +29,7 @@ from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
-from alignment.models.attention import IMPLEMENTATIONS
+from alignment.models.attention import DENSE
 from alignment.models.forward import linear_logprobs, outputs, scores
 from alignment.models.language_model import LanguageModel, LogitTransform
 
@@ -423,7 +423,7 @@ def _in_fp32(model: LanguageModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if model.attention == "flex":
             # Flex kernels are for the model's own format. The dense form has the same masks.
-            stack.enter_context(_attention(model, IMPLEMENTATIONS["sdpa"]))
+            stack.enter_context(_attention(model, DENSE.implementation))
         for layer in layers:
             stack.callback(_widen_during_forward(layer))
         restore = _widen(weight for weight in model.module.parameters() if id(weight) not in layer_weight_ids)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from alignment.batch import Batch, Outputs
 from alignment.errors import ModelError
-from alignment.models.attention import IMPLEMENTATIONS, packed_layout
+from alignment.models.attention import REGISTERED, packed_layout
 from alignment.models.language_model import LINEAR, LanguageModel, LogitTransform
 
 LOGITS_AT_ONCE = 1 << 24
@@ -73,7 +73,7 @@ def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
         ModelError: the network has another attention at this time, which does not handle groups.
     """
     attention = model.network.config._attn_implementation
-    if attention not in IMPLEMENTATIONS.values():
+    if attention not in REGISTERED:
         raise ModelError(f"a packed batch needs a packed attention, and the network's is {attention!r} just now")
     with packed_layout(batch):
         return model.decoder(  # type: ignore[no-any-return]

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from alignment.models.attention import Attention
-
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
@@ -50,7 +48,7 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerFast
     source: str
     """Folder or hub id of the full model that training starts from."""
-    attention: Attention
+    attention: str
     """The form in which the module applies the packed mask."""
     logit_transform: LogitTransform = LINEAR
     """The network's transform of its output head's logits."""

@@ -25,7 +25,7 @@ from transformers import (
 
 from alignment.data.chat import chat_template, with_kwargs
 from alignment.errors import ConfigError, ModelError
-from alignment.models.attention import IMPLEMENTATIONS, Attention, limit_recompilations
+from alignment.models.attention import PackedAttention, register_attention
 from alignment.models.check import prove_packing
 from alignment.models.folders import model_source
 from alignment.models.language_model import LanguageModel
@@ -35,7 +35,8 @@ from alignment.models.rope import fix_rope
 from alignment.models.saving import mend_generation_settings
 from alignment.run_folder import checkpoint_or_path
 from alignment.settings.data import DataConfig
-from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.model import ATTENTIONS, LoraConfig, ModelConfig
+from alignment.settings.plugins import load_plugin
 from alignment.settings.section import NumberFormat
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def load_model(
             sequences.
     """
     source = model_source(config.path)
-    attention = _attention(config, device)
+    attention_name, attention = _attention(config, device)
     settings = _load_settings(source, config, data)
     tokenizer = load_tokenizer(config)
     torch.manual_seed(seed)
@@ -118,7 +119,7 @@ def load_model(
         "revision": config.revision,
         "config": copy.deepcopy(settings),  # a config object shared by two models is changed by both
         "dtype": DTYPES[number_format(config.dtype, device)],
-        "attn_implementation": IMPLEMENTATIONS[attention],
+        "attn_implementation": attention.implementation,
     }
     if head == "language":
         module = _with_language_head(source, load_kwargs, config.path)
@@ -134,7 +135,7 @@ def load_model(
         module=module.to(device),
         tokenizer=tokenizer,
         source=source,
-        attention=attention,
+        attention=attention_name,
         generation_ends=_generation_ends(module, tokenizer, source, config.revision),
     )
     return prove_packing(model, max_length=data.max_length, path=config.path)
@@ -188,20 +189,23 @@ def freeze(module: nn.Module) -> None:
     module.requires_grad_(False).eval()
 
 
-def _attention(config: ModelConfig, device: torch.device) -> Attention:
-    """Resolves `model.attention` for a device.
+def _attention(config: ModelConfig, device: torch.device) -> tuple[str, PackedAttention]:
+    """Resolves `model.attention` for a device, and makes it known to transformers.
 
     Raises:
-        ModelError: flex is configured, and the device is not CUDA.
+        ConfigError: there is no such attention.
+        ModelError: it needs CUDA, and the device is not CUDA.
     """
-    if config.attention == "flex" and device.type != "cuda":
-        raise ModelError("model.attention flex needs a CUDA device: on a CPU flex_attention has no backward pass")
-    attention: Attention = (
-        config.attention if config.attention != "auto" else "flex" if device.type == "cuda" else "grouped"
-    )
-    if attention == "flex":
-        limit_recompilations()
-    return attention
+    default = "flex" if device.type == "cuda" else "grouped"
+    name = default if config.attention == "auto" else config.attention
+    attention = load_plugin(name, ATTENTIONS, "attention")
+    if not isinstance(attention, PackedAttention):
+        raise ConfigError(f"attention {name!r} is a {type(attention).__name__}, not a PackedAttention")
+    if attention.needs_cuda and device.type != "cuda":
+        raise ModelError(f"model.attention {name} needs a CUDA device: {attention.needs_cuda}")
+    attention.prepare()
+    register_attention(attention)
+    return name, attention
 
 
 def longest_positions(settings: Any) -> int | None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from alignment.settings.explain import nearest
 from alignment.settings.section import NumberFormat, Positive, PositiveCount, Section
 
 
@@ -34,6 +35,14 @@ TEMPLATE_ARGUMENTS = (
 """What `apply_chat_template` takes besides the variables of a template."""
 
 
+ATTENTIONS = {
+    "grouped": "alignment.models.attention:GROUPED",
+    "sdpa": "alignment.models.attention:DENSE",
+    "flex": "alignment.models.attention:FLEX",
+}
+"""The attentions that come with raylign, by name."""
+
+
 class ModelConfig(Section):
     """The model to align."""
 
@@ -46,9 +55,10 @@ class ModelConfig(Section):
     """Number format of weights and activations. `bf16` keeps an fp32 master copy of every trained weight; log-softmax
     and losses are fp32 in either case. `auto` is `bf16` where the processor computes in it (GPUs, CPUs with
     AVX512-BF16 or AMX), else `fp32`, which is several times as fast there."""
-    attention: Literal["auto", "grouped", "sdpa", "flex"] = "auto"
+    attention: str = "auto"
     """How the packed mask is applied: `grouped` group by group, `sdpa` with a dense mask, which every model takes,
-    `flex` (CUDA only) with a block mask. `auto` takes `flex` on CUDA and `grouped` elsewhere."""
+    `flex` (CUDA only) with a block mask. `auto` takes `flex` on CUDA and `grouped` elsewhere. One's own is a dotted
+    `package.module:attribute`, an `alignment.models.attention.PackedAttention`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for a fraction of the memory."""
     lora: LoraConfig | None = None
@@ -59,6 +69,13 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What the template is told besides the messages, as `{enable_thinking: false}`. It is written into the template
     as defaults, so that training, rollouts, evaluation, the saved model and its endpoint all have the same."""
+
+    @field_validator("attention")
+    @classmethod
+    def _known_attention(cls, name: str) -> str:
+        if ":" not in name and name not in ("auto", *ATTENTIONS):
+            raise ValueError(f"there is no attention {name!r}{nearest(name, ['auto', *ATTENTIONS])}")
+        return name
 
     @field_validator("chat_template_kwargs")
     @classmethod

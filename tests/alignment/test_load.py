@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import random
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from pydantic import ValidationError
+from torch import nn
 
-from alignment.models.attention import limit_recompilations
-from alignment.models.load import DTYPES, number_format
+from alignment.models.attention import DENSE, dense_attention, limit_recompilations
+from alignment.models.forward import hidden_states
+from alignment.models.load import DTYPES, load_model, number_format
+from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
+from alignment.settings.plugins import load_attribute
 from alignment.settings.run import RolloutConfig
 from alignment.vllm.engine import RolloutEngineSettings
+from tests.alignment.test_attention import random_batch
 
 
 def seconds(dtype: torch.dtype) -> float:
@@ -54,3 +64,30 @@ def test_flex_attention_may_compile_many_shapes_and_never_falls_back_in_silence(
     limit_recompilations()
     assert torch._dynamo.config.recompile_limit >= 64
     assert torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+LAYERS: list[str] = []
+"""The layers that an attention of one's own was called for."""
+
+
+def recording_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    LAYERS.append(type(module).__name__)
+    return dense_attention(module, *args, **kwargs)
+
+
+OWN = dataclasses.replace(DENSE, implementation="raylign_packed_recorded", attend=recording_attention)
+
+
+def test_an_attention_of_ones_own_is_called(tiny_model: Path) -> None:
+    layers = load_attribute("tests.alignment.test_load:LAYERS", "list")  # of the module that the name stands for
+    config = ModelConfig(path=str(tiny_model), attention="tests.alignment.test_load:OWN")
+    model = load_model(config, DataConfig(path="x", max_length=64), device=torch.device("cpu"), seed=0)
+    assert model.attention == "tests.alignment.test_load:OWN"
+    layers.clear()
+    hidden_states(model, random_batch(random.Random(0), longest=5))
+    assert layers == ["LlamaAttention"] * 2
+
+
+def test_an_unknown_attention_is_refused() -> None:
+    with pytest.raises(ValidationError, match="did you mean 'grouped'"):
+        ModelConfig(attention="groupd")
