@@ -16,7 +16,8 @@ test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and alone"
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

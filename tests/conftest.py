@@ -61,6 +61,7 @@ SHARED = {
         "test_feedback_routes",
         "test_page_for_real",
         "test_ports",
+        "test_records",
         "test_rewards_route",
         "test_swap",
         "test_tools",
@@ -83,6 +84,9 @@ def piece_of(nodeid: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(SHARED)
     pieces = {item: piece_of(item.nodeid) for item in items}
+    for item, piece in pieces.items():
+        shared = set(order) & set(getattr(item, "fixturenames", ()))
+        assert shared <= {piece}, f"{item.nodeid} starts {shared} once more: name its file in SHARED"
     items.sort(key=lambda item: order.index(pieces[item]) if pieces[item] in order else len(order))
 
 

@@ -81,8 +81,11 @@ REWARDED = (
 )
 
 
-@pytest.mark.parametrize("command", [[str(RAYLIGN), "train"], [sys.executable, "-m", "cluster"]], ids=["script", "-m"])
-@pytest.mark.parametrize("beside", ["current folder", "configuration"])
+@pytest.mark.parametrize(
+    ("command", "beside"),
+    [([str(RAYLIGN), "train"], "current folder"), ([sys.executable, "-m", "cluster"], "configuration")],
+    ids=["script", "-m"],
+)
 def test_a_function_is_found_in_the_current_folder_and_beside_the_configuration(
     tmp_path: Path, command: list[str], beside: str
 ) -> None:

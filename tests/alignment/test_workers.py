@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from alignment.distributed.world import World, run_on_main
-from alignment.errors import CheckpointError, ConfigError, DataError, EngineLost, ModelError, RolloutError
+from alignment.errors import CheckpointError, ConfigError, DataError, ModelError, RolloutError
 from alignment.failure import clear_failure, failure_of, propagate_failure
 from alignment.metrics import FileReporter, Silent
 from alignment.run_folder import RunFolder
@@ -138,7 +138,10 @@ def test_what_only_the_main_worker_does_may_take_longer_than_a_collective() -> N
 
 
 def test_the_first_error_is_kept_until_the_next_attempt(tmp_path: Path) -> None:
-    for error in (EngineLost("the first"), DataError("what followed")):
+    class EngineStuck(RolloutError):
+        """An error that only its module knows."""
+
+    for error in (EngineStuck("the first"), DataError("what followed")):
         with pytest.raises(type(error)), propagate_failure(RunFolder(tmp_path), World()):
             raise error
     kept = failure_of(RunFolder(tmp_path))

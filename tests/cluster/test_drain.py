@@ -18,7 +18,7 @@ import pytest
 from tests.cluster.kuberay import DRAIN
 from tests.conftest import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 BIN = Path(sys.executable).parent
 WORK = """
 import sys, time, ray

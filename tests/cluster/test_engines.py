@@ -126,6 +126,7 @@ def test_two_engines_share_the_prompts_and_say_what_the_trainer_says(pool: Engin
     assert_engine_processes(2)
 
 
+@pytest.mark.slow  # an engine starts again
 def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: EnginePool, trainer: Trainer) -> None:
     expected = draw(pool, max_tokens=40)
     killed = engine_processes()[0]
@@ -157,6 +158,7 @@ def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(pool: En
     assert_right(pool, trainer, draw(pool))
 
 
+@pytest.mark.slow  # an engine starts again
 def test_an_actor_that_is_killed_comes_back_with_the_weights_of_now(
     engines: Engines, config: RunConfig, trainer: Trainer
 ) -> None:

@@ -61,6 +61,7 @@ def test_our_own_ray_answers_nobody_without_its_token(ray_here: None) -> None:
     check_token(ray.get_runtime_context().gcs_address)
 
 
+@pytest.mark.slow  # a run of its own on Ray
 def test_a_run_on_this_machine_listens_to_this_machine_alone(
     ray_here: None, run_settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def assert_each_prompt_was_used_once(folder: Path) -> None:
     assert max(line["mismatch/mean_abs"] for line in metrics[1:]) < 1e-4, "engine and trainer have the same weights"
 
 
+@pytest.mark.slow  # two restarts
 def test_a_killed_engine_is_replaced_a_killed_worker_comes_back_and_no_prompt_is_lost(
     run_settings: Settings, write_rows: Callable[..., Path]
 ) -> None:

@@ -46,6 +46,7 @@ def kill_when(folder: Path, step: int, killed: list[int]) -> None:
         worker.kill()
 
 
+@pytest.mark.slow  # 80 steps, twice, and a restart
 @pytest.mark.usefixtures("one_thread")
 def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(run_settings: Settings, tmp_path: Path) -> None:
     settings = {**run_settings, "steps": 80, "checkpoint": {"every": 10}, "evaluate": {"every": 40}}
@@ -108,6 +109,7 @@ def test_an_error_of_ours_arrives_whole_and_is_not_tried_again(run_settings: Set
     assert time.monotonic() - started < 180
 
 
+@pytest.mark.slow  # a run of its own on Ray
 def test_a_row_less_on_one_worker_ends_the_run_with_both_figures(run_settings: Settings) -> None:
     started = time.monotonic()
     settings = {**run_settings, "algorithm": {"name": f"{Uneven.__module__}:Uneven"}}
@@ -117,6 +119,7 @@ def test_a_row_less_on_one_worker_ends_the_run_with_both_figures(run_settings: S
     assert time.monotonic() - started < 60, "of which most is the start of the workers"
 
 
+@pytest.mark.slow  # a run of its own on Ray
 def test_a_disk_that_gets_full_ends_the_run_on_all_workers(run_settings: Settings) -> None:
     """Only the main worker writes; the other waits for it. The process group alone would let it wait for hours."""
     full: list[float] = []

@@ -17,6 +17,7 @@ Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("ray_here")
 
 
+@pytest.mark.slow  # a run of its own on Ray; test_zero.py has the same without
 def test_one_process_goes_on_where_two_workers_at_stage_3_have_stopped(run_settings: Settings, tmp_path: Path) -> None:
     settings = {**run_settings, "groups_per_step": 5, "evaluate": {"every": 1}}
     whole = run_on_ray(settings, workers=0)

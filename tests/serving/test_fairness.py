@@ -77,6 +77,7 @@ def memory_mib(service: Running) -> float:
     return sum(process.memory_info().rss for process in family if process.is_running()) / 2**20
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # three minutes of load
 def test_one_hostile_key_hurts_no_other(service: Running) -> None:
     store = Store(service.database)

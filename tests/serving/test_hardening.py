@@ -276,6 +276,7 @@ def test_who_sends_slowly_is_given_up_and_holds_nobody_up(tiny: Running) -> None
         connection.close()
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # sends a gigabyte
 def test_enormous_headers_are_refused_and_most_of_their_memory_is_given_back(tiny: Running) -> None:
     host, port = tiny.url.removeprefix("http://").split(":")
@@ -418,6 +419,7 @@ def test_no_key_and_no_text_is_told_in_logs_or_figures(tiny: Running) -> None:
     assert not [secret for secret in secrets if secret in tiny.ask("GET", "/metrics").text]
 
 
+@pytest.mark.slow  # a replica starts again
 def test_a_killed_replica_fails_what_it_worked_on_and_nothing_else_and_comes_back(tiny: Running) -> None:
     failed: list[httpx.Response] = []
     done = threading.Event()
@@ -452,6 +454,7 @@ def test_a_killed_replica_fails_what_it_worked_on_and_nothing_else_and_comes_bac
     assert {one["version"] for one in tiny.ask("GET", "/v1/admin/versions").json()["replicas"]} == {1}
 
 
+@pytest.mark.slow  # a replica starts again
 def test_a_replica_whose_engine_died_sends_what_it_has_not_begun_to_another(tiny: Running) -> None:
     engines = engines_of(tiny)
     assert len(engines) == 2

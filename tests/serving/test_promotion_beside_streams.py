@@ -17,7 +17,7 @@ import torch
 from tests.conftest import make_tokenizer
 from tests.serving.conftest import Running, started
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 MODEL = "long"
 LENGTH = 32768
 

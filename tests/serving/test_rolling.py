@@ -245,6 +245,7 @@ def test_a_canary_gets_a_replica_of_its_own_while_it_lasts_and_whole_conversatio
     played(two, scene)
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
 def test_a_candidate_that_cannot_start_is_told_with_its_reason_and_the_next_one_can(two: Registry) -> None:
     async def scene(backend: Backend) -> None:
@@ -265,6 +266,7 @@ def test_a_candidate_that_cannot_start_is_told_with_its_reason_and_the_next_one_
     played(two, scene)
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
 def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(light_ray: None, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
@@ -303,6 +305,7 @@ def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(ligh
         played(registry, scene, replicas=1)
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # as above
 def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(light_ray: None, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
@@ -321,6 +324,7 @@ def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(li
         played(registry, scene, replicas=0)
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # Ray Serve may take 40 s to say that something finds no place
 def test_where_there_is_no_room_for_a_candidate_it_is_said_in_time_and_why(light_ray: None, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)

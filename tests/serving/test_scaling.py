@@ -16,7 +16,8 @@ import pytest
 from tests.processes import descendants
 from tests.serving.conftest import Running, started
 
-pytestmark = pytest.mark.slow  # minutes of waiting for Ray Serve's own pauses: `pytest -m slow -s` shows how long
+# Minutes of waiting for Ray Serve's own pauses: `pytest -m slow -s` shows how long.
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 MODEL = "tiny"
 
 

@@ -119,6 +119,7 @@ def test_a_gate_and_a_canary_have_a_replica_of_their_own(
         time.sleep(0.5)
 
 
+@pytest.mark.slow  # an engine starts again
 def test_a_restarted_replica_has_the_current_version(small_endpoint: Running, second: Whole) -> None:
     version, text = one_answer(small_endpoint, SMALL)
     (engine,) = engine_processes(of=small_endpoint.process.pid)
