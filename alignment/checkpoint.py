@@ -20,6 +20,7 @@ from alignment.errors import CheckpointError
 from alignment.files import flush_to_disk
 from alignment.identity import Identity, check_same_run, identify
 from alignment.models.model_folder import TRAINER, ModelFolder
+from alignment.optimizers import optimizer_kind
 from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
 
@@ -209,7 +210,8 @@ def _num_bytes(config: RunConfig, roles: Roles) -> int:
     model_bytes = sum(_numel(tensor) * tensor.element_size() for tensor in _saved_weights(roles.actor).values())
     modules = [num_trained.module for num_trained in roles.backends_by_role.values()]
     num_trained = sum(_numel(weight) for module in modules for weight in module.parameters() if weight.requires_grad)
-    num_moments = {"adamw": 2, "rmsprop": 1}[config.optim.name]
+    moments = optimizer_kind(config.optim.name).moments
+    num_moments = 2 if moments is None else len(moments)  # most optimizers remember two numbers of a weight at most
     return model_bytes + 4 * (1 + num_moments) * num_trained
 
 

@@ -23,10 +23,8 @@ from transformers import PreTrainedModel
 
 from alignment.distributed.trainable import GRADIENT_BUCKET, TrainableModule, named_weights, optimizer_over
 from alignment.distributed.world import World
+from alignment.optimizers import sharded_moments
 from alignment.settings.run import OptimConfig
-
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
-"""The parts of an optimizer's state that have the shape of a weight, by the optimizer's name."""
 
 
 class DeepSpeedBackend(TrainableModule):
@@ -39,6 +37,7 @@ class DeepSpeedBackend(TrainableModule):
         self.optim = optim
         self.world = world
         self.weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.moments = sharded_moments(optim.name)
         self.optimizer = optimizer_over(list(self.weights.values()), optim)
         self.engine = _start_engine(module, optim, world, self.optimizer)
         self.stage3_hooks = Stage3Hooks(module, self.engine) if optim.zero.stage == 3 else None
@@ -83,7 +82,7 @@ class DeepSpeedBackend(TrainableModule):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
-        moments = MOMENTS[self.optim.name] if self.num_updates else ()
+        moments = self.moments if self.num_updates else ()
         for name, weight in self.weights.items():
             full_tensors = {f"master.{name}": safe_get_full_fp32_param(weight)}
             for moment in moments:
@@ -103,7 +102,7 @@ class DeepSpeedBackend(TrainableModule):
             self._prepare_moments()
         for name, weight in self.weights.items():
             self._restore_weight(weight, tensors[f"master.{name}"])
-            for moment in MOMENTS[self.optim.name] if self.num_updates else ():
+            for moment in self.moments if self.num_updates else ():
                 self._restore_moment(weight, moment, tensors[f"optimizer.{moment}.{name}"])
         if self.stage3_hooks:
             self.engine.empty_partition_cache()  # weights that are gathered at this time still hold old values
@@ -151,7 +150,7 @@ class DeepSpeedBackend(TrainableModule):
         """Creates the empty moments that the first step would create, and sets their step counters."""
         for share in self._master_shares():
             state = self.optimizer.state[share]
-            for moment in MOMENTS[self.optim.name]:
+            for moment in self.moments:
                 state.setdefault(moment, torch.zeros_like(share))
             state["step"] = torch.tensor(float(self.num_updates), device=share.device)
         if not self.stage3_hooks:

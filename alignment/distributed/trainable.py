@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.distributed.world import World
+from alignment.optimizers import optimizer_kind
 from alignment.settings.run import OptimConfig
 
 GRADIENT_BUCKET = 1 << 24
@@ -94,8 +95,4 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def optimizer_over(weights: list[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
     """Makes the configured optimizer over some weights."""
-    if optim.name == "rmsprop":
-        return torch.optim.RMSprop(weights, lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(
-        weights, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
+    return optimizer_kind(optim.name).build(weights, optim)

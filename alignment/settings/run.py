@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from alignment.errors import ConfigError
+from alignment.optimizers import optimizer_kind, sharded_moments
 from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
@@ -56,8 +57,9 @@ class ZeroConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "rmsprop"] = "adamw"
-    """`adamw` (arXiv 1711.05101) or `rmsprop`, the DPO paper's choice."""
+    name: str = "adamw"
+    """`adamw` (arXiv 1711.05101); `rmsprop`, the DPO paper's choice; or a dotted `package.module:function` of one's
+    own, which is called with the weights and this section and returns a `torch.optim.Optimizer`."""
     lr: Positive = 1e-6
     """Peak learning rate, > 0. Full fine-tuning by DPO wants 1e-7 to 1e-6, LoRA about 100 times as much."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -82,6 +84,24 @@ class OptimConfig(Section):
     """What to do when the loss or gradient is not finite: stop the run, or skip the step and say so."""
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     """How a trained model is spread over the workers."""
+
+    @field_validator("name")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        try:
+            optimizer_kind(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.zero.stage > 0:
+            try:
+                sharded_moments(self.name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return self
 
 
 class RolloutConfig(Section):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
@@ -177,3 +178,28 @@ def test_the_way_to_the_reference_must_go_with_the_training(run_settings: Settin
     with pytest.raises(ConfigError, match="not a stream"):
         streaming = {**run_settings["data"], "streaming": True, "eval_groups": 0}
         reference(algorithm={"name": "dpo", "reference": "precomputed"}, data=streaming)
+
+
+def plain_descent(weights: list[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer of one's own."""
+    return torch.optim.SGD(weights, lr=optim.lr)
+
+
+OWN_OPTIMIZER = "tests.alignment.test_step:plain_descent"
+
+
+def test_an_optimizer_of_ones_own_trains_a_step(run_settings: Settings) -> None:
+    settings = {**run_settings, "optim": {**run_settings["optim"], "name": OWN_OPTIMIZER}}
+    config, algorithm, roles, groups = prepared(settings)
+    before = {name: weight.detach().clone() for name, weight in roles.actor_backend.weights.items()}
+    assert type(roles.actor_backend.optimizer) is torch.optim.SGD
+    metrics = one_step(roles, algorithm, groups, config.optim, World(), lr=1.0)
+    assert metrics["grad_norm"] > 0
+    assert any(not torch.equal(before[name], weight) for name, weight in roles.actor_backend.weights.items())
+
+
+def test_an_optimizer_that_cannot_be_used_is_refused() -> None:
+    with pytest.raises(ValidationError, match="did you mean 'adamw'"):
+        OptimConfig(name="adamv")
+    with pytest.raises(ValidationError, match="which are not known"):
+        OptimConfig.model_validate({"name": OWN_OPTIMIZER, "zero": {"stage": 1}})

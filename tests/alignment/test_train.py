@@ -20,7 +20,7 @@ from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.metrics import FileReporter
 from alignment.models.model_folder import ModelFolder
 from alignment.run_folder import RunFolder, find_checkpoint
-from alignment.settings.run import RunConfig
+from alignment.settings.run import OptimConfig, RunConfig
 from alignment.train import train
 from tests.conftest import pair_rows
 
@@ -121,6 +121,21 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(run_settings: Settings, m
     halves = {**settings, "output": str(tmp_path / "halves")}
     run(halves, steps=10)
     assert_same_run(whole, run(halves, steps=20))
+
+
+def heavy_ball(weights: list[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer of one's own, which remembers something of every weight."""
+    return torch.optim.SGD(weights, lr=optim.lr, momentum=0.9)
+
+
+def test_a_run_with_an_optimizer_of_ones_own_resumes_bit_for_bit(run_settings: Settings, tmp_path: Path) -> None:
+    optim = {"name": "tests.alignment.test_train:heavy_ball", "lr": 0.1, "schedule": "constant"}
+    settings = {**run_settings, "optim": optim, "checkpoint": {"every": 3}, "evaluate": {"every": 3}}
+    whole = run(settings, steps=6)
+    halves = {**settings, "output": str(tmp_path / "halves")}
+    run(halves, steps=3)
+    assert_same_run(whole, run(halves, steps=6))
+    assert any(name.startswith("optimizer.momentum_buffer.") for name in weights(whole))
 
 
 def test_a_stream_resumes_where_it_was(run_settings: Settings, tmp_path: Path) -> None:
