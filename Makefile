@@ -16,8 +16,8 @@ test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest -m "slow and alone"
-	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadscope --no-loadscope-reorder
+	@status=0; $(BIN)/python -m pytest -m "slow and alone" || status=$$?; \
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadscope --no-loadscope-reorder || status=$$?; exit $$status
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.errors import CheckpointError
 from alignment.files import flush_to_disk
 from alignment.identity import Identity, check_same_run, identify
-from alignment.models.model_folder import TRAINER, ModelFolder
+from alignment.models.model_folder import STATE, TRAINER, ModelFolder
 from alignment.optimizers import optimizer_kind
 from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # who reads the name of a file here, as the endpoint does, ne
 
 logger = logging.getLogger(__name__)
 
-STATE, TENSORS = f"{TRAINER}state.json", f"{TRAINER}tensors.safetensors"
+TENSORS = f"{TRAINER}tensors.safetensors"
 ROLLOUTS = f"{TRAINER}rollouts.safetensors"
 PREFIXES: dict[Role, str] = {"actor": "", "critic": "critic."}
 """The prefix of each role's tensors in the trainer's state."""

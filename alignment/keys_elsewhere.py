@@ -217,7 +217,7 @@ KEYS_ELSEWHERE = {
     "logging_first_step": HISTORY,
     "report_to": "trackers, a list of names",
     "plot_loss": "no key: `raylign report` draws it",
-    "wandb_project": HISTORY,
+    "wandb_project": "trackers, as `package.module:function` of one's own",
     "log_level": HISTORY,
     "eval_strategy": "evaluate.every, where 0 is before the first and after the last step",
     "evaluation_strategy": "evaluate.every, where 0 is before the first and after the last step",

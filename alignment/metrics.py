@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from alignment.run_folder import append_row, truncate_rows
-from alignment.trackers import build_tracker
+from alignment.trackers import RunTrackers
 
 if TYPE_CHECKING:
     from alignment.settings.run import RunConfig
@@ -51,7 +51,7 @@ class Reporter(Protocol):
         """Reports the metrics of one step (1 to steps), or of the untrained model (0)."""
 
     def close(self) -> None:
-        """Ends the reporting."""
+        """Ends the reporting. It may be called more than once."""
 
 
 class Silent:
@@ -88,11 +88,8 @@ class FileReporter:
             config: the run's configuration.
             bar: makes the progress bar. Ray has its own for the output of workers. By default, there is a bar if the
                 output goes to a terminal.
-
-        Raises:
-            ConfigError: there is no such tracker.
         """
-        self.trackers = [build_tracker(name, config) for name in config.trackers]
+        self._trackers = RunTrackers(config)
         config.folder.mkdir(parents=True, exist_ok=True)
         self.file = config.run_folder.metrics_file
         self._bar_class = bar
@@ -105,8 +102,9 @@ class FileReporter:
         sys.stdout.flush()  # a pipe's buffer should not hold back the lines of a long run
 
     def begin(self, step: int, steps: int) -> None:
-        """Drops the metrics of later steps, and shows the progress bar."""
+        """Drops the metrics of later steps, begins the trackers, and shows the progress bar."""
         self._steps = steps
+        self._trackers.begin()
         truncate_rows(self.file, step)
         self._bar = self._bar_class(total=steps, desc="training")
         self._bar.update(step)
@@ -114,18 +112,17 @@ class FileReporter:
     def report(self, step: int, metrics: Metrics) -> None:
         """Writes the metrics of a step to the file, hands them to the trackers, and prints its line."""
         append_row(self.file, {"step": step, **metrics})
-        for tracker in self.trackers:
-            tracker.log(step, metrics)
+        self._trackers.log(step, metrics)
         self.note(_line(step, self._steps, metrics))
         if step:
             self._bar.update(1)
 
     def close(self) -> None:
-        """Closes the progress bar and the trackers."""
+        """Closes the progress bar and the trackers; a second call does nothing."""
         if self._bar is not None:
             self._bar.close()
-        for tracker in self.trackers:
-            tracker.close()
+        for problem in self._trackers.close():
+            self.note(f"WARNING, {problem}")
 
 
 def _line(step: int, steps: int, metrics: Metrics) -> str:

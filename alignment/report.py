@@ -18,7 +18,10 @@ CHARTS = (
     ("Divergence from the reference, nats per answer", (("kl", "training"), ("eval/kl", "held out"))),
     ("Entropy, nats per token", (("entropy", "training"),)),
     ("Tokens per answer", (("completions/mean_length", "training"), ("eval/length", "held out"))),
-    ("Evaluation reward: keywords", (("eval/eval_rewards/keywords", "held out"),)),
+    (
+        "Evaluation reward: keywords",
+        (("eval/eval_rewards/keywords", "held out"), ("eval/judges/keywords", "held out, of an earlier release")),
+    ),
     ("Trainer against sampler, mean |Δ log π|", (("mismatch/mean_abs", "training"),)),
     ("Value loss", (("value_loss", "training"),)),
     ("Loss", (("loss", "training"), ("eval/loss", "held out"))),

@@ -39,6 +39,7 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
     with contextlib.ExitStack() as stack:
         run_on_all(lambda: stack.enter_context(run_lock(config.make_folder())) if world.is_main else None, world)
         stack.enter_context(propagate_failure(config.run_folder, world))
+        stack.callback(reporter.close)
         torch.manual_seed(config.seed + world.rank)
         run = Run.set_up(config, world, reporter, generator)
         progress = run.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
 
 STOP_S = 15.0
 """Time for an engine to end by itself (s). An engine that is killed leaves its shared memory behind."""
@@ -90,7 +93,10 @@ def running_engines(settings: RolloutEngineSettings, *, count: int, cpus: float,
         yield engines
     finally:
         _end(actors)
-        settings.transfer_class(name, EngineLocations(are_here=lambda: True)).clear()
+        try:
+            settings.transfer_class(name, EngineLocations(are_here=lambda: True)).clear()
+        except Exception as error:  # it may be anybody's own, and must not hide what ended the run
+            logger.warning("the weights of the engines could not be cleared: %s: %s", type(error).__name__, error)
 
 
 def attach(engines: Engines, config: RunConfig, world: World) -> EnginePool:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
 from alignment.batch import Batch, Loss, Outputs, Term
-from alignment.errors import ConfigError
 from alignment.groups import Group
 from alignment.losses.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, Side
 from alignment.settings.plugins import load_plugin
-from alignment.settings.section import NonNegative, Positive
+from alignment.settings.section import NonNegative, Positive, as_value_error
 
 
 class DPO(ReferencedAlgorithm):
@@ -47,10 +46,8 @@ class DPO(ReferencedAlgorithm):
         if not value:
             raise ValueError("at least one loss is wanted")
         for name in [value] if isinstance(value, str) else value:
-            try:
+            with as_value_error():
                 preference_loss(name)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
         return value
 
     @property

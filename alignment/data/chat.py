@@ -82,7 +82,6 @@ def _jinja_literal(value: Any) -> str:
 
 DATE_OF_RUN: ContextVar[datetime.date | None] = ContextVar("DATE_OF_RUN", default=None)
 """The date that templates print in this process; scorers use it too, because they do not know the run's folder."""
-"""Name of the file, in a run's folder, with the date on which the run began, for templates that print a date."""
 
 
 def run_date(run_folder: RunFolder) -> datetime.date:

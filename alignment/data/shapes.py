@@ -7,7 +7,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from alignment.data.files import Cell, Row
@@ -120,9 +120,11 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
         WithoutWeight: the row is valid, and its weight of 0 says that it is not trained on.
         DataError: the row cannot be used; the text says why, without the origin.
     """
-    columns = {column: _parse_cell(_cell(row, column, f"column {column!r} (keep)")) for column in source.keep}
     if source.shape is not None:
-        return dataclasses.replace(_read_by_function(source.shape, row, origin), columns=columns)
+        group = _read_by_function(source.shape, row, origin)
+        others = [column for column in source.keep if column not in group.columns]
+        return dataclasses.replace(group, columns=group.columns | _kept_columns(row, others))
+    columns = _kept_columns(row, source.keep)
     shape = _Shape(row, source)
     _check_columns(shape)
     group, tools = _build_group(shape, origin), _tools(shape)
@@ -340,6 +342,11 @@ def _group(
         for answer, reward, is_truncated in zip(answers, rewards, _truncations(shape, len(answers)), strict=True)
     )
     return Group(id=origin, prompt=prompt, completions=completions)
+
+
+def _kept_columns(row: Row, names: Iterable[str]) -> dict[str, Any]:
+    """The columns of a row that scorers get."""
+    return {name: _parse_cell(_cell(row, name, f"column {name!r} (keep)")) for name in names}
 
 
 def _read_by_function(name: str, row: Row, origin: str) -> Group:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignment.distributed.trainable import GRADIENT_BUCKET, TrainableModule, optimizer_over
 from alignment.distributed.world import World
+from alignment.optimizers import check_state, group_settings
 from alignment.settings.run import OptimConfig
 
 
@@ -47,7 +48,7 @@ class ReplicatedBackend(TrainableModule):
                 torch._foreach_mul_(gradients, limit / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self._update_masters()
             self._publish()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
@@ -79,6 +80,13 @@ class ReplicatedBackend(TrainableModule):
                 # The step counter of a fused optimizer lives on the device like the moments, as fp32.
                 self.optimizer.state[self.masters[name]][moment] = value.to(self.masters[name].device)
         self._publish()
+
+    def _update_masters(self) -> None:
+        """Takes the optimizer's step; after the first one, its state is checked."""
+        settings = group_settings(self.optimizer) if not self.optimizer.state else None
+        self.optimizer.step()
+        if settings is not None:
+            check_state(self.optimizer, self.optim.name, settings)
 
     def _gradient(self, master: nn.Parameter) -> Tensor:
         # A weight that no token of this worker used still takes part in the all-reduce.

@@ -28,7 +28,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 from alignment.batch import Batch
-from alignment.errors import ModelError
+from alignment.errors import ConfigError, ModelError
 
 BLOCK = 128
 """Number of tokens in a block of flex_attention."""
@@ -38,7 +38,7 @@ IGNORED_KEYWORDS = frozenset({"sliding_window", "position_ids", "cache_position"
 """Keywords that change nothing here: the masks already hold the window, and queries and keys hold the positions."""
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
-MakeMask = Callable[["Layout", Tensor | None, torch.dtype], Any]
+MaskMaker = Callable[["Layout", Tensor | None, torch.dtype], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -291,7 +291,7 @@ def _block_lists(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
-def _layer_mask(implementation: str, make_mask: MakeMask) -> Callable[..., Any]:
+def _layer_mask(implementation: str, make_mask: MaskMaker) -> Callable[..., Any]:
     """Returns the function with which transformers makes the mask of one kind of layer."""
 
     def make(
@@ -452,25 +452,32 @@ class PackedAttention:
     """Name by which transformers finds it: letters, digits and underscores, which no other attention has."""
     attend: Callable[..., Any]
     """Computes the attention of a layer, with the arguments and the result of `grouped_attention`."""
-    make_mask: MakeMask
+    make_mask: MaskMaker
     """Makes the mask that `attend` gets, from the layout, what `find_window_starts` returns, and a dtype."""
-    needs_cuda: str = ""
+    cuda_reason: str = ""
     """Why it runs on CUDA alone; empty if it runs on CPUs too."""
+    only_own_format: bool = False
+    """True if it computes in the model's own number format only, so that the proof in fp32 takes the dense form."""
     prepare: Callable[[], None] = lambda: None
     """Prepares this process, before a model is loaded."""
 
 
 def register_attention(attention: PackedAttention) -> None:
-    """Makes a packed attention known to transformers."""
-    REGISTERED.add(attention.implementation)
-    AttentionInterface.register(attention.implementation, attention.attend)
-    AttentionMaskInterface.register(
-        attention.implementation, _layer_mask(attention.implementation, attention.make_mask)
-    )
+    """Makes a packed attention known to transformers.
+
+    Raises:
+        ConfigError: another attention has its name.
+    """
+    name = attention.implementation
+    if REGISTERED.get(name, attention) != attention or (name not in REGISTERED and name in AttentionInterface()):
+        raise ConfigError(f"an attention with the implementation {name!r} is there already; give yours another name")
+    REGISTERED[name] = attention
+    AttentionInterface.register(name, attention.attend)
+    AttentionMaskInterface.register(name, _layer_mask(name, attention.make_mask))
 
 
-REGISTERED: set[str] = set()
-"""Names of the packed attentions that transformers knows."""
+REGISTERED: dict[str, PackedAttention] = {}
+"""The packed attentions that transformers knows, by name."""
 GROUPED = PackedAttention(implementation="raylign_packed", attend=grouped_attention, make_mask=grouped_mask)
 DENSE = PackedAttention(
     implementation="raylign_packed_dense",
@@ -481,7 +488,8 @@ FLEX = PackedAttention(
     implementation="raylign_packed_flex",
     attend=flex_attention,
     make_mask=lambda layout, window_starts, _: block_mask(layout, window_starts),
-    needs_cuda="on a CPU flex_attention has no backward pass",
+    only_own_format=True,
+    cuda_reason="on a CPU flex_attention has no backward pass",
     prepare=limit_recompilations,
 )
 for _attention in (GROUPED, DENSE, FLEX):

@@ -29,7 +29,7 @@ from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
-from alignment.models.attention import DENSE
+from alignment.models.attention import DENSE, REGISTERED
 from alignment.models.forward import linear_logprobs, outputs, scores
 from alignment.models.language_model import LanguageModel, LogitTransform
 
@@ -81,7 +81,7 @@ def prove_packing(model: LanguageModel, *, max_length: int, path: str) -> Langua
                     transform = _logit_transform(model, batch, decoder_outputs[0])
                     model = dataclasses.replace(model, logit_transform=transform)
                 _compare(model, batch, single_outputs)
-            if model.network.dtype != torch.float32 or model.attention == "flex":
+            if model.network.dtype != torch.float32 or _has_own_format_only(model):
                 _compare_in_own_format(model, batch, single_outputs)
     except torch.OutOfMemoryError:
         raise
@@ -412,17 +412,22 @@ def _last_bits_changed(model: LanguageModel) -> Iterator[None]:
         hook.remove()
 
 
+def _has_own_format_only(model: LanguageModel) -> bool:
+    """Whether the network's attention computes in the model's own number format only."""
+    return REGISTERED[model.network.config._attn_implementation].only_own_format
+
+
 @contextlib.contextmanager
 def _in_fp32(model: LanguageModel) -> Iterator[None]:
     """Makes the network compute in fp32, a large one layer by layer. The weights are restored exactly."""
-    if model.network.dtype == torch.float32 and model.attention != "flex":
+    if model.network.dtype == torch.float32 and not _has_own_format_only(model):
         yield
         return
     layers = _layers(model.network) if model.network.num_parameters() > FP32_AT_ONCE else []
     layer_weight_ids = {id(weight) for layer in layers for weight in layer.parameters()}
     with contextlib.ExitStack() as stack:
-        if model.attention == "flex":
-            # Flex kernels are for the model's own format. The dense form has the same masks.
+        if _has_own_format_only(model):
+            # The dense form has the same masks.
             stack.enter_context(_attention(model, DENSE.implementation))
         for layer in layers:
             stack.callback(_widen_during_forward(layer))

@@ -201,8 +201,8 @@ def _attention(config: ModelConfig, device: torch.device) -> tuple[str, PackedAt
     attention = load_plugin(name, ATTENTIONS, "attention")
     if not isinstance(attention, PackedAttention):
         raise ConfigError(f"attention {name!r} is a {type(attention).__name__}, not a PackedAttention")
-    if attention.needs_cuda and device.type != "cuda":
-        raise ModelError(f"model.attention {name} needs a CUDA device: {attention.needs_cuda}")
+    if attention.cuda_reason and device.type != "cuda":
+        raise ModelError(f"model.attention {name} needs a CUDA device: {attention.cuda_reason}")
     attention.prepare()
     register_attention(attention)
     return name, attention

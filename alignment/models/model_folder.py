@@ -31,6 +31,8 @@ TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "tokenizer.model", "vocab.json",
 MANIFEST, COMMITTED = "manifest.json", "COMMITTED"
 TRAINER = "trainer/"
 """Folder of a checkpoint with the trainer's state, which is no part of the model."""
+STATE = f"{TRAINER}state.json"
+"""File of a checkpoint with the step and all of the trainer's state that is no tensor."""
 KEPT_BASES = "bases"
 """Folder of a registry that keeps base models which would otherwise lie in a cache only."""
 

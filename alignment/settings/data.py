@@ -63,8 +63,8 @@ class SourceConfig(Section):
     None reads a column."""
     shape: Annotated[str, Field(pattern=":")] | None = None
     """A dotted `package.module:function` of one's own that reads every row: it is called with the row, a mapping, and
-    returns an `alignment.groups.Group`. `columns`, `prompt_template` and `prompt_as` mean nothing then. None finds out
-    by the names of the columns."""
+    returns an `alignment.groups.Group`, the columns of which scorers get beside those of `keep`. `columns`,
+    `prompt_template` and `prompt_as` mean nothing then. None finds out by the names of the columns."""
     keep: tuple[str, ...] = ()
     """Columns that are handed to the scorers as they are, such as `answer` for one that knows the right one; dots reach
     into a column, as `reward_model.ground_truth`."""

@@ -116,9 +116,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if isinstance(container, list):
             container = container[_index(container, section, override)]
         else:
-            if container.get(section) is None:
-                container[section] = {}
-            container = container[section]
+            name = _name_in(container, section)
+            if container.get(name) is None:
+                container[name] = {}
+            container = container[name]
         if not isinstance(container, dict | list):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
     if isinstance(container, list):
@@ -127,6 +128,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         for name in other_names(last_key):  # an override replaces the file's value by whichever name the file calls it
             container.pop(name, None)
         container[last_key] = value
+
+
+def _name_in(container: dict[str, Any], key: str) -> str:
+    """The name by which a tree has a key: its own, or an old or a new one of it."""
+    return next((name for name in (key, *other_names(key)) if container.get(name) is not None), key)
 
 
 def _index(items: list[Any], text: str, override: str) -> int:

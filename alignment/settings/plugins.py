@@ -1,4 +1,4 @@
-"""Names in a configuration that stand for code: of an algorithm or a scorer that comes with raylign, or one's own."""
+"""Names in a configuration that stand for code: for something that comes with raylign, or for one's own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
-from alignment.settings.section import Positive, PositiveCount, Section
+from alignment.settings.section import Positive, PositiveCount, Section, as_value_error
 
-BUILTIN_WEIGHT_TRANSFERS = {"files": "alignment.rollout.transfer.files:NearestFileTransfer"}
+WEIGHT_TRANSFERS = {"files": "alignment.rollout.transfer.files:NearestFileTransfer"}
 """What brings weights into engines, by name. The modules are named, as their import needs torch."""
+TRANSFER_METHODS = ("send", "clear", "sweep", "receive", "adapter_folder")
+"""The methods of `alignment.rollout.transfer.WeightTransfer`, whose import needs torch."""
 MODULE_FOLDERS: list[str] = []
 """Where modules are looked for beside what is installed: Ray's workers get the current folder by Ray, these by us."""
 
@@ -52,23 +54,27 @@ def load_attribute(name: str, purpose: str) -> Any:
         raise ConfigError(f"{purpose} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
 
 
-def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str) -> Any:
+def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str, *, callable_only: bool = False) -> Any:
     """Finds what a name in a configuration stands for.
 
     Args:
         name: one of `builtin`, or a dotted `package.module:attribute`.
         builtin: what comes with raylign, or the dotted name of it.
         purpose: what the name stands for, as `algorithm`; for the error.
+        callable_only: whether only a function or a class will do.
 
     Raises:
-        ConfigError: there is no such thing; the text names the nearest one that there is.
+        ConfigError: there is no such thing, and the text names the nearest one that there is; or it is of a wrong kind.
     """
-    if ":" in name:
-        return load_attribute(name, purpose)
-    if name not in builtin:
-        raise ConfigError(f"there is no {purpose} {name!r}{nearest(name, list(builtin))}")
-    target = builtin[name]
-    return load_attribute(target, purpose) if isinstance(target, str) else target
+    target: Any = name
+    if ":" not in name:
+        if name not in builtin:
+            raise ConfigError(f"there is no {purpose} {name!r}{nearest(name, list(builtin))}")
+        target = builtin[name]
+    target = load_attribute(target, purpose) if isinstance(target, str) else target
+    if callable_only and not callable(target):
+        raise ConfigError(f"{purpose} {name!r} is a {type(target).__name__}, not a function")
+    return target
 
 
 class AlgorithmConfig(Section):
@@ -114,9 +120,11 @@ def load_weight_transfer(name: str) -> type[Any]:
     Raises:
         ConfigError: there is no such class.
     """
-    transfer = load_plugin(name, BUILTIN_WEIGHT_TRANSFERS, "weight transfer")
+    transfer = load_plugin(name, WEIGHT_TRANSFERS, "weight transfer")
     if not isinstance(transfer, type):
         raise ConfigError(f"weight transfer {name!r} is a {type(transfer).__name__}, not a class")
+    if missing := [method for method in TRANSFER_METHODS if not callable(getattr(transfer, method, None))]:
+        raise ConfigError(f"weight transfer {name!r} has no {', '.join(missing)}")
     return transfer
 
 
@@ -178,7 +186,8 @@ def scorer_class(name: str) -> type[ScorerConfig]:
     Raises:
         ConfigError: there is no such scorer; the text names the nearest known one.
     """
-    scorer = _callable(load_plugin(name, builtin_scorers(), "scorer"), name)
+    builtin = {} if ":" in name else builtin_scorers()  # one's own needs none of their modules
+    scorer = load_plugin(name, builtin, "scorer", callable_only=True)
     if isinstance(scorer, type):
         if not issubclass(scorer, ScorerConfig):
             raise ConfigError(
@@ -194,13 +203,7 @@ def callable_named(name: str) -> Any:
     Raises:
         ConfigError: there is no such attribute, or it is neither a function nor a class.
     """
-    return _callable(load_attribute(name, "scorer"), name)
-
-
-def _callable(target: Any, name: str) -> Any:
-    if not callable(target):
-        raise ConfigError(f"scorer {name!r} is a {type(target).__name__}, not a function")
-    return target
+    return load_plugin(name, {}, "scorer", callable_only=True)
 
 
 def load_scorers(value: Any) -> Any:
@@ -217,11 +220,11 @@ def _load_scorer(value: Any) -> Any:
         return value
     if not isinstance(value.get("name"), str):
         raise ValueError("needs a name: that of a rule, model, http, or your own package.module:function")
-    try:
+    with as_value_error():
         kind = scorer_class(value["name"])
-        return kind.model_validate(value)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
+    try:
+        with as_value_error():
+            return kind.model_validate(value)
     except ValidationError as error:  # pydantic would name the key, but not which of the scorers it belongs to
         problems = (problem.removeprefix("the whole file: ") for problem in explain(error, kind, value))
         raise ValueError(f"{value['name']}: {'; '.join(problems)}") from error

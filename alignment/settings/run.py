@@ -18,17 +18,25 @@ from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.plugins import (
-    BUILTIN_WEIGHT_TRANSFERS,
+    WEIGHT_TRANSFERS,
     AlgorithmConfig,
     EnvironmentConfig,
     Scorers,
     algorithm_class,
     algorithm_names,
-    load_plugin,
     load_weight_transfer,
 )
-from alignment.settings.section import Count, Fraction, NonNegative, NumberFormat, Positive, PositiveCount, Section
-from alignment.trackers import TRACKERS
+from alignment.settings.section import (
+    Count,
+    Fraction,
+    NonNegative,
+    NumberFormat,
+    Positive,
+    PositiveCount,
+    Section,
+    as_value_error,
+)
+from alignment.trackers import tracker_class
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """Also the name of a folder."""
@@ -59,7 +67,8 @@ class OptimConfig(Section):
 
     name: str = "adamw"
     """`adamw` (arXiv 1711.05101); `rmsprop`, the DPO paper's choice; or a dotted `package.module:function` of one's
-    own, which is called with the weights and this section and returns a `torch.optim.Optimizer`."""
+    own, which is called with the weights and this section and returns a `torch.optim.Optimizer`. What that remembers
+    of a weight must be tensors. ZeRO needs an `alignment.optimizers.OptimizerKind` in place of the function."""
     lr: Positive = 1e-6
     """Peak learning rate, > 0. Full fine-tuning by DPO wants 1e-7 to 1e-6, LoRA about 100 times as much."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -88,19 +97,15 @@ class OptimConfig(Section):
     @field_validator("name")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
-        try:
+        with as_value_error():
             optimizer_kind(name)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
         return name
 
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:
         if self.zero.stage > 0:
-            try:
+            with as_value_error():
                 sharded_moments(self.name)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
         return self
 
 
@@ -146,11 +151,9 @@ class RolloutConfig(Section):
     @field_validator("weight_transfer")
     @classmethod
     def _has_a_transfer(cls, name: str) -> str:
-        if name not in BUILTIN_WEIGHT_TRANSFERS:  # the import of a built-in one needs torch
-            try:
+        if name not in WEIGHT_TRANSFERS:  # the import of a built-in one needs torch
+            with as_value_error():
                 load_weight_transfer(name)
-            except ConfigError as error:  # pydantic collects ValueErrors
-                raise ValueError(str(error)) from error
         return name
 
 
@@ -267,19 +270,15 @@ class RunConfig(Section):
             return value
         if not isinstance(value.get("name"), str):
             raise ValueError(f"needs a name: {', '.join(algorithm_names())}, or your own package.module:Class")
-        try:
+        with as_value_error():
             return algorithm_class(value["name"]).model_validate(value)
-        except ConfigError as error:  # pydantic collects ValueErrors, so that every other problem is told as well
-            raise ValueError(str(error)) from error
 
     @field_validator("trackers")
     @classmethod
     def _known_trackers(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
         for name in trackers:
-            try:
-                load_plugin(name, TRACKERS, "tracker")
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+            with as_value_error():
+                tracker_class(name)
         return trackers
 
     @model_validator(mode="after")
@@ -289,10 +288,8 @@ class RunConfig(Section):
         if self.epochs is not None and any(source.streaming for source in self.data.sources):
             raise ValueError("a streaming source has no known length, so give steps instead of epochs")
         if self.steps is not None:
-            try:
+            with as_value_error():
                 self.check_warmup(self.steps)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
         return self
 
     def check_warmup(self, steps: int) -> None:

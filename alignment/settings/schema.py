@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from alignment.optimizers import OPTIMIZERS
+from alignment.settings.model import ATTENTIONS
 from alignment.settings.plugins import (
+    WEIGHT_TRANSFERS,
     AlgorithmConfig,
     ScorerConfig,
     algorithm_class,
@@ -15,6 +18,7 @@ from alignment.settings.plugins import (
 )
 from alignment.settings.run import RunConfig
 from alignment.settings.section import Section
+from alignment.trackers import TRACKERS
 
 
 def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
@@ -26,9 +30,18 @@ def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
         "anyOf": _alternatives(schema, AlgorithmConfig, algorithms),
         "description": RunConfig.model_fields["algorithm"].description,
     }
+    schema["$defs"]["OptimConfig"]["properties"]["name"] |= _names(OPTIMIZERS)
+    schema["$defs"]["ModelConfig"]["properties"]["attention"] |= _names(["auto", *ATTENTIONS])
+    schema["$defs"]["RolloutConfig"]["properties"]["weight_transfer"] |= _names(WEIGHT_TRANSFERS)
+    schema["properties"]["trackers"]["items"] |= _names(TRACKERS)
     for section in ("rewards", "eval_rewards"):
         schema["properties"][section]["items"] = {"anyOf": _alternatives(schema, ScorerConfig, scorers)}
     return schema
+
+
+def _names(builtin: Iterable[str]) -> dict[str, Any]:
+    """The schema of a name: one of those that come with raylign, or a dotted one."""
+    return {"anyOf": [{"enum": list(builtin)}, {"pattern": ":"}]}
 
 
 def _alternatives(

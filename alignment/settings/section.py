@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from alignment.errors import ConfigError
 from alignment.settings.old_names import with_new_names
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -43,6 +46,15 @@ class Section(BaseModel):
         if isinstance(value, bool) and field is not None and _is_number(field.annotation):
             raise ValueError("Input should be a number; on, off, yes, no, true and false are none")
         return value
+
+
+@contextlib.contextmanager
+def as_value_error() -> Iterator[None]:
+    """Turns a ConfigError into a ValueError. Pydantic collects these, so that all problems of a file are told."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def _is_number(annotation: Any) -> bool:

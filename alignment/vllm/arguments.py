@@ -20,8 +20,8 @@ BACKEND = "raylign"
 
 
 def forbid_usage_reports() -> None:
-    """Keeps vLLM from reporting its use to its makers, unless the environment says otherwise."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    """Keeps vLLM from reporting its use to its makers."""
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 
 def engine_environment(*, device: Device, eager: bool, threads: int | None = None) -> dict[str, str]:

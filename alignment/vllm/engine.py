@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from alignment.errors import AlignmentError, ConfigError, EngineLost, RolloutError
+from alignment.errors import AlignmentError, CheckpointError, ConfigError, EngineLost, RolloutError
 from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
+from alignment.models.model_folder import ModelFolder
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.transfer import WeightTransfer, WeightUpdate, weight_transfer_class
 from alignment.run_folder import checkpoint_or_path
@@ -95,8 +95,6 @@ class RolloutEngineSettings:
     @property
     def transfer_class(self) -> type[WeightTransfer]:
         """The class of what brings weights into the engine."""
-        for folder in self.module_folders:
-            search_for_modules(Path(folder))
         return weight_transfer_class(self.rollout.weight_transfer)
 
 
@@ -108,6 +106,8 @@ class RolloutEngine:
     """
 
     def __init__(self, settings: RolloutEngineSettings) -> None:
+        for folder in settings.module_folders:  # for a weight transfer of one's own; vLLM's process inherits them
+            search_for_modules(Path(folder))
         self.settings = settings
         self.version: int | None = None
         """Number of optimizer steps behind the weights; None while the engine is stale."""
@@ -372,13 +372,13 @@ def _check_adapter(lora: LoraConfig) -> None:
         raise ConfigError(f"model.lora.rank {lora.rank}: vLLM takes adapters of rank {LORA_RANKS[-1]} at most")
     if lora.start is None:
         return
-    file = Path(checkpoint_or_path(lora.start)).expanduser() / "adapter_config.json"
-    if not file.is_file():
+    adapter = ModelFolder(Path(checkpoint_or_path(lora.start)).expanduser())
+    if not adapter.is_adapter:
         return  # the trainer reports it
     try:
-        reasons = obstacles(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"model.lora.start {lora.start!r}: {file} is damaged: {error}") from error
+        reasons = obstacles(adapter.read_adapter_config())
+    except (CheckpointError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.lora.start {lora.start!r}: its settings are damaged: {error}") from error
     for reason in reasons:
         raise ConfigError(
             f"model.lora.start {lora.start!r} cannot be held by vLLM engines, since {reason}; as model.path it is "

@@ -20,8 +20,9 @@ def metrics_page() -> str:
         "# Metrics",
         NOTICE,
         "## Of a run",
-        "In `runs/NAME/metrics.jsonl`, one line per step, and in `runs/NAME/tensorboard`. Step 0 is the untrained "
-        "model. A metric is a mean over the step, of all workers together, unless it says otherwise.",
+        "In `runs/NAME/metrics.jsonl`, one line per step, and in what `trackers` names: by default "
+        "`runs/NAME/tensorboard`. Step 0 is the untrained model. A metric is a mean over the step, of all workers "
+        "together, unless it says otherwise.",
     ]
     for title, meanings in SECTIONS.items():
         blocks += [f"### {title}", "\n".join(item(name, [], meaning) for name, meaning in meanings.items())]

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.feedback.audit import AuditTrail
 from serving.feedback.store.records import AuditEntry
+from serving.http.access import READS
 
 MAX_DETAIL = 2000
 """Most characters of a request's body that an entry holds."""
@@ -23,7 +24,6 @@ ACTIONS = {
     ("DELETE", "/v1/records/{id}"): "delete record",
 }
 """The names of actions. Any other change that needs an admin is named by its method and path."""
-READS = ("GET", "HEAD", "OPTIONS")
 
 
 class AuditMiddleware:

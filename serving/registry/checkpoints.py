@@ -11,10 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from alignment.checkpoint import STATE
 from alignment.errors import CheckpointError
 from alignment.models.cache import BUNDLED, is_bundled
-from alignment.models.model_folder import MANIFEST, ModelFolder
+from alignment.models.model_folder import MANIFEST, STATE, ModelFolder
 from alignment.run_folder import RunFolder, checkpoint_or_path
 
 MODEL_FILE_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")

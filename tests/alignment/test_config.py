@@ -225,6 +225,13 @@ def test_an_override_reaches_into_a_list(load: Load) -> None:
     assert [(source.path, source.weight) for source in config.data.sources] == [("c", 1.0), ("b", 0.25)]
 
 
+@pytest.mark.parametrize("name", ["judges", "eval_rewards"])
+@pytest.mark.parametrize("override", ["judges.0.weight=2", "eval_rewards.0.weight=2"])
+def test_an_override_reaches_into_a_section_by_its_old_and_its_new_name(load: Load, name: str, override: str) -> None:
+    config = load(override, **{name: [{"name": "length", "target": 9}]})
+    assert [scorer.weight for scorer in config.eval_rewards] == [2]
+
+
 def test_overrides_with_null_exchange_steps_for_epochs(load: Load) -> None:
     config = load("steps=null", "epochs=0.5")
     assert (config.steps, config.epochs) == (None, 0.5)

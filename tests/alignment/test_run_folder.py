@@ -116,7 +116,15 @@ def test_both_are_asked_without_torch() -> None:
 def test_the_name_of_a_file_is_written_down_once() -> None:
     properties = {name for name in vars(RunFolder) if name.endswith(("_file", "_folder")) and name != "reference_file"}
     names = {getattr(RunFolder(Path()), name).name for name in properties} | {MANIFEST, COMMITTED}
-    names -= {"config.json", ".lock", "data", "date", "ray", "report.html"}  # other things are called so too
+    names -= {
+        "config.json",
+        ".lock",
+        "data",
+        "date",
+        "ray",
+        "report.html",
+        "tensorboard",
+    }  # other things are called so too
     constants = [
         node.value
         for package in ("alignment", "cluster", "serving")

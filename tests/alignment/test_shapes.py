@@ -37,17 +37,18 @@ def messages(*turns: Row) -> tuple[Message, ...]:
 
 def read_dialogue(row: Row) -> Group:
     """A shape of one's own."""
-    return Group(id="", prompt=row["dialogue"][0], completions=(Completion(text=row["dialogue"][1]),))
+    prompt, answer = row["dialogue"]
+    return Group(id="", prompt=prompt, completions=(Completion(text=answer),), columns={"turns": len(row["dialogue"])})
 
 
 def test_a_shape_of_ones_own_reads_rows() -> None:
     row = {"dialogue": ["2 + 2?", "4"], "answer": 4}
-    group = group_of(row, shape="tests.alignment.test_shapes:read_dialogue", keep=("answer",))
+    group = group_of(row, shape="tests.alignment.test_shapes:read_dialogue", keep=("answer", "turns"))
     assert (group.id, group.prompt, group.completions, group.columns) == (
         "rows.jsonl:7",
         "2 + 2?",
         FOUR,
-        {"answer": 4},
+        {"answer": 4, "turns": 2},
     )
     with pytest.raises(DataError, match=r"read_dialogue raises KeyError\('dialogue'\)"):
         group_of({"text": "4"}, shape="tests.alignment.test_shapes:read_dialogue")

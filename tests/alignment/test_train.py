@@ -19,6 +19,7 @@ from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.metrics import FileReporter
 from alignment.models.model_folder import ModelFolder
+from alignment.run import run_lock
 from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.run import OptimConfig, RunConfig
 from alignment.train import train
@@ -105,6 +106,29 @@ def test_a_tracker_of_ones_own_gets_every_metric(run_settings: Settings) -> None
     assert not (folder / "tensorboard").exists()
 
 
+class FullTracker(RunTracker):
+    """A tracker whose disk is full at step 1."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step:
+            raise OSError("no room")
+
+
+def test_a_tracker_that_fails_ends_the_run_in_words_and_is_closed(run_settings: Settings) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tracker 'tests\.alignment\.test_train:FullTracker' has failed: OSError: no room"
+    ):
+        run(run_settings, trackers=["tests.alignment.test_train:FullTracker"])
+    assert (Path(run_settings["output"]) / "run" / "tracked.closed").exists()
+
+
+def test_a_run_that_is_refused_begins_no_tracker(run_settings: Settings) -> None:
+    config = RunConfig.model_validate({**run_settings, "trackers": ["tests.alignment.test_train:RunTracker"]})
+    with run_lock(config.make_folder()), pytest.raises(AlignmentError):
+        train(config, World(), FileReporter(config))
+    assert not (config.folder / "tracked.jsonl").exists() and not (config.folder / "tracked.closed").exists()
+
+
 @pytest.mark.parametrize("name", ["tensorbord", "tests.alignment.test_train:NoTracker"])
 def test_an_unknown_tracker_is_refused(run_settings: Settings, name: str) -> None:
     reason = "cannot be imported" if ":" in name else "did you mean 'tensorboard'"
@@ -136,6 +160,33 @@ def test_a_run_with_an_optimizer_of_ones_own_resumes_bit_for_bit(run_settings: S
     run(halves, steps=3)
     assert_same_run(whole, run(halves, steps=6))
     assert any(name.startswith("optimizer.momentum_buffer.") for name in weights(whole))
+
+
+class CountedDescent(torch.optim.SGD):
+    """An optimizer that counts its steps where no checkpoint looks."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["count"] = self.param_groups[0].get("count", 0) + 1
+        return super().step(closure)
+
+
+def counted_descent(weights: list[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    return CountedDescent(weights, lr=optim.lr)
+
+
+def stamped_descent(weights: list[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(weights, lr=optim.lr)
+    optimizer.register_step_post_hook(lambda *_: [optimizer.state[weight].update(count=1) for weight in weights])
+    return optimizer
+
+
+@pytest.mark.parametrize(("name", "memory"), [("counted", "a setting of its groups"), ("stamped", "remembers count")])
+def test_an_optimizer_that_no_checkpoint_can_store_ends_the_run_at_its_first_step(
+    run_settings: Settings, name: str, memory: str
+) -> None:
+    optim = {**run_settings["optim"], "name": f"tests.alignment.test_train:{name}_descent"}
+    with pytest.raises(ConfigError, match=memory):
+        run(run_settings, optim=optim)
 
 
 def test_a_stream_resumes_where_it_was(run_settings: Settings, tmp_path: Path) -> None:

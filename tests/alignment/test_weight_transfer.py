@@ -128,6 +128,7 @@ def test_files_go_to_the_folder_that_all_see_only_while_an_engine_is_elsewhere(t
         ("file", "there is no weight transfer 'file'; did you mean 'files'"),
         ("nowhere:Transfer", "weight transfer 'nowhere:Transfer' cannot be imported"),
         ("tests.alignment.bytes_transfer:load", "is a function, not a class"),
+        ("builtins:dict", "has no send, sweep, receive, adapter_folder"),
     ],
 )
 def test_a_transfer_that_there_is_not_is_refused_with_the_configuration(name: str, reason: str) -> None:

@@ -49,7 +49,10 @@ class EngineLocations:
 class WeightTransfer(Protocol):
     """The port: how weights get from the trainer into engines.
 
-    The sending side is an object of the main training worker. The receiving side is two functions without an object:
+    The sending side is an object. Every training worker and the process that started the run make one: the main worker
+    sends and clears, and the starting process clears at the end. So what it needs is opened in `send`.
+
+    The receiving side is two functions without an object:
     they are called in the processes of engines, and know only the update. Any number of engines may receive an update,
     each as often as it is started again, until the next `send` or `clear`.
     """
