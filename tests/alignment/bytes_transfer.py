@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,12 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from alignment.errors import RolloutError
 from alignment.rollout import Weights
 from alignment.rollout.transfer import EngineLocations, WeightUpdate
+
+FOLDER = Path(tempfile.gettempdir()) / "raylign-bytes"
+"""Adapters of this machine's engines, in a folder for each of their processes."""
 
 
 class BytesTransfer:
@@ -28,9 +34,10 @@ class BytesTransfer:
             info: dict[str, Any] = {"weights": save(tensors)}
         else:
             with tempfile.TemporaryDirectory() as folder:
-                assert weights.save_adapter(Path(folder))
+                if not weights.save_adapter(Path(folder)):
+                    raise RolloutError("the engines were started for an adapter, and the trainer has none")
                 files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-            info = {"adapter": files}
+            info = {"adapter": files, "number": self.num_updates}
         return WeightUpdate(version=weights.version, is_adapter=adapter, update_info=info)
 
     def clear(self) -> None:
@@ -38,7 +45,10 @@ class BytesTransfer:
 
     @staticmethod
     def sweep() -> None:
-        """Does nothing: a process that is killed leaves nothing."""
+        """Deletes the adapters of engines that have ended."""
+        for folder in FOLDER.glob("*"):
+            if not Path("/proc", folder.name).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
     def receive(update_info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -47,8 +57,10 @@ class BytesTransfer:
 
     @staticmethod
     def adapter_folder(update_info: dict[str, Any]) -> Path:
-        """Writes the adapter to a folder of the engine's machine, as vLLM reads adapters from folders."""
-        folder = Path(tempfile.mkdtemp())
+        """Writes the adapter to a folder of the engine's machine, in place of the one before: vLLM reads folders."""
+        shutil.rmtree(FOLDER / str(os.getpid()), ignore_errors=True)
+        folder = FOLDER / str(os.getpid()) / str(update_info["number"])
+        folder.mkdir(parents=True)
         for name, content in update_info["adapter"].items():
             (folder / name).write_bytes(content)
         return folder
