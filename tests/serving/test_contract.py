@@ -16,7 +16,7 @@ from tests.serving.conftest import SMALL, Running
 @pytest.mark.parametrize(
     ("phases", "examples", "cases_at_least"),
     [
-        pytest.param("examples,fuzzing", 6, 100, id="a few"),
+        pytest.param("examples,fuzzing", 12, 100, id="a few"),
         pytest.param("examples,coverage,fuzzing", 110, 2000, id="thousands", marks=pytest.mark.slow),
     ],
 )
