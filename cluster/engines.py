@@ -18,7 +18,8 @@ from alignment.distributed.world import World
 from alignment.errors import AlignmentError, EngineLost, RolloutError
 from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.transfer import PREFIX, EngineLocations, WeightUpdate, weight_transfer_class
+from alignment.rollout.transfer import PREFIX, EngineLocations, WeightUpdate
+from alignment.settings.plugins import load_weight_transfer
 from alignment.settings.run import RunConfig
 from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings
 
@@ -107,7 +108,7 @@ def attach(engines: Engines, config: RunConfig, world: World) -> EnginePool:
     Raises:
         RolloutError: an engine does not start.
     """
-    transfer_class = weight_transfer_class(config.rollout.weight_transfer)
+    transfer_class = load_weight_transfer(config.rollout.weight_transfer)
     if world.is_main:
         transfer_class.sweep()
     handles = [RayEngineHandle(actor) for actor in engines.actors()] if world.is_main else []
@@ -129,11 +130,11 @@ class ActorInstance:
     """Id of the node that the actor runs on."""
 
 
-class EngineActor:
-    """A Ray actor that holds an engine."""
+class EngineActor(RolloutEngine):
+    """An engine as a Ray actor."""
 
     def __init__(self, settings: RolloutEngineSettings) -> None:
-        self.engine = RolloutEngine(settings)
+        super().__init__(settings)
         self.instance = ActorInstance(name=secrets.token_hex(8), node=_node())
         self._start_lock = asyncio.Lock()
         self._is_started = False
@@ -146,28 +147,12 @@ class EngineActor:
         """Starts the engine, or resets one that runs already; returns this actor's instance."""
         async with self._start_lock:
             if self._is_started:
-                await self.engine.reset()
+                await self.reset()
             else:
-                self.engine.settings.transfer_class.sweep()
-                await self.engine.start()
+                self.settings.transfer_class.sweep()
+                await self.start()
                 self._is_started = True
         return self.instance
-
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        """Generates the completions of a prompt."""
-        return await self.engine.generate(prompt, sampling)
-
-    async def load(self, update: WeightUpdate) -> None:
-        """Loads an update into the engine."""
-        await self.engine.load(update)
-
-    async def check(self) -> None:
-        """Checks that the engine is alive."""
-        await self.engine.check()
-
-    async def stop(self) -> None:
-        """Ends the engine."""
-        await self.engine.stop()
 
 
 class RayEngineHandle:

@@ -122,8 +122,8 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
     """
     if source.shape is not None:
         group = _read_by_function(source.shape, row, origin)
-        others = [column for column in source.keep if column not in group.columns]
-        return dataclasses.replace(group, columns={**group.columns, **_kept_columns(row, others)})
+        row_columns = [column for column in source.keep if column not in group.columns]
+        return dataclasses.replace(group, columns={**group.columns, **_kept_columns(row, row_columns)})
     columns = _kept_columns(row, source.keep)
     shape = _Shape(row, source)
     _check_columns(shape)

@@ -32,14 +32,14 @@ TIMEOUT_S = 60.0
 """Seconds after which an endpoint that sends nothing has failed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceKind:
     """A kind of `data.path`, by what the path looks like."""
 
     matches: Callable[[str], bool]
     """Whether a path is of this kind."""
-    read: Callable[[SourceConfig], Rows]
-    """Yields the rows of a source of this kind, each with its origin.
+    read: Callable[[str, SourceConfig], Rows]
+    """Yields the rows at a path of this kind, each with its origin.
 
     Raises:
         DataError: the source cannot be opened.
@@ -64,30 +64,26 @@ def read_rows(source: SourceConfig) -> Rows:
         ConfigError: the path is a dotted name, and there is no such function.
     """
     assert source.path is not None
-    rows = _kind(source.path).read(source)
+    kind = next(kind for kind in SOURCES.values() if kind.matches(source.path))
+    rows = kind.read(source.path, source)
     return islice(rows, source.skip, None if source.take is None else source.skip + source.take)
 
 
-def _kind(path: str) -> SourceKind:
-    return next(kind for kind in SOURCES.values() if kind.matches(path))
+def _local_path(path: str) -> Path:
+    return Path(path).expanduser()
 
 
-def _local_path(path: str | None) -> Path:
-    return Path(path or "").expanduser()
+def _refuse_missing_file(path: str, _: SourceConfig) -> Rows:
+    raise DataError(f"data file {path} does not exist (looked from {Path.cwd()})")
 
 
-def _refuse_missing_file(source: SourceConfig) -> Rows:
-    raise DataError(f"data file {source.path} does not exist (looked from {Path.cwd()})")
-
-
-def _read_by_function(source: SourceConfig) -> Rows:
+def _read_by_function(name: str, source: SourceConfig) -> Rows:
     """Yields the rows of the iterable that a function of one's own returns.
 
     Raises:
         ConfigError: there is no such function.
         DataError: the function raises an error, or what it yields is no row.
     """
-    name = source.path or ""
     function, number = load_plugin(name, {}, "source"), 0
     try:
         for number, row in enumerate(function(source), start=1):
@@ -97,6 +93,10 @@ def _read_by_function(source: SourceConfig) -> Rows:
         raise
     except Exception as error:  # anything may come from a function of one's own
         raise DataError(f"{name}: raises {error!r:.200} after row {number}") from error
+
+
+def _read_path(path: str, source: SourceConfig) -> Rows:
+    return _read_files(_local_path(path), source)
 
 
 def _read_files(path: Path, source: SourceConfig) -> Rows:
@@ -118,6 +118,7 @@ def _read_files(path: Path, source: SourceConfig) -> Rows:
 
 def _read_pattern(pattern: str, source: SourceConfig) -> Rows:
     """Reads all files that match a shell pattern, as `data/train-*.parquet`."""
+    pattern = str(_local_path(pattern))
     paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
     files = [path for path in paths if is_data_file(path) and path.is_file()]
     if not files:
@@ -125,22 +126,22 @@ def _read_pattern(pattern: str, source: SourceConfig) -> Rows:
     return chain.from_iterable(_read_files(file, source) for file in files)
 
 
-def _read_hub(source: SourceConfig) -> Rows:
+def _read_hub(path: str, source: SourceConfig) -> Rows:
     import datasets
 
     try:
         rows = datasets.load_dataset(
-            source.path, name=source.name, data_dir=source.data_dir, split=source.split, streaming=source.streaming
+            path, name=source.name, data_dir=source.data_dir, split=source.split, streaming=source.streaming
         )
     except Exception as error:  # `datasets` raises some twenty unrelated kinds; each means that it cannot be loaded
         raise DataError(
-            f"{source.path}: is neither a local file nor a dataset that can be loaded from the hub: {error}"
+            f"{path}: is neither a local file nor a dataset that can be loaded from the hub: {error}"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield f"{source.path}:{number}", row
+        yield f"{path}:{number}", row
 
 
-def _read_endpoint(url: str) -> Rows:
+def _read_endpoint(url: str, _: SourceConfig) -> Rows:
     """Reads the feedback of an endpoint, page by page."""
     import httpx
 
@@ -179,7 +180,7 @@ def _fetch_page(client: httpx.Client, url: httpx.URL, endpoint: str) -> list[byt
     return response.content.splitlines()
 
 
-def _read_database(url: str) -> Rows:
+def _read_database(url: str, _: SourceConfig) -> Rows:
     """Reads the feedback of an endpoint from its database: the entries that are not superseded, in order of number."""
     import sqlalchemy as sa
 
@@ -214,23 +215,14 @@ def _fetch_records(engine: sa.Engine, query: sa.Select[int, str], last_number: i
 
 
 SOURCES = {
-    "endpoint": SourceKind(
-        lambda path: path.startswith(ENDPOINTS), lambda source: _read_endpoint(source.path or ""), is_live=True
-    ),
-    "database": SourceKind(
-        lambda path: path.startswith(DATABASES), lambda source: _read_database(source.path or ""), is_live=True
-    ),
-    "files": SourceKind(
-        lambda path: _local_path(path).exists(), lambda source: _read_files(_local_path(source.path), source)
-    ),
-    "pattern": SourceKind(
-        lambda path: any(sign in path for sign in "*?["),
-        lambda source: _read_pattern(str(_local_path(source.path)), source),
-    ),
+    "endpoint": SourceKind(matches=lambda path: path.startswith(ENDPOINTS), read=_read_endpoint, is_live=True),
+    "database": SourceKind(matches=lambda path: path.startswith(DATABASES), read=_read_database, is_live=True),
+    "files": SourceKind(matches=lambda path: _local_path(path).exists(), read=_read_path),
+    "pattern": SourceKind(matches=lambda path: any(sign in path for sign in "*?["), read=_read_pattern),
     "missing_file": SourceKind(
-        lambda path: path.startswith((".", "/", "~")) or is_data_file(path), _refuse_missing_file
+        matches=lambda path: path.startswith((".", "/", "~")) or is_data_file(path), read=_refuse_missing_file
     ),
-    "function": SourceKind(lambda path: FUNCTION.fullmatch(path) is not None, _read_by_function),
-    "hub": SourceKind(lambda path: True, _read_hub),
+    "function": SourceKind(matches=lambda path: FUNCTION.fullmatch(path) is not None, read=_read_by_function),
+    "hub": SourceKind(matches=lambda path: True, read=_read_hub),
 }
 """The kinds of sources, by name. A path is of the first kind that it matches."""

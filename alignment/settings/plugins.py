@@ -222,9 +222,8 @@ def _load_scorer(value: Any) -> Any:
         raise ValueError("needs a name: that of a rule, model, http, or your own package.module:function")
     with as_value_error():
         kind = scorer_class(value["name"])
-    try:
-        with as_value_error():
+        try:
             return kind.model_validate(value)
-    except ValidationError as error:  # pydantic would name the key, but not which of the scorers it belongs to
-        problems = (problem.removeprefix("the whole file: ") for problem in explain(error, kind, value))
-        raise ValueError(f"{value['name']}: {'; '.join(problems)}") from error
+        except ValidationError as error:  # pydantic would name the key, but not which of the scorers it belongs to
+            problems = (problem.removeprefix("the whole file: ") for problem in explain(error, kind, value))
+            raise ValueError(f"{value['name']}: {'; '.join(problems)}") from error

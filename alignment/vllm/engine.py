@@ -17,10 +17,10 @@ from alignment.models.adapter_kinds import LORA_RANKS, obstacles
 from alignment.models.folders import model_source
 from alignment.models.model_folder import ModelFolder
 from alignment.rollout import Prompt, Rollout, Sampling
-from alignment.rollout.transfer import WeightTransfer, WeightUpdate, weight_transfer_class
+from alignment.rollout.transfer import WeightTransfer, WeightUpdate
 from alignment.run_folder import checkpoint_or_path
 from alignment.settings.model import LoraConfig, ModelConfig
-from alignment.settings.plugins import MODULE_FOLDERS, search_for_modules
+from alignment.settings.plugins import MODULE_FOLDERS, load_weight_transfer, search_for_modules
 from alignment.settings.run import RolloutConfig
 from alignment.start_failure import SettingNames, StartLog
 from alignment.vllm.arguments import (
@@ -95,7 +95,7 @@ class RolloutEngineSettings:
     @property
     def transfer_class(self) -> type[WeightTransfer]:
         """The class of what brings weights into the engine."""
-        return weight_transfer_class(self.rollout.weight_transfer)
+        return load_weight_transfer(self.rollout.weight_transfer)
 
 
 class RolloutEngine:

@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import os
 
-from alignment.rollout import Prompt, Rollout, Sampling
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.transfer import PREFIX, EngineLocations, WeightUpdate
+from alignment.rollout.transfer import PREFIX, EngineLocations
 from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings
 
 LOCAL = f"{PREFIX}local-"
 """Prefix of the transfer's name for an engine of the same process; the process id follows."""
 
 
-class LocalEngineHandle:
-    """A handle to an engine in this process."""
-
-    def __init__(self, settings: RolloutEngineSettings) -> None:
-        self.engine = RolloutEngine(settings)
+class LocalEngineHandle(RolloutEngine):
+    """A handle to an engine in this process: the engine itself."""
 
     async def begin(self) -> None:
         """Starts the engine."""
-        await self.engine.start()
-
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
-        """Generates the completions of a prompt."""
-        return await self.engine.generate(prompt, sampling)
-
-    async def load(self, update: WeightUpdate) -> None:
-        """Loads an update into the engine."""
-        await self.engine.load(update)
-
-    async def check(self) -> None:
-        """Checks that the engine is alive."""
-        await self.engine.check()
+        await self.start()
 
     async def restart(self) -> None:
         """Ends the engine and starts a new one."""
-        await self.engine.stop()
-        await self.engine.start()
-
-    async def stop(self) -> None:
-        """Ends the engine."""
-        await self.engine.stop()
+        await self.stop()
+        await self.start()
 
 
 def local_generator(settings: RolloutEngineSettings) -> EnginePool:

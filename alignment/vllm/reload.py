@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignment.rollout.transfer import weight_transfer_class
+from alignment.settings.plugins import load_weight_transfer
 
 
 @dataclass
@@ -28,7 +28,7 @@ def receiver_class() -> type[Any]:
         update_info_cls = dict
 
         def init_transfer_engine(self, init_info: ReceiverInit) -> None:
-            self.transfer = weight_transfer_class(init_info.transfer)
+            self.transfer = load_weight_transfer(init_info.transfer)
 
         def start_weight_update(self) -> None:
             self.missing_names = {name for name, _ in self.model.named_parameters()} - _tied_names(self.model)

@@ -489,6 +489,8 @@ def test_a_source_of_ones_own_yields_rows() -> None:
 
 
 def test_an_entry_of_the_table_is_a_kind_of_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = sources.SourceKind(lambda path: path.startswith("counted://"), counted_rows)
+    kind = sources.SourceKind(
+        matches=lambda path: path.startswith("counted://"), read=lambda _, source: counted_rows(source)
+    )
     monkeypatch.setattr(sources, "SOURCES", {"counted": kind, **sources.SOURCES})
     assert len(list(read_rows(SourceConfig(path="counted://two", take=2)))) == 2

@@ -15,9 +15,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from alignment.rollout.transfer import EngineLocations, weight_transfer_class
+from alignment.rollout.transfer import EngineLocations
 from alignment.rollout.transfer.files import FileWeightTransfer, NearestFileTransfer, local_directories, sweep
 from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.plugins import load_weight_transfer
 from alignment.settings.run import RolloutConfig
 from alignment.vllm.local import LOCAL, local_generator
 from tests.alignment.bytes_transfer import BytesTransfer
@@ -105,7 +106,7 @@ class OneWeight:
 
 def test_files_go_to_the_folder_that_all_see_only_while_an_engine_is_elsewhere(tmp_path: Path) -> None:
     are_here = True
-    transfer_class = weight_transfer_class("files")
+    transfer_class = load_weight_transfer("files")
     assert transfer_class is NearestFileTransfer
     transfer = transfer_class(
         f"raylign-{os.getpid()}", EngineLocations(are_here=lambda: are_here, shared_folder=tmp_path)

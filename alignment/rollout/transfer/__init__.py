@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from alignment.rollout import Weights
-from alignment.settings.plugins import load_weight_transfer
 
 PREFIX = "raylign-"
 """Prefix of all transfers' names on a machine."""
@@ -92,15 +91,3 @@ class WeightTransfer(Protocol):
     @staticmethod
     def adapter_folder(update_info: dict[str, Any]) -> Path:
         """The folder of an update's adapter, as peft writes it. It is called in the process that uses the engine."""
-
-
-def weight_transfer_class(name: str) -> type[WeightTransfer]:
-    """The class of a weight transfer.
-
-    Args:
-        name: the value of `rollout.weight_transfer`.
-
-    Raises:
-        ConfigError: there is no such transfer.
-    """
-    return cast(type[WeightTransfer], load_weight_transfer(name))
