@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from alignment.errors import AlignmentError, EngineLost, RolloutError
+from alignment.errors import EngineLost, RolloutError
 from alignment.rollout import Policy, Prompt, Rollout, Sampling, Weights
 from alignment.rollout.gather import GatherOnce
 from alignment.rollout.transfer import WeightTransfer, WeightUpdate
@@ -204,21 +204,12 @@ class EnginePool:
         self._thread.join(timeout=HEARTBEAT_S)
         self.transfer.clear()
 
-    def _send(self, weights: Weights) -> WeightUpdate:
-        """Sends weights; an error of one's own transfer ends the run as ours do."""
-        try:
-            return self.transfer.send(weights, adapter=self.adapter)
-        except AlignmentError:
-            raise
-        except Exception as error:
-            raise RolloutError(f"the weights cannot be sent to the engines: {type(error).__name__}: {error}") from error
-
     def _load(self, weights: Weights) -> None:
         """Does the main worker's part of `load`."""
         self._finish_rollouts()
         self.update = None
         self._wait(self._schedule(self._withdraw_offer()), "an engine did not finish an earlier load")
-        update = self._send(weights)
+        update = self.transfer.send(weights, adapter=self.adapter)
         loads = self._schedule(self._distribute(update))
         self._wait(loads, f"version {update.version} of the weights reached no engine")
         self.update = update
