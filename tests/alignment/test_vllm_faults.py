@@ -179,6 +179,7 @@ def test_an_engine_that_died_between_two_syncs_is_replaced(pair: Pair) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_an_engine_that_stands_still_in_a_load_is_replaced_in_bounded_time(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def cluster() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_answers_on_a_cluster_is_not_replaced(cluster: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     import httpx
 
