@@ -1,7 +1,7 @@
 """The DeepSpeed backend: ZeRO shards moments, gradients and weights over the workers.
 
-No other module knows DeepSpeed. Forward passes call the decoder and the head directly rather than DeepSpeed's engine.
-So `DeepSpeedBackend.backward` and `Stage3Hooks` do what the engine's own forward pass would prepare.
+No other module knows DeepSpeed. Forward passes call the root module and not DeepSpeed's engine around it. So
+`DeepSpeedBackend.backward` does what the engine's own forward pass would prepare.
 """
 
 from __future__ import annotations
@@ -32,17 +32,21 @@ class DeepSpeedBackend(TrainableModule):
 
     needs_lockstep = True
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, world: World) -> None:
+    def __init__(self, module: nn.Module, optim: OptimConfig, world: World, *, root: nn.Module) -> None:
+        """Args:
+        module: the module whose weights are trained.
+        root: the module that forward passes call, which holds `module`.
+        """
         self.module = module
         self.optim = optim
         self.world = world
         self.weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.moments = sharded_moments(optim.name)
         self.optimizer = optimizer_over(list(self.weights.values()), optim)
-        self.engine = _start_engine(module, optim, world, self.optimizer)
-        self.stage3_hooks = Stage3Hooks(module, self.engine) if optim.zero.stage == 3 else None
+        self.engine = _start_engine(root, optim, world, self.optimizer)
+        self.shards_weights = optim.zero.stage == 3
         self.num_updates = 0
-        if self.stage3_hooks:
+        if self.shards_weights:
             # Stage 3 averages gradients over the workers. The loss cannot be scaled, as other modules may share it.
             for weight in self.weights.values():
                 weight.register_hook(lambda gradient: gradient * world.size)  # type: ignore[no-untyped-call]
@@ -58,8 +62,6 @@ class DeepSpeedBackend(TrainableModule):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        if self.stage3_hooks:
-            self.stage3_hooks.gather_head()
         if not self.engine.was_step_applied():
             return math.inf
         self.num_updates += 1
@@ -104,20 +106,21 @@ class DeepSpeedBackend(TrainableModule):
             self._restore_weight(weight, tensors[f"master.{name}"])
             for moment in self.moments if self.num_updates else ():
                 self._restore_moment(weight, moment, tensors[f"optimizer.{moment}.{name}"])
-        if self.stage3_hooks:
+        if self.shards_weights:
             self.engine.empty_partition_cache()  # weights that are gathered at this time still hold old values
-            self.stage3_hooks.gather_head()
         else:
             self.engine.optimizer.update_lp_params()
 
     def named_weights(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yields each weight by name; at stage 3, it gathers them one at a time."""
-        if not self.stage3_hooks:
+        if not self.shards_weights:
             yield from super().named_weights(only_trained=only_trained)
             return
+        from deepspeed.runtime.zero import GatheredParameters
+
         for name, weight in named_weights(self.module):
             if weight.requires_grad or not only_trained:
-                with self.stage3_hooks.gather(weight):
+                with GatheredParameters([weight] if isinstance(weight, nn.Parameter) else []):
                     yield name, weight.detach()
 
     def _accumulates_separately(self) -> bool:
@@ -130,8 +133,8 @@ class DeepSpeedBackend(TrainableModule):
         """Writes a weight and its master, or this worker's share of them."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        if self.stage3_hooks:
-            share = self.stage3_hooks.share(weight, full_tensor, self.world)
+        if self.shards_weights:
+            share = self._share(weight, full_tensor)
             safe_set_local_fp32_param(weight, share)
             weight.ds_tensor.data.copy_(share)  # type: ignore[attr-defined]
         else:
@@ -141,8 +144,8 @@ class DeepSpeedBackend(TrainableModule):
         """Writes an optimizer moment, or this worker's share of it."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self.stage3_hooks:
-            safe_set_local_optimizer_state(weight, self.stage3_hooks.share(weight, full_tensor, self.world), moment)
+        if self.shards_weights:
+            safe_set_local_optimizer_state(weight, self._share(weight, full_tensor), moment)
         else:
             safe_set_full_optimizer_state(weight, full_tensor, moment)
 
@@ -153,67 +156,31 @@ class DeepSpeedBackend(TrainableModule):
             for moment in self.moments:
                 state.setdefault(moment, torch.zeros_like(share))
             state["step"] = torch.tensor(float(self.num_updates), device=share.device)
-        if not self.stage3_hooks:
+        if not self.shards_weights:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _master_shares(self) -> list[Tensor]:
         """This worker's flat shares of the master weights, which are the keys of the optimizer's state."""
-        if self.stage3_hooks:  # stage 3 hands them to the optimizer one at a time, and only during an update
+        if self.shards_weights:  # stage 3 hands them to the optimizer one at a time, and only during an update
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [share for group in self.optimizer.param_groups for share in group["params"]]
 
-
-def partition_frozen(module: nn.Module, optim: OptimConfig, world: World) -> nn.Module:
-    """Shards the weights of a frozen module; a forward pass gathers them layer by layer."""
-    Stage3Hooks(module, _start_engine(module, optim, world, None))
-    return module
-
-
-class Stage3Hooks:
-    """The hooks that stage 3 needs around the decoder and the head.
-
-    They tell DeepSpeed where a forward pass begins, and they keep the output head's weights gathered on every worker.
-    The head is never called. A function that works in chunks of tokens reads its weights, and reads them again in the
-    backward pass. At the peak of a pass they would have to be gathered anyway.
-    """
-
-    def __init__(self, module: nn.Module, engine: Any) -> None:
-        network = next(submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel))
-        head = network.get_output_embeddings()
-        self.head_weights: list[Any] = [] if head is None else list(head.parameters(recurse=False))
-        for weight in self.head_weights:
-            # DeepSpeed heeds one mark while it records the order of modules, and the other one after that.
-            weight.ds_persist = weight.is_external_param = True
-        self.gather_head()
-
-        def reset_pass(*_: Any) -> None:
-            # This hook also keeps the engine alive; a deleted engine would remove its own hooks.
-            offload = engine.optimizer if engine.basic_optimizer is None else engine.optimizer.parameter_offload
-            offload.get_param_coordinator().reset_step()
-
-        # It must run before DeepSpeed's own hook, which would count the decoder as a part of the previous pass.
-        network.get_decoder().register_forward_pre_hook(reset_pass, prepend=True)
-
-    def gather_head(self) -> None:
-        """Gathers the head again, after DeepSpeed has released all gathered weights."""
-        for weight in self.head_weights:
-            weight.all_gather()
-
-    def gather(self, weight: Any) -> Any:
-        """A context in which a weight is gathered. Entering it is a collective."""
-        from deepspeed.runtime.zero import GatheredParameters
-
-        is_head = any(weight is head_weight for head_weight in self.head_weights)
-        return GatheredParameters([weight] if isinstance(weight, nn.Parameter) and not is_head else [])
-
-    def share(self, weight: Any, full_tensor: Tensor, world: World) -> Tensor:
+    def _share(self, weight: Any, full_tensor: Tensor) -> Tensor:
         """This worker's flat share of a tensor of the weight's shape, padded with zeros as DeepSpeed does it."""
         size = weight.ds_tensor.numel()
-        return pad(full_tensor.flatten(), (0, size * world.size - full_tensor.numel()))[world.rank * size :][:size]
+        padded = pad(full_tensor.flatten(), (0, size * self.world.size - full_tensor.numel()))
+        return padded[self.world.rank * size :][:size]
 
 
-def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer: torch.optim.Optimizer | None) -> Any:
-    """Makes DeepSpeed's engine over a module; without an optimizer for a frozen one."""
+def partition_frozen(root: nn.Module, optim: OptimConfig, world: World) -> None:
+    """Shards the weights of a frozen module; a forward pass gathers them layer by layer."""
+    engine = _start_engine(root, optim, world, None)
+    # A deleted engine would remove its hooks. It must not become a submodule, because it holds the root itself.
+    vars(root)["deepspeed_engine"] = engine
+
+
+def _start_engine(root: nn.Module, optim: OptimConfig, world: World, optimizer: torch.optim.Optimizer | None) -> Any:
+    """Makes DeepSpeed's engine over a root module; without an optimizer for a frozen one."""
     # DeepSpeed reads this when it is imported. A worker on the CPU may run on a machine that has GPUs.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     # DeepSpeed takes its device from here. The launcher's number is wrong if each worker sees only its own GPU.
@@ -224,8 +191,8 @@ def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    settings = _engine_settings(module, optim, world)
-    _use_one_dtype(module, next(module.parameters()).dtype)
+    settings = _engine_settings(root, optim, world)
+    _use_one_dtype(root, next(root.parameters()).dtype)
     if world.device.type == "cpu":
         # DeepSpeed would spend 40 s to compile a sum over workers that only its tensor-parallel inference uses. It
         # locks that build with a file. If a build is killed, the file stays, and every later run would wait forever.
@@ -233,9 +200,23 @@ def _start_engine(module: nn.Module, optim: OptimConfig, world: World, optimizer
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints messages that belong in a log
         deepspeed.init_distributed(dist_init_required=False)
         if optim.zero.stage == 3:
-            _partition_weights(module, settings, world)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+            _partition_weights(root, settings, world)
+        engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=settings, dist_init_required=False)
+    if optim.zero.stage == 3:
+        _start_passes_of_network(root, engine)
     return engine
+
+
+def _start_passes_of_network(root: nn.Module, engine: Any) -> None:
+    """Tells stage 3 where a pass begins if the network is called by itself and not through the root, to generate."""
+    network = next(submodule for submodule in root.modules() if isinstance(submodule, PreTrainedModel))
+
+    def reset_pass(*_: Any) -> None:
+        offload = engine.optimizer if engine.basic_optimizer is None else engine.optimizer.parameter_offload
+        offload.get_param_coordinator().reset_step()
+
+    # It must run before DeepSpeed's own hook, which would count the network as a part of the previous pass.
+    network.register_forward_pre_hook(reset_pass, prepend=True)
 
 
 def _partition_weights(module: nn.Module, settings: dict[str, Any], world: World) -> None:

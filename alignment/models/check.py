@@ -30,8 +30,10 @@ from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
 from alignment.models.attention import DENSE, REGISTERED
-from alignment.models.forward import linear_logprobs, outputs, scores
-from alignment.models.language_model import LanguageModel, LogitTransform
+from alignment.models.forward import outputs, scores
+from alignment.models.language_model import LanguageModel
+from alignment.models.logit_transform import LogitTransform
+from alignment.models.output_head import linear_logprobs
 
 GROUP_LENGTHS = ((9, (7, 4)), (3, (5, 8)))
 """Number of tokens in each group's prompt and answers. One prompt is shorter and one longer than a window,

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-
-@dataclass(frozen=True, kw_only=True)
-class LogitTransform:
-    """The transform of the output head's logits that some models apply: cap · tanh(scale · logits / cap)."""
-
-    scale: float = 1.0
-    """Factor of the logits (Cohere, Granite, Falcon-H1)."""
-    cap: float | None = None
-    """Largest absolute value of a logit, which is approached smoothly (Gemma); None sets no limit."""
-
-    def apply_(self, logits: Tensor) -> Tensor:
-        """Transforms fp32 logits in place."""
-        if self.cap is None:
-            return logits if self.scale == 1 else logits.mul_(self.scale)
-        return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
-
-    def slope(self, transformed_logits: Tensor) -> Tensor | float:
-        """The derivative of the transform with respect to the head's logits, computed from the transformed logits."""
-        if self.cap is None:
-            return self.scale
-        return (transformed_logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
-
-
-LINEAR = LogitTransform()
+from alignment.models.logit_transform import LINEAR, LogitTransform
+from alignment.models.packed_model import PackedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +33,20 @@ class LanguageModel:
     generation_ends: frozenset[int] = frozenset()
     """Token ids at which generation stops according to the model's folder, even if the head does not generate."""
 
+    @cached_property
+    def root(self) -> PackedModel:
+        """The module that packed passes call; it holds `module` and reads its head."""
+        return PackedModel(self.module)
+
     @property
     def network(self) -> PreTrainedModel:
         """The transformers model, without peft around it."""
-        return self.module if isinstance(self.module, PreTrainedModel) else self.module.get_base_model()
+        return self.root.network
 
     @property
     def decoder(self) -> Any:
         """The network without its head."""
-        decoder = self.network.get_decoder()
-        # Some families call their output head `decoder`, and some return themselves (Llama 4).
-        return self.network.model if decoder in (self.network, self.network.get_output_embeddings()) else decoder
+        return self.root.decoder
 
     @property
     def has_adapter(self) -> bool:

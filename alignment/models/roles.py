@@ -105,11 +105,11 @@ class Roles:
         if reference == "copy":
             reference_config = config.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
             reference_model = load_model(reference_config, config.data, device=device, seed=config.seed)
-            wrap_frozen(reference_model.module, config.optim, world)
+            wrap_frozen(reference_model.root, config.optim, world)
         return cls(
             algorithm=algorithm,
             actor=actor,
-            actor_backend=wrap(actor.module, config.optim, world),
+            actor_backend=wrap(actor.module, config.optim, world, root=actor.root),
             reference=reference,
             reference_model=reference_model,
             critic=_critic(config, actor, world) if algorithm.needs_critic else None,
@@ -229,7 +229,8 @@ def _critic(config: RunConfig, actor: LanguageModel, world: World) -> Critic:
         device = loading_device(config.optim, world)
         model = load_model(critic_config, config.data, device=device, seed=config.seed + 1, head="score")
         offset = _scale_to_rewards(model, config)
-        return Critic(model=model, head=None, backend=wrap(model.module, optim, world), offset=offset)
+        backend = wrap(model.module, optim, world, root=model.root)
+        return Critic(model=model, head=None, backend=backend, offset=offset)
     size = actor.network.get_output_embeddings().weight.shape[1]
     torch.manual_seed(config.seed + 1)
     head = nn.Linear(size, 1, bias=False)

@@ -16,8 +16,9 @@ from alignment.groups import Completion, Group
 from alignment.models import check
 from alignment.models.check import prove_packing
 from alignment.models.forward import outputs, scores
-from alignment.models.language_model import LanguageModel, LogitTransform
+from alignment.models.language_model import LanguageModel
 from alignment.models.load import load_model
+from alignment.models.logit_transform import LogitTransform
 from alignment.rewards.model import longest_input
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from alignment.models.attention import DENSE, dense_attention, limit_recompilations
-from alignment.models.forward import hidden_states
+from alignment.models.forward import outputs
 from alignment.models.load import DTYPES, load_model, number_format
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
@@ -84,7 +84,7 @@ def test_an_attention_of_ones_own_is_called(tiny_model: Path) -> None:
     model = load_model(config, DataConfig(path="x", max_length=64), device=torch.device("cpu"), seed=0)
     assert model.attention == "tests.alignment.test_load:OWN"
     layers.clear()
-    hidden_states(model, random_batch(random.Random(0), longest=5))
+    outputs(model, random_batch(random.Random(0), longest=5))
     assert layers == ["LlamaAttention"] * 2
 
 

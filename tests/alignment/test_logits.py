@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from alignment.models import forward
-from alignment.models.forward import linear_logprobs
-from alignment.models.language_model import LogitTransform
+from alignment.models import output_head
+from alignment.models.logit_transform import LogitTransform
+from alignment.models.output_head import linear_logprobs
 
 
 def test_a_capped_logit_is_what_the_formula_says() -> None:
@@ -27,7 +27,7 @@ def test_a_capped_logit_is_what_the_formula_says() -> None:
 def test_gradients_through_a_transform_are_those_of_autograd(
     scale: float, cap: float | None, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 3 * 11)  # three rows at a time
+    monkeypatch.setattr(output_head, "LOGITS_AT_ONCE", 3 * 11)  # three rows at a time
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
     bias = torch.randn(11, requires_grad=True)

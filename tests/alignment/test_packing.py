@@ -12,8 +12,9 @@ from torch import Tensor
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
 from alignment.models.attention import dense_mask
-from alignment.models.forward import linear_logprobs, outputs
+from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
+from alignment.models.output_head import linear_logprobs
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 
@@ -156,7 +157,9 @@ def test_sums_never_read_what_is_not_learned() -> None:
 def test_chunked_log_probabilities_and_gradients_equal_the_plain_formula(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignment.models.forward.LOGITS_AT_ONCE", 3 * 50)  # chunks of three rows, the last one short
+    monkeypatch.setattr(
+        "alignment.models.output_head.LOGITS_AT_ONCE", 3 * 50
+    )  # chunks of three rows, the last one short
     torch.manual_seed(0)
     leaves = [torch.randn(10, 8), torch.randn(50, 8), torch.randn(50)][: 3 if bias else 2]
     targets, upstream = torch.randint(0, 50, (10,)), torch.randn(10)
@@ -180,7 +183,7 @@ def test_chunked_log_probabilities_and_gradients_equal_the_plain_formula(
 def test_temperature_and_entropies_equal_the_plain_formula_with_their_gradients(
     temperature: float, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignment.models.forward.LOGITS_AT_ONCE", 3 * 50)
+    monkeypatch.setattr("alignment.models.output_head.LOGITS_AT_ONCE", 3 * 50)
     torch.manual_seed(0)
     leaves = [torch.randn(10, 8), torch.randn(50, 8), torch.randn(50)][: 3 if bias else 2]
     targets, upstream, for_entropy = torch.randint(0, 50, (10,)), torch.randn(10), torch.randn(10)

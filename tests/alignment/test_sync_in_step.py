@@ -55,7 +55,7 @@ def small_disk(size: int) -> Iterator[None]:
 def sync(world: World, task: Task, failure: str, folder: str) -> list[tuple[str, float, float]]:
     """Every worker's error, its seconds, and the sum of what all have afterwards: collectives go on."""
     model = task.load()
-    trained = wrap(model.module, task.optim, world)
+    trained = wrap(model.module, task.optim, world, root=model.root)
     weights = ActorWeights(actor=model, backend=trained, version=1)
     handles: list[PaperEngineHandle] = []
     if world.is_main:

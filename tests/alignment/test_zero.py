@@ -144,6 +144,8 @@ class Task:
     checkpointing: bool = False
     disturbance: str = ""
     """What happens after the second step besides: `discard`, `nan` or nothing."""
+    own_backend: bool = False
+    """Whether the backend is the test's own instead of one of raylign's."""
 
     @property
     def optim(self) -> OptimConfig:
@@ -161,6 +163,13 @@ class Task:
         model = load_model(config, data, device=torch.device("cpu"), seed=0, **how)
         model.module.train()
         return model
+
+    def wrap(self, model: LanguageModel, world: World) -> TrainableModule:
+        if self.own_backend:
+            from tests.alignment.sharded_backend import ShardedBackend
+
+            return ShardedBackend(model.root, self.optim, world)
+        return wrap(model.module, self.optim, world, root=model.root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +231,7 @@ def disturb(kind: str, model: LanguageModel, trained: TrainableModule, world: Wo
 def train(world: World, task: Task, steps: range, state: str | None = None) -> Result:
     """Runs steps, from a file with the state of an earlier run if there is one, whatever was learned before."""
     model = task.load()
-    trained = wrap(model.module, task.optim, world)
+    trained = task.wrap(model, world)
     if state is not None:
         take_step(model, trained, 77, world)
         trained.restore(torch.load(state))
@@ -313,10 +322,23 @@ def test_any_checkpoint_goes_on_anywhere(workers: Workers, odd_model: Path, tmp_
     assert_same(second_half, workers.run(train, spread, range(2, 4), str(tmp_path / "spread")))
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied", "recomputed"])
+def test_a_backend_of_ones_own_shards_decoder_and_head_alike(
+    workers: Workers, tiny_model: Path, odd_model: Path, tmp_path: Path, kind: str
+) -> None:
+    plain = Task(path=str(odd_model if kind == "untied" else tiny_model), checkpointing=kind == "recomputed")
+    sharded = dataclasses.replace(plain, own_backend=True)
+    whole = train(World(), plain, range(4))
+    assert_same(whole, workers.run(train, sharded, range(4)))
+    torch.save(train(World(), plain, range(2)).state, tmp_path / "plain")
+    resumed = workers.run(train, sharded, range(2, 4), str(tmp_path / "plain"))
+    assert resumed.losses == pytest.approx(whole.losses[4:], rel=1e-5)
+
+
 def frozen_logprobs(world: World, task: Task) -> tuple[Tensor, int]:
     """Log-probabilities of a frozen model, twice, and how many numbers of its projections it still holds whole."""
     model = task.load()
-    assert wrap_frozen(model.module, task.optim, world) is model.module
+    wrap_frozen(model.root, task.optim, world)
     with torch.no_grad():
         found = torch.stack([outputs(model, batch).logprobs for batch in 2 * batches(0, World())[:1]])
     layers = model.network.get_decoder().layers
@@ -338,7 +360,7 @@ def test_a_frozen_model_is_spread_and_says_the_same(
 def train_scores(world: World, task: Task) -> tuple[list[float], list[float]]:
     """Scores and gradient norms of a reward model with its head in fp32."""
     model = task.load(head="score")
-    trained = wrap(model.module, task.optim, world)
+    trained = task.wrap(model, world)
     found, norms = [], []
     for step in range(3):
         for batch in batches(step, world):
@@ -365,7 +387,7 @@ def train_with_head(world: World, task: Task) -> list[float]:
     model = task.load()
     torch.manual_seed(0)
     head = nn.Linear(64, 1, bias=False)
-    actor, critic = wrap(model.module, task.optim, world), wrap(head, task.optim, world)
+    actor, critic = task.wrap(model, world), wrap(head, task.optim, world)
     norms = []
     for step in range(3):
         for batch in batches(step, world):
@@ -386,7 +408,7 @@ def test_a_value_head_shares_the_trunk_and_its_loss(workers: Workers, tiny_model
 def train_actor_and_critic(world: World, task: Task) -> list[float]:
     """Gradient norms of two models that learn from the same batches; in the first step only the critic does."""
     models = [task.load(), task.load(head="score")]
-    actor, critic = [wrap(model.module, task.optim, world) for model in models]
+    actor, critic = [task.wrap(model, world) for model in models]
     norms = []
     for step in range(3):
         for batch in batches(step, world):
@@ -409,7 +431,7 @@ def test_two_models_learn_beside_each_other(workers: Workers, tiny_model: Path, 
 def train_and_save(world: World, task: Task, folder: str) -> list[list[int]]:
     """Saves a model for others after two steps, and returns what it answers itself, before a third."""
     model = task.load()
-    trained = wrap(model.module, task.optim, world)
+    trained = task.wrap(model, world)
     for step in range(2):
         take_step(model, trained, step, world)
     weights = trained.gather_weights(only_trained=task.lora)

@@ -11,8 +11,9 @@ from torch import Tensor
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
 from alignment.models.attention import Layout, block_mask, dense_mask
-from alignment.models.forward import linear_logprobs, outputs
+from alignment.models.forward import outputs
 from alignment.models.load import load_model
+from alignment.models.output_head import linear_logprobs
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from tests.alignment.families import write_family
