@@ -1,0 +1,68 @@
+"""Checks of the columns that do not belong to a row's shape, and yet would change what the row means."""
+
+from __future__ import annotations
+
+from alignment.data.files import Row
+from alignment.data.rows.cells import read_number
+from alignment.data.rows.fields import RowFields
+from alignment.errors import DataError, WithoutWeight
+
+SCORES = tuple(
+    (name.format("chosen"), name.format("rejected"))
+    for word in ("score", "rating", "reward")
+    for name in (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}", f"{{}}_avg_{word}")
+)
+"""Pairs of columns that hold the scores of a pair's two answers."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def check_columns(fields: RowFields) -> None:
+    """Checks the columns that do not belong to the row's shape.
+
+    Raises:
+        WithoutWeight: the row's weight is 0.
+        DataError: a column would change the meaning of the row, and cannot be used.
+    """
+    row = {
+        column: value for column, value in fields.row.items() if column not in {*fields.used, *fields.columns.values()}
+    }
+    for column in MEDIA:
+        if row.get(column) not in (None, "", [], ()):
+            raise DataError(f"column {column!r} holds what is no text, and models are trained on text alone")
+    label = next((name for name in ("labels", "label") if row.get(name) is not None), None)
+    if label is not None and fields.has("completions"):
+        raise DataError(
+            f"{label} beside completions (of steps of an answer?) is not read; give rewards, one per answer"
+        )
+    weight = read_number(fields.row.get("weight") if "weight" in row else None)
+    if weight == 0:
+        raise WithoutWeight("its weight is 0")
+    if weight is not None and weight != 1:
+        raise DataError(
+            f"its weight is {weight:g}, and rows count alike here: 1, or 0 for one to leave out. If the column means "
+            "something else, give it another name"
+        )
+    if fields.has("chosen") and fields.has("rejected"):
+        for chosen_score, rejected_score in _score_pairs(fields.row):
+            if chosen_score < rejected_score:
+                raise DataError(
+                    f"its scores contradict its order: chosen has {chosen_score:g} and rejected "
+                    f"{rejected_score:g}, which is better"
+                )
+
+
+def has_equal_scores(row: Row) -> bool:
+    """True if the scores of chosen and rejected are equal, so that nothing but their order says which is better."""
+    return any(len(set(pair)) == 1 for pair in _score_pairs(row))
+
+
+def _score_pairs(row: Row) -> list[tuple[float, float]]:
+    pairs = (
+        (read_number(row.get(chosen_column)), read_number(row.get(rejected_column)))
+        for chosen_column, rejected_column in SCORES
+    )
+    return [
+        (chosen_score, rejected_score)
+        for chosen_score, rejected_score in pairs
+        if chosen_score is not None and rejected_score is not None
+    ]
