@@ -84,7 +84,7 @@ def preference_loss(name: str) -> PreferenceLoss:
     Raises:
         ConfigError: there is no such loss; the nearest one is named.
     """
-    return cast(PreferenceLoss, load_plugin(name, PREFERENCE_LOSSES, "loss"))
+    return cast(PreferenceLoss, load_plugin(name, PREFERENCE_LOSSES, "loss", callable_only=True))
 
 
 def pairs_of(batch: Batch, logprobs: Tensor) -> Pairs:

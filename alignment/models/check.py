@@ -29,7 +29,8 @@ from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
-from alignment.models.attention import DENSE, REGISTERED
+from alignment.models.attention import REGISTERED, register_attention
+from alignment.models.attention.sdpa import DENSE
 from alignment.models.forward import outputs, scores
 from alignment.models.language_model import LanguageModel
 from alignment.models.logit_transform import LogitTransform
@@ -430,6 +431,7 @@ def _in_fp32(model: LanguageModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if _has_own_format_only(model):
             # The dense form has the same masks.
+            register_attention(DENSE)
             stack.enter_context(_attention(model, DENSE.implementation))
         for layer in layers:
             stack.callback(_widen_during_forward(layer))

@@ -35,8 +35,8 @@ from alignment.models.rope import fix_rope
 from alignment.models.saving import mend_generation_settings
 from alignment.run_folder import checkpoint_or_path
 from alignment.settings.data import DataConfig
-from alignment.settings.model import ATTENTIONS, LoraConfig, ModelConfig
-from alignment.settings.plugins import load_plugin
+from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.settings.plugins import load_attention
 from alignment.settings.section import NumberFormat
 
 logger = logging.getLogger(__name__)
@@ -198,9 +198,7 @@ def _attention(config: ModelConfig, device: torch.device) -> tuple[str, PackedAt
     """
     default = "flex" if device.type == "cuda" else "grouped"
     name = default if config.attention == "auto" else config.attention
-    attention = load_plugin(name, ATTENTIONS, "attention")
-    if not isinstance(attention, PackedAttention):
-        raise ConfigError(f"attention {name!r} is a {type(attention).__name__}, not a PackedAttention")
+    attention: PackedAttention = load_attention(name)
     if attention.cuda_reason and device.type != "cuda":
         raise ModelError(f"model.attention {name} needs a CUDA device: {attention.cuda_reason}")
     attention.prepare()

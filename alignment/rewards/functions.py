@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 
 from alignment.errors import RewardError
 from alignment.rewards import AskAgain, BuildableScorer, Reward, UnreadableTexts
-from alignment.settings.plugins import callable_named
+from alignment.settings.plugins import load_function
 from alignment.settings.section import Positive
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class RewardFunction(BuildableScorer):
 
     @model_validator(mode="after")
     def _check_arguments(self) -> Self:
-        signature = inspect.signature(callable_named(self.name))
+        signature = inspect.signature(load_function(self.name, "scorer"))
         try:
             signature.bind_partial(**dict.fromkeys(STANDARD_ARGUMENTS), **self.kwargs)
         except TypeError as error:
@@ -94,7 +94,7 @@ class RewardFunction(BuildableScorer):
     @property
     def signature(self) -> inspect.Signature:
         """The signature of the function."""
-        return inspect.signature(callable_named(self.name))
+        return inspect.signature(load_function(self.name, "scorer"))
 
     def arguments(self, columns: Iterable[str]) -> dict[str, str]:
         """Returns the parameters that get kept columns, each with the name of its column.
@@ -123,7 +123,7 @@ class FunctionScorer:
 
     def __init__(self, config: RewardFunction) -> None:
         self.config = config
-        self.function: Callable[..., Any] = callable_named(config.name)
+        self.function: Callable[..., Any] = load_function(config.name, "scorer")
         self.loop = EventLoopThread(f"{config.name} event loop")
         self.unreadable = UnreadableTexts(config)
 

@@ -13,7 +13,7 @@ from alignment.models.load import LanguageModel
 from alignment.models.roles import Roles
 from alignment.rollout import Generator, Policy, Rollout, Sampling
 from alignment.rollout.rollouter import MultiTurn, Rollouter, SingleTurn, gather_all
-from alignment.settings.plugins import load_attribute
+from alignment.settings.plugins import load_function
 from alignment.settings.run import RunConfig
 
 
@@ -125,5 +125,5 @@ def make_rollouter(config: RunConfig, model: LanguageModel) -> Rollouter:
     environment = config.rollout.environment
     if environment is None:
         return SingleTurn()
-    make_environment = partial(load_attribute(environment.name, "environment"), **environment.arguments)
+    make_environment = partial(load_function(environment.name, "environment"), **environment.arguments)
     return MultiTurn(make_environment, model.tokenizer, max_turns=environment.max_turns)

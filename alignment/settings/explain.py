@@ -84,7 +84,13 @@ def _fields(kind: type[Section], parents: list[Any], tree: dict[str, Any]) -> li
     return list(kind.model_fields)
 
 
-def nearest(name: str, known_names: Sequence[str]) -> str:
-    """What a name may have meant: the nearest known one, or all of them; the end of a sentence."""
+def nearest(name: str, known_names: Sequence[str], *, only_match: bool = False) -> str:
+    """What a name may have meant, as the end of a sentence: the nearest known one, or else all of them.
+
+    Args:
+        only_match: whether to say nothing if none is near.
+    """
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(known_names)}"
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
+    return "" if only_match else f"; known are {', '.join(known_names)}"

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from alignment.settings.explain import nearest
-from alignment.settings.section import NumberFormat, Positive, PositiveCount, Section
+from alignment.settings.plugins import builtin_attentions, load_attention
+from alignment.settings.section import NumberFormat, Positive, PositiveCount, Section, as_value_error
 
 
 class LoraConfig(Section):
@@ -33,14 +34,6 @@ TEMPLATE_ARGUMENTS = (
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
 )
 """What `apply_chat_template` takes besides the variables of a template."""
-
-
-ATTENTIONS = {
-    "grouped": "alignment.models.attention:GROUPED",
-    "sdpa": "alignment.models.attention:DENSE",
-    "flex": "alignment.models.attention:FLEX",
-}
-"""The attentions that come with raylign, by name."""
 
 
 class ModelConfig(Section):
@@ -73,8 +66,11 @@ class ModelConfig(Section):
     @field_validator("attention")
     @classmethod
     def _known_attention(cls, name: str) -> str:
-        if ":" not in name and name not in ("auto", *ATTENTIONS):
-            raise ValueError(f"there is no attention {name!r}{nearest(name, ['auto', *ATTENTIONS])}")
+        if name not in (builtin := ["auto", *builtin_attentions()]):
+            if ":" not in name:
+                raise ValueError(f"there is no attention {name!r}{nearest(name, builtin)}")
+            with as_value_error():
+                load_attention(name)
         return name
 
     @field_validator("chat_template_kwargs")

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
 from alignment.settings.section import Positive, PositiveCount, Section, as_value_error
 
-WEIGHT_TRANSFERS = {"files": "alignment.rollout.transfer.files:NearestFileTransfer"}
-"""What brings weights into engines, by name. The modules are named, as their import needs torch."""
 TRANSFER_METHODS = ("send", "clear", "sweep", "receive", "adapter_folder")
 """The methods of `alignment.rollout.transfer.WeightTransfer`, whose import needs torch."""
 MODULE_FOLDERS: list[str] = []
@@ -38,11 +36,15 @@ def load_attribute(name: str, purpose: str) -> Any:
         purpose: what the name stands for, as `algorithm`; for the error.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: there is no such thing; if the module has an attribute of a similar name, the text says which.
     """
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute):
+            hint = nearest(attribute, [key for key in vars(module) if not key.startswith("_")], only_match=True)
+            raise AttributeError(f"module {module_name!r} has no attribute {attribute!r}{hint}")
+        return getattr(module, attribute)
     except ModuleNotFoundError as error:
         folders = [folder for folder in sys.path if not folder.startswith((sys.prefix, sys.base_prefix))]
         raise ConfigError(
@@ -69,7 +71,8 @@ def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str, *, callable
     target: Any = name
     if ":" not in name:
         if name not in builtin:
-            raise ConfigError(f"there is no {purpose} {name!r}{nearest(name, list(builtin))}")
+            hint = nearest(name, list(builtin)) if builtin else "; one's own is given as package.module:function"
+            raise ConfigError(f"there is no {purpose} {name!r}{hint}")
         target = builtin[name]
     target = load_attribute(target, purpose) if isinstance(target, str) else target
     if callable_only and not callable(target):
@@ -91,10 +94,29 @@ class AlgorithmConfig(Section):
     """A module of `alignment.algorithms`, or a dotted `package.module:Class` of one's own."""
 
 
+def names_in_folder(folder: str, attribute: str) -> dict[str, str]:
+    """The dotted name of an attribute that each module of a folder of `alignment` has, by the name of the module.
+
+    The modules are not imported, because that may need torch. A module that begins with an underscore has none.
+    """
+    stems = sorted(path.stem for path in (Path(__file__).parents[1] / folder).glob("[a-z]*.py"))
+    return {stem: f"alignment.{folder.replace('/', '.')}.{stem}:{attribute}" for stem in stems}
+
+
 def builtin_algorithms() -> dict[str, str]:
     """The algorithms that come with raylign, by name: the modules of `alignment.algorithms`."""
-    stems = sorted(path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[a-z]*.py"))
-    return {stem.replace("_plus_plus", "++"): f"alignment.algorithms.{stem}:ALGORITHM" for stem in stems}
+    names = names_in_folder("algorithms", "ALGORITHM")
+    return {stem.replace("_plus_plus", "++"): target for stem, target in names.items()}
+
+
+def builtin_attentions() -> dict[str, str]:
+    """The attentions that come with raylign, by name: the modules of `alignment.models.attention`."""
+    return names_in_folder("models/attention", "ATTENTION")
+
+
+def builtin_weight_transfers() -> dict[str, str]:
+    """The weight transfers that come with raylign, by name: the modules of `alignment.rollout.transfer`."""
+    return names_in_folder("rollout/transfer", "TRANSFER")
 
 
 def algorithm_names() -> list[str]:
@@ -110,7 +132,8 @@ def algorithm_class(name: str) -> type[AlgorithmConfig]:
     """
     algorithm = load_plugin(name, builtin_algorithms(), "algorithm")
     if not (isinstance(algorithm, type) and issubclass(algorithm, AlgorithmConfig)):
-        raise ConfigError(f"algorithm {name!r} is not a subclass of alignment.algorithms.Algorithm")
+        kind = "" if isinstance(algorithm, type) else f"a {type(algorithm).__name__}, "
+        raise ConfigError(f"algorithm {name!r} is {kind}not a subclass of alignment.algorithms.Algorithm")
     return algorithm
 
 
@@ -120,7 +143,7 @@ def load_weight_transfer(name: str) -> type[Any]:
     Raises:
         ConfigError: there is no such class.
     """
-    transfer = load_plugin(name, WEIGHT_TRANSFERS, "weight transfer")
+    transfer = load_plugin(name, builtin_weight_transfers(), "weight transfer")
     if not isinstance(transfer, type):
         raise ConfigError(f"weight transfer {name!r} is a {type(transfer).__name__}, not a class")
     if missing := [method for method in TRANSFER_METHODS if not callable(getattr(transfer, method, None))]:
@@ -128,16 +151,47 @@ def load_weight_transfer(name: str) -> type[Any]:
     return transfer
 
 
+def load_attention(name: str) -> Any:
+    """Finds the `alignment.models.attention.PackedAttention` of a name. Its import needs torch.
+
+    Raises:
+        ConfigError: there is no such attention.
+    """
+    attention = load_plugin(name, builtin_attentions(), "attention")
+    if not isinstance(attention, load_attribute("alignment.models.attention:PackedAttention", "attention")):
+        raise ConfigError(f"attention {name!r} is a {type(attention).__name__}, not a PackedAttention")
+    return attention
+
+
+def load_function(name: str, purpose: str) -> Any:
+    """Finds the function or class of one's own behind a dotted `package.module:attribute`.
+
+    Args:
+        purpose: what the name stands for, as `shape`; for the error.
+
+    Raises:
+        ConfigError: there is no such attribute, or it is neither a function nor a class.
+    """
+    return load_plugin(name, {}, purpose, callable_only=True)
+
+
 class EnvironmentConfig(Section):
     """What the model talks with, so that a completion is a conversation of several turns."""
 
-    name: Annotated[str, Field(pattern=":")]
+    name: Annotated[str, Field(json_schema_extra={"pattern": ":"})]
     """A dotted `package.module:function_or_class` of one's own. Called with the group (and `arguments`), it returns the
     environment of one completion: an object with `async def step(answer: str) -> Observation`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments that it is called with beside the group."""
     max_turns: PositiveCount = 4
     """Most answers of the model in one conversation; `rollout.max_tokens` bounds the whole of it."""
+
+    @field_validator("name")
+    @classmethod
+    def _known_environment(cls, name: str) -> str:
+        with as_value_error():
+            load_function(name, "environment")
+        return name
 
 
 class ScorerConfig(Section):
@@ -195,15 +249,6 @@ def scorer_class(name: str) -> type[ScorerConfig]:
             )
         return scorer
     return cast(type[ScorerConfig], load_attribute("alignment.rewards.functions:RewardFunction", "scorer"))
-
-
-def callable_named(name: str) -> Any:
-    """Returns the function or class that a dotted `package.module:attribute` names.
-
-    Raises:
-        ConfigError: there is no such attribute, or it is neither a function nor a class.
-    """
-    return load_plugin(name, {}, "scorer", callable_only=True)
 
 
 def load_scorers(value: Any) -> Any:

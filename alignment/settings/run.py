@@ -18,12 +18,12 @@ from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.plugins import (
-    WEIGHT_TRANSFERS,
     AlgorithmConfig,
     EnvironmentConfig,
     Scorers,
     algorithm_class,
     algorithm_names,
+    builtin_weight_transfers,
     load_weight_transfer,
 )
 from alignment.settings.section import (
@@ -151,7 +151,7 @@ class RolloutConfig(Section):
     @field_validator("weight_transfer")
     @classmethod
     def _has_a_transfer(cls, name: str) -> str:
-        if name not in WEIGHT_TRANSFERS:  # the import of a built-in one needs torch
+        if name not in builtin_weight_transfers():  # the import of a built-in one needs torch
             with as_value_error():
                 load_weight_transfer(name)
         return name

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from alignment.optimizers import OPTIMIZERS
-from alignment.settings.model import ATTENTIONS
 from alignment.settings.plugins import (
-    WEIGHT_TRANSFERS,
     AlgorithmConfig,
     ScorerConfig,
     algorithm_class,
     algorithm_names,
+    builtin_attentions,
+    builtin_weight_transfers,
     scorer_class,
     scorer_names,
 )
@@ -31,8 +31,8 @@ def json_schema(kind: type[RunConfig]) -> dict[str, Any]:
         "description": RunConfig.model_fields["algorithm"].description,
     }
     schema["$defs"]["OptimConfig"]["properties"]["name"] |= _names(OPTIMIZERS)
-    schema["$defs"]["ModelConfig"]["properties"]["attention"] |= _names(["auto", *ATTENTIONS])
-    schema["$defs"]["RolloutConfig"]["properties"]["weight_transfer"] |= _names(WEIGHT_TRANSFERS)
+    schema["$defs"]["ModelConfig"]["properties"]["attention"] |= _names(["auto", *builtin_attentions()])
+    schema["$defs"]["RolloutConfig"]["properties"]["weight_transfer"] |= _names(builtin_weight_transfers())
     schema["properties"]["trackers"]["items"] |= _names(TRACKERS)
     for section in ("rewards", "eval_rewards"):
         schema["properties"][section]["items"] = {"anyOf": _alternatives(schema, ScorerConfig, scorers)}

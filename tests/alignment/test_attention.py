@@ -19,15 +19,10 @@ from alignment.batch import Batch
 from alignment.data.packing import pack
 from alignment.errors import ModelError
 from alignment.groups import Completion, Group
-from alignment.models.attention import (
-    Layout,
-    block_mask,
-    dense_attention,
-    dense_mask,
-    find_window_starts,
-    grouped_attention,
-    grouped_mask,
-)
+from alignment.models.attention import Layout, find_window_starts
+from alignment.models.attention.flex import block_mask
+from alignment.models.attention.grouped import grouped_attention, grouped_mask
+from alignment.models.attention.sdpa import dense_attention, dense_mask
 
 CPU = torch.device("cpu")
 

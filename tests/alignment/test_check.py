@@ -215,7 +215,7 @@ def test_a_mask_that_forgets_the_window_is_refused(tmp_path: Path) -> None:
                       kwargs["attention_mask"]}  # fmt: skip
 
     def without_window(mask: Any) -> Any:
-        from alignment.models.attention import grouped_mask
+        from alignment.models.attention.grouped import grouped_mask
 
         return grouped_mask(mask.layout, None, torch.float32)
 

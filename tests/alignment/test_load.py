@@ -15,7 +15,8 @@ import torch._dynamo
 from pydantic import ValidationError
 from torch import nn
 
-from alignment.models.attention import DENSE, dense_attention, limit_recompilations
+from alignment.models.attention.flex import limit_recompilations
+from alignment.models.attention.sdpa import DENSE, dense_attention
 from alignment.models.forward import outputs
 from alignment.models.load import DTYPES, load_model, number_format
 from alignment.settings.data import DataConfig

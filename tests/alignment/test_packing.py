@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
-from alignment.models.attention import dense_mask
+from alignment.models.attention.sdpa import dense_mask
 from alignment.models.forward import outputs
 from alignment.models.load import LanguageModel, load_model
 from alignment.models.output_head import linear_logprobs

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from alignment.data.packing import pack
 from alignment.groups import Completion, Group
-from alignment.models.attention import Layout, block_mask, dense_mask
+from alignment.models.attention import Layout
+from alignment.models.attention.flex import block_mask
+from alignment.models.attention.sdpa import dense_mask
 from alignment.models.forward import outputs
 from alignment.models.load import load_model
 from alignment.models.output_head import linear_logprobs

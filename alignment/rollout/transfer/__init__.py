@@ -4,6 +4,8 @@
 
 It has the shape of vLLM's own weight transfer: a side that sends, a side that receives, and information about each
 update, which only the two sides understand. `alignment.vllm.reload` loads what the receiving side yields.
+
+A new transfer is one file in this folder, which `TRANSFER` names: `weight_transfer: files` is `files.py`.
 """
 
 from __future__ import annotations

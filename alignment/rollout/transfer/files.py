@@ -189,3 +189,6 @@ def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
             shard, size = {}, 0
     if shard:
         yield shard
+
+
+TRANSFER = NearestFileTransfer
