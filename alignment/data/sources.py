@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from alignment.data.files import KINDS, Rows, data_files, is_data_file, may_hold_split, parse_line, read_file
 from alignment.errors import DataError
-from alignment.settings.data import SourceConfig
-from alignment.settings.plugins import load_plugin
+from alignment.settings.data import SourceConfig, is_function_name
+from alignment.settings.plugins import load_function
 
 if TYPE_CHECKING:
     import httpx
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ("http://", "https://")
 DATABASES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
-FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-"""A dotted name of one's own, as `package.module:function`. The id of a set on the hub has no colon."""
 KEY_VARIABLE = "RAYLIGN_KEY"
 """Environment variable with the bearer key for endpoints."""
 PAGE = 1000
@@ -84,7 +81,7 @@ def _read_by_function(name: str, source: SourceConfig) -> Rows:
         ConfigError: there is no such function.
         DataError: the function raises an error, or what it yields is no row.
     """
-    function, number = load_plugin(name, {}, "source"), 0
+    function, number = load_function(name, "source"), 0
     try:
         for number, row in enumerate(function(source), start=1):
             is_row = isinstance(row, dict)
@@ -222,7 +219,7 @@ SOURCES = {
     "missing_file": SourceKind(
         matches=lambda path: path.startswith((".", "/", "~")) or is_data_file(path), read=_refuse_missing_file
     ),
-    "function": SourceKind(matches=lambda path: FUNCTION.fullmatch(path) is not None, read=_read_by_function),
+    "function": SourceKind(matches=is_function_name, read=_read_by_function),
     "hub": SourceKind(matches=lambda path: True, read=_read_hub),
 }
 """The kinds of sources, by name. A path is of the first kind that it matches."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import string
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from alignment.passwords import holds_password
 from alignment.settings.explain import nearest
-from alignment.settings.section import Count, Fraction, NonNegative, PositiveCount, Section
+from alignment.settings.plugins import load_function
+from alignment.settings.section import Count, Fraction, NonNegative, PositiveCount, Section, as_value_error
 
 FIELDS = (
     *("prompt", "chosen", "rejected", "completion", "completions", "rewards", "label", "messages", "text"),
@@ -21,6 +23,15 @@ FIELDS = (
 
 COLUMN = re.compile(r"(?!\d+$)[^\[\]{}!:]+")
 """A name that braces can hold, with dots for what is inside a column."""
+
+
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""A dotted name of one's own, as `package.module:function`. The id of a set on the hub has no colon."""
+
+
+def is_function_name(path: str) -> bool:
+    """Whether a `data.path` is the dotted name of a function of one's own, and not that of a file."""
+    return FUNCTION.fullmatch(path) is not None and not Path(path).exists()
 
 
 class SourceConfig(Section):
@@ -61,7 +72,7 @@ class SourceConfig(Section):
     prompt_template: str | None = None
     """Text of the prompt with columns in braces, as `"Question: {question}\\n\\nAnswer: "`; dots reach into a column.
     None reads a column."""
-    shape: Annotated[str, Field(pattern=":")] | None = None
+    shape: Annotated[str, Field(json_schema_extra={"pattern": ":"})] | None = None
     """A dotted `package.module:function` of one's own that reads every row: it is called with the row, a mapping, and
     returns an `alignment.groups.Group`, the columns of which scorers get beside those of `keep`. `columns`,
     `prompt_template` and `prompt_as` mean nothing then. None finds out by the names of the columns."""
@@ -78,6 +89,22 @@ class SourceConfig(Section):
         if path is not None and holds_password(path):
             raise ValueError("must hold no password, for it is kept with the run; PGPASSWORD or ~/.pgpass may")
         return path
+
+    @field_validator("path")
+    @classmethod
+    def _known_function(cls, path: str | None) -> str | None:
+        if path is not None and is_function_name(path):
+            with as_value_error():
+                load_function(path, "source")
+        return path
+
+    @field_validator("shape")
+    @classmethod
+    def _known_shape(cls, shape: str | None) -> str | None:
+        if shape is not None:
+            with as_value_error():
+                load_function(shape, "shape")
+        return shape
 
     @field_validator("weight")
     @classmethod

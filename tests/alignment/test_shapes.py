@@ -10,7 +10,7 @@ import pytest
 from alignment.data import shapes
 from alignment.data.files import Cell
 from alignment.data.shapes import to_group
-from alignment.errors import ConfigError, DataError, NoPreference, WithoutWeight
+from alignment.errors import DataError, NoPreference, WithoutWeight
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import SourceConfig
 from tests.conftest import read_data
@@ -54,14 +54,16 @@ def test_a_shape_of_ones_own_reads_rows() -> None:
         group_of({"text": "4"}, shape="tests.alignment.test_shapes:read_dialogue")
     with pytest.raises(DataError, match="returns a dict, not an"):
         group_of(row, shape="builtins:dict")
-    with pytest.raises(ConfigError, match="shape 'builtins:dicts' cannot be imported"):
-        group_of(row, shape="builtins:dicts")
 
 
 def test_an_entry_of_the_table_is_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     dialogue = shapes.RowShape(lambda fields: fields.has("dialogue"), lambda fields, origin: read_dialogue(fields.row))
     monkeypatch.setitem(shapes.SHAPES, "dialogue", dialogue)
     assert group_of({"dialogue": ["2 + 2?", "4"]}).completions == FOUR
+
+
+def test_the_shapes_of_all_files_are_tried_in_the_order_of_their_ranks() -> None:
+    assert list(shapes.SHAPES) == ["pair", "completions", "completion", "half_pair", "messages", "text", "prompt"]
 
 
 @pytest.mark.parametrize(

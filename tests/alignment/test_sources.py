@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from alignment.data import sources
 from alignment.data.files import Row
 from alignment.data.sources import read_rows
-from alignment.errors import ConfigError, DataError
+from alignment.errors import DataError
 from alignment.settings.data import SourceConfig
 
 WriteRows = Callable[..., Path]
@@ -484,8 +485,8 @@ def test_a_source_of_ones_own_yields_rows() -> None:
     assert isinstance(problem, DataError)
     with pytest.raises(DataError, match=r"OSError\('gone'\) after row 3"):
         next(rows)
-    with pytest.raises(ConfigError, match="test_sources:no_rows' cannot be imported"):
-        list(read_rows(SourceConfig(path="tests.alignment.test_sources:no_rows")))
+    with pytest.raises(ValidationError, match="has no attribute 'counted_row'; did you mean 'counted_rows'"):
+        SourceConfig(path="tests.alignment.test_sources:counted_row")
 
 
 def test_an_entry_of_the_table_is_a_kind_of_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from alignment.data.rows.template_inputs import add_system_turn, read_template_k
 from alignment.errors import DataError
 from alignment.groups import Group
 from alignment.settings.data import SourceConfig
-from alignment.settings.plugins import load_plugin
+from alignment.settings.plugins import load_function
 
 __all__ = ["SHAPES", "RowShape", "TrackedRow", "has_equal_scores", "to_group"]
 
@@ -80,7 +80,7 @@ def _read_by_function(name: str, row: Row, origin: str) -> Group:
         ConfigError: there is no such function.
         DataError: the function raises an error, or it returns no Group.
     """
-    function = load_plugin(name, {}, "shape")
+    function = load_function(name, "shape")
     try:
         group = function(row)
     except DataError:
