@@ -109,7 +109,10 @@ def test_a_page_has_little_code_and_no_long_lines(page: str) -> None:
     assert max(map(len, lines)) <= MAX_LINE_LENGTH
 
 
-@pytest.mark.parametrize("page", ["algorithm", "data-shape", "loss", "reward"])
+TRAINED_PAGES = ["algorithm", "attention", "data-shape", "loss", "optimizer", "reward", "source", "tracker"]
+
+
+@pytest.mark.parametrize("page", TRAINED_PAGES)
 def test_what_a_page_adds_is_trained_with(
     page: str, scratch: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,4 +192,4 @@ def test_a_route_is_served_once_its_file_is_there(scratch: Path, monkeypatch: py
 
 
 def test_every_page_is_run_by_a_test() -> None:
-    assert set(PAGES) == {"algorithm", "data-shape", "environment", "loss", "model-family", "reward", "route"}
+    assert set(PAGES) == {*TRAINED_PAGES, "environment", "model-family", "route"}
