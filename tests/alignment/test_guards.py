@@ -52,7 +52,7 @@ def test_patience_counts_steps_in_a_row() -> None:
     assert not guards.watch({"kl": 6}) and not guards.watch({"kl": 6}) and guards.watch({"kl": 6})
 
 
-def test_rising_rewards_with_a_falling_judge_are_told_of() -> None:
+def test_rising_rewards_with_a_falling_eval_reward_are_told_of() -> None:
     guards = RunGuards(GuardsConfig(hacking_window=2), eval_rewards=["taste", "length"])
 
     def seen(reward: float, taste: float, length: float = 1.0) -> list[str]:

@@ -32,7 +32,7 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def shortness(prompts: list[str], completions: list[str]) -> list[float]:
-    """A judge that sees something else."""
+    """A scorer of held-out answers that sees something else."""
     return [-float(len(text)) for text in completions]
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shortness(prompts: list[str], completions: list[str]) -> list[float]:
-    """A judge, so that held-out prompts are answered."""
+    """A scorer of held-out answers, so that held-out prompts are answered."""
     return [-float(len(text)) for text in completions]
 
 

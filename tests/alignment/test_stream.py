@@ -443,10 +443,12 @@ def test_a_row_that_a_scorer_cannot_read_is_bad_before_anything_is_sampled(
     assert skipping.num_bad == 1
 
 
-def test_judges_are_asked_about_held_out_rows_alone(reader: Callable[..., GroupReader], write_rows: WriteRows) -> None:
-    judge = scorer_class("exact_number").model_validate({"name": "exact_number"})
+def test_eval_rewards_are_asked_about_held_out_rows_alone(
+    reader: Callable[..., GroupReader], write_rows: WriteRows
+) -> None:
+    scorer = scorer_class("exact_number").model_validate({"name": "exact_number"})
     path, good = str(write_rows(GRADED)), {"path": str(write_rows(GRADED[:2], "held_out.jsonl"))}
-    settings: Any = {"path": path, "keep": ["answer"], "eval_rewards": [judge]}
+    settings: Any = {"path": path, "keep": ["answer"], "eval_rewards": [scorer]}
     assert load(reader("grpo", **settings, eval=good)).num_train == 8
     with pytest.raises(DataError, match=r"held_out\.jsonl:4: exact_number"):
         load(reader("grpo", **settings, eval={"path": str(write_rows(GRADED, "held_out.jsonl"))}))

@@ -110,15 +110,15 @@ def test_an_error_that_only_one_worker_can_have_ends_all(run_settings: Settings,
 
 def train_with_key(world: World, settings: Settings, key: str | None) -> None:
     if key is not None:
-        os.environ["KEY_OF_THE_JUDGE"] = key
+        os.environ["KEY_OF_THE_SCORER"] = key
     train_with(world, settings)
 
 
 def test_a_key_that_is_missing_on_one_machine_ends_all(run_settings: Settings) -> None:
-    judge = {"name": "http", "url": "http://127.0.0.1:9/v1/rewards", "key_env": "KEY_OF_THE_JUDGE"}
-    settings = {**run_settings, "eval_rewards": [judge], "rollout": {"engine": "local"}}
+    scorer = {"name": "http", "url": "http://127.0.0.1:9/v1/rewards", "key_env": "KEY_OF_THE_SCORER"}
+    settings = {**run_settings, "eval_rewards": [scorer], "rollout": {"engine": "local"}}
     error = same_error(run_two(train_with_key, (settings, "secret"), (settings, None)))
-    assert isinstance(error, ConfigError) and "KEY_OF_THE_JUDGE" in str(error)
+    assert isinstance(error, ConfigError) and "KEY_OF_THE_SCORER" in str(error)
 
 
 def wait_long(world: World) -> str:

@@ -57,17 +57,17 @@ REWARD = '{name: http, url: "http://raylign-reward:8100/score", key_env: RAYLIGN
         f"'eval_rewards=[{REWARD}]'",
         "data.path=postgresql+psycopg://raylign@raylign-database/raylign",
         "model.path=meta-llama/Llama-3.2-1B-Instruct",
-        "'rewards=[{name: http, url: \"https://judge.example/score\"}]'",
+        "'rewards=[{name: http, url: \"https://scorer.example/score\"}]'",
     ],
 )
-def test_runs_reach_reward_servers_judges_the_database_and_hubs(settings: str) -> None:
+def test_runs_reach_scorers_the_database_and_hubs(settings: str) -> None:
     assert place_problems(with_entrypoint(f"{GRPO} {settings}")) == []
 
 
 UNREACHABLE = {
-    "a judge on a port of its own": (
-        "'eval_rewards=[{name: http, url: \"https://judge.example:8443/score\"}]'",
-        "raylign-train/gpu: scorer http: judge.example:8443: no egress",
+    "a scorer on a port of its own": (
+        "'eval_rewards=[{name: http, url: \"https://scorer.example:8443/score\"}]'",
+        "raylign-train/gpu: scorer http: scorer.example:8443: no egress",
     ),
     "a service that is not there": (
         "'rewards=[{name: http, url: \"http://rewards:8100/score\"}]'",
@@ -78,8 +78,8 @@ UNREACHABLE = {
         "raylign-reward:80: its Service has no pod or no such port",
     ),
     "a key that no pod has": (
-        "'eval_rewards=[{name: http, url: \"https://judge.example/score\", key_env: JUDGE_KEY}]'",
-        "JUDGE_KEY does not come from a Secret",
+        "'eval_rewards=[{name: http, url: \"https://scorer.example/score\", key_env: SCORER_KEY}]'",
+        "SCORER_KEY does not come from a Secret",
     ),
     "an endpoint elsewhere in the cluster": (
         "data.path=http://other-serve-svc:8000/v1/feedback/export",

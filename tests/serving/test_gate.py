@@ -172,13 +172,13 @@ def test_the_first_failure_ends_the_examination(service: Standin, write_rows: An
     assert len(service.asked) < 50
 
 
-def test_a_judge_that_needs_what_texts_do_not_tell_says_so(service: Standin, write_rows: Any) -> None:
+def test_a_scorer_that_needs_what_texts_do_not_tell_says_so(service: Standin, write_rows: Any) -> None:
     config = gate(write_rows, eval_rewards=[{"name": "length", "unit": "tokens", "target": 5}])
     with pytest.raises(RewardError, match="these have text alone"):
         figures(config, service)
 
 
-def test_a_margin_for_a_judge_that_there_is_not_is_refused(service: Standin, write_rows: Any) -> None:
+def test_a_margin_for_a_scorer_that_there_is_not_is_refused(service: Standin, write_rows: Any) -> None:
     with pytest.raises(ConfigError, match="there is no scorer 'keyword'; there are keywords"):
         figures(gate(write_rows, margins={"eval_rewards": {"keyword": 0.1}}), service)
     assert service.asked == []

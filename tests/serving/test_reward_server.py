@@ -28,7 +28,7 @@ from alignment.settings.plugins import scorer_class
 from serving.launch import refuse_busy_port
 from serving.reward_server import KeyMiddleware, ModelThread, reward_server
 from serving.schema import RequestError
-from tests.alignment.test_rewards_model import GROUPS, make_judge
+from tests.alignment.test_rewards_model import GROUPS, make_reward_model
 from tests.conftest import free_port
 from tests.processes import without_wait_policy
 
@@ -54,7 +54,7 @@ class Running:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("server")
-    model, log, port = make_judge(folder / "judge"), folder / "log", free_port()
+    model, log, port = make_reward_model(folder / "reward_model"), folder / "log", free_port()
     options = ["--port", str(port), "--dtype", "fp32", "--max-body-mib", "0.05", "--max-items", "50"]
     with log.open("wb") as file:
         process = subprocess.Popen(
