@@ -15,7 +15,7 @@ from alignment.algorithms import Algorithm
 from alignment.batch import Role
 from alignment.checkpoint import Progress, ResumeState
 from alignment.data.agreement import check_data
-from alignment.data.chat import DATE_OF_RUN, run_date
+from alignment.data.chat_templates import DATE_OF_RUN, run_date
 from alignment.data.snapshot import keep_live_rows
 from alignment.data.stream import Data, GroupReader, ListStream, LiveStream, load_data
 from alignment.data.vocabulary import BoundedGroupTokenizer

@@ -1,101 +1,22 @@
-"""Turns text into token ids: chat templates, the border between prompt and completion, end tokens, truncation."""
+"""Turns text into token ids: the border between prompt and completion, what is trained on, end tokens, truncation."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import re
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from alignment.data.chat_templates import DATE_OF_RUN, ChatTemplate, TemplateInputs
 from alignment.data.control_tokens import ControlTokens, Span
-from alignment.data.rendering import RenderedAnswer, Renderer, TemplateInputs
-from alignment.errors import ConfigError, DataError
-from alignment.files import replace_atomically
+from alignment.data.prompt_check import PromptCheck
+from alignment.data.rendering import RenderedAnswer, Renderer
+from alignment.errors import DataError
 from alignment.groups import Completion, Group, Message
-from alignment.run_folder import RunFolder
 from alignment.settings.data import DataConfig
-
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""  # noqa: E501
-ZEPHYR = """{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""  # noqa: E501
-CHAT_TEMPLATES = {"chatml": CHATML, "zephyr": ZEPHYR}
-
-
-def chat_template(name: str | None, tokenizer_templates: Mapping[str, str] | None = None) -> str | None:
-    """Returns the Jinja text of a `model.chat_template`.
-
-    Args:
-        name: the name of one of the tokenizer's templates or of `CHAT_TEMPLATES`, a path, Jinja text, or None.
-        tokenizer_templates: the tokenizer's templates by name, if it has several.
-
-    Returns:
-        The Jinja text; None for None.
-
-    Raises:
-        ConfigError: the name is none of these.
-    """
-    if name is None:
-        return None
-    if name in (templates_by_name := {**CHAT_TEMPLATES, **(tokenizer_templates or {})}):
-        return templates_by_name[name]
-    if "{%" in name or "{{" in name:
-        return name
-    if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
-    raise ConfigError(
-        f"model.chat_template {name!r} is neither a known name ({', '.join(CHAT_TEMPLATES)}) nor a file nor Jinja text"
-    )
-
-
-def with_kwargs(template: str, kwargs: Mapping[str, Any]) -> str:
-    """Returns a chat template in which `model.chat_template_kwargs` are defaults; values of a caller override them.
-
-    Raises:
-        ConfigError: the template does not mention one of these variables.
-    """
-    for name in kwargs:
-        if not re.search(rf"\b{re.escape(name)}\b", template):
-            raise ConfigError(
-                f"model.chat_template_kwargs: the chat template knows no {name!r}, so it would do nothing"
-            )
-    defaults = (
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja_literal(value)} %}}{{%- endif %}}"
-        for name, value in kwargs.items()
-    )
-    return "".join(defaults) + template
-
-
-def _jinja_literal(value: Any) -> str:
-    """A value of YAML as a Jinja literal, which is JSON except for null."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_jinja_literal(key)}: {_jinja_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_jinja_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-DATE_OF_RUN: ContextVar[datetime.date | None] = ContextVar("DATE_OF_RUN", default=None)
-"""The date that templates print in this process; scorers use it too, because they do not know the run's folder."""
-
-
-def run_date(run_folder: RunFolder) -> datetime.date:
-    """Returns the date on which a run began, from its folder; the first call writes today's date there.
-
-    Chat templates that print today's date print this one, so that the prompts of a run stay the same on every day.
-    """
-    file = run_folder.date_file
-    if file.is_file():
-        return datetime.date.fromisoformat(file.read_text(encoding="utf-8").strip())
-    today = datetime.date.today()
-    with replace_atomically(file) as partial_file:
-        partial_file.write_text(f"{today.isoformat()}\n", encoding="utf-8")
-    return today
 
 
 class GroupTokenizer:
@@ -141,7 +62,9 @@ class GroupTokenizer:
         self.control = ControlTokens(tokenizer)
         # The text of an id that the tokenizer does not have is empty.
         end_texts = frozenset(tokenizer.decode([index]) for index in end_tokens) - {""}
-        self.renderer = Renderer(tokenizer, self.control, end_texts, date or DATE_OF_RUN.get() or datetime.date.today())
+        self.template = ChatTemplate(tokenizer, date or DATE_OF_RUN.get() or datetime.date.today())
+        self.prompt_check = PromptCheck(self.template)
+        self.renderer = Renderer(self.template, self.control, end_texts)
         self.checks_answers = checks_answers
         self.num_with_control = 0
         """Number of groups so far whose texts hold control tokens."""
@@ -197,8 +120,8 @@ class GroupTokenizer:
             notes.append(f"{self.num_with_control} with control tokens in their texts, {interpretation}")
         if self.num_split_conversations:
             notes.append(f"{self.num_split_conversations} conversations learned as one example per answer")
-        if self.renderer.unread_fields:
-            names = ", ".join(sorted(self.renderer.unread_fields))
+        if self.prompt_check.unread_fields:
+            names = ", ".join(sorted(self.prompt_check.unread_fields))
             notes.append(f"fields that the chat template does not read: {names}")
         return "; ".join(notes)
 
@@ -208,7 +131,7 @@ class GroupTokenizer:
         Raises:
             DataError: there is no chat template, or it refuses these messages.
         """
-        return self.renderer.render(turns, answer_next=answer_next)
+        return self.template.render(turns, answer_next=answer_next)
 
     def _shield_group(self, group: Group) -> Group:
         """The group with its control tokens shielded, if they are to be read as text; counts groups that have some."""
@@ -259,7 +182,7 @@ class GroupTokenizer:
         assert not isinstance(group.prompt, str)
         continues_answer = _continues_answer(group.prompt)
         prompt = self.renderer.prompt(group.prompt, inputs=_inputs(group), continues_answer=continues_answer)
-        self.renderer.check_prompt(prompt, group.prompt, _inputs(group))
+        self.prompt_check.check(prompt, group.prompt, _inputs(group))
         sequences = []
         for completion in group.completions:
             answer = self._answer(group, completion, prompt, continues_answer)
@@ -270,15 +193,16 @@ class GroupTokenizer:
 
     def _answer(self, group: Group, completion: Completion, prompt: str, continues_answer: bool) -> RenderedAnswer:
         assert not isinstance(group.prompt, str)
+        turn = _turn(completion)
+        self.prompt_check.count_unread_fields(turn)
         try:
-            turn = _turn(completion)
             return self.renderer.answer(
                 group.prompt, turn, inputs=_inputs(group), prompt=prompt, continues_answer=continues_answer
             )
         except DataError:
             if self.checks_answers:
                 raise
-            return self.renderer.as_generated(group.prompt, _turn(completion), inputs=_inputs(group), prompt=prompt)
+            return self.renderer.as_generated(group.prompt, turn, inputs=_inputs(group), prompt=prompt)
 
     def _conversation_layout(self, group: Group) -> _Layout | None:
         """The layout of a conversation with all its answers in one text; None if it needs one example per answer."""
@@ -292,13 +216,15 @@ class GroupTokenizer:
         if self.data.train_on_prompt:  # every token is trained on, so the positions of the answers do not matter
             answer_indices = answer_indices[-1:]
             continues_answer = continues_answer and len(answer_indices) == 1
+        for index in answer_indices:
+            self.prompt_check.count_unread_fields(turns[index])
         conversation = self.renderer.conversation(
             turns, answer_indices, inputs=_inputs(group), continues_answer=continues_answer
         )
         if conversation is None:
             return None
         context = turns[: answer_indices[-1]]
-        self.renderer.check_prompt(conversation.text, context, _inputs(group))
+        self.prompt_check.check(conversation.text, context, _inputs(group))
         encoding = self.control.encode(conversation.text)
         # A token may overlap a border, and its span may be empty (some tokenizers leave white space out of it).
         loss_mask = [

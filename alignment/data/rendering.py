@@ -7,45 +7,25 @@ partial renderings. A rendering in which an answer is not found there is refused
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
-
+from alignment.data.chat_templates import NO_INPUTS, SENTINEL, ChatTemplate, TemplateInputs, Turns
 from alignment.data.control_tokens import REASONING_MARKS, ControlTokens, Span
+from alignment.data.message_fields import (
+    CALL_FIELDS,
+    called_names,
+    closes_reasoning,
+    drop_fields,
+    is_empty_reasoning,
+    lost_calls_error,
+    open_reasoning_marks,
+    split_reasoning,
+)
 from alignment.errors import DataError
 from alignment.groups import Message
 
-Turns = tuple[Message, ...]
-
-SENTINEL = "\ufdd3text\ufdd3"
-"""Replaces a text to find where the template writes it; it has noncharacters of Unicode, which no text holds."""
 MAX_TAILS = 16
 """Number of ends of turns to remember. A template has one or two, unless it prints a part of the messages there."""
-MAX_CHANCE_LENGTH = 40
-"""A text of at most this many characters may occur in a rendered prompt by chance, as a part of another text."""
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Fields that hold the reasoning before an answer, by the names of chat templates and servers."""
-CALL_FIELDS = ("tool_calls", "function_call")
-"""Fields that hold the function calls of a message."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TemplateInputs:
-    """Arguments of a chat template besides the messages."""
-
-    tools: Sequence[Mapping[str, Any]] = ()
-    """JSON schemas of the functions that may be called."""
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The row's own `chat_template_kwargs`, which override the configured ones."""
-
-
-NO_INPUTS = TemplateInputs()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,47 +67,19 @@ class RenderedConversation:
 
 
 class Renderer:
-    """A tokenizer's chat template, with one date for the whole run."""
+    """Renders prompts and answers by a chat template, and says where in the text each answer stands."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens, end_texts: frozenset[str], date: datetime.date
-    ) -> None:
+    def __init__(self, template: ChatTemplate, control: ControlTokens, end_texts: frozenset[str]) -> None:
         """Makes a renderer.
 
         Args:
             control: the control tokens of the tokenizer.
             end_texts: the texts of the end tokens, as templates write them.
-            date: the date that templates print as today's.
         """
-        self.tokenizer = tokenizer
+        self.template = template
         self.control = control
         self.end_texts = end_texts
-        self.unread_fields: Counter[str] = Counter()
-        """How often a message has a field that the template does not read, by the name of the field."""
-        self._date_time = datetime.datetime.combine(date, datetime.time())
         self._tails: dict[str, None] = {}
-        # Positions whose turns the template prints: role, previous role, whether it is the last turn, whether it calls.
-        self._printed_positions: set[tuple[str, str | None, bool, bool]] = set()
-        self._needs_content_parts: bool | None = None
-
-    def render(self, turns: Turns, *, inputs: TemplateInputs = NO_INPUTS, answer_next: bool) -> str:
-        """The turns as the chat template writes them; with `answer_next`, the text ends where an answer would begin.
-
-        Raises:
-            DataError: there is no template, or it refuses these messages.
-        """
-        if self._needs_content_parts is None:
-            self._template_source(inputs)
-            self._needs_content_parts = False
-            self._needs_content_parts = self._probe_content_parts()
-        # Most templates take the arguments of a call as a mapping; a few take a text, and fail with a mapping.
-        messages = self._template_messages(turns)
-        try:
-            return self._apply_template(messages, inputs, answer_next)
-        except DataError:
-            if not any(turn.fields.get("tool_calls") for turn in turns):
-                raise
-            return self._apply_template(self._template_messages(turns, arguments_as_text=True), inputs, answer_next)
 
     def prompt(self, turns: Turns, *, inputs: TemplateInputs = NO_INPUTS, continues_answer: bool = False) -> str:
         """The prompt of generation: the turns and the beginning of an answer, up to where the model continues.
@@ -139,60 +91,15 @@ class Renderer:
             DataError: the template refuses these messages, or does not print the answer to be continued unchanged.
         """
         if not continues_answer:
-            return self.render(turns, inputs=inputs, answer_next=True)
+            return self.template.render(turns, inputs=inputs, answer_next=True)
         last_turn = turns[-1]
         marked_turn = dataclasses.replace(last_turn, content=last_turn.content + SENTINEL)
-        text, separator, _ = self.render((*turns[:-1], marked_turn), inputs=inputs, answer_next=False).rpartition(
-            SENTINEL
-        )
+        text, separator, _ = self.template.render(
+            (*turns[:-1], marked_turn), inputs=inputs, answer_next=False
+        ).rpartition(SENTINEL)
         if not separator or not text.endswith(last_turn.content.lstrip()):
             raise DataError(f"the chat template does not print the begun answer {last_turn.content!r:.50} as it stands")
         return text
-
-    def check_prompt(self, prompt: str, turns: Turns, inputs: TemplateInputs) -> None:
-        """Checks that the template prints the text of every turn, every call and the tools.
-
-        Raises:
-            DataError: a part of the row would be lost; the text says which.
-        """
-        for index, turn in enumerate(turns):
-            content = turn.content.strip()
-            if content and not self._is_printed(prompt, turns, index, inputs):
-                raise DataError(
-                    f"the chat template leaves out what role {turn.role!r} says ({content!r:.50}); "
-                    "take another model.chat_template, or leave such turns out of the data"
-                )
-            self._count_unread_fields(turn)
-        for name in inputs.kwargs:
-            if not re.search(rf"\b{re.escape(name)}\b", self._template_source(inputs)):
-                self.unread_fields[f"chat_template_kwargs.{name}"] += 1
-        if inputs.tools and self._renders_equally(turns, inputs, turns, dataclasses.replace(inputs, tools=())):
-            raise DataError(
-                "the chat template does not print tools, so the model would not learn what it may call; take a "
-                "model.chat_template that does"
-            )
-        names = [name for turn in turns for name in _called_names(turn)]
-        turns_without_calls = tuple(_drop_fields(turn, CALL_FIELDS) for turn in turns)
-        if names and (
-            self._renders_equally(turns, inputs, turns_without_calls, inputs)
-            or not all(name in prompt for name in names)
-        ):
-            raise _lost_calls_error()
-
-    def _renders_equally(
-        self,
-        turns: Turns,
-        inputs: TemplateInputs,
-        other_turns: Turns,
-        other_inputs: TemplateInputs,
-        answer_next: bool = True,
-    ) -> bool:
-        """True if the template writes the same text for both inputs; False if it refuses the second."""
-        try:
-            other_text = self.render(other_turns, inputs=other_inputs, answer_next=answer_next)
-        except DataError:
-            return False
-        return other_text == self.render(turns, inputs=inputs, answer_next=answer_next)
 
     def find_texts(self, prompt: str, turns: Turns, *, inputs: TemplateInputs, roles: Sequence[str]) -> list[Span]:
         """Start and stop (characters) of the texts of some roles in a rendered prompt.
@@ -248,10 +155,9 @@ class Renderer:
                 dataclasses.replace(answer, content=turns[-1].content + answer.content, fields=fields),
                 turns[:-1],
             )
-        self._count_unread_fields(answer)
-        full_text = self.render((*context, turn), inputs=inputs, answer_next=False)
-        open_marks = None if continues_answer else _open_reasoning_marks(prompt)
-        reasoning_text, content = _split_reasoning(answer)
+        full_text = self.template.render((*context, turn), inputs=inputs, answer_next=False)
+        open_marks = None if continues_answer else open_reasoning_marks(prompt)
+        reasoning_text, content = split_reasoning(answer)
         if full_text.startswith(prompt):
             rest = full_text[len(prompt) :]
         elif open_marks is not None and full_text.startswith(prompt[: prompt.rindex(open_marks[0])]):
@@ -267,7 +173,7 @@ class Renderer:
             if continuation is None:
                 raise _prompt_changes_error(prompt, full_text)
             rest = continuation
-        if _called_names(answer):
+        if called_names(answer):
             return self._answer_with_calls(context, turn, inputs, prompt, rest)
         body, tail = self._split_body(context, turn, inputs, rest, content)
         printed_form = next((form for form in _whitespace_forms(content) if body.endswith(form)), None)
@@ -276,7 +182,7 @@ class Renderer:
         wrapper = body[: len(body) - len(printed_form or "")]
         if reasoning_text is not None and (printed_form is None or reasoning_text.strip() not in wrapper):
             return self._answer_as_generated(context, turn, inputs, prompt, open_marks, reasoning_text, content)
-        if open_marks is not None and not _closes_reasoning(wrapper, open_marks[1]) and not answer.truncated:
+        if open_marks is not None and not closes_reasoning(wrapper, open_marks[1]) and not answer.truncated:
             if not (reasoning_text or "").strip():
                 raise _missing_reasoning_error(open_marks)
             return self._answer_as_generated(context, turn, inputs, prompt, open_marks, reasoning_text or "", content)
@@ -293,8 +199,8 @@ class Renderer:
         """
         last_content = context[-1].content.strip()
         start = prompt.rfind(last_content) if last_content else -1
-        marked_turn = _drop_fields(dataclasses.replace(turn, content=SENTINEL), CALL_FIELDS)
-        head = self.render((*context, marked_turn), inputs=inputs, answer_next=False).partition(SENTINEL)[0]
+        marked_turn = drop_fields(dataclasses.replace(turn, content=SENTINEL), CALL_FIELDS)
+        head = self.template.render((*context, marked_turn), inputs=inputs, answer_next=False).partition(SENTINEL)[0]
         stop = head.rfind(prompt[start:]) if start >= 0 and full_text.startswith(head) else -1
         return full_text[stop + len(prompt) - start :] if stop >= 0 else None
 
@@ -306,7 +212,7 @@ class Renderer:
         Raises:
             DataError: the template refuses these messages.
         """
-        self.render((*turns, answer), inputs=inputs, answer_next=False)
+        self.template.render((*turns, answer), inputs=inputs, answer_next=False)
         tail = self._find_tail(turns, answer, inputs)
         is_cut = tail is None or (answer.truncated and answer.content)
         end, space = ("", "") if is_cut else self._split_end(tail or "")
@@ -367,18 +273,18 @@ class Renderer:
         if (
             last_answer.end
             and not turn.truncated
-            and not _called_names(turn)
-            and _split_reasoning(turn)[0] is None
+            and not called_names(turn)
+            and split_reasoning(turn)[0] is None
             and not continues_answer
         ):
             for form in _whitespace_forms(turn.content):  # the common case, which needs no rendering
-                if text.startswith(form + last_answer.end, start) and not _open_reasoning_marks(prompt):
+                if text.startswith(form + last_answer.end, start) and not open_reasoning_marks(prompt):
                     return start + len(form + last_answer.end)
         answer = self.answer(turns[:-1], turn, inputs=inputs, prompt=prompt, continues_answer=continues_answer)
         wrapper = answer.body[: len(answer.body) - len(answer.content)]
         if text.startswith(answer.body, start):
             stop = start + len(answer.body)
-        elif _is_empty_reasoning(wrapper) and text.startswith(answer.content, start):
+        elif is_empty_reasoning(wrapper) and text.startswith(answer.content, start):
             stop = start + len(answer.content)
         else:
             return None
@@ -412,8 +318,10 @@ class Renderer:
 
     def _find_tail(self, context: Turns, turn: Message, inputs: TemplateInputs) -> str | None:
         """The text that the template writes after an answer; None if it does not print answers."""
-        marked_turn = _drop_fields(dataclasses.replace(turn, content=SENTINEL), CALL_FIELDS)
-        _, separator, tail = self.render((*context, marked_turn), inputs=inputs, answer_next=False).rpartition(SENTINEL)
+        marked_turn = drop_fields(dataclasses.replace(turn, content=SENTINEL), CALL_FIELDS)
+        _, separator, tail = self.template.render((*context, marked_turn), inputs=inputs, answer_next=False).rpartition(
+            SENTINEL
+        )
         return tail if separator else None
 
     def _split_end(self, tail: str) -> tuple[str, str]:
@@ -426,12 +334,12 @@ class Renderer:
     ) -> RenderedAnswer:
         content = turn.content.strip()
         stop = rest.find(content) + len(content) if content else 0
-        reasoning_text, _ = _split_reasoning(turn)
-        is_lost = self._renders_equally(
-            (*context, turn), inputs, (*context, _drop_fields(turn, CALL_FIELDS)), inputs, answer_next=False
+        reasoning_text, _ = split_reasoning(turn)
+        is_lost = self.template.renders_equally(
+            (*context, turn), inputs, (*context, drop_fields(turn, CALL_FIELDS)), inputs, answer_next=False
         )
-        if is_lost or content not in rest or not all(name in rest for name in _called_names(turn)):
-            raise _lost_calls_error()
+        if is_lost or content not in rest or not all(name in rest for name in called_names(turn)):
+            raise lost_calls_error()
         if reasoning_text is not None and reasoning_text.strip() not in rest:
             raise _lost_reasoning_error(reasoning_text)
         end_stops = [rest.index(end, stop) + len(end) for end in self.end_texts if end in rest[stop:]]
@@ -458,7 +366,7 @@ class Renderer:
             DataError: the answer has calls, or the marks of the reasoning are not known.
         """
         marks = open_marks or next((pair for pair in REASONING_MARKS if pair[1] in turn.content), None)
-        if marks is None or _called_names(turn):
+        if marks is None or called_names(turn):
             raise _lost_reasoning_error(reasoning_text)
         if marks[1] in turn.content:  # the text is as the model writes it, but for the mark that the prompt ends with
             body = turn.content
@@ -470,165 +378,10 @@ class Renderer:
         end, space = ("", "") if turn.truncated or tail is None else self._split_end(tail)
         return RenderedAnswer(prompt=prompt, body=body, content=body, end=end, space=space)
 
-    def _is_printed(self, prompt: str, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
-        """True if the text of a turn is in the prompt. A short text may be there by chance, as a part of another."""
-        content = turns[index].content.strip()
-        if len(content) > MAX_CHANCE_LENGTH and prompt.count(content) == sum(content in turn.content for turn in turns):
-            return True
-        previous_role = turns[index - 1].role if index else None
-        position_key = (turns[index].role, previous_role, index == len(turns) - 1, bool(_called_names(turns[index])))
-        if content in prompt and position_key in self._printed_positions:
-            return True
-        is_printed = self._renders_content(turns, index, inputs)
-        if is_printed:
-            self._printed_positions.add(position_key)
-        return is_printed
-
-    def _renders_content(self, turns: Turns, index: int, inputs: TemplateInputs) -> bool:
-        """True if the template prints the text of a turn, perhaps changed (as JSON, or without its reasoning)."""
-        marked_turn = dataclasses.replace(turns[index], content=SENTINEL)
-        return SENTINEL in self.render(
-            (*turns[:index], marked_turn, *turns[index + 1 :]), inputs=inputs, answer_next=True
-        )
-
-    def _probe_content_parts(self) -> bool:
-        """True if the template accepts a content only as a list of parts, as the templates of some image models do."""
-        content_parts = [{"type": "text", "text": SENTINEL}]
-        return not self._prints_sentinel(SENTINEL) and self._prints_sentinel(content_parts)
-
-    def _prints_sentinel(self, content: str | list[dict[str, str]]) -> bool:
-        try:
-            return SENTINEL in self._apply_template([{"role": "user", "content": content}], NO_INPUTS, answer_next=True)
-        except DataError:
-            return False
-
-    def _count_unread_fields(self, turn: Message) -> None:
-        for name in turn.fields:
-            if name not in REASONING_FIELDS and not self._template_reads(name):
-                self.unread_fields[name] += 1
-
-    def _template_messages(self, turns: Turns, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
-        messages = []
-        for turn in turns:
-            message = turn.template_fields()
-            if turn.fields:
-                self._rename_reasoning(message)
-                if message.get("tool_calls"):
-                    message["tool_calls"] = [
-                        _convert_call(call, as_text=arguments_as_text) for call in message["tool_calls"]
-                    ]
-            if self._needs_content_parts:
-                message["content"] = [{"type": "text", "text": turn.content}]
-            messages.append(message)
-        return messages
-
-    def _rename_reasoning(self, message: dict[str, Any]) -> None:
-        """Renames the field of the reasoning to the name that the template reads, if that is another one."""
-        name = next((name for name in REASONING_FIELDS if message.get(name)), None)
-        if name is not None and not self._template_reads(name):
-            template_name = next((field for field in REASONING_FIELDS if self._template_reads(field)), name)
-            message[template_name] = message.pop(name)
-
-    def _template_reads(self, field: str) -> bool:
-        """True if the template reads a field of messages, as `message.field` or `message['field']`."""
-        return re.search(rf"[.'\"]{re.escape(field)}\b", self._template_source()) is not None
-
-    def _apply_template(self, messages: list[dict[str, Any]], inputs: TemplateInputs, answer_next: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=list(inputs.tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=answer_next,
-                    strftime_now=self._date_time.strftime,
-                    **inputs.kwargs,
-                )
-            )
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses these messages: {error}") from error
-        except Exception as error:  # a template is a program that may fail in any way
-            raise DataError(f"the chat template fails on these messages: {type(error).__name__}: {error}") from error
-
-    def _template_source(self, inputs: TemplateInputs = NO_INPUTS) -> str:
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise DataError(
-                "the rows are messages, but the tokenizer has no chat template; set model.chat_template, e.g. to chatml"
-            )
-        if isinstance(template, dict):
-            if "default" not in template:
-                raise DataError(
-                    f"the tokenizer has several chat templates ({', '.join(sorted(template))}) and none is the "
-                    "default; set model.chat_template to one of these names"
-                )
-            template = template["tool_use"] if inputs.tools and "tool_use" in template else template["default"]
-        return str(template)
-
 
 def _whitespace_forms(content: str) -> tuple[str, ...]:
     """The forms in which templates print a text: unchanged, or without white space at an end."""
     return content, content.lstrip(), content.rstrip(), content.strip()
-
-
-def _open_reasoning_marks(prompt: str) -> tuple[str, str] | None:
-    """The marks of the reasoning that the prompt opens at its end, and that the answer must close; None without."""
-    text = prompt.rstrip()
-    return next((pair for pair in REASONING_MARKS if text.endswith(pair[0].rstrip())), None)
-
-
-def _closes_reasoning(wrapper: str, close_mark: str) -> bool:
-    """True if the text before an answer is a reasoning that is not empty and that ends with its mark."""
-    reasoning_text, separator, _ = wrapper.partition(close_mark)
-    return bool(separator) and bool(reasoning_text.strip())
-
-
-def _is_empty_reasoning(wrapper: str) -> bool:
-    return any(wrapper.split() in ([start.strip(), end], [start.strip() + end]) for start, end in REASONING_MARKS)
-
-
-def _split_reasoning(turn: Message) -> tuple[str | None, str]:
-    """The reasoning of an answer, from a field or from its text, and the text after it; None without a reasoning."""
-    field_value = next((turn.fields[name] for name in REASONING_FIELDS if turn.fields.get(name)), None)
-    if isinstance(field_value, str) and field_value.strip():
-        return field_value, turn.content
-    for open_mark, close_mark in REASONING_MARKS:
-        reasoning_text, separator, content = turn.content.partition(close_mark)
-        if separator:
-            return reasoning_text.rpartition(open_mark.strip())[2], content
-    return None, turn.content
-
-
-def _called_names(turn: Message) -> list[str]:
-    """Names of the functions that a message calls."""
-    calls = [*(turn.fields.get("tool_calls") or ()), *filter(None, [turn.fields.get("function_call")])]
-    functions = [call.get("function", call) if isinstance(call, Mapping) else {} for call in calls]
-    return [str(function.get("name", "")) for function in functions]
-
-
-def _convert_call(call: Any, *, as_text: bool) -> Any:
-    """A call with its arguments as a mapping, or with `as_text` as JSON text; clients send either.
-
-    Raises:
-        DataError: the arguments are a text that is not JSON.
-    """
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _convert_call(call["function"], as_text=as_text)}
-    arguments = call.get("arguments")
-    if as_text and isinstance(arguments, Mapping):
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    if not as_text and isinstance(arguments, str):
-        try:
-            return {**call, "arguments": json.loads(arguments or "{}")}
-        except ValueError as error:
-            raise DataError(f"the arguments of a tool call are a text that is not JSON: {arguments!r:.50}") from error
-    return call
-
-
-def _drop_fields(turn: Message, names: Sequence[str]) -> Message:
-    return dataclasses.replace(turn, fields={k: v for k, v in turn.fields.items() if k not in names})
 
 
 def _prompt_changes_error(prompt: str, full_text: str) -> DataError:
@@ -656,11 +409,4 @@ def _lost_reasoning_error(reasoning_text: str) -> DataError:
     return DataError(
         f"the chat template does not print the answer's reasoning ({reasoning_text.strip()!r:.50}), so the model would "
         "learn not to think; take a model.chat_template that does, or leave the reasoning out of the data"
-    )
-
-
-def _lost_calls_error() -> DataError:
-    return DataError(
-        "the chat template does not print tool_calls, so the model would learn not to call; take a "
-        "model.chat_template that does, or leave such rows out"
     )

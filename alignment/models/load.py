@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alignment.data.chat import chat_template, with_kwargs
+from alignment.data.chat_templates import chat_template, with_kwargs
 from alignment.errors import ConfigError, ModelError
 from alignment.models.attention import PackedAttention, register_attention
 from alignment.models.check import prove_packing

@@ -245,7 +245,7 @@ def _template(config: ServeConfig, folder: Path) -> str | None:
     """The text of the chat template; None if there is none."""
     if config.chat_template is None:
         return template_of(folder)
-    from alignment.data.chat import chat_template
+    from alignment.data.chat_templates import chat_template
 
     return chat_template(config.chat_template)
 

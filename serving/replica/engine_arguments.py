@@ -134,7 +134,7 @@ def engine_arguments(settings: EngineSettings, served_model: ServedModel) -> dic
 
 def chat_template_of(config: ServeConfig, served_model: ServedModel) -> str | None:
     """The text of the chat template that the configuration or the adapter sets; None for the model's own template."""
-    from alignment.data.chat import chat_template
+    from alignment.data.chat_templates import chat_template
 
     if config.chat_template is not None:
         return chat_template(config.chat_template)

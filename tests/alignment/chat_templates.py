@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from alignment.data.chat import GroupTokenizer, with_kwargs
+from alignment.data.chat import GroupTokenizer
+from alignment.data.chat_templates import with_kwargs
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import DataConfig

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from alignment.algorithms.sft import SFT
-from alignment.data.chat import GroupTokenizer, run_date, with_kwargs
+from alignment.data.chat import GroupTokenizer
+from alignment.data.chat_templates import run_date, with_kwargs
 from alignment.data.shapes import to_group
 from alignment.data.stream import Data, GroupReader, ListStream
 from alignment.errors import ConfigError, DataError

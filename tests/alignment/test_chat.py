@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from alignment.data.chat import CHAT_TEMPLATES, GroupTokenizer, chat_template
+from alignment.data.chat import GroupTokenizer
+from alignment.data.chat_templates import CHAT_TEMPLATES, chat_template
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import DataConfig

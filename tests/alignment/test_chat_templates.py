@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from alignment.data.chat import GroupTokenizer, with_kwargs
-from alignment.data.rendering import TemplateInputs
+from alignment.data.chat import GroupTokenizer
+from alignment.data.chat_templates import TemplateInputs, with_kwargs
 from alignment.errors import DataError
 from alignment.groups import Group, Message
 from tests.alignment.chat_templates import (

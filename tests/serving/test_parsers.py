@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.data.chat import with_kwargs
+from alignment.data.chat_templates import with_kwargs
 from serving.registry.parsers import TOOL_FORMS, reasoning_parser_of, tool_call_parser_of
 from tests.alignment.chat_templates import published, tokenizer_for
 
