@@ -16,8 +16,9 @@ from alignment.batch import Role
 from alignment.checkpoint import Progress, ResumeState
 from alignment.data.agreement import check_data
 from alignment.data.chat_templates import DATE_OF_RUN, run_date
+from alignment.data.reader import GroupReader
 from alignment.data.snapshot import keep_live_rows
-from alignment.data.stream import Data, GroupReader, ListStream, LiveStream, load_data
+from alignment.data.stream import Data, ListStream, LiveStream, load_data
 from alignment.data.vocabulary import BoundedGroupTokenizer
 from alignment.distributed.world import World, run_on_all, run_on_main
 from alignment.errors import ConfigError, GuardError

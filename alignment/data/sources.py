@@ -10,7 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.data.files import KINDS, Rows, data_files, is_data_file, may_hold_split, parse_line, read_file
+from alignment.data.files import KINDS, Rows, is_data_file, parse_line, read_file
+from alignment.data.splits import data_files, may_hold_split
 from alignment.errors import DataError
 from alignment.settings.data import SourceConfig, is_function_name
 from alignment.settings.plugins import load_function

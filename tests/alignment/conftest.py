@@ -10,7 +10,8 @@ import pytest
 
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
-from alignment.data.stream import Data, GroupReader, load_data
+from alignment.data.reader import GroupReader
+from alignment.data.stream import Data, load_data
 from alignment.groups import Group
 from alignment.settings.data import DataConfig
 from alignment.settings.plugins import algorithm_class

@@ -12,8 +12,9 @@ import pytest
 from alignment.algorithms.sft import SFT
 from alignment.data.chat import GroupTokenizer
 from alignment.data.chat_templates import run_date, with_kwargs
+from alignment.data.reader import GroupReader
 from alignment.data.shapes import to_group
-from alignment.data.stream import Data, GroupReader, ListStream
+from alignment.data.stream import Data, ListStream
 from alignment.errors import ConfigError, DataError
 from alignment.groups import Completion, Group, Message
 from alignment.models.load import load_tokenizer

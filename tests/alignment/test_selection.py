@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignment.data.stream import GroupReader
+from alignment.data.reader import GroupReader
 from alignment.errors import DataError
 from tests.alignment.conftest import WriteRows, lines_of, load
 from tests.conftest import pair_rows

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
-from alignment.data.stream import GroupReader, load_data
+from alignment.data.reader import GroupReader
+from alignment.data.stream import load_data
 from alignment.distributed.world import World
 from alignment.errors import ConfigError, DivergenceError
 from alignment.groups import Group

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from alignment.data.stream import MIN_ROWS_FOR_BUDGET, GroupReader, ListStream, LiveStream, hold_out
+from alignment.data.reader import GroupReader
+from alignment.data.stream import MIN_ROWS_FOR_BUDGET, ListStream, LiveStream, hold_out
 from alignment.errors import DataError
 from alignment.groups import Completion, Group
 from alignment.settings.plugins import scorer_class

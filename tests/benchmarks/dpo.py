@@ -168,7 +168,8 @@ def ours(job: Job) -> Run:
 
     from alignment.algorithms.dpo import DPO
     from alignment.data.chat import GroupTokenizer
-    from alignment.data.stream import GroupReader, load_data
+    from alignment.data.reader import GroupReader
+    from alignment.data.stream import load_data
     from alignment.distributed.world import World
     from alignment.models.roles import Roles
     from alignment.settings.run import RunConfig

@@ -275,7 +275,8 @@ def steps_of_ours(job: Job, config: RunConfig, generator: Generator) -> Run:
 
 def queue_of(config: RunConfig, roles: Roles, generator: Generator) -> RolloutQueue:
     from alignment.data.chat import GroupTokenizer
-    from alignment.data.stream import GroupReader, load_data
+    from alignment.data.reader import GroupReader
+    from alignment.data.stream import load_data
     from alignment.distributed.world import World
     from alignment.rewards import Rewards
     from alignment.rollout.queue import RolloutQueue
