@@ -17,11 +17,12 @@ from alignment.settings.load import check_config
 from cluster.ray_access import check_token
 from serving.config import Device, ServeConfig
 from serving.feedback.store.opening import default_database
-from serving.http.ingress import Ingress
+from serving.http.ingress import Ingress, ModelDeployments
 from serving.registry.lease import LeaseTaken, lease_of
+from serving.registry.model_id import ModelId
+from serving.registry.models import EndpointModel, ServedModels, publish_models
 from serving.registry.nodes import check_nodes
-from serving.registry.served_model import ServedModel, publish, registry_of
-from serving.registry.versions import Registry
+from serving.registry.served_model import registry_of
 from serving.replica.candidate import CANDIDATE_NAME
 from serving.replica.engine import CandidateEngine, Engine
 from serving.replica.engine_arguments import EngineSettings
@@ -74,15 +75,15 @@ def build(args: dict[str, Any]) -> Application:
     if ray.is_initialized():
         check_nodes(registry, config.feedback.database or default_database(registry.folder))
     lease = lease_of(registry)
-    if lease is not None and not lease.owner.startswith(f"{owner}/"):
+    may_promote = lease is None or lease.owner.startswith(f"{owner}/")
+    if lease is not None and not may_promote:
         if config.on_lease == "refuse":
             raise LeaseTaken.at_start(lease, registry)
         logger.warning("The registry belongs to %s. Until that has ended, this one changes no versions.", lease)
-        config = config.model_copy(update={"promote": False})
-    publication = publish(config, is_live=lease is not None)
-    if publication.note:
-        logger.warning("%s", publication.note)
-    return application(config, publication.served_model, registry, owner)
+    publication = publish_models(config, is_live=lease is not None, may_promote=may_promote)
+    for note in publication.notes:
+        logger.warning("%s", note)
+    return application(config, publication.models, owner)
 
 
 def cluster_id() -> str | None:
@@ -92,28 +93,47 @@ def cluster_id() -> str | None:
     return str(ray._private.worker.global_worker.gcs_client.cluster_id.hex())
 
 
-def application(config: ServeConfig, served_model: ServedModel, registry: Registry, owner: str) -> Application:
-    """Builds the application for a checkpoint that is published already; publishing a large one takes a while.
+def application(config: ServeConfig, models: ServedModels[EndpointModel], owner: str) -> Application:
+    """Builds the application for checkpoints that are published already; publishing a large one takes a while.
 
     Args:
-        served_model: the version that answers at the start.
+        models: the models, each with the version that answers at the start.
         owner: owner of the registry's lease (see `serving.registry.lease`). Without a `/` it is a cluster, and each of
             its applications becomes an owner of its own.
     """
-    device = choose_device(config)
-    limits = config.limits_on(device, num_cores=len(os.sched_getaffinity(0)))
-    config = config.model_copy(update={"limits": limits})
-    folder = str(registry.folder)
-    settings = EngineSettings(config=config, registry=folder, device=device)
-    engine = serve.deployment(Engine, name=ENGINE_NAME, **_engine_options(config, device)).bind(settings)
-    scoring = serve.deployment(Scoring, name=SCORING_NAME, **_scoring_options(config, device))
+    limits = config.limits_on(choose_device(config), num_cores=len(os.sched_getaffinity(0)))
+    deployments = {str(name): _model_deployments(model, suffix=_suffix(models, name)) for name, model in models.items()}
     ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS_NAME, **_ingress_options(config))
+    return ingress.bind(config.model_copy(update={"limits": limits}), models, owner, deployments)
+
+
+def deployment_names(models: ServedModels[EndpointModel], model_id: ModelId) -> tuple[str, ...]:
+    """Returns the names of a model's deployments; those of the first model have the names that a Serve config file
+    gives them."""
+    return tuple(name + _suffix(models, model_id) for name in (ENGINE_NAME, SCORING_NAME, CANDIDATE_NAME))
+
+
+def _suffix(models: ServedModels[EndpointModel], model_id: ModelId) -> str:
+    return "" if model_id == models.first.id else f"-{model_id.folder_name}"
+
+
+def _model_deployments(model: EndpointModel, *, suffix: str) -> ModelDeployments[Application]:
+    """Returns the deployments of a model.
+
+    Args:
+        suffix: the end of their names, by which they differ from those of other models.
+    """
+    config, folder = model.config, str(model.registry.folder)
+    device = choose_device(config)
+    settings = EngineSettings(config=config, registry=folder, device=device)
+    engine = serve.deployment(Engine, name=ENGINE_NAME + suffix, **_engine_options(config, device)).bind(settings)
+    scoring = serve.deployment(Scoring, name=SCORING_NAME + suffix, **_scoring_options(config, device))
     candidate = None
-    if served_model.base_name is None:
+    if model.served_model.base_name is None:
         options = _candidate_options(config, device)
-        candidate = serve.deployment(CandidateEngine, name=CANDIDATE_NAME, **options).bind(settings)
+        candidate = serve.deployment(CandidateEngine, name=CANDIDATE_NAME + suffix, **options).bind(settings)
     scorer = scoring.bind(config, _scoring_device(config, device), folder)
-    return ingress.bind(engine, candidate, scorer, config, served_model, folder, owner)
+    return ModelDeployments(engine=engine, scoring=scorer, candidate=candidate)
 
 
 def choose_device(config: ServeConfig) -> Device:

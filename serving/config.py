@@ -18,6 +18,7 @@ ANSWERS_PER_CORE = 8
 """How many requests an engine on CPUs answers at once, per core, before each becomes much slower."""
 KEYS_AT_ONCE = 8
 """How many keys share the places of the replicas, if the configuration sets no limit for one key."""
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)]
 
 
 class LimitsConfig(Section):
@@ -69,7 +70,8 @@ class LimitsConfig(Section):
     answers_in_progress: Count | None = None
     """Answers in progress of one key: a request's prompts times its `n`. Further requests wait until some have ended. 0
     sets no limit. None takes one eighth of the answers that the replicas give at once, and at least 2; that is
-    `max_num_seqs` times `min_replicas`, and on CPUs, where every answer slows down the others, at most 8 per core."""
+    `max_num_seqs` times `min_replicas`, over all models, and on CPUs, where every answer slows down the others, at most
+    8 per core."""
     requests_waiting: Count = 32
     """Requests of one key that may wait, for up to a minute, until its other requests have ended. Further requests get
     status 429; so do requests with bodies above 64 KiB, which may not wait."""
@@ -128,13 +130,13 @@ class FeedbackConfig(Section):
         return database
 
 
-class ServeConfig(Section):
-    """The configuration of one endpoint."""
+class AddressConfig(Section):
+    """What is served first, where its versions are, and who may reach the endpoint."""
 
     checkpoint: str
     """The model to serve: a run's folder (its newest checkpoint), a checkpoint, any model or LoRA adapter folder, a hub
     id, or the bundled `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)
+    name: ModelName | None = None
     """Name that requests give as `model`. None takes the name of the run, folder or hub id."""
     folder: str = "runs/serving"
     """Folder of the model's versions and of people's feedback, `FOLDER/NAME`. Several machines must share it, and use
@@ -157,6 +159,11 @@ class ServeConfig(Section):
     """Address to listen on; `0.0.0.0` is every network interface."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """TCP port to listen on, 1 to 65535."""
+
+
+class ModelSettings(Section):
+    """The settings of a model and of its replicas."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engine runs. `auto` takes GPUs if Ray has any at that moment. On a cluster that starts GPU nodes only
     on demand, set `cuda`."""
@@ -202,11 +209,6 @@ class ServeConfig(Section):
     """Seconds for which there must be more requests than that before another replica starts."""
     downscale_delay_s: NonNegative = 600.0
     """Seconds for which there must be fewer requests than that before a replica ends."""
-    request_timeout_s: Positive = 600.0
-    """Seconds after which a request that is not fully answered is aborted."""
-    drain_timeout_s: NonNegative = 660.0
-    """Seconds that answers in progress get to end when a replica stops; with more than `request_timeout_s`, none is cut
-    off."""
     promotion_wait_s: Positive = 30.0
     """Seconds that a request waits while the only replica lets its answers end, in order to change whole weights. If
     some are still in progress after that, they go on, and the promotion is given up. With more replicas no request
@@ -214,9 +216,47 @@ class ServeConfig(Section):
     candidate_start_s: Positive = 600.0
     """Seconds in which one more replica must have started for a canary or a gate of whole weights. It needs resources
     besides the others': memory on CPU, else `tensor_parallel_size` GPUs."""
-    limits: LimitsConfig = LimitsConfig()
     rewards: RewardsConfig = RewardsConfig()
+
+
+class FurtherModelConfig(ModelSettings):
+    """A further model of the endpoint. What it does not set, it has from the endpoint."""
+
+    checkpoint: str
+    """The model to serve: a run, a checkpoint, a folder or a hub id, as the endpoint's `checkpoint`."""
+    promote: bool = False
+    """Whether the start promotes this checkpoint, as the endpoint's `promote` does for its own."""
+
+
+class ServeConfig(ModelSettings, AddressConfig):
+    """The configuration of one endpoint."""
+
+    request_timeout_s: Positive = 600.0
+    """Seconds after which a request that is not fully answered is aborted."""
+    drain_timeout_s: NonNegative = 660.0
+    """Seconds that answers in progress get to end when a replica stops; with more than `request_timeout_s`, none is cut
+    off."""
+    limits: LimitsConfig = LimitsConfig()
     feedback: FeedbackConfig = FeedbackConfig()
+    models: dict[ModelName, FurtherModelConfig] = Field(default_factory=dict)
+    """Further models of the endpoint, by the names that requests give as `model`. Each has versions and replicas of its
+    own, in `FOLDER/NAME/models/MODEL`, and its own values of the keys from `device` to `rewards`. A key that it does
+    not set has the endpoint's value."""
+
+    @property
+    def all_models(self) -> list[ServeConfig]:
+        """The settings of every model, each as those of an endpoint that serves it alone; the endpoint's own first."""
+        return [self, *map(self.settings_of, self.models)]
+
+    def settings_of(self, name: str) -> ServeConfig:
+        """The settings of a further model, as those of an endpoint that serves it alone."""
+        model = self.models[name]
+        own_values = {key: getattr(model, key) for key in model.model_fields_set}
+        if "rewards" in own_values:
+            rewards = {key: getattr(model.rewards, key) for key in model.rewards.model_fields_set}
+            own_values["rewards"] = self.rewards.model_copy(update=rewards)
+        own_values |= {"name": name, "promote": model.promote, "models": {}}
+        return self.model_copy(update=own_values)
 
     def limits_on(self, device: Device, *, num_cores: int) -> LimitsConfig:
         """The limits, with `answers_in_progress` filled in.
@@ -227,7 +267,7 @@ class ServeConfig(Section):
         """
         if self.limits.answers_in_progress is not None:
             return self.limits
-        at_once = self.max_num_seqs * max(1, self.min_replicas)
+        at_once = sum(model.max_num_seqs * max(1, model.min_replicas) for model in self.all_models)
         if device == "cpu":
             at_once = min(at_once, ANSWERS_PER_CORE * num_cores)
         return self.limits.model_copy(update={"answers_in_progress": max(2, at_once // KEYS_AT_ONCE)})
@@ -249,10 +289,13 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas ({self.min_replicas}) is larger than max_replicas ({self.max_replicas}); raise it"
-            )
+        for model in self.all_models:
+            if model.min_replicas > model.max_replicas:
+                location = "" if model is self else f"models.{model.name}."
+                raise ValueError(
+                    f"{location}min_replicas ({model.min_replicas}) is larger than {location}max_replicas "
+                    f"({model.max_replicas}); raise it"
+                )
         return self
 
 

@@ -6,14 +6,12 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import signal
 import socket
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,29 +21,15 @@ import typer
 
 from alignment.errors import ClusterError, ServingError
 from cluster.ray_access import check_token, protect_token_file, require_token
+from serving.start import StartingEndpoint, deploy
 
 if TYPE_CHECKING:
-    from ray.serve import Application
-
     from serving.config import ServeConfig
-    from serving.registry.served_model import ServedModel
+    from serving.registry.model_id import ModelId
+    from serving.registry.models import EndpointModel, ServedModels
     from serving.registry.versions import Registry
 
 APPLICATION = "raylign"
-LOG_HINT = (
-    "Everything that was logged is in /tmp/ray/session_latest/logs of the machine where it happened: serve/ has the "
-    "replicas' own, worker-* what vLLM's processes printed."
-)
-OWN_EXCEPTION = re.compile(r"^\s*(?:alignment|cluster|serving)(?:\.\w+)+: ", re.MULTILINE)
-"""The beginning of a line that names one of raylign's own exceptions."""
-ANY_EXCEPTION = re.compile(rf"[\w.]+(?:Error|Exception): |{OWN_EXCEPTION.pattern}")
-"""The beginning of a line that names any exception."""
-POLL_S = 0.5
-"""Seconds between two checks of an endpoint that starts."""
-PROGRESS_INTERVAL_S = 15.0
-"""Seconds of silence after which a line shows that the start goes on."""
-INGRESS_TIMEOUT_S = 60.0
-"""Seconds in which an ingress must say what the endpoint still waits for."""
 OBJECT_STORE_BYTES = 200 * 2**20  # only requests and answers pass through; Ray would take 30 % of the memory
 
 
@@ -103,6 +87,8 @@ class RunningEndpoint:
     """Whether the model has a chat template."""
     is_asleep: bool = False
     """Whether the first request must start a replica."""
+    further_models: tuple[str, ...] = ()
+    """The endpoint's further models, each with the version that answers, for people to read."""
 
     def __str__(self) -> str:
         question = {"messages": [{"role": "user", "content": "Hello!"}]} if self.can_chat else {"prompt": "Once upon"}
@@ -122,8 +108,9 @@ class RunningEndpoint:
             if self.needs_keys
             else f"; its page is {self.url}/"
         )
+        further = "".join(f"; {text}" for text in self.further_models)
         return (
-            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{access}.{note} Try: "
+            f"{self.url}/v1 serves {' and '.join(self.names)}, version {self.version}{further}{access}.{note} Try: "
             f"curl {self.url}/v1/{route}{key} -H 'Content-Type: application/json' -d '{body}'"
         )
 
@@ -136,29 +123,39 @@ def endpoint(config: ServeConfig) -> Iterator[RunningEndpoint]:
         ServingError: the port is in use, another endpoint holds the registry's lease, or the engine did not start.
         CheckpointError, ModelError: the checkpoint cannot be served (see `serving.registry.served_model.publish`).
     """
-    from serving.registry.served_model import publish, registry_of
+    from serving.registry.models import publish_models
+    from serving.registry.served_model import registry_of
 
     if _is_local():
         refuse_busy_port(config.host, config.port)
     owner = f"{secrets.token_hex(8)}/{APPLICATION}"
     with _hold_lease(config, registry_of(config), owner) as is_held:
-        publication = publish(config if is_held else config.model_copy(update={"promote": False}), is_live=not is_held)
-        served_model = publication.served_model
-        if publication.note:
-            typer.echo(publication.note)
-        if note := _other_database(config, publication.registry):
+        publication = publish_models(config, is_live=not is_held, may_promote=is_held)
+        models, first = publication.models, publication.models.first
+        for publication_note in publication.notes:
+            typer.echo(publication_note)
+        if note := _other_database(config, first.registry):
             typer.echo(note)
         action = "Starting Ray" if _is_local() else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
-        typer.echo(f"{action} to serve {' and '.join(served_model.names)} …")
-        with _running_ray(config), _running_application(config, served_model, publication.registry, owner):
-            yield RunningEndpoint(
-                url=config.url,
-                names=served_model.names,
-                version=publication.registry.state().current,
-                needs_keys=not config.no_keys,
-                can_chat=served_model.can_chat,
-                is_asleep=not config.min_replicas,
-            )
+        typer.echo(f"{action} to serve {' and '.join(models.names)} …")
+        with _running_ray(config), _running_application(config, models, owner) as failures:
+            yield _running_endpoint(config, [model for name, model in models.items() if name not in failures])
+
+
+def _running_endpoint(config: ServeConfig, models: Sequence[EndpointModel]) -> RunningEndpoint:
+    """Describes an endpoint by those of its models that have started."""
+    first, *others = models
+    return RunningEndpoint(
+        url=config.url,
+        names=first.served_model.names,
+        version=first.registry.state().current,
+        needs_keys=not config.no_keys,
+        can_chat=first.served_model.can_chat,
+        is_asleep=not first.config.min_replicas,
+        further_models=tuple(
+            f"{' and '.join(model.served_model.names)}, version {model.registry.state().current}" for model in others
+        ),
+    )
 
 
 @contextmanager
@@ -269,23 +266,24 @@ def _num_cpus(config: ServeConfig) -> int:
     """The number of CPUs to tell Ray: if the replicas asked for more, Serve would wait for ever, without a message."""
     from serving.app import INGRESS_CPUS, REPLICA_CPUS, SCORING_CPUS
 
-    scoring = SCORING_CPUS * config.rewards.max_replicas
-    replicas = config.max_replicas + 1  # one more, for a canary of whole weights
+    scoring = sum(SCORING_CPUS * model.rewards.max_replicas for model in config.all_models)
+    replicas = sum(model.max_replicas + 1 for model in config.all_models)  # one more, for a canary of whole weights
     return max(len(os.sched_getaffinity(0)), math.ceil(INGRESS_CPUS + scoring + REPLICA_CPUS * replicas))
 
 
 @contextmanager
 def _running_application(
-    config: ServeConfig, served_model: ServedModel, registry: Registry, owner: str
-) -> Iterator[None]:
-    """Deploys the endpoint; it answers inside the `with` block and is removed after it.
+    config: ServeConfig, models: ServedModels[EndpointModel], owner: str
+) -> Iterator[dict[ModelId, str]]:
+    """Deploys the endpoint; it answers inside the `with` block and is removed after it. Yields the models that did not
+    start, and why, if others did.
 
     Raises:
-        ServingError: the engine did not start.
+        ServingError: no engine did start.
     """
     from ray import serve
 
-    from serving.app import application, choose_device
+    from serving.app import application, choose_device, deployment_names
     from serving.feedback.store.opening import default_database
     from serving.registry.nodes import check_nodes
 
@@ -295,23 +293,29 @@ def _running_application(
         http_options={"host": config.host, "port": config.port},
     )
     _check_address(config)
-    name = application_name(served_model)
+    name, registry = application_name(models.first.id), models.first.registry
     _check_no_other_application(name)
     check_nodes(registry, config.feedback.database or default_database(registry.folder))
-    target = application(config, served_model, registry, owner)
-    typer.echo(f"Loading the model on {choose_device(config)} …")
+    target = application(config, models, owner)
+    devices = " and ".join(dict.fromkeys(choose_device(model.config) for model in models.values()))
+    typer.echo(f"Loading the {'model' if len(models) == 1 else 'models'} on {devices} …")
+    starting = StartingEndpoint(
+        deployment_names={name: deployment_names(models, name) for name in models},
+        min_replicas={name: model.config.min_replicas for name, model in models.items()},
+        health_url=f"{config.url}/healthz" if _is_local() else None,
+    )
     try:
-        _deploy(target, config, name)
-        yield
+        deploy(target, name, starting)
+        yield starting.failures
     finally:
         typer.echo("Stopping when answers in progress have ended; Ctrl-C cuts them off …")
         _delete_application(config, name)
 
 
-def application_name(served_model: ServedModel) -> str:
+def application_name(model_id: ModelId) -> str:
     """The name of an endpoint's application in Ray Serve. It is unique in a cluster, since Ray Serve replaces an
     application by another one of the same name."""
-    return f"{APPLICATION}-{served_model.name.replace('/', '--')}"
+    return f"{APPLICATION}-{model_id.folder_name}"
 
 
 def _check_no_other_application(name: str) -> None:
@@ -361,80 +365,3 @@ def _delete_application(config: ServeConfig, name: str) -> None:
             except TimeoutError:  # Ray waits for one minute, but an answer may take longer
                 if time.monotonic() > deadline:
                     return
-
-
-def _deploy(target: Application, config: ServeConfig, name: str) -> None:
-    """Deploys the endpoint and returns when it answers. Meanwhile it shows progress, and what the start waits for, for
-    example a CPU that no machine has.
-
-    Raises:
-        ServingError: the endpoint does not start.
-    """
-    from ray import serve
-
-    serve.run_many([serve.RunTarget(target, name=name, route_prefix="/")], wait_for_applications_running=False)
-    start_s = last_output_s = time.monotonic()
-    last_message = ""
-    while message := _obstacle(config, name):
-        time_s = time.monotonic()
-        if message.strip() and message != last_message:
-            typer.echo(message)
-            last_message, last_output_s = message, time_s
-        elif time_s - last_output_s >= PROGRESS_INTERVAL_S:
-            typer.echo(f"… {time_s - start_s:.0f} s")
-            last_output_s = time_s
-        time.sleep(POLL_S)
-
-
-def _obstacle(config: ServeConfig, name: str) -> str:
-    """What the start of the endpoint waits for; a blank if that is not known, and empty when the endpoint answers.
-
-    Raises:
-        ServingError: the endpoint does not start.
-    """
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-    from ray.serve.schema import ApplicationStatus
-
-    from serving.app import INGRESS_NAME
-
-    application = serve.status().applications[name]
-    messages = {
-        deployment: status.message for deployment, status in application.deployments.items() if status.message.strip()
-    }
-    text = "\n".join(map(_exception_text, messages.values())) or " "
-    # A second attempt would end with the same error of raylign's. Only an ingress may be waiting, for its database.
-    is_final = any(
-        OWN_EXCEPTION.search(message) for deployment, message in messages.items() if deployment != INGRESS_NAME
-    )
-    if is_final or application.status == ApplicationStatus.DEPLOY_FAILED:
-        raise ServingError(f"The endpoint did not start. {text}\n{LOG_HINT}")
-    if application.status != ApplicationStatus.RUNNING:
-        return text
-    try:
-        if config.min_replicas and (
-            obstacle := serve.get_app_handle(name).obstacle.remote().result(timeout_s=INGRESS_TIMEOUT_S)
-        ):
-            return str(obstacle)
-    except (RayError, RayServeException, TimeoutError):
-        return "The ingress does not answer yet."
-    # The proxy gets its routes a moment after the application runs. In a cluster it may be on another machine.
-    return " " if _is_local() and not _is_answering(f"{config.url}/healthz") else ""
-
-
-def _exception_text(text: str) -> str:
-    """The exception at the end of a traceback (one of raylign's without its name), or else the first line."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    line_numbers = [number for number, line in enumerate(lines) if ANY_EXCEPTION.match(line)]
-    gist = " ".join(lines[line_numbers[-1] :]) if line_numbers else lines[0]
-    return OWN_EXCEPTION.sub("", gist).partition(" [type=")[0]  # after that, pydantic prints the whole input
-
-
-def _is_answering(url: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False

@@ -166,13 +166,16 @@ def test_a_route_is_served_once_its_file_is_there(scratch: Path, monkeypatch: py
     from serving.http import routes
     from serving.http.access import AccessMiddleware
     from serving.http.ingress import application
+    from serving.registry.models import ServedModels
+    from serving.registry.served_model import ServedModel
     from serving.registry.state import State
 
     write_files("route", scratch)
     monkeypatch.setattr(routes, "__path__", [*routes.__path__, str(scratch / "serving" / "http" / "routes")])
     state = State(current=3)
-    registry = SimpleNamespace(state=lambda: state)
-    context: Any = SimpleNamespace(config=ServeConfig(checkpoint="model"), registry=registry, started_at=0)
+    served = ServedModel(name="model", source="/model", base_name=None, adapter=None, lora_capacity=None)
+    model: Any = SimpleNamespace(id="model", served_model=served, registry=SimpleNamespace(state=lambda: state))
+    context: Any = SimpleNamespace(config=ServeConfig(checkpoint="model"), models=ServedModels([model]), started_at=0)
     key = Key(name="anna", role="user")
     app = AccessMiddleware(
         application(context, lambda: asyncio.sleep(0, b"")),

@@ -68,7 +68,7 @@ def _keys(kind: type[Section], section: str) -> Iterator[str]:
     for name, field in kind.model_fields.items():
         yield section + name
         inner = sections_of(field.annotation)
-        if inner and not issubclass(inner[0], kind) and get_origin(field.annotation) is not tuple:
+        if inner and not issubclass(inner[0], kind) and get_origin(field.annotation) not in (tuple, dict):
             yield from _keys(inner[0], f"{section}{name}.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -152,7 +152,15 @@ def _with_nulls(value: Any, kind: type[Section]) -> Any:
         if child in words and isinstance(child, str):
             tree[name] = None
         elif sections := sections_of(field.annotation):
-            is_list = isinstance(child, list)
-            tree |= {name: [_with_nulls(item, sections[0]) for item in child or []]} if is_list else {}
-            tree |= {name: _with_nulls(child, sections[0])} if isinstance(child, dict) else {}
+            is_mapping = get_origin(field.annotation) is dict
+            tree |= {name: _children_with_nulls(child, sections[0], is_mapping=is_mapping)} if name in tree else {}
     return tree
+
+
+def _children_with_nulls(child: Any, kind: type[Section], *, is_mapping: bool) -> Any:
+    """The same of what a key holds: a section, a list of sections, or sections by their names."""
+    if isinstance(child, list):
+        return [_with_nulls(item, kind) for item in child]
+    if is_mapping and isinstance(child, dict):
+        return {name: _with_nulls(section, kind) for name, section in child.items()}
+    return _with_nulls(child, kind)

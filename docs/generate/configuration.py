@@ -23,7 +23,7 @@ from alignment.settings.section import Section
 from cluster.config import ClusterRunConfig
 from cluster.pipeline import PipelineConfig
 from docs.generate.text import NOTICE, anchor, first_paragraph, item, join_names, page_text, type_text, value_text
-from serving.config import ServeConfig
+from serving.config import FurtherModelConfig, ModelSettings, ServeConfig
 from serving.registry.gate import GateConfig
 
 
@@ -81,11 +81,16 @@ class _Sections:
         if path:
             yield first_paragraph(kind)
         is_source = issubclass(kind, SourceConfig) and kind is not SourceConfig
-        names = [name for name in kind.model_fields if not (is_source and name in SourceConfig.model_fields)]
+        is_further_model = kind is FurtherModelConfig
+        shared = SourceConfig.model_fields if is_source else ModelSettings.model_fields if is_further_model else {}
+        names = [name for name in kind.model_fields if name not in shared]
         inner = {name: section for name in names if (section := _inner_section(kind.model_fields[name]))}
         yield _keys(kind, names)
         if is_source:
             yield f"And, where there is one source, the keys of [`{path}.mixture`](#{anchor(f'{path}.mixture')})."
+        if is_further_model:
+            keys = join_names(list(ModelSettings.model_fields), "and")
+            yield f"And these keys of the endpoint, each with the endpoint's value where it does not stand: {keys}."
         for name, section in inner.items():
             yield from self.render(f"{path}.{name}" if path else name, section)
 

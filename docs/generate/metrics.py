@@ -43,7 +43,7 @@ def _endpoint_metrics() -> Iterator[str]:
     state = State(current=1, canary=2, share=0.1)
     own_metrics = IngressMetrics(ingress="ingress", metrics=[])
     answers = GatheredMetrics(answers=(), num_unreachable=0)
-    families = page(own_metrics, answers, state, records_waiting=0, audit_waiting=0)
+    families = page(own_metrics, answers, {"assistant": state}, records_waiting=0, audit_waiting=0)
     yield from (_metric(family, family.samples[0].labels) for family in families)
 
 

@@ -113,11 +113,12 @@ class AccessMiddleware:
                 status=send.status or CLIENT_GONE,
                 version=send.version,
                 seconds=time.perf_counter() - start,
+                model=state.get("model"),
             )
             is_cut = send.has_begun and not send.has_ended
             reason = send.break_reason or state.get("broken") or ("client" if is_cut else None)
             if reason is not None:
-                self._metrics.count_broken_stream(route, version=send.version, reason=reason)
+                self._metrics.count_broken_stream(route, version=send.version, reason=reason, model=state.get("model"))
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
         try:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import ray
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -39,14 +40,16 @@ from serving.http.routes import (
     PUBLIC,
     VERSION_HEADER,
     IngressContext,
+    ModelContext,
     authorise,
     route_finder,
     routers,
 )
 from serving.http.scrape import IngressMetrics, gather, page
 from serving.registry.lease import Tenant
+from serving.registry.models import EndpointModel, ServedModels
 from serving.registry.nodes import check_database
-from serving.registry.served_model import ServedModel, check_here
+from serving.registry.served_model import check_here
 from serving.registry.versions import Registry
 from serving.replica.backend import Backend
 from serving.replica.queues import num_waiting
@@ -61,27 +64,37 @@ ANYBODY = Key(name="anybody", role="admin")
 """The key of every request where no keys are needed."""
 
 
+Deployment = TypeVar("Deployment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDeployments(Generic[Deployment]):
+    """The Ray Serve deployments of one model: bound ones where an application is built, and handles in the ingress."""
+
+    engine: Deployment
+    scoring: Deployment
+    candidate: Deployment | None
+    """Holds a canary of whole weights; None if versions are adapters."""
+
+
 class Ingress:
     """The Ray Serve deployment that listens for requests."""
 
     def __init__(
         self,
-        engine: DeploymentHandle,
-        candidate: DeploymentHandle | None,
-        scoring: DeploymentHandle,
         config: ServeConfig,
-        served_model: ServedModel,
-        registry: str,
+        models: ServedModels[EndpointModel],
         owner: str,
+        deployments: Mapping[str, ModelDeployments[DeploymentHandle]],
     ) -> None:
         """
         Args:
-            candidate: the deployment that holds a canary of whole weights; None if versions are adapters.
-            registry: folder of the versions.
             owner: owner of the registry's lease (see `serving.registry.lease`).
+            deployments: by the names of the models.
         """
-        version_registry = Registry(Path(registry))
-        check_here(version_registry)
+        for model in models.values():
+            check_here(model.registry)
+        version_registry = models.first.registry
         database = _check_database(config, version_registry)
         key_cache = KeyCache(version_registry.folder, database)
         self._config = config
@@ -97,22 +110,20 @@ class Ingress:
         self._name = replica_context.replica_id.unique_id
         self._ingresses = serve.get_deployment_handle(replica_context.deployment, replica_context.app_name)
         tenant = _acquire_lease(version_registry, owner, replica_context.app_name, config.url)
-        backend = Backend(engine, scoring, config, version_registry, model=served_model.name, candidate=candidate)
+        self._tenant = tenant
         self._context = IngressContext(
             config=config,
-            served_model=served_model,
-            backend=backend,
+            models=ServedModels([_model_context(model, deployments[model.id], tenant) for model in models.values()]),
             store=self._store,
-            registry=version_registry,
             metrics=metrics,
             ids=Ids(version_registry.folder),
             recorder=self._recorder,
-            tenant=tenant,
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the ASGI application. Ray Serve calls this once."""
-        await self._context.backend.begin()
+        for model in self._context.models.values():
+            await model.backend.begin()
         app = application(self._context, self.metrics)
         routes = [route for route in app.routes if isinstance(route, APIRoute)]
         public_paths = {route.path for route in routes if route.tags == [PUBLIC]}
@@ -128,9 +139,11 @@ class Ingress:
         )
         return with_cors(access, self._config.cors_origins)
 
-    async def obstacle(self) -> str | None:
-        """Returns what keeps the endpoint from answering; None if it has answered. `raylign serve` calls this."""
-        return await self._context.backend.obstacle()
+    async def obstacles(self) -> dict[str, str | None]:
+        """Returns what keeps each model from answering; None if it has answered. `raylign serve` calls this."""
+        models = self._context.models
+        obstacles = await asyncio.gather(*(model.backend.obstacle() for model in models.values()))
+        return dict(zip(map(str, models), obstacles, strict=True))
 
     async def own_metrics(self) -> IngressMetrics:
         """Returns what this ingress has counted. The other ingresses call this."""
@@ -141,7 +154,7 @@ class Ingress:
         metrics = page(
             await self.own_metrics(),
             await gather(self._ingresses),
-            self._context.backend.state,
+            {name: model.backend.state for name, model in self._context.models.items()},
             records_waiting=self._recorder.num_waiting,
             audit_waiting=self._trail.num_waiting,
         )
@@ -149,11 +162,32 @@ class Ingress:
 
     def __del__(self) -> None:
         """Writes what still waits, and ends. Ray Serve calls this when the replica stops."""
-        self._context.tenant.close()
+        self._tenant.close()
         self._keys.close()
         self._trail.close()
         self._recorder.close()
         self._store.close()
+
+
+def _model_context(
+    model: EndpointModel, deployments: ModelDeployments[DeploymentHandle], tenant: Tenant
+) -> ModelContext:
+    """Returns a model as the routes use it."""
+    backend = Backend(
+        deployments.engine,
+        deployments.scoring,
+        model.config,
+        model.registry,
+        model=model.served_model.name,
+        candidate=deployments.candidate,
+    )
+    return ModelContext(
+        config=model.config,
+        served_model=model.served_model,
+        registry=model.registry,
+        backend=backend,
+        tenant=tenant,
+    )
 
 
 def _check_database(config: ServeConfig, registry: Registry) -> str:

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Upper bounds of the histograms' buckets."""
 NONE = "none"
-"""The version of requests that no model answered, and the route of paths that no route has."""
+"""The model and the version of requests that no model answered, and the route of paths that no route has."""
 METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 FEEDBACK_KINDS = ("choice", "thumb", "ranking", "correction")
 FORM_REASONS = ("error", "time", "memory", "crash", "busy")
@@ -31,7 +31,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        labels = ("route", "version")
+        labels = ("route", "model", "version")
         self._requests = Counter(
             "raylign_requests_total", "Requests, however they ended", (*labels, "method", "status"), registry=registry
         )
@@ -56,13 +56,16 @@ class Metrics:
             registry=registry,
         )
         self._prompt_tokens = Counter(
-            "raylign_prompt_tokens_total", "Tokens of prompts of whole answers", ("version",), registry=registry
+            "raylign_prompt_tokens_total", "Tokens of prompts of whole answers", ("model", "version"), registry=registry
         )
         self._completion_tokens = Counter(
-            "raylign_completion_tokens_total", "Tokens of whole answers", ("version",), registry=registry
+            "raylign_completion_tokens_total", "Tokens of whole answers", ("model", "version"), registry=registry
         )
         self._scored_completions = Counter(
-            "raylign_rated_completions_total", "Completions that were given a reward", ("version",), registry=registry
+            "raylign_rated_completions_total",
+            "Completions that were given a reward",
+            ("model", "version"),
+            registry=registry,
         )
         self._feedback = Counter("raylign_judgements_total", "What people said", ("kind",), registry=registry)
         self._refused_forms = Counter(
@@ -102,30 +105,45 @@ class Metrics:
         """Sets the function that says how many requests wait on the `engine`, or on others of their `key`."""
         self._waiting_requests.labels(resource).set_function(num_waiting)
 
-    def count_request(self, route: str, *, method: str, status: int, version: str | None, seconds: float) -> None:
-        """Counts a request that has ended. The status 499 means that the client went away before it was answered."""
+    def count_request(
+        self,
+        route: str,
+        *,
+        method: str,
+        status: int,
+        version: str | None,
+        seconds: float,
+        model: str | None = None,
+    ) -> None:
+        """Counts a request that has ended. The status 499 means that the client went away before it was answered.
+
+        Args:
+            model: name of the model that the request was about; None if it was about none.
+        """
         method_label = method if method in METHODS else "other"
-        self._requests.labels(route, version or NONE, method_label, str(status)).inc()
+        labels = (route, model or NONE, version or NONE)
+        self._requests.labels(*labels, method_label, str(status)).inc()
         if status < 400:
-            self._seconds.labels(route, version or NONE).observe(seconds)
+            self._seconds.labels(*labels).observe(seconds)
 
-    def count_broken_stream(self, route: str, *, version: str | None, reason: str) -> None:
+    def count_broken_stream(self, route: str, *, version: str | None, reason: str, model: str | None = None) -> None:
         """Counts an answer that has begun and did not come to its end."""
-        self._broken_streams.labels(route, version or NONE, reason).inc()
+        self._broken_streams.labels(route, model or NONE, version or NONE, reason).inc()
 
-    def observe_first_token(self, route: str, version: str | None, seconds: float) -> None:
+    def observe_first_token(self, route: str, version: str | None, seconds: float, *, model: str | None = None) -> None:
         """Counts the seconds until a stream's first text."""
-        self._first_token.labels(route, version or NONE).observe(seconds)
+        self._first_token.labels(route, model or NONE, version or NONE).observe(seconds)
 
-    def count_tokens(self, version: str | None, usage: Mapping[str, Any] | None) -> None:
+    def count_tokens(self, version: str | None, usage: Mapping[str, Any] | None, *, model: str | None = None) -> None:
         """Counts the tokens of a whole answer by OpenAI's `usage`; a stream that broke off has none."""
         if usage:
-            self._prompt_tokens.labels(version or NONE).inc(usage["prompt_tokens"])
-            self._completion_tokens.labels(version or NONE).inc(usage.get("completion_tokens") or 0)
+            labels = (model or NONE, version or NONE)
+            self._prompt_tokens.labels(*labels).inc(usage["prompt_tokens"])
+            self._completion_tokens.labels(*labels).inc(usage.get("completion_tokens") or 0)
 
-    def count_scored(self, version: int, num_completions: int) -> None:
+    def count_scored(self, version: int, num_completions: int, *, model: str | None = None) -> None:
         """Counts completions that were given a reward."""
-        self._scored_completions.labels(str(version)).inc(num_completions)
+        self._scored_completions.labels(model or NONE, str(version)).inc(num_completions)
 
     def observe(self, stage: str, seconds: float) -> None:
         """Counts the seconds of a stage of the endpoint: `key`, `body`, `version`, `form` or `record`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -72,7 +73,7 @@ async def gather(ingresses: DeploymentHandle) -> GatheredMetrics:
 def page(
     own_metrics: IngressMetrics,
     gathered_metrics: GatheredMetrics,
-    state: State,
+    states: Mapping[str, State],
     *,
     records_waiting: int,
     audit_waiting: int,
@@ -82,17 +83,22 @@ def page(
     Args:
         own_metrics: metrics of the ingress that was asked.
         gathered_metrics: metrics of all ingresses; those of the ingress that was asked may be missing.
-        state: which versions answer.
+        states: which versions of each model answer, by the model's name.
         records_waiting: number of answers that wait in files for the database.
         audit_waiting: number of entries of the audit trail that wait in files for the database.
     """
     metrics_by_ingress = {answer.ingress: answer.metrics for answer in (*gathered_metrics.answers, own_metrics)}
-    canary = GaugeMetricFamily("raylign_canary_share", "Share of the conversations on trial", labels=("version",))
-    if state.canary is not None:
-        canary.add_metric((str(state.canary),), state.share)
+    current = GaugeMetricFamily("raylign_version", "Number of the current version", labels=("model",))
+    canary = GaugeMetricFamily(
+        "raylign_canary_share", "Share of the conversations on trial", labels=("model", "version")
+    )
+    for model, state in states.items():
+        current.add_metric((model,), state.current)
+        if state.canary is not None:
+            canary.add_metric((model, str(state.canary)), state.share)
     return [
         *merge(metrics_by_ingress),
-        GaugeMetricFamily("raylign_version", "Number of the current version", state.current),
+        current,
         canary,
         GaugeMetricFamily("raylign_records_waiting", "Answers that wait in files for the database", records_waiting),
         GaugeMetricFamily(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import httpx
 
 KEY_VARIABLE = "RAYLIGN_KEY"
+ADMIN = "/v1/admin/"
+"""The beginning of the routes to versions, whose parameter `model` names one of several models."""
 BUSY_STATUSES = {429, 503}
 """HTTP statuses of an endpoint that is too busy to accept a request now."""
 MAX_ATTEMPTS = 8
@@ -66,12 +68,13 @@ class EndpointClient:
     form; the message quotes the endpoint's own.
     """
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, *, timeout_s: float, model: str | None = None) -> None:
         """Prepares the client; the first request opens a connection.
 
         Args:
             url: the endpoint, without `/v1`.
             timeout_s: seconds that the endpoint may be silent while it works on a request.
+            model: name of the model whose versions are meant; None is the endpoint's only one.
 
         Raises:
             ConfigError: $RAYLIGN_KEY is set and holds no key.
@@ -79,6 +82,7 @@ class EndpointClient:
         import httpx
 
         self.url = url.rstrip("/")
+        self.model = model
         headers = {"Authorization": f"Bearer {key_from(KEY_VARIABLE)}"} if os.environ.get(KEY_VARIABLE) else {}
         self._client = httpx.Client(headers=headers, timeout=timeout_s)
 
@@ -91,7 +95,7 @@ class EndpointClient:
         self._client.close()
 
     def listing(self) -> Listing:
-        """The endpoint's versions, which of them answer, and its replicas."""
+        """The model's versions, which of them answer, and its replicas."""
         return self.get("/v1/admin/versions", Listing)
 
     def register(self, checkpoint: str) -> Version:
@@ -175,7 +179,10 @@ class EndpointClient:
 
         try:
             as_json = {"content-type": "application/json"}  # the endpoint requires it of every change, body or not
-            return self._client.request(method, self.url + path, json=body, headers=headers | as_json)
+            parameters = {"model": self.model} if self.model is not None and path.startswith(ADMIN) else {}
+            return self._client.request(
+                method, self.url + path, json=body, headers=headers | as_json, params=parameters
+            )
         except httpx.TimeoutException as error:
             raise ServingError(f"{self.url}{path} did not answer within {self._client.timeout.read:g} s") from error
         except (httpx.RequestError, httpx.InvalidURL) as error:

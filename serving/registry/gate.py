@@ -203,7 +203,8 @@ class VersionEvaluator:
     def __init__(self, config: GateConfig, client: EndpointClient) -> None:
         self._config = config
         self._client = client
-        self._model = client.get("/v1/models", _Models).data[0].id  # the aligned model is listed first
+        # The aligned model is listed first.
+        self._model = client.model or client.get("/v1/models", _Models).data[0].id
 
     def evaluate(self, version: int, group: Group) -> EvaluationResult:
         """Asks one version one prompt, and scores the answers."""

@@ -35,6 +35,9 @@ SHOWN_METRICS = (
 """The metrics that the list shows of a version, each with its name there."""
 
 Url = Annotated[str, typer.Option(help="Where the endpoint is. The key of an admin is read from $RAYLIGN_KEY.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Name of the model; needed where the endpoint has several.")
+]
 
 
 def promote(
@@ -42,6 +45,7 @@ def promote(
         str, typer.Argument(help="A run's folder, a checkpoint, a model or adapter folder, or a version's number.")
     ],
     url: Url = URL,
+    model: ModelOption = None,
     gate: Annotated[
         Path | None, typer.Option(help="YAML file with what it may not lose, as configs/serve/gate.yaml.")
     ] = None,
@@ -62,7 +66,7 @@ def promote(
     if canary is not None and not 0 < canary < 1:
         raise ServingError(f"--canary is a share of the requests, above 0 to below 1, not {canary:g}")
     config = None if gate is None else load_gate(gate)
-    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+    with EndpointClient(url, timeout_s=TIMEOUT_S, model=model) as client:
         version = _candidate_version(client, checkpoint)
         state = client.listing().state
         if version.number == state.current:
@@ -75,14 +79,14 @@ def promote(
                 _switch(client, version, state, canary, dry_run)
 
 
-def rollback(url: Url = URL) -> None:
+def rollback(url: Url = URL, model: ModelOption = None) -> None:
     """Makes a running endpoint answer with its previous version. If there is a canary, only the canary ends.
 
     Each further rollback goes one version further back.
     """
     from serving.registry.client import EndpointClient
 
-    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+    with EndpointClient(url, timeout_s=TIMEOUT_S, model=model) as client:
         previous_state = client.listing().state
         client.rollback()
         state = client.listing().state
@@ -99,6 +103,7 @@ def versions(
         list[str] | None, typer.Argument(metavar="[delete NUMBER...]", help="Deletes these versions, to free the disk.")
     ] = None,
     url: Url = URL,
+    model: ModelOption = None,
 ) -> None:
     """Lists the versions of a running endpoint, the version that each replica holds, and the change in progress; or
     deletes versions.
@@ -106,19 +111,19 @@ def versions(
     The current version, the canary, and the version that a rollback returns to cannot be deleted.
     """
     if not action:
-        list_versions(url)
+        list_versions(url, model)
     elif action[0] == "delete" and action[1:] and all(number.isdecimal() for number in action[1:]):
-        delete_versions([int(number) for number in action[1:]], url)
+        delete_versions([int(number) for number in action[1:]], url, model)
     else:
         raise ServingError(f"{' '.join(action)} is nothing to do with versions; `raylign versions delete 3 4` is")
 
 
-def list_versions(url: str) -> None:
+def list_versions(url: str, model: str | None = None) -> None:
     """Prints the versions of a running endpoint, the version that each replica holds, and the change in progress."""
     from serving.registry.client import EndpointClient
     from serving.registry.gate import format_table
 
-    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+    with EndpointClient(url, timeout_s=TIMEOUT_S, model=model) as client:
         listing = client.listing()
     rows = [("version", "", "kind", "created", "source", "held out")]
     typer.echo(format_table([*rows, *(_row(version, listing.state) for version in listing.versions)]))
@@ -143,11 +148,11 @@ def _replica_report(listing: Listing) -> str:
     return "\n".join(lines)
 
 
-def delete_versions(numbers: list[int], url: str) -> None:
+def delete_versions(numbers: list[int], url: str, model: str | None = None) -> None:
     """Deletes versions of a running endpoint, one after the other."""
     from serving.registry.client import EndpointClient
 
-    with EndpointClient(url, timeout_s=TIMEOUT_S) as client:
+    with EndpointClient(url, timeout_s=TIMEOUT_S, model=model) as client:
         for number in numbers:
             freed_bytes = client.delete(number)
             typer.echo(f"Version {number} is deleted; {freed_bytes / 2**20:.3g} MiB are free again.")
@@ -189,7 +194,7 @@ def _run_gate(config: GateConfig, client: EndpointClient, version: Version, stat
     from serving.registry.client import EndpointClient
     from serving.registry.gate import compare, evaluate_versions
 
-    with EndpointClient(client.url, timeout_s=config.timeout_s) as gate_client:
+    with EndpointClient(client.url, timeout_s=config.timeout_s, model=client.model) as gate_client:
         current, candidate = evaluate_versions(config, gate_client, [state.current, version.number])
     new_state = client.listing().state
     if (new_state.current, new_state.canary) != (state.current, version.number):
@@ -209,16 +214,18 @@ def _switch(client: EndpointClient, version: Version, state: State, canary: floa
     if dry_run:
         typer.echo(f"{_label(version)} may be promoted. Nothing was switched.")
         return
+    option = "" if client.model is None else f" --model {client.model}"
     typer.echo(f"Switching to {_label(version)} …")
     client.promote(version.number, canary=canary)
     if canary is None:
         typer.echo(
-            f"Version {version.number} answers, in place of version {state.current}; `raylign rollback` undoes it."
+            f"Version {version.number} answers, in place of version {state.current}; `raylign rollback{option}` undoes "
+            "it."
         )
     else:
         typer.echo(
-            f"Version {version.number} answers {canary:.3g} of the requests. `raylign promote {version.number}` gives "
-            "it all, and `raylign rollback` none."
+            f"Version {version.number} answers {canary:.3g} of the requests. "
+            f"`raylign promote {version.number}{option}` gives it all, and `raylign rollback{option}` none."
         )
 
 

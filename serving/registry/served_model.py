@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import AlignmentError, CheckpointError, ServingError
 from alignment.models.folders import model_source
@@ -15,6 +17,7 @@ from serving.feedback.store.records import AuditEntry, operator
 from serving.registry.bases import base_stamp
 from serving.registry.checkpoints import name_of
 from serving.registry.compatibility import Adapter, LoraCapacity, adapter_of, template_of
+from serving.registry.model_id import ModelId
 from serving.registry.parsers import tool_call_parser_of
 from serving.registry.versions import Registry, Version
 
@@ -73,13 +76,33 @@ class Publication:
     """A line for people if another version than the configured checkpoint answers; else None."""
 
 
+def model_id_of(config: ServeConfig) -> ModelId:
+    """The name of an endpoint's first model."""
+    return ModelId(config.name or name_of(config.checkpoint))
+
+
 def registry_of(config: ServeConfig) -> Registry:
-    """The registry with the versions of an endpoint."""
-    name = config.name or name_of(config.checkpoint)
-    return Registry(Path(config.folder) / name.replace("/", "--"))
+    """The registry with the versions of an endpoint's first model."""
+    return Registry(Path(config.folder) / model_id_of(config).folder_name)
 
 
-def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """What tells a model of an endpoint with several from the others."""
+
+    name: ModelId
+    audit_folder: Path
+    """Folder in which entries of the endpoint's audit trail wait."""
+    promote_setting: str
+    """The setting by which a start promotes the model's checkpoint."""
+
+    @property
+    def option(self) -> str:
+        """The option of `raylign promote` that names the model."""
+        return f"--model {self.name}"
+
+
+def publish(config: ServeConfig, *, is_live: bool = False, membership: Membership | None = None) -> Publication:
     """Registers the configured checkpoint, and finds the version to serve: the one that was current before.
 
     The checkpoint becomes the current version only if there is no current version, or if `config.promote` is true. If
@@ -88,6 +111,7 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
     Args:
         is_live: whether replicas may be using the registry now: those of another endpoint, or those of this one if its
             configuration has changed.
+        membership: where the model is one of several; None where it is the only one.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run has none.
@@ -96,6 +120,7 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
             an adapter with the same name as its base; or `rewards.max_length` is more than the model's positions.
     """
     registry = registry_of(config)
+    record_start = partial(_record_start, config, registry, membership)
     previous = current = registry.state().current
     must_fit = bool(current) and (is_live or not config.promote)
     try:
@@ -105,13 +130,13 @@ def publish(config: ServeConfig, *, is_live: bool = False) -> Publication:
     except AlignmentError as error:
         if not current or config.promote:
             raise
-        _record_start(config, registry, version=None, previous=previous)
+        record_start(version=None, previous=previous)
         refusal = f"{config.checkpoint} was not registered: {error}. {_unchanged_note(registry, current)}"
         return _publication(config, registry, refusal)
     if not current or config.promote:
         current = registry.promote(version.number).current
-    _record_start(config, registry, version=version.number, previous=previous)
-    note = None if version.number == current else _not_current_note(config, registry, version, current)
+    record_start(version=version.number, previous=previous)
+    note = None if version.number == current else _not_current_note(config, registry, version, current, membership)
     return _publication(config, registry, note)
 
 
@@ -161,22 +186,38 @@ def _num_positions(folder: Path) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _record_start(config: ServeConfig, registry: Registry, *, version: int | None, previous: int) -> None:
+def _record_start(
+    config: ServeConfig, registry: Registry, membership: Membership | None, *, version: int | None, previous: int
+) -> None:
     """Writes a start into the audit trail: the version that it registered, and those that answered before and after."""
     current = registry.state().current
-    detail = {"checkpoint": config.checkpoint, "version": version, "before": previous, "current": current}
-    write_entry(entries_folder(registry.folder), AuditEntry(action="start", who=operator(), detail=detail))
+    detail: dict[str, Any] = {
+        "checkpoint": config.checkpoint,
+        "version": version,
+        "before": previous,
+        "current": current,
+    }
+    if membership is not None:
+        detail |= {"model": membership.name}
+    folder = entries_folder(registry.folder) if membership is None else membership.audit_folder
+    write_entry(folder, AuditEntry(action="start", who=operator(), detail=detail))
 
 
 def _unchanged_note(registry: Registry, current: int) -> str:
     return f"Version {current} ({registry.version(current).name}) answers, as before."
 
 
-def _not_current_note(config: ServeConfig, registry: Registry, version: Version, current: int) -> str:
+def _not_current_note(
+    config: ServeConfig, registry: Registry, version: Version, current: int, membership: Membership | None
+) -> str:
     url = "" if config.port == 8000 else f" --url http://127.0.0.1:{config.port}"
+    option, promote_setting = ("", "--promote")
+    if membership is not None:
+        option, promote_setting = f" {membership.option}", membership.promote_setting
     return (
         f"{config.checkpoint} is version {version.number}. {_unchanged_note(registry, current)} "
-        f"`raylign promote {version.number}{url}` changes to version {version.number}; so does a start with --promote."
+        f"`raylign promote {version.number}{option}{url}` changes to version {version.number}; so does a start with "
+        f"{promote_setting}."
     )
 
 
@@ -201,7 +242,7 @@ def served_version(config: ServeConfig, registry: Registry, number: int) -> Serv
     """
     check_here(registry)
     version = registry.version(number)
-    name = config.name or name_of(config.checkpoint)
+    name = str(model_id_of(config))
     folder = registry.folder_of(number)
     template = _template(config, folder)
     served_model = ServedModel(

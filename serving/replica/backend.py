@@ -21,7 +21,7 @@ from serving.registry.versions import Registry
 from serving.replica.candidate import CandidateReplica, serve_reason
 from serving.replica.engine import Status
 from serving.replica.routing import canary_answers, conversation_key
-from serving.replica.scoring import SCORING_NAME, ScoreResult, ScoringRequest
+from serving.replica.scoring import ScoreResult, ScoringRequest
 from serving.schema import TOKEN_ROUTES, Redirect, Reply, RequestError, Route, error_reply
 
 logger = logging.getLogger("ray.serve")
@@ -59,7 +59,7 @@ class _Destination:
 
 
 class Backend:
-    """The replicas behind the ingress."""
+    """The replicas of one model, behind the ingress."""
 
     def __init__(
         self,
@@ -252,7 +252,9 @@ class Backend:
             if not answer.done():
                 call.cancel()
                 answer.cancel()
-        logger.warning("No scorer has started. %s", await asyncio.to_thread(serve_reason, SCORING_NAME))
+        logger.warning(
+            "No scorer has started. %s", await asyncio.to_thread(serve_reason, self._scoring.deployment_name)
+        )
         return error_reply(
             503,
             f"No scorer has started within {self._rewards.start_timeout_s:g} s. Beside an engine on GPUs it wants "

@@ -24,7 +24,7 @@ from serving.replica.versions import candidate_version
 logger = logging.getLogger("ray.serve")
 
 CANDIDATE_NAME = "candidate"
-"""Name of the candidate's deployment."""
+"""Name of the candidate's deployment; that of a further model has the model's name behind it."""
 POLL_S = 0.2
 """Seconds between two checks whether the candidate is ready."""
 PAUSE_S = 1.0
@@ -41,6 +41,7 @@ class CandidateReplica:
             start_s: seconds in which the candidate must have started.
         """
         self.streaming = handle.options(stream=True)
+        self._deployment = handle.deployment_name
         self._start_s = start_s
         self._status: Status | None = None
         self._keep_task: asyncio.Task[None] | None = None
@@ -77,7 +78,7 @@ class CandidateReplica:
                         raise ServingError(f"version {number} cannot be loaded beside the others: {self._status.error}")
                     await asyncio.sleep(POLL_S)
                 return
-        reason = await asyncio.to_thread(serve_reason, CANDIDATE_NAME)
+        reason = await asyncio.to_thread(serve_reason, self._deployment)
         raise ServingError(
             f"no further replica has started within {self._start_s:g} s to hold version {number} beside the others, "
             f"which needs as much memory, and as many GPUs, as one of them (candidate_start_s). {reason}".strip()

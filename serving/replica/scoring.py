@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # torch takes seconds, and the ingress, which knows this modu
 logger = logging.getLogger("ray.serve")
 
 SCORING_NAME = "scoring"
-"""Name of the deployment."""
+"""Name of the deployment; that of a further model has the model's name behind it."""
 MAX_BATCH = 64
 """Most requests that are rated together."""
 MAX_ADAPTERS = 4

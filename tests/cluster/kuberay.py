@@ -20,7 +20,7 @@ import jsonschema
 import pydantic
 import ray
 import yaml
-from ray.serve import Application
+from ray.serve._private.build_app import build_app
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
@@ -30,6 +30,7 @@ from cluster.config import load_run
 from cluster.plan import plan
 from serving.app import ENGINE_NAME, INGRESS_NAME, REPLICA_CPUS, application
 from serving.config import ServeConfig
+from serving.registry.models import EndpointModel, ServedModels
 from serving.registry.served_model import ServedModel
 from serving.registry.versions import Registry
 from tests.cluster.reach import (
@@ -475,15 +476,13 @@ def endpoint_problems(endpoint: ServeConfig, http: Document, spec: Document) -> 
 def gpus_wanted(endpoint: ServeConfig) -> float:
     """GPUs of all replicas that an endpoint's deployments may have at once."""
     served = ServedModel(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
-    bound, gpus = [application(endpoint, served, Registry(Path("/nowhere")), owner="")._bound_deployment], 0.0
-    while bound:
-        deployment = bound.pop()
+    model = EndpointModel(config=endpoint, served_model=served, registry=Registry(Path("/nowhere")))
+    gpus = 0.0
+    for deployment in build_app(application(endpoint, ServedModels([model]), owner=""), name="app").deployments:
         bundles = deployment._replica_config.placement_group_bundles or [deployment.ray_actor_options or {}]
         each = sum(bundle.get("GPU", bundle.get("num_gpus", 0)) for bundle in bundles)
         scaling = deployment._deployment_config.autoscaling_config
         gpus += each * (scaling.max_replicas if scaling else deployment.num_replicas)
-        parts = [*deployment.init_args, *deployment.init_kwargs.values()]
-        bound += [part._bound_deployment for part in parts if isinstance(part, Application)]
     return float(gpus)
 
 

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from alignment.errors import ServingError
 from serving.config import ServeConfig
+from serving.registry.models import EndpointModel, ServedModels
 from serving.registry.served_model import served_version
 from serving.registry.state import State
 from serving.registry.versions import Registry
@@ -217,6 +218,12 @@ def fleet(registry: Registry, *, replicas: int, candidate_cpus: float = 0.0) -> 
         yield config
     finally:
         serve.delete("light")
+
+
+def only_model(config: ServeConfig, registry: Registry) -> ServedModels[EndpointModel]:
+    """The models of an endpoint that has one, whose version 1 answers."""
+    served = served_version(config, registry, 1)
+    return ServedModels([EndpointModel(config=config, served_model=served, registry=registry)])
 
 
 def backend_of(registry: Registry, config: ServeConfig) -> Backend:

@@ -27,6 +27,7 @@ from serving.http.access import AccessMiddleware
 from serving.http.audit import AuditMiddleware
 from serving.http.ingress import answer_errors
 from serving.http.routes import IngressContext, audit, authorise, feedback
+from serving.registry.models import ServedModels
 from serving.registry.served_model import publish
 from tests.databases import connection_to, new_database
 from tests.serving.test_recording import away
@@ -44,14 +45,11 @@ def context_over(store: Store, folder: Path) -> IngressContext:
     others: Any = None  # what these routes do not use
     return IngressContext(
         config=config,
-        served_model=others,
-        backend=others,
+        models=ServedModels([]),
         store=store,
-        registry=others,
         metrics=others,
         ids=others,
         recorder=Recorder(store, folder),
-        tenant=others,
     )
 
 

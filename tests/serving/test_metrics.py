@@ -26,18 +26,17 @@ from serving.config import ServeConfig
 from serving.feedback.keys import create_key
 from serving.feedback.store import Store
 from serving.feedback.transcript import Transcript
-from serving.http.ingress import Ingress
+from serving.http.ingress import Ingress, ModelDeployments
 from serving.http.metrics import FORM_REASONS, LOSS_REASONS, Metrics, exposition
 from serving.http.routes.openai import with_usage, without_usage
 from serving.http.scrape import ANSWER_S, GatheredMetrics, IngressMetrics, gather, page
-from serving.registry.served_model import served_version
 from serving.registry.state import State
 from serving.registry.versions import Registry
 from serving.replica.engine_arguments import EngineSettings
 from serving.schema import error_reply, event
 from tests.conftest import free_port
 from tests.processes import descendants
-from tests.serving.fleet import MODEL, LightScoring, SpokenEngine, start_light_ray
+from tests.serving.fleet import MODEL, LightScoring, SpokenEngine, only_model, start_light_ray
 from tests.serving.tiny import whole
 
 ROOT = Path(__file__).parents[2]
@@ -123,11 +122,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     ingress = serve.deployment(
         serve.ingress()(Ingress), name=INGRESS_NAME, num_replicas=2, max_ongoing_requests=1000, **light
     )
-    served = served_version(config, registry, 1)
+    deployments = {MODEL: ModelDeployments(engine=engine, scoring=scoring, candidate=None)}
     port = free_port()
     start_light_ray(port=port)
     try:
-        app = ingress.bind(engine, None, scoring, config, served, str(registry.folder), "test/metrics")
+        app = ingress.bind(config, only_model(config, registry), "test/metrics", deployments)
         serve.run(app, name=APP, route_prefix="/")
         yield Running(url=f"http://127.0.0.1:{port}", keys=keys)
     finally:
@@ -280,7 +279,7 @@ def filled() -> Scraped:
         own = IngressMetrics(ingress="one", metrics=metrics.collect())
         gathered = GatheredMetrics(answers=(), num_unreachable=0)
         state = State(current=1, canary=2, share=0.1)
-        return Scraped(exposition(page(own, gathered, state, records_waiting=0, audit_waiting=0)).decode())
+        return Scraped(exposition(page(own, gathered, {MODEL: state}, records_waiting=0, audit_waiting=0)).decode())
 
 
 def test_the_page_has_every_metric_with_its_type_labels_and_meaning() -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import ray
 from ray import serve
-from ray.serve import Application
+from ray.serve._private.build_app import build_app
 
 from serving.app import _scoring_options, application
 from serving.config import ServeConfig
+from serving.registry.models import EndpointModel, ServedModels
 from serving.registry.served_model import ServedModel
 from serving.registry.versions import Registry
 from serving.replica.backend import Backend
@@ -86,8 +87,8 @@ def test_a_scorer_that_runs_has_all_the_time_of_a_request(light_ray: None, tmp_p
 def test_a_scorer_without_gpus_rates_on_the_cpu(num_gpus: float, device: str, tmp_path: Path) -> None:
     config = ServeConfig(checkpoint="model", device="cuda", rewards={"num_gpus": num_gpus})  # type: ignore[arg-type]
     served = ServedModel(name="assistant", source="/model", base_name=None, adapter=None, lora_capacity=None)
-    parts = application(config, served, Registry(tmp_path), owner="")._bound_deployment.init_args
-    bound = [part._bound_deployment for part in parts if isinstance(part, Application)]
-    (scoring,) = [deployment for deployment in bound if deployment.name == SCORING_NAME]
+    model = EndpointModel(config=config, served_model=served, registry=Registry(tmp_path))
+    app = build_app(application(config, ServedModels([model]), owner=""), name="app")
+    (scoring,) = [deployment for deployment in app.deployments if deployment.name == SCORING_NAME]
     assert scoring.init_args[1] == device
     assert scoring.ray_actor_options["num_gpus"] == num_gpus

@@ -15,10 +15,11 @@ from alignment.errors import CheckpointError, ConfigError, ServingError
 from alignment.models.folders import BUNDLED
 from serving.app import build
 from serving.config import ServeConfig, load_serve_config
-from serving.launch import RunningEndpoint, _exception_text, refuse_busy_port
+from serving.launch import RunningEndpoint, refuse_busy_port
 from serving.registry.served_model import ServedModel, check_here, publish, rewards_length
 from serving.registry.versions import Registry
 from serving.schema import RequestError, parse_json
+from serving.start import exception_text
 from tests.serving.tiny import BASE, MODULES, adapter, of_run, whole
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "serve"
@@ -188,14 +189,12 @@ def test_a_busy_port_is_refused_by_number() -> None:
 
 def test_the_gist_of_a_traceback_is_its_exception() -> None:
     trace = 'Failed. Error:\n  File "x.py", line 1\nValueError: too long\n  by 3 tokens [type=value_error]\n\n'
-    assert _exception_text(trace) == "ValueError: too long by 3 tokens"
-    assert _exception_text("Waiting for a CPU.\nSee the log.") == "Waiting for a CPU."
-    assert _exception_text(f"{trace}\n  x = 1\nalignment.errors.ServingError: vLLM does not start: no room\n") == (
+    assert exception_text(trace) == "ValueError: too long by 3 tokens"
+    assert exception_text("Waiting for a CPU.\nSee the log.") == "Waiting for a CPU."
+    assert exception_text(f"{trace}\n  x = 1\nalignment.errors.ServingError: vLLM does not start: no room\n") == (
         "vLLM does not start: no room"
     )
-    assert (
-        _exception_text(f"{trace}\nserving.store.records.StoreAway: The database is away\n") == "The database is away"
-    )
+    assert exception_text(f"{trace}\nserving.store.records.StoreAway: The database is away\n") == "The database is away"
 
 
 def test_ready_says_what_it_means_where_nothing_is_loaded_yet() -> None:

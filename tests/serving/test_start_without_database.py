@@ -17,13 +17,12 @@ from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
 from serving.feedback.keys import create_key
 from serving.feedback.store import Store
 from serving.feedback.store.records import StoreAway
-from serving.http.ingress import Ingress, _open_store
-from serving.registry.served_model import served_version
+from serving.http.ingress import Ingress, ModelDeployments, _open_store
 from serving.registry.versions import Registry
 from serving.replica.engine_arguments import EngineSettings
 from tests.conftest import free_port
 from tests.databases import connection_to, new_database
-from tests.serving.fleet import MODEL, Parrot, start_light_ray
+from tests.serving.fleet import MODEL, Parrot, only_model, start_light_ray
 from tests.serving.tiny import whole
 
 
@@ -42,10 +41,11 @@ def endpoint(registry: Registry, config: ServeConfig) -> Iterator[None]:
     settings = EngineSettings(config=config, registry=str(registry.folder), device="cpu")
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
     engine = serve.deployment(Parrot, name="engine", **options).bind(settings)
-    served = served_version(config, registry, 1)
+    models = only_model(config, registry)
+    deployments = {MODEL: ModelDeployments(engine=engine, scoring=engine, candidate=None)}
     ingress = serve.deployment(serve.ingress()(Ingress), name="ingress", **options)
     serve.run(
-        ingress.bind(engine, None, engine, config, served, str(registry.folder), "test"),
+        ingress.bind(config, models, "test", deployments),
         name="endpoint",
         route_prefix="/",
     )

@@ -142,7 +142,14 @@ class Store:
         """
         return self._submit(partial(_delete, id), erases=True)
 
-    def export(self, *, after_id: str | None = None, limit: int | None = None) -> Iterator[str]:
+    def export(
+        self,
+        *,
+        after_id: str | None = None,
+        limit: int | None = None,
+        model: str | None = None,
+        names_model: bool = False,
+    ) -> Iterator[str]:
         """Yields training rows in the order in which they were stored, as JSON lines with their line breaks.
 
         Feedback that was superseded before the call is left out. Feedback that comes after the call is not seen.
@@ -150,6 +157,8 @@ class Store:
         Args:
             after_id: id of a piece of feedback; only later rows are returned.
             limit: most rows.
+            model: name of a model; only rows about its answers are returned.
+            names_model: whether each row has a field `model`: the name of the model that answered.
 
         Raises:
             UnknownId: `after_id` is no id of a piece of feedback.
@@ -160,32 +169,43 @@ class Store:
             raise UnknownId("since is not the id of a judgement")
         with self._connect() as connection:
             newest = connection.execute(sa.select(sa.func.max(judgements.c.number))).scalar()
-        return self._rows(start, newest or 0, limit)
-
-    def _rows(self, start: int, newest: int, limit: int | None) -> Iterator[str]:
-        """Reads page by page, so that a slow client keeps no transaction open."""
         c = judgements.c
-        counts = (c.number <= newest, c.row.is_not(None), c.superseded_by.is_(None) | (c.superseded_by > newest))
+        counts = [c.number <= (newest or 0), c.row.is_not(None)]
+        counts.append(c.superseded_by.is_(None) | (c.superseded_by > (newest or 0)))
+        query = sa.select(c.number, c.row)
+        if model is not None or names_model:
+            first_answer = (answers.c.group_number == c.group_number) & (answers.c.position == 0)
+            query = sa.select(c.number, c.row, answers.c.model).join(answers, first_answer)
+        if model is not None:
+            counts.append(answers.c.model == model)
+        return self._rows(query.where(*counts), start, limit, names_model=names_model)
+
+    def _rows(self, query: sa.Select[Any], start: int, limit: int | None, *, names_model: bool) -> Iterator[str]:
+        """Reads page by page, so that a slow client keeps no transaction open."""
         while limit is None or limit > 0:
             page_size = PAGE_ROWS if limit is None else min(PAGE_ROWS, limit)
-            query = sa.select(c.number, c.row).where(c.number > start, *counts).order_by(c.number).limit(page_size)
+            page = query.where(judgements.c.number > start).order_by(judgements.c.number).limit(page_size)
             with self._connect() as connection:
-                rows = connection.execute(query).all()
-            for number, row in rows:
-                yield f'{{"id": "{feedback_id(number)}", {row[1:]}\n'
+                rows = connection.execute(page).all()
+            for row in rows:
+                name = f'"model": {json.dumps(row.model)}, ' if names_model else ""
+                yield f'{{"id": "{feedback_id(row.number)}", {name}{row.row[1:]}\n'
             if len(rows) < page_size:
                 return
             start = rows[-1].number
             limit = None if limit is None else limit - page_size
 
-    def statistics(self) -> Statistics:
+    def statistics(self, *, model: str | None = None) -> Statistics:
         """Counts what is stored now.
+
+        Args:
+            model: name of a model; only its answers, and the feedback on them, are counted.
 
         Raises:
             StoreAway: the database cannot be read.
         """
         with self._connect() as connection, connection.begin():
-            return statistics_of(connection)
+            return statistics_of(connection, model)
 
     def keys(self) -> list[StoredKey]:
         """Returns all keys, revoked ones too, in the order of their names.

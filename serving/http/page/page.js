@@ -12,10 +12,13 @@ const TITLES = { chat: "Chat", compare: "Compare", progress: "Progress" };
 
 /** What names the model in a request: nothing while the service has not told its models. */
 const model = () => (byId("model").value ? { model: byId("model").value } : {});
+let hasSeveralModels = false;
+/** Where there are several models, figures are about the one that is chosen. */
+const query = () => (hasSeveralModels ? `?model=${encodeURIComponent(byId("model").value)}` : "");
 let wantsKey = false;
 const outbox = new Outbox(showUnsaved);
 const compare = new Compare(model, outbox);
-const views = { chat: new Chat(model, outbox), compare, progress: new Progress() };
+const views = { chat: new Chat(model, outbox), compare, progress: new Progress(query) };
 
 function showView() {
   const asked = location.hash.slice(1);
@@ -39,6 +42,9 @@ async function loadModels() {
     byId("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
     byId("model").disabled = false;
     wantsKey = false;
+    const bases = new Set(data.map(({ parent }) => parent));
+    hasSeveralModels = data.filter(({ id }) => !bases.has(id)).length > 1;
+    views.progress.modelChanged();
   } catch (trouble) {
     wantsKey = trouble.status === 401;
     showTrouble(byId("models-trouble"), trouble, loadModels);
@@ -83,7 +89,10 @@ function setText(element, text) {
 }
 
 addEventListener("hashchange", showView);
-byId("model").addEventListener("change", () => compare.modelChanged());
+byId("model").addEventListener("change", () => {
+  compare.modelChanged();
+  views.progress.modelChanged();
+});
 byId("sign").addEventListener("click", sign);
 byId("unsaved-retry").addEventListener("click", () => outbox.retry());
 byId("unsaved-drop").addEventListener("click", () => outbox.drop());

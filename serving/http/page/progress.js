@@ -10,7 +10,11 @@ const OUTCOMES = ["wins", "ties", "losses"];
 const count = (number) => number.toLocaleString("en");
 
 export class Progress {
-  constructor() {
+  #query;
+
+  /** `query()` is the part of the address that names one of several models; empty if there is one. */
+  constructor(query) {
+    this.#query = query;
     byId("refresh").addEventListener("click", () => this.#load());
   }
 
@@ -19,11 +23,16 @@ export class Progress {
     this.#load();
   }
 
+  /** Of several models, another one is chosen, or they have only now become known. */
+  modelChanged() {
+    if (!byId("view-progress").hidden && this.#query()) this.#load();
+  }
+
   async #load() {
     byId("refreshed").textContent = "Loading…";
     byId("progress-trouble").replaceChildren();
     try {
-      show(await askJson(ROUTE, { timeoutMs: PATIENCE_MS }));
+      show(await askJson(ROUTE + this.#query(), { timeoutMs: PATIENCE_MS }));
       byId("refreshed").textContent = `As of ${new Date().toLocaleTimeString()}`;
     } catch (trouble) {
       byId("refreshed").textContent = "";

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
@@ -22,9 +22,8 @@ from serving.feedback.store import Store
 from serving.http.metrics import NONE, Metrics
 from serving.http.shares import KeyShare
 from serving.registry.lease import Tenant
+from serving.registry.models import EndpointModel, ModelNotNamed, ServedModels, UnknownModel
 from serving.registry.promotion import Promotions
-from serving.registry.served_model import ServedModel
-from serving.registry.versions import Registry
 from serving.replica.backend import Backend
 from serving.schema import RequestError
 
@@ -34,26 +33,31 @@ VERSION_HEADER = "x-model-version"
 
 
 @dataclass(frozen=True, kw_only=True)
-class IngressContext:
-    """Everything that the routes of one ingress share. Routes get it as a parameter of the type `Context`."""
+class ModelContext(EndpointModel):
+    """One model, as the routes of one ingress use it. Routes get it as a parameter of the type `ChosenModel`."""
 
-    config: ServeConfig
-    served_model: ServedModel
     backend: Backend
-    store: Store
-    registry: Registry
-    metrics: Metrics
     tenant: Tenant
     """Knows whether the registry belongs to this endpoint."""
-    ids: Ids
-    recorder: Recorder
-    started_at: int = field(default_factory=lambda: int(time.time()))
-    """When the ingress started: UTC, whole Unix seconds."""
 
     @cached_property
     def promotions(self) -> Promotions:
         """The changes of version that this ingress makes."""
         return Promotions(self.registry, self.backend, check_lease=self.tenant.check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngressContext:
+    """Everything that the routes of one ingress share. Routes get it as a parameter of the type `Context`."""
+
+    config: ServeConfig
+    models: ServedModels[ModelContext]
+    store: Store
+    metrics: Metrics
+    ids: Ids
+    recorder: Recorder
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    """When the ingress started: UTC, whole Unix seconds."""
 
 
 async def get_context(request: Request) -> IngressContext:
@@ -66,6 +70,61 @@ async def get_context(request: Request) -> IngressContext:
 
 
 Context = Annotated[IngressContext, Depends(get_context)]
+ModelQuery = Annotated[
+    str | None,
+    Query(alias="model", max_length=200, description="Name of the model; needed where the endpoint has several."),
+]
+
+
+def choose_model(name: str | None, request: Request, context: IngressContext) -> ModelContext:
+    """Returns the model that a request names; the only one if it names none. The request is counted as the model's.
+
+    Raises:
+        RequestError: 404, there is no model of this name; 400, there are several, and the request names none.
+    """
+    try:
+        model = context.models.choose(name)
+    except UnknownModel as error:
+        raise RequestError(404, str(error), code="model_not_found", param="model") from error
+    except ModelNotNamed as error:
+        raise RequestError(400, str(error), code="missing_required_parameter", param="model") from error
+    request.scope["state"]["model"] = model.id
+    return model
+
+
+def answering_model(name: str, request: Request, context: IngressContext) -> ModelContext:
+    """Returns the model whose replicas answer requests for a name, which may be that of its base.
+
+    Raises:
+        RequestError: 404, there is no model of this name.
+    """
+    try:
+        model = context.models.answering(name)
+    except UnknownModel as error:
+        raise RequestError(404, str(error), code="model_not_found", param="model") from error
+    request.scope["state"]["model"] = model.id
+    return model
+
+
+def check_answering(name: str | None, context: IngressContext) -> None:
+    """Checks that requests for a name are answered here; None names nothing.
+
+    Raises:
+        RequestError: 404, there is no model of this name.
+    """
+    if name is not None and name not in context.models.names:
+        raise RequestError(404, str(UnknownModel(name, context.models.names)), code="model_not_found", param="model")
+
+
+async def chosen_model(request: Request, context: Context, name: ModelQuery = None) -> ModelContext:
+    """Returns the model that the query parameter `model` names, as `choose_model`.
+
+    It is a coroutine for the same reason as `get_context`.
+    """
+    return choose_model(name, request, context)
+
+
+ChosenModel = Annotated[ModelContext, Depends(chosen_model)]
 
 
 class _ParsedBodyRequest(Request):

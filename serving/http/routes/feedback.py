@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request
@@ -39,8 +40,11 @@ from serving.http.routes import (
     ERRORS_BESIDE_TEXT,
     Context,
     IngressContext,
+    ModelContext,
     ParsedBodyRoute,
     ResponseModel,
+    check_answering,
+    choose_model,
     key_of,
     parsed_body,
 )
@@ -57,6 +61,9 @@ TEMPERATURE = 0.8
 RETRY_S = 1.0
 
 Id = Annotated[str, Field(min_length=1, max_length=200)]
+RecordedModel = Annotated[
+    str | None, Query(max_length=200, description="Name of the model whose answers count; all where it is not given.")
+]
 Stored = TypeVar("Stored")
 
 router = APIRouter(route_class=ParsedBodyRoute)
@@ -72,7 +79,7 @@ class ComparisonBody(BaseModel):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     """The prompt, if it is a text."""
     model: Annotated[str, Field(max_length=200)] | None = None
-    """Name of the served model; without it, the same."""
+    """Name of the served model; needed where the endpoint has several."""
     versions: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(min_length=2, max_length=2)] | None = None
     """The versions that answer. Without them, the current version and the canary answer; without a canary, the current
     version answers twice."""
@@ -197,13 +204,14 @@ async def comparisons(request: Request, body: ComparisonBody, context: Context) 
     if not context.config.feedback.record:
         message = "This service keeps no texts (feedback.record is off), so nobody could learn from it."
         raise RequestError(409, message, code="not_recorded")
-    engine_request = _comparison_request(request, body, context)
+    model = _compared_model(request, body, context)
+    engine_request = _comparison_request(request, body, model)
     is_named = body.versions is not None
 
     async def generate() -> list[EngineAnswer]:
-        versions = compared_versions(body, context)
+        versions = compared_versions(body, model)
         return await asyncio.gather(
-            *(_answer(context, engine_request, version, is_named=is_named) for version in versions)
+            *(_answer(context, model, engine_request, version, is_named=is_named) for version in versions)
         )
 
     engine_answers = await comparable_answers(generate)
@@ -213,7 +221,7 @@ async def comparisons(request: Request, body: ComparisonBody, context: Context) 
             id=f"{id}-{index}",
             text=answer.text,
             version=answer.version,
-            model=context.served_model.name,
+            model=model.served_model.name,
             finish_reason=answer.finish_reason,
         )
         for index, answer in enumerate(engine_answers)
@@ -233,38 +241,51 @@ async def comparisons(request: Request, body: ComparisonBody, context: Context) 
     return JSONResponse({"id": id, "object": "comparison", "answers": items})
 
 
-def _comparison_request(request: Request, body: ComparisonBody, context: IngressContext) -> dict[str, Any]:
+def _compared_model(request: Request, body: ComparisonBody, context: IngressContext) -> ModelContext:
+    """Returns the model whose versions are compared.
+
+    Raises:
+        RequestError: 404, there is no such model; 400, there are several, and none is named.
+    """
+    if body.model is not None and body.model not in context.models:
+        raise RequestError(404, f"Versions of {' and '.join(context.models)} are compared here.")
+    return choose_model(body.model, request, context)
+
+
+def _comparison_request(request: Request, body: ComparisonBody, model: ModelContext) -> dict[str, Any]:
     """Returns what the engine is asked for both answers.
 
     Raises:
-        RequestError: 404, another model; 400, no training row could hold the prompt.
+        RequestError: 400, no training row could hold the prompt.
     """
-    name = context.served_model.name
-    if body.model not in (None, name):
-        raise RequestError(404, f"Versions of {name} are compared here.")
     messages = parsed_body(request).get("messages")
     prompt = {"prompt": body.prompt} if body.messages is None else {"messages": to_engine_messages(messages or ())}
     if reason := unrecordable_reason(prompt):
         raise RequestError(400, f"Nobody could learn from this comparison: {reason}.")
     temperature = TEMPERATURE if body.temperature is None else body.temperature
     # Null leaves the limit to the engine. Without the field, a text completion would have OpenAI's 16 tokens.
-    limit = None if body.max_tokens is None else min(body.max_tokens, context.config.limits.max_tokens)
-    return {**prompt, "model": name, "max_tokens": limit, "temperature": temperature}
+    limit = None if body.max_tokens is None else min(body.max_tokens, model.config.limits.max_tokens)
+    return {**prompt, "model": model.served_model.name, "max_tokens": limit, "temperature": temperature}
 
 
-def compared_versions(body: ComparisonBody, context: IngressContext) -> tuple[int | None, int | None]:
+def compared_versions(body: ComparisonBody, model: ModelContext) -> tuple[int | None, int | None]:
     """Returns the versions that answer: those of the request; else the current one and the canary; else None twice.
 
     None is whichever version answers at the moment, also during a promotion.
     """
     if body.versions is not None:
         return body.versions[0], body.versions[1]
-    state = context.registry.state()
+    state = model.registry.state()
     return (None, None) if state.canary is None else (state.current, state.canary)
 
 
 async def _answer(
-    context: IngressContext, engine_request: dict[str, Any], version: int | None, *, is_named: bool
+    context: IngressContext,
+    model: ModelContext,
+    engine_request: dict[str, Any],
+    version: int | None,
+    *,
+    is_named: bool,
 ) -> EngineAnswer:
     """Returns one answer.
 
@@ -277,13 +298,13 @@ async def _answer(
     seed, request_id = random.getrandbits(62), context.ids.issue()
     sampled_request = {**engine_request, "seed": seed, "request_id": request_id}
     route: Route = "chat" if "messages" in engine_request else "completions"
-    reply = await single_reply(context.backend.ask(route, sampled_request, version))
+    reply = await single_reply(model.backend.ask(route, sampled_request, version))
     if reply.status == 409 and not is_named:  # the version has changed, or the canary has ended
-        reply = await single_reply(context.backend.ask(route, sampled_request))
+        reply = await single_reply(model.backend.ask(route, sampled_request))
     if reply.status != 200:
         raise RequestError.from_reply(reply)
     content = json.loads(reply.body)
-    context.metrics.count_tokens(reply.version, content.get("usage"))
+    context.metrics.count_tokens(reply.version, content.get("usage"), model=model.id)
     return EngineAnswer.from_reply(content, version_number(reply.version))
 
 
@@ -320,15 +341,25 @@ async def export(
     context: Context,
     after_id: Annotated[str | None, Query(alias="since", max_length=200)] = None,
     limit: Annotated[int | None, Query(ge=1, le=10**6)] = None,
+    model: RecordedModel = None,
 ) -> Response:
-    """Returns training rows as JSON lines, which `raylign train` reads."""
-    return TrainingRows(await read_store(lambda: context.store.export(after_id=after_id, limit=limit)))
+    """Returns training rows as JSON lines, which `raylign train` reads.
+
+    Where the endpoint has several models, each row says by its `model` which of them answered.
+    """
+    check_answering(model, context)
+    names_model = len(context.models) > 1
+    query = partial(context.store.export, after_id=after_id, limit=limit, model=model, names_model=names_model)
+    return TrainingRows(await read_store(query))
 
 
 @router.get("/v1/feedback/statistics", tags=["labeller"], response_model=Statistics)
-async def statistics(context: Context) -> Response:
-    """Returns how much feedback there is, and how far people agree."""
-    return JSONResponse(asdict(await read_store(context.store.statistics)))
+async def statistics(request: Request, context: Context, model: RecordedModel = None) -> Response:
+    """Returns how much feedback there is, and how far people agree. Of several models, `model` names one."""
+    check_answering(model, context)
+    if model is None and len(context.models) > 1:
+        choose_model(None, request, context)  # versions of several models have the same numbers
+    return JSONResponse(asdict(await read_store(partial(context.store.statistics, model=model))))
 
 
 @router.delete("/v1/records/{id}", tags=["admin"], response_model=DeletedRecords)

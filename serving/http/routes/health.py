@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import asyncio
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from serving.http.routes import PUBLIC, Context, ResponseModel
+from serving.registry.model_id import ModelId
+from serving.schema import RequestError
+
+ReadyModel = Annotated[
+    str | None,
+    Query(alias="model", max_length=200, description="Name of one model, of which alone the answer tells."),
+]
 
 router = APIRouter()
 
@@ -31,9 +39,12 @@ async def healthz() -> Response:
 
 
 @router.get("/readyz", tags=[PUBLIC], response_model=Readiness, responses={503: {"model": Readiness}})
-async def readyz(context: Context) -> Response:
-    """Says whether the model is loaded and its engine answers; 503 if not."""
-    if await context.backend.is_ready():
+async def readyz(context: Context, name: ReadyModel = None) -> Response:
+    """Says whether the model is loaded and its engine answers; 503 if not. Of several models, one has to answer."""
+    if name is not None and name not in context.models:
+        raise RequestError(404, "There is no such model here.", code="model_not_found", param="model")
+    models = list(context.models.values()) if name is None else [context.models[ModelId(name)]]
+    if any(await asyncio.gather(*(model.backend.is_ready() for model in models))):
         return JSONResponse({"status": "ready"})
     return JSONResponse({"status": "loading"}, status_code=503)
 

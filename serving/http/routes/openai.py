@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -19,7 +20,9 @@ from serving.http.routes import (
     VERSION_HEADER,
     Context,
     IngressContext,
+    ModelContext,
     ParsedBodyRoute,
+    answering_model,
     key_of,
     parsed_body,
     requested_version,
@@ -39,6 +42,7 @@ from serving.http.routes.bodies import (
     TokenizeBody,
     TokenizeReply,
 )
+from serving.registry.model_id import ModelId
 from serving.replica.grammar import check_structured_output
 from serving.schema import Reply, RequestError, Route, event
 
@@ -60,15 +64,18 @@ router = APIRouter(route_class=ParsedBodyRoute)
 @router.get("/v1/models", tags=["user"], response_model=ModelList)
 async def models(context: Context) -> Response:
     """Lists the models that clients can ask for."""
-    max_model_len = await context.backend.max_model_len()
-    cards = model_cards(context).values()
-    return JSONResponse({"object": "list", "data": [{**card, "max_model_len": max_model_len} for card in cards]})
+    cards = model_cards(context)
+    models = [context.models.answering(name) for name in cards]
+    lengths = await asyncio.gather(*(model.backend.max_model_len() for model in models))
+    data = [{**card, "max_model_len": length} for card, length in zip(cards.values(), lengths, strict=True)]
+    return JSONResponse({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{name:path}", tags=["user"], response_model=ModelCard)
-async def model(name: str, context: Context) -> Response:
+async def model(name: str, request: Request, context: Context) -> Response:
     """Describes one model."""
-    return JSONResponse({**model_card(name, context), "max_model_len": await context.backend.max_model_len()})
+    backend = answering_model(name, request, context).backend
+    return JSONResponse({**model_cards(context)[name], "max_model_len": await backend.max_model_len()})
 
 
 @router.post("/v1/chat/completions", tags=["user"], response_model=ChatCompletion, responses=STREAM)
@@ -76,11 +83,12 @@ async def chat(request: Request, body: ChatBody, context: Context) -> Response:
     """Answers a chat, as OpenAI's chat completions."""
     limits = context.config.limits
     _check_limit("top_logprobs", body.top_logprobs, limits.max_logprobs)
+    model = answering_model(body.model, request, context)
     engine_request = _completion_request("chat", request, body, context)
     _check_template_values(body)
-    _check_tools(engine_request, context.served_model.tool_call_parser)
+    _check_tools(engine_request, model.served_model.tool_call_parser)
     _check_limit("max_completion_tokens", body.max_completion_tokens, limits.max_tokens)
-    return await _complete("chat", request, engine_request, context)
+    return await _complete("chat", request, engine_request, model, context)
 
 
 @router.post("/v1/completions", tags=["user"], response_model=TextCompletion, responses=STREAM)
@@ -93,8 +101,9 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
         raise RequestError(400, message, code="integer_below_min_value", param="max_tokens")
     if (prompts := num_prompts(body.prompt)) > 1:
         _check_limit("the number of answers to all prompts", prompts * (body.n or 1), limits.max_prompts)
+    model = answering_model(body.model, request, context)
     engine_request = _completion_request("completions", request, body, context)
-    return await _complete("completions", request, engine_request, context)
+    return await _complete("completions", request, engine_request, model, context)
 
 
 @router.post("/tokenize", tags=["user"], response_model=TokenizeReply)
@@ -102,43 +111,29 @@ async def tokenize(request: Request, body: TokenizeBody, context: Context) -> Re
     """Returns the token ids of a text or a chat."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(400, "Give either prompt or messages.")
-    model_card(body.model, context)
+    model = answering_model(body.model, request, context)
     _check_template_values(body)
-    return await _token_response("tokenize", request, context)
+    return await _token_response("tokenize", request, model)
 
 
 @router.post("/detokenize", tags=["user"], response_model=DetokenizeReply)
 async def detokenize(request: Request, body: DetokenizeBody, context: Context) -> Response:
     """Returns the text of token ids."""
-    model_card(body.model, context)
-    return await _token_response("detokenize", request, context)
+    model = answering_model(body.model, request, context)
+    return await _token_response("detokenize", request, model)
 
 
 def model_cards(context: IngressContext) -> dict[str, dict[str, Any]]:
     """Returns the models by their names, as OpenAI describes them; a replica knows their length."""
-    served_model = context.served_model
-    parents = {served_model.name: served_model.base_name} if served_model.base_name else {}
+    parents = {name: model.served_model.base_name for name, model in context.models.items()}
     common = {"object": "model", "created": context.started_at, "owned_by": "raylign"}
-    return {name: {"id": name, **common, "parent": parents.get(name)} for name in served_model.names}
+    return {name: {"id": name, **common, "parent": parents.get(ModelId(name))} for name in context.models.names}
 
 
-def model_card(name: str, context: IngressContext) -> dict[str, Any]:
-    """Returns one model, as `model_cards`.
-
-    Raises:
-        RequestError: 404, there is no model of this name.
-    """
-    cards = model_cards(context)
-    if name not in cards:
-        message = f"There is no model {name[:100]!r} here; there are {', '.join(cards)}."
-        raise RequestError(404, message, code="model_not_found", param="model")
-    return cards[name]
-
-
-async def _token_response(route: Route, request: Request, context: IngressContext) -> Response:
+async def _token_response(route: Route, request: Request, model: ModelContext) -> Response:
     """Returns the engine's answer to a question about tokens."""
     engine_request = to_engine_request(route, parsed_body(request))
-    replies = context.backend.ask(route, engine_request, requested_version(request))
+    replies = model.backend.ask(route, engine_request, requested_version(request))
     return as_response(await single_reply(replies))
 
 
@@ -148,10 +143,9 @@ def _completion_request(
     """Returns a request as the engine needs it.
 
     Raises:
-        RequestError: 404, there is no such model; 400, a field is not known, or asks for more than the limits allow.
+        RequestError: 400, a field is not known, or asks for more than the limits allow.
     """
     limits = context.config.limits
-    model_card(body.model, context)
     engine_request = to_engine_request(route, parsed_body(request))
     _check_limit("n", body.n, limits.max_n)
     _check_limit("max_tokens", body.max_tokens, limits.max_tokens)
@@ -161,12 +155,12 @@ def _completion_request(
 
 
 async def _complete(
-    route: Route, request: Request, engine_request: dict[str, Any], context: IngressContext
+    route: Route, request: Request, engine_request: dict[str, Any], model: ModelContext, context: IngressContext
 ) -> Response:
     """Has the engine answer, and has the answer recorded: a whole answer, or a stream."""
     start = time.perf_counter()
     counted_request = with_usage(engine_request)
-    replies = context.backend.ask(route, counted_request, requested_version(request))
+    replies = model.backend.ask(route, counted_request, requested_version(request))
     first_reply = await anext(replies)
     assert isinstance(first_reply, Reply), "as Backend.ask promises"
     _observe_form(request, first_reply, context)
@@ -222,7 +216,8 @@ class _Stream:
         async for text in stream_texts(self.first_reply, replies):
             if is_first:
                 path = self.request.scope["route"].path
-                context.metrics.observe_first_token(path, version, time.perf_counter() - self.start)
+                model = self.request.scope["state"].get("model")
+                context.metrics.observe_first_token(path, version, time.perf_counter() - self.start, model=model)
                 is_first = False
             transcript.add_events(text)
             if text.endswith(END):  # no answer's text can end so, since line breaks in it are escaped
@@ -249,7 +244,7 @@ def _record(
     start = time.perf_counter()
     kind: GenerationKind = "chat" if route == "chat" else "completion"
     try:
-        context.metrics.count_tokens(version, transcript.usage)
+        context.metrics.count_tokens(version, transcript.usage, model=request.scope["state"].get("model"))
         asked_by = key_of(request).name
         if record := generation_record(kind, engine_request, transcript, version=version, asked_by=asked_by):
             context.recorder.record(record)

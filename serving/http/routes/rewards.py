@@ -15,9 +15,10 @@ from serving.feedback.keys import Key
 from serving.http.routes import (
     VERSION_HEADER,
     Context,
-    IngressContext,
+    ModelContext,
     ParsedBodyRoute,
     ResponseModel,
+    choose_model,
     key_of,
     requested_version,
 )
@@ -68,7 +69,7 @@ class RewardsBody(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     model: Annotated[str, Field(max_length=200)] | None = None
-    """Name of the served model; without it, the same."""
+    """Name of the served model; needed where the endpoint has several."""
     version: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """The version that rates, for keys with the role labeller; without it, the current one."""
     items: Annotated[tuple[RewardItem, ...], Field(fail_fast=True)]
@@ -115,8 +116,9 @@ class RewardList(ResponseModel):
 @router.post("/v1/rewards", tags=["user"], response_model=RewardList)
 async def rewards(request: Request, body: RewardsBody, context: Context) -> Response:
     """Returns the rewards of completions in the order of the request, and the best completion of each prompt."""
-    if body.model not in (None, context.served_model.name):
-        raise RequestError(404, f"Rewards are those of {context.served_model.name}.")
+    if body.model is not None and body.model not in context.models:
+        raise RequestError(404, f"Rewards are those of {' and '.join(context.models)}.")
+    model = choose_model(body.model, request, context)
     num_completions = sum(len(item.completions) for item in body.items)
     limit = context.config.limits.max_completions
     if num_completions > limit:
@@ -126,20 +128,20 @@ async def rewards(request: Request, body: RewardsBody, context: Context) -> Resp
     items = tuple(ScoringItem(prompt=item.text_or_messages, completions=item.completions) for item in body.items)
     version = requested_version(request) if body.version is None else body.version
     if version is not None:
-        is_whole = context.served_model.base_name is None
-        await asyncio.to_thread(check_choice, version, key_of(request), context.registry, is_whole)
-    result = await context.backend.score(ScoringRequest(items=items, version=version))
-    context.metrics.count_scored(result.version, num_completions)
-    return JSONResponse(to_json(result, body, context), headers={VERSION_HEADER: str(result.version)})
+        is_whole = model.served_model.base_name is None
+        await asyncio.to_thread(check_choice, version, key_of(request), model.registry, is_whole)
+    result = await model.backend.score(ScoringRequest(items=items, version=version))
+    context.metrics.count_scored(result.version, num_completions, model=model.id)
+    return JSONResponse(to_json(result, body, model), headers={VERSION_HEADER: str(result.version)})
 
 
-def to_json(result: ScoreResult, body: RewardsBody, context: IngressContext) -> dict[str, Any]:
+def to_json(result: ScoreResult, body: RewardsBody, model: ModelContext) -> dict[str, Any]:
     """Returns the answer to a request as JSON has it."""
-    common = {"object": "list", "model": context.served_model.name, "version": result.version}
+    common = {"object": "list", "model": model.id, "version": result.version}
     if result.rewards:
         items = [{"rewards": list(scores), "winner": winner(scores)} for scores in result.rewards]
         return {**common, "kind": "reward_model", "items": items}
-    beta = body.beta or context.config.rewards.beta or trained_beta(result.version, context.registry)
+    beta = body.beta or model.config.rewards.beta or trained_beta(result.version, model.registry)
     return {
         **common,
         "kind": "implicit",

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.errors import AlignmentError
-from serving.http.routes import Context, IngressContext, ParsedBodyRoute, ResponseModel, key_of
+from serving.http.routes import ChosenModel, ModelContext, ParsedBodyRoute, ResponseModel, key_of
 from serving.registry.state import State
 from serving.registry.versions import Version
 from serving.replica.engine import Status
@@ -62,9 +62,9 @@ class DeletedVersion(ResponseModel):
 
 
 @router.get("/v1/admin/versions", response_model=VersionList)
-async def versions(context: Context) -> Response:
+async def versions(model: ChosenModel) -> Response:
     """Lists every version, which of them answer, and the status of every replica."""
-    registry, backend = context.registry, context.backend
+    registry, backend = model.registry, model.backend
     all_versions = await asyncio.to_thread(registry.versions)
     replicas = [asdict(status) for status in await backend.statuses()]
     candidate = None if backend.candidate is None else asdict(backend.candidate)
@@ -73,45 +73,45 @@ async def versions(context: Context) -> Response:
 
 
 @router.post("/v1/admin/versions", response_model=Version)
-async def add(body: VersionBody, context: Context) -> Response:
+async def add(body: VersionBody, model: ChosenModel) -> Response:
     """Verifies a checkpoint and registers it as a version. Nothing else changes."""
-    return JSONResponse(asdict(await _or_conflict(asyncio.to_thread(_register, context, body.checkpoint))))
+    return JSONResponse(asdict(await _or_conflict(asyncio.to_thread(_register, model, body.checkpoint))))
 
 
-def _register(context: IngressContext, checkpoint: str) -> Version:
-    current = context.registry.state().current
-    return context.registry.add(Path(checkpoint), parent=current, compatible_with=current)
+def _register(model: ModelContext, checkpoint: str) -> Version:
+    current = model.registry.state().current
+    return model.registry.add(Path(checkpoint), parent=current, compatible_with=current)
 
 
 @router.delete("/v1/admin/versions/{number}", response_model=DeletedVersion)
-async def delete(number: Annotated[int, PathParameter(ge=1, le=10**9)], context: Context) -> Response:
+async def delete(number: Annotated[int, PathParameter(ge=1, le=10**9)], model: ChosenModel) -> Response:
     """Deletes the files of a version that is of no use any more, and returns how many bytes were freed."""
-    num_bytes = await _or_conflict(asyncio.to_thread(_delete, context, number))
+    num_bytes = await _or_conflict(asyncio.to_thread(_delete, model, number))
     return JSONResponse({"version": number, "freed_bytes": num_bytes})
 
 
-def _delete(context: IngressContext, number: int) -> int:
-    context.tenant.check()
-    return context.registry.delete(number)
+def _delete(model: ModelContext, number: int) -> int:
+    model.tenant.check()
+    return model.registry.delete(number)
 
 
 @router.post("/v1/admin/promote", response_model=State)
-async def promote(body: PromoteBody, request: Request, context: Context) -> Response:
+async def promote(body: PromoteBody, request: Request, model: ChosenModel) -> Response:
     """Brings a version to every replica and lets it answer all requests, or a fraction of them."""
-    change = context.promotions.promote(body.version, body.canary, started_by=key_of(request).name)
+    change = model.promotions.promote(body.version, body.canary, started_by=key_of(request).name)
     return JSONResponse(asdict(await _or_conflict(change)))
 
 
 @router.delete("/v1/admin/canary", response_model=State)
-async def end_canary(context: Context) -> Response:
+async def end_canary(model: ChosenModel) -> Response:
     """Ends the canary; the current version answers all requests again."""
-    return JSONResponse(asdict(await _or_conflict(context.promotions.end_canary())))
+    return JSONResponse(asdict(await _or_conflict(model.promotions.end_canary())))
 
 
 @router.post("/v1/admin/rollback", response_model=State)
-async def rollback(request: Request, context: Context) -> Response:
+async def rollback(request: Request, model: ChosenModel) -> Response:
     """Goes back to the version before."""
-    return JSONResponse(asdict(await _or_conflict(context.promotions.roll_back(started_by=key_of(request).name))))
+    return JSONResponse(asdict(await _or_conflict(model.promotions.roll_back(started_by=key_of(request).name))))
 
 
 async def _or_conflict(change: Awaitable[Result]) -> Result:
