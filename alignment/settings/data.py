@@ -42,9 +42,10 @@ class SourceConfig(Section):
     folder of such files or of `datasets`' save_to_disk, a pattern as `data/*.jsonl`, a hub id, or a dotted
     `package.module:function` of one's own, which is called with this section and returns an iterable of rows.
     What people said to an endpoint is read from its `http(s)://HOST/v1/feedback/export` (as the administrator whose
-    key is in $RAYLIGN_KEY; with `?since=jdg-7`, what came after that) or from its database, `sqlite:///FILE` or
-    `postgresql+psycopg://USER@HOST/NAME`. It grows, so a run writes it into its folder when it begins, and reads
-    that ever after: a resume goes on with the rows that the run began with."""
+    key is in $RAYLIGN_KEY; with `?since=jdg-7`, what came after that; with `?model=NAME`, that of one of several
+    models) or from its database, `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`. It grows, so a run writes
+    it into its folder when it begins, and reads that ever after: a resume goes on with the rows that the run began
+    with."""
     name: str | None = None
     """Configuration name of a hub dataset, or of a folder that is a copy of one."""
     data_dir: str | None = None

@@ -125,6 +125,55 @@ class Parrot(LightEngine):
         yield Reply(status=200, body=json.dumps(body), version=names.label)
 
 
+class LightScoring(Scoring):
+    """Rates without a model, after a start of some seconds or none, as slowly as it is asked to."""
+
+    def __init__(self, start_s: float, work_s: float) -> None:
+        time.sleep(start_s)
+        self._work_s = work_s
+
+    def _score(self, request: ScoringRequest) -> ScoreResult:
+        time.sleep(self._work_s)
+        return ScoreResult(version=1, rewards=((0.5,),))
+
+
+class NamedEngine(WithoutModel, Engine):
+    """Says its model and its version, at once or after a while. It does not start where its registry has a file
+    `no-engine`."""
+
+    async def _start(self, settings: EngineSettings, state: State, number: int, *, is_candidate: bool = False) -> None:
+        if (Path(settings.registry) / "no-engine").exists():
+            raise ServingError("vLLM does not start with this model: there is no room")
+        await super()._start(settings, state, number, is_candidate=is_candidate)
+
+    async def _replies(self, route: Route, request: Any, names: Any) -> AsyncIterator[str | Reply]:
+        if request["prompt"] == "wait":
+            await asyncio.sleep(3)
+        if request["prompt"] == "die":
+            os._exit(1)
+        choices = [{"index": 0, "text": f"{names.client_name} {names.version}", "finish_reason": "stop"}]
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        body = {"id": f"cmpl-{request['request_id']}", "object": "text_completion", "model": names.client_name}
+        yield Reply(status=200, body=json.dumps({**body, "choices": choices, "usage": usage}), version=names.label)
+
+
+class NamedCandidate(NamedEngine, CandidateEngine):
+    """The candidate's."""
+
+
+class VersionScoring(LightScoring):
+    """Gives every completion the number of the model's current version."""
+
+    def __init__(self, config: ServeConfig, device: str, registry: str) -> None:
+        super().__init__(0.0, 0.0)
+        self._registry = Registry(Path(registry))
+
+    def _score(self, request: ScoringRequest) -> ScoreResult:
+        number = self._registry.state().current
+        rewards = tuple(tuple(float(number) for _ in item.completions) for item in request.items)
+        return ScoreResult(version=number, rewards=rewards)
+
+
 class SpokenEngine(WithoutModel, Engine):
     """One replica that says what its prompt asks for, in OpenAI's form."""
 
@@ -158,18 +207,6 @@ def as_event(chunk: dict[str, Any]) -> str:
 
 class LightCandidate(WithoutModel, CandidateEngine):
     """The candidate's."""
-
-
-class LightScoring(Scoring):
-    """Rates without a model, after a start of some seconds or none, as slowly as it is asked to."""
-
-    def __init__(self, start_s: float, work_s: float) -> None:
-        time.sleep(start_s)
-        self._work_s = work_s
-
-    def _score(self, request: ScoringRequest) -> ScoreResult:
-        time.sleep(self._work_s)
-        return ScoreResult(version=1, rewards=((0.5,),))
 
 
 class Front:

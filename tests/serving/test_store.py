@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,26 @@ def test_statistics_as_worked_out_by_hand(store: Store) -> None:
     assert counted.by_labeller == {"anna": 3, "ben": 3, "cleo": 2}
     assert counted.agreement == Agreement(pairs=6, agreed=1, rate=1 / 6)
     assert counted.wins_by_version == {3: Wins(wins=3, losses=1, ties=2), 4: Wins(wins=1, losses=3, ties=2)}
+
+
+def test_one_model_is_exported_and_counted_alone(store: Store) -> None:
+    groups = [issued(f"cmp-{number}", versions=(1, 2)) for number in range(3)]
+    for group, model in zip(groups, ("a", "b", "b"), strict=True):
+        answers = tuple(replace(answer, model=model) for answer in group.answers)
+        record(store, replace(group, answers=answers))
+        say(store, group.id, Choice(winner=f"{group.id}-{int(model == 'b')}"))
+    assert [row["id"] for row in exported(store, model="b")] == ["jdg-2", "jdg-3"]
+    assert [row["id"] for row in exported(store, model="b", after_id="jdg-2", limit=5)] == ["jdg-3"]
+    assert exported(store, model="c") == []
+    assert [row["model"] for row in exported(store, names_model=True)] == ["a", "b", "b"]
+    assert all("model" not in row for row in exported(store)), "as before, where there is one model"
+    counted = {model: store.statistics(model=model) for model in ("a", "b", "c", None)}
+    assert [entry.answers for entry in counted.values()] == [2, 4, 0, 6]
+    assert [entry.judged for entry in counted.values()] == [1, 2, 0, 3]
+    assert [entry.by_kind for entry in counted.values()] == [{"choice": 1}, {"choice": 2}, {}, {"choice": 3}]
+    assert [entry.by_labeller.get("anna", 0) for entry in counted.values()] == [1, 2, 0, 3]
+    assert counted["a"].wins_by_version == {1: Wins(wins=1, losses=0, ties=0), 2: Wins(wins=0, losses=1, ties=0)}
+    assert counted["b"].wins_by_version == {1: Wins(wins=0, losses=2, ties=0), 2: Wins(wins=2, losses=0, ties=0)}
 
 
 def test_statistics_of_nothing(store: Store) -> None:
