@@ -40,8 +40,8 @@ def greedy_logprobs(folder: Path) -> list[float]:
     return [scores.log_softmax(-1).max().item() for scores in drawn.scores]
 
 
-def answered_logprobs(endpoint: Running) -> list[float]:
-    body = {"model": SMALL, "messages": TURNS, "temperature": 0, "logprobs": True}
+def answered_logprobs(endpoint: Running, model: str = SMALL) -> list[float]:
+    body = {"model": model, "messages": TURNS, "temperature": 0, "logprobs": True}
     answer = endpoint.ask("POST", "/v1/chat/completions", body).json()
     return [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
 
@@ -55,14 +55,18 @@ def first(tiny_model: Path) -> Whole:
 @pytest.fixture(scope="module")
 def second(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Other weights of the same shape."""
-    folder = tmp_path_factory.mktemp("second") / "second"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    return other_weights(tiny_model, tmp_path_factory.mktemp("second") / "second")
+
+
+def other_weights(model_folder: Path, folder: Path) -> Whole:
+    """Writes a model of the same shape with other weights."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.3 * weight.std() * torch.randn_like(weight)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
     return Whole(folder=folder, logprobs=greedy_logprobs(folder))
 
 

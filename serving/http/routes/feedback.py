@@ -62,7 +62,7 @@ RETRY_S = 1.0
 
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 RecordedModel = Annotated[
-    str | None, Query(max_length=200, description="Name of the model whose answers count; all where it is not given.")
+    str | None, Query(max_length=200, description="Name of the model whose answers are meant; without it, all.")
 ]
 Stored = TypeVar("Stored")
 
@@ -355,7 +355,7 @@ async def export(
 
 @router.get("/v1/feedback/statistics", tags=["labeller"], response_model=Statistics)
 async def statistics(request: Request, context: Context, model: RecordedModel = None) -> Response:
-    """Returns how much feedback there is, and how far people agree. Of several models, `model` names one."""
+    """Returns how much feedback there is, and how far people agree. Of several models, one has to be named."""
     check_answering(model, context)
     if model is None and len(context.models) > 1:
         choose_model(None, request, context)  # versions of several models have the same numbers
