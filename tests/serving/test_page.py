@@ -67,6 +67,8 @@ class Asked:
     key: str | None
     mark: str | None
     """Its Idempotency-Key."""
+    query: str = ""
+    """What follows the question mark of its address."""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +78,10 @@ class Service:
     url: str = ""
     key: str | None = None
     """The key it wants."""
+    parents: dict[str, str | None] = field(
+        default_factory=lambda: {"assistant": "smollm2-135m-instruct", "smollm2-135m-instruct": None}
+    )
+    """Its models, each with its base model."""
     pieces: list[str] = field(default_factory=lambda: ["The sky ", "is ", "blue."])
     piece_s: float = 0.0
     ends: bool = True
@@ -117,7 +123,7 @@ class Service:
                 return trouble(401, "Give a key.")
             body = json.loads(await request.body() or b"{}")
             mark = request.headers.get("idempotency-key")
-            self.asked.append(Asked(route=name, body=body, key=authorization, mark=mark))
+            self.asked.append(Asked(route=name, body=body, key=authorization, mark=mark, query=request.url.query))
             await self.release(name)
             waiting = self.troubles.get(name)
             return waiting.pop(0) if waiting else answer(body)
@@ -129,8 +135,8 @@ class Service:
             await asyncio.sleep(0.01)
 
     def models(self, _: dict[str, Any]) -> Response:
-        names = ("assistant", "smollm2-135m-instruct")
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+        cards = [{"id": name, "object": "model", "parent": parent} for name, parent in self.parents.items()]
+        return JSONResponse({"object": "list", "data": cards})
 
     def chat(self, body: dict[str, Any]) -> Response:
         self.number += 1
@@ -643,6 +649,21 @@ def test_progress_shows_the_figures_and_refreshes(page: Page, service: Service) 
     expect(page.locator("#labellers")).to_contain_text("<b>bo</b>")
     page.get_by_role("button", name="Refresh").click()
     wait_until(lambda: len(service.bodies("feedback/statistics")) == 2)
+
+
+def test_progress_is_that_of_the_chosen_model_where_there_are_several(page: Page, service: Service) -> None:
+    def queries() -> list[str]:
+        return [asked.query for asked in service.asked if asked.route == "feedback/statistics"]
+
+    page.goto(f"{service.url}/#progress")
+    expect(page.locator("#figures")).to_contain_text("1,318")
+    expect(page.locator("#model")).to_be_enabled()
+    assert queries() == [""], "an adapter and its base are one model"
+    service.parents |= {"team/coder": None}
+    page.reload()
+    wait_until(lambda: queries()[-1] == "model=assistant")
+    page.locator("#model").select_option("team/coder")
+    wait_until(lambda: queries()[-1] == "model=team%2Fcoder")
 
 
 def test_progress_of_nothing_is_told_in_words(page: Page, service: Service) -> None:
