@@ -279,7 +279,7 @@ def _running_application(
     start, and why, if others did.
 
     Raises:
-        ServingError: no engine did start.
+        ServingError: no engine started.
     """
     from ray import serve
 
