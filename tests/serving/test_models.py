@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.errors import CheckpointError, ConfigError, ServingError
+from alignment.errors import ConfigError, ModelError, ServingError
 from alignment.settings.load import load_config
 from serving.config import ServeConfig, load_serve_config
 from serving.registry.model_id import ModelId
@@ -127,7 +127,7 @@ def test_another_checkpoint_of_one_model_becomes_a_version_of_it_alone(tmp_path:
 
 
 def test_the_model_that_cannot_be_served_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^models\.coder: .*gone is not a folder here"):
+    with pytest.raises(ModelError, match=r"^models\.coder: model folder .*gone does not exist"):
         publish_models(config_of(tmp_path, coder=tmp_path / "gone"))
 
 
