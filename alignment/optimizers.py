@@ -72,14 +72,14 @@ def check_state(optimizer: torch.optim.Optimizer, name: str, groups_before: list
     """
     import torch
 
-    unstored = {
+    unstored_keys = {
         key for state in optimizer.state.values() for key, value in state.items() if not isinstance(value, torch.Tensor)
     }
     if group_settings(optimizer) != groups_before:
-        unstored.add("a setting of its groups, which a step has changed")
-    if unstored:
+        unstored_keys.add("a setting of its groups, which a step has changed")
+    if unstored_keys:
         raise ConfigError(
-            f"optimizer {name!r} remembers {', '.join(sorted(unstored))}, and a checkpoint stores only tensors in "
+            f"optimizer {name!r} remembers {', '.join(sorted(unstored_keys))}, and a checkpoint stores only tensors in "
             "`optimizer.state`; without it the run could not be resumed exactly"
         )
 

@@ -68,7 +68,7 @@ def rename_old_keys(settings: Any, current: Any) -> Any:
 def other_names(key: str) -> list[str]:
     """The other names of a key: old ones and synonyms, or the name that these stand for."""
     pairs = (OLD_KEYS | SYNONYMS).items()
-    return [name for other, name in pairs if other == key] + [other for other, name in pairs if name == key]
+    return [name for alias, name in pairs if alias == key] + [alias for alias, name in pairs if name == key]
 
 
 def _current_name(key: str, fields: Collection[str]) -> str:

@@ -146,8 +146,8 @@ def load_weight_transfer(name: str) -> type[Any]:
     transfer = load_plugin(name, builtin_weight_transfers(), "weight transfer")
     if not isinstance(transfer, type):
         raise ConfigError(f"weight transfer {name!r} is a {type(transfer).__name__}, not a class")
-    if missing := [method for method in TRANSFER_METHODS if not callable(getattr(transfer, method, None))]:
-        raise ConfigError(f"weight transfer {name!r} has no {', '.join(missing)}")
+    if missing_methods := [method for method in TRANSFER_METHODS if not callable(getattr(transfer, method, None))]:
+        raise ConfigError(f"weight transfer {name!r} has no {', '.join(missing_methods)}")
     return transfer
 
 

@@ -14,6 +14,12 @@ import pytest
 
 from alignment.errors import ConfigError
 from alignment.settings.load import check_config
+from alignment.settings.plugins import (
+    builtin_attentions,
+    builtin_weight_transfers,
+    load_attention,
+    load_weight_transfer,
+)
 from cluster.config import ClusterRunConfig, load_run
 
 Settings = dict[str, Any]
@@ -94,6 +100,12 @@ def test_a_dotted_name_of_nothing_usable_is_refused_with_its_key(plugin: str, na
     key, settings = PLUGINS[plugin]
     problem = problem_of(settings(name))
     assert problem.startswith(f"{key}: ") and repr(name) in problem and reason in problem
+
+
+def test_the_names_of_attentions_and_weight_transfers_are_those_of_their_files() -> None:
+    for builtin, load in ((builtin_attentions, load_attention), (builtin_weight_transfers, load_weight_transfer)):
+        assert all(load(name) for name in builtin())
+    assert (*builtin_attentions(), *builtin_weight_transfers()) == ("flex", "grouped", "sdpa", "files")
 
 
 def test_a_dry_run_refuses_a_wrong_name_before_anything_else(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_a_shape_of_ones_own_reads_rows() -> None:
 
 
 def test_an_entry_of_the_table_is_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    dialogue = shapes.RowShape(lambda fields: fields.has("dialogue"), lambda fields, origin: read_dialogue(fields.row))
+    dialogue = shapes.RowShape(
+        lambda fields: fields.has_field("dialogue"), lambda fields, origin: read_dialogue(fields.row)
+    )
     monkeypatch.setitem(shapes.SHAPES, "dialogue", dialogue)
     assert group_of({"dialogue": ["2 + 2?", "4"]}).completions == FOUR
 

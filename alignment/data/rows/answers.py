@@ -43,10 +43,10 @@ def read_rewards(fields: RowFields, count: int) -> list[float | None]:
     Raises:
         DataError: there are not as many finite numbers as answers.
     """
-    if not fields.has("rewards"):
+    if not fields.has_field("rewards"):
         return [None] * count
     rewards = fields.list_value("rewards")
-    if fields.has("completion") and not isinstance(rewards, list | tuple):  # of one answer, one number
+    if fields.has_field("completion") and not isinstance(rewards, list | tuple):  # of one answer, one number
         rewards = [read_number(rewards) if isinstance(rewards, str) else rewards]
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise DataError(f"rewards must be a list of {count} numbers, one per completion")
@@ -62,7 +62,7 @@ def read_label(fields: RowFields) -> float | None:
     Raises:
         DataError: the label is something else.
     """
-    if not fields.has("label"):
+    if not fields.has_field("label"):
         return None
     label = fields.value("label")
     number = LABELS.get(re.sub(r"[\s-]+", "_", label.strip().lower()), label) if isinstance(label, str) else label
@@ -76,7 +76,7 @@ def read_label(fields: RowFields) -> float | None:
 def read_truncations(fields: RowFields, count: int) -> list[bool]:
     """For each answer, whether it was cut off when it was sampled, by `truncated` or `finish_reason`."""
     for field in ("truncated", "finish_reason", "finish_reasons", "stop_reason"):
-        if not fields.has(field):
+        if not fields.has_field(field):
             continue
         value = parse_json_text(fields.value(field))
         values = list(value) if isinstance(value, list | tuple) else [value] * count

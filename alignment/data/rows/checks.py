@@ -30,7 +30,7 @@ def check_columns(fields: RowFields) -> None:
         if row.get(column) not in (None, "", [], ()):
             raise DataError(f"column {column!r} holds what is no text, and models are trained on text alone")
     label = next((name for name in ("labels", "label") if row.get(name) is not None), None)
-    if label is not None and fields.has("completions"):
+    if label is not None and fields.has_field("completions"):
         raise DataError(
             f"{label} beside completions (of steps of an answer?) is not read; give rewards, one per answer"
         )
@@ -42,7 +42,7 @@ def check_columns(fields: RowFields) -> None:
             f"its weight is {weight:g}, and rows count alike here: 1, or 0 for one to leave out. If the column means "
             "something else, give it another name"
         )
-    if fields.has("chosen") and fields.has("rejected"):
+    if fields.has_field("chosen") and fields.has_field("rejected"):
         for chosen_score, rejected_score in _score_pairs(fields.row):
             if chosen_score < rejected_score:
                 raise DataError(

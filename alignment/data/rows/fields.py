@@ -47,9 +47,9 @@ class RowFields:
     @property
     def is_alpaca(self) -> bool:
         """True if the row has an instruction, and no other field that gives the prompt."""
-        return isinstance(self.row.get("instruction"), str) and not any(map(self.has, ("prompt", "messages")))
+        return isinstance(self.row.get("instruction"), str) and not any(map(self.has_field, ("prompt", "messages")))
 
-    def has(self, field: str) -> bool:
+    def has_field(self, field: str) -> bool:
         """True if the row has a value for a field; the prompt may come from the template."""
         if field == "prompt" and self.template is not None:
             return True
@@ -96,11 +96,11 @@ class RowFields:
         """
         if self.template is not None:
             return self._wrap_prompt(_fill_template(self.template, self.row))
-        if not self.has("prompt") and self.has("messages"):
+        if not self.has_field("prompt") and self.has_field("messages"):
             return self._turns("messages")
         if self.is_alpaca:
             return self._instruction()
-        if not self.has("prompt"):
+        if not self.has_field("prompt"):
             raise DataError("field 'prompt' is missing")
         value = as_turns(self.value("prompt"))
         return self._wrap_prompt(read_text(value, "prompt")) if isinstance(value, str) else self._turns("prompt")

@@ -38,7 +38,7 @@ def add_system_turn(prompt: Prompt, fields: RowFields) -> Prompt:
 
 def read_tools(fields: RowFields) -> tuple[Mapping[str, Any], ...]:
     """The functions that the assistant may call, from a list of JSON schemas or from the JSON text of one."""
-    tools = fields.value("tools") if fields.has("tools") else ()
+    tools = fields.value("tools") if fields.has_field("tools") else ()
     if isinstance(tools, str):
         try:
             tools = json.loads(tools.strip() or "[]")
@@ -57,7 +57,7 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
 
 def read_template_kwargs(fields: RowFields) -> Mapping[str, Any]:
     """Variables for the chat template, from a mapping or its JSON text; a null value counts as absent."""
-    kwargs = parse_json_text(fields.value("chat_template_kwargs")) if fields.has("chat_template_kwargs") else {}
+    kwargs = parse_json_text(fields.value("chat_template_kwargs")) if fields.has_field("chat_template_kwargs") else {}
     if not isinstance(kwargs, dict) or not all(map(is_template_variable, kwargs)):
         raise DataError(f"chat_template_kwargs must be a mapping of a chat template's variables, not {kwargs!r:.60}")
     template_kwargs: Mapping[str, Any] = drop_nulls(kwargs, "chat_template_kwargs")

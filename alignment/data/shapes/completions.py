@@ -19,11 +19,11 @@ def _read_completions(fields: RowFields, origin: str) -> Group:
 
 def _read_completion(fields: RowFields, origin: str) -> Group:
     prompt, answers = fields.prompt(), [read_answer(fields.value("completion"), "completion")]
-    is_labelled = fields.has("label") or not fields.has("rewards")
+    is_labelled = fields.has_field("label") or not fields.has_field("rewards")
     return make_group(fields, origin, prompt, answers, [read_label(fields)] if is_labelled else read_rewards(fields, 1))
 
 
 SHAPES = {
-    "completions": RowShape(lambda fields: fields.has("completions"), _read_completions, rank=20),
-    "completion": RowShape(lambda fields: fields.has("completion"), _read_completion, rank=30),
+    "completions": RowShape(lambda fields: fields.has_field("completions"), _read_completions, rank=20),
+    "completion": RowShape(lambda fields: fields.has_field("completion"), _read_completion, rank=30),
 }

@@ -14,8 +14,8 @@ from alignment.groups import Completion, Group, Message
 
 def _read_messages(fields: RowFields, origin: str) -> Group:
     turns = read_messages(fields.list_value("messages"), "messages")
-    turns = join_prompt(fields.prompt(), turns) if fields.has("prompt") and turns else turns
-    if not fields.has("label"):
+    turns = join_prompt(fields.prompt(), turns) if fields.has_field("prompt") and turns else turns
+    if not fields.has_field("label"):
         return _read_conversation(turns, origin, read_truncations(fields, 1)[0])
     if len(turns) < 2 or turns[-1].role != "assistant":
         raise DataError("a label is about the assistant's turn at the end of messages, and there is none")
@@ -52,4 +52,4 @@ def _read_conversation(turns: tuple[Message, ...], origin: str, is_truncated: bo
     return Group(id=origin, prompt=turns[:first_answer], completions=(completion,))
 
 
-SHAPES = {"messages": RowShape(lambda fields: fields.has("messages"), _read_messages, rank=50)}
+SHAPES = {"messages": RowShape(lambda fields: fields.has_field("messages"), _read_messages, rank=50)}

@@ -23,7 +23,7 @@ def _read_pair(fields: RowFields, origin: str) -> Group:
 
 
 def _read_half_pair(fields: RowFields, origin: str) -> Group:
-    raise DataError(f"field {'rejected' if fields.has('chosen') else 'chosen'!r} is missing")
+    raise DataError(f"field {'rejected' if fields.has_field('chosen') else 'chosen'!r} is missing")
 
 
 def _read_preference(fields: RowFields) -> tuple[Prompt, list[Message]]:
@@ -31,12 +31,12 @@ def _read_preference(fields: RowFields) -> tuple[Prompt, list[Message]]:
     if len({isinstance(value, str) for value in values}) > 1:
         kinds = " and ".join(type(value).__name__ for value in values)
         raise DataError(f"chosen and rejected must be both strings or both lists of messages, not {kinds}")
-    has_prompt = fields.has("prompt") or fields.is_alpaca
+    has_prompt = fields.has_field("prompt") or fields.is_alpaca
     if isinstance(values[0], str):
         chosen_text, rejected_text = (
             read_text(value, field) for value, field in zip(values, ("chosen", "rejected"), strict=True)
         )
-        if has_prompt or fields.has("messages"):
+        if has_prompt or fields.has_field("messages"):
             return fields.prompt(), [Message(role="assistant", content=text) for text in (chosen_text, rejected_text)]
         return _split_shared_prompt(
             _parse_transcript(chosen_text, "chosen"), _parse_transcript(rejected_text, "rejected")
@@ -74,6 +74,8 @@ def _split_shared_prompt(
 
 
 SHAPES = {
-    "pair": RowShape(lambda fields: fields.has("chosen") and fields.has("rejected"), _read_pair, rank=10),
-    "half_pair": RowShape(lambda fields: fields.has("chosen") or fields.has("rejected"), _read_half_pair, rank=40),
+    "pair": RowShape(lambda fields: fields.has_field("chosen") and fields.has_field("rejected"), _read_pair, rank=10),
+    "half_pair": RowShape(
+        lambda fields: fields.has_field("chosen") or fields.has_field("rejected"), _read_half_pair, rank=40
+    ),
 }

@@ -12,4 +12,4 @@ def _read_prompt(fields: RowFields, origin: str) -> Group:
     return make_group(fields, origin, fields.prompt(), [], [])
 
 
-SHAPES = {"prompt": RowShape(lambda fields: fields.has("prompt") or fields.is_alpaca, _read_prompt, rank=70)}
+SHAPES = {"prompt": RowShape(lambda fields: fields.has_field("prompt") or fields.is_alpaca, _read_prompt, rank=70)}

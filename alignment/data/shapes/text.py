@@ -31,4 +31,4 @@ def _tree_column(row: Row) -> str | None:
     return "role" if is_message else next((column for column in TREE if column in row), None)
 
 
-SHAPES = {"text": RowShape(lambda fields: fields.has("text"), _read_text, rank=60)}
+SHAPES = {"text": RowShape(lambda fields: fields.has_field("text"), _read_text, rank=60)}

@@ -137,8 +137,8 @@ class NearestFileTransfer(FileWeightTransfer):
     """
 
     def __init__(self, name: str, engines: EngineLocations) -> None:
-        shared = () if engines.shared_folder is None else (engines.shared_folder,)
-        super().__init__(name, (*local_directories(), *shared))
+        shared_folders = () if engines.shared_folder is None else (engines.shared_folder,)
+        super().__init__(name, (*local_directories(), *shared_folders))
         self.engines = engines
 
     def send(self, weights: Weights, *, adapter: bool) -> WeightUpdate:
