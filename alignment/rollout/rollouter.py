@@ -43,6 +43,7 @@ class SingleTurn:
     """The policy answers the prompt, and that is the completion."""
 
     async def complete(self, group: Group, policy: Policy, sampling: Sampling, seed: int) -> list[Rollout]:
+        """Samples all completions of the prompt at once."""
         return await policy.generate(Prompt(tokens=group.prompt_tokens, seed=seed), sampling)
 
 
@@ -86,6 +87,7 @@ class MultiTurn:
         self.max_turns = max_turns
 
     async def complete(self, group: Group, policy: Policy, sampling: Sampling, seed: int) -> list[Rollout]:
+        """Holds a conversation for each completion; all of them go on at the same time."""
         return await gather_all(
             self._converse(group, policy, dataclasses.replace(sampling, num_completions=1), f"{seed}/{index}")
             for index in range(sampling.num_completions)

@@ -259,6 +259,7 @@ class RunConfig(Section):
 
     @classmethod
     def section_class(cls, key: str, value: Any) -> type[Section]:
+        """The class of the section under a key; that of `algorithm` is the named algorithm's own."""
         if key == "algorithm" and isinstance(value, dict):
             return algorithm_class(value["name"])
         return super().section_class(key, value)
