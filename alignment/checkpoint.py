@@ -23,6 +23,7 @@ from alignment.models.model_folder import STATE, TRAINER, ModelFolder
 from alignment.optimizers import optimizer_kind
 from alignment.settings.old_names import rename_old_keys
 from alignment.settings.run import RunConfig
+from alignment.stored_run import StoredRun
 
 if TYPE_CHECKING:  # who reads the name of a file here, as the endpoint does, needs no torch
     import torch
@@ -73,12 +74,14 @@ def save(
     identity: Identity,
     world: World,
     rollouts: dict[str, Tensor] | None = None,
+    stored_run: StoredRun | None = None,
 ) -> None:
     """Writes a checkpoint, and deletes old ones beyond `checkpoint.keep`. Every worker must call this.
 
     Args:
         identity: identity of the run, which a resumed run must match.
         rollouts: rollouts for later steps.
+        stored_run: the run in its storage, to which the checkpoint is uploaded while the loop goes on.
 
     Raises:
         CheckpointError: it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
@@ -93,21 +96,28 @@ def save(
 
     def write() -> None:
         folder = config.run_folder.checkpoint(progress.step)
+        if stored_run is not None and folder.exists():
+            stored_run.wait()  # it may be this very folder that is being uploaded, before a roll-back
         state = {**asdict(progress), "identity": identity.fixed_settings, "adjustable": identity.adjustable_settings}
         try:
             _write(folder, roles.actor, weights, state, {TENSORS: tensors, ROLLOUTS: rollouts or {}})
         except Exception as error:  # transformers, peft, safetensors and tokenizers have errors of their own
             raise CheckpointError(f"{folder} cannot be written: {error}; earlier ones are intact") from error
+        if stored_run is not None:
+            stored_run.upload(folder)  # the upload before has ended then, so its folder may be deleted
         for old_folder in config.run_folder.checkpoints()[config.checkpoint.keep :]:
             shutil.rmtree(old_folder, onerror=_warn_about_deletion)
 
     run_on_main(write if world.is_main else None, world)
 
 
-def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
+def try_saving(config: RunConfig, roles: Roles, *, world: World, stored_run: StoredRun | None = None) -> str | None:
     """Writes a checkpoint without tensors and deletes it, so that a failure shows before the first step.
 
     Every worker must call this.
+
+    Args:
+        stored_run: the run in its storage, which is tried too.
 
     Returns:
         A warning if the disk has room for one checkpoint, but not for as many as the run will keep.
@@ -131,6 +141,8 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
                 actor.network.save_pretrained(trial, state_dict={})
             identity = identify(config, data="", num_groups=None, steps=0, source="")
             (trial / STATE).write_text(json.dumps(vars(identity)))
+            if stored_run is not None:
+                stored_run.try_out(trial / STATE)
             needed_bytes, free_bytes = _num_bytes(config, roles), shutil.disk_usage(trial).free
         except Exception as error:
             raise CheckpointError(
@@ -143,13 +155,21 @@ def try_saving(config: RunConfig, roles: Roles, *, world: World) -> str | None:
     return run_on_main(attempt if world.is_main else None, world)
 
 
-def restore(config: RunConfig, roles: Roles, *, identity: Identity, world: World) -> ResumeState:
+def restore(
+    config: RunConfig, roles: Roles, *, identity: Identity, world: World, stored_run: StoredRun | None = None
+) -> ResumeState:
     """Restores the newest intact checkpoint of a run, bit for bit. If there is none, the run starts at step 0.
 
+    Args:
+        stored_run: the run in its storage; a newer checkpoint than those of the run's folder is downloaded from there.
+
     Raises:
-        CheckpointError: the checkpoint belongs to another model, algorithm or data set.
+        CheckpointError: the checkpoint belongs to another model, algorithm or data set, or the storage does not answer.
     """
-    folder = world.from_main(config.run_folder.newest_intact() if world.is_main else None)
+    from alignment.distributed.world import run_on_main
+
+    find_newest = config.run_folder.newest_intact if stored_run is None else stored_run.newest_checkpoint
+    folder = run_on_main(find_newest if world.is_main else None, world)
     if folder is None:
         progress = Progress(step=0, position=0, kl_coefficient=roles.algorithm.init_kl_coef)
         return ResumeState(progress=progress)

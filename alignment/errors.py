@@ -60,6 +60,10 @@ class CheckpointError(AlignmentError):
     """A checkpoint is damaged, incomplete, or belongs to another run."""
 
 
+class StorageError(CheckpointError):
+    """A storage of checkpoints does not answer, or does not take what it is given."""
+
+
 class ClusterError(AlignmentError):
     """The machines could not finish the run: workers died more often than allowed, or Ray could not be reached."""
 

@@ -39,6 +39,7 @@ from alignment.run_folder import RunFolder
 from alignment.run_log import RunLog
 from alignment.settings.run import OptimConfig, RunConfig
 from alignment.step import StepSettings, learning_rate
+from alignment.stored_run import StoredRun
 
 MANY_STEPS = 200
 """Steps that one would not want to lose."""
@@ -59,23 +60,28 @@ class Run:
     guards: RunGuards
     run_log: RunLog
     identity: Identity
+    stored_run: StoredRun
     num_steps: int
     num_roll_backs: int = 0
 
     @classmethod
-    def set_up(cls, config: RunConfig, world: World, reporter: Reporter, generator: Generator | None) -> Run:
+    def set_up(
+        cls, config: RunConfig, world: World, reporter: Reporter, generator: Generator | None, stored_run: StoredRun
+    ) -> Run:
         """Loads models and data, checks that they fit together and that a checkpoint can be written.
 
         Args:
             generator: engines that answer prompts; None samples from the actor itself.
+            stored_run: the run in its storage.
 
         Raises:
             AlignmentError: what would end the run before its first step.
         """
         algorithm = cast(Algorithm, config.algorithm)
         roles = Roles.build(config, world)
-        if note := checkpoint.try_saving(config, roles, world=world):
+        if note := checkpoint.try_saving(config, roles, world=world, stored_run=stored_run):
             reporter.note(note)
+        run_on_main(stored_run.fetch_inputs if world.is_main else None, world)
         data = _load_data(config, algorithm, roles, world, reporter)
         steps = num_steps(config, data)
         check_data(data, steps, world)
@@ -111,6 +117,7 @@ class Run:
                 steps=steps,
                 source=str(roles.actor.source),
             ),
+            stored_run=stored_run,
             num_steps=steps,
         )
 
@@ -121,7 +128,7 @@ class Run:
             CheckpointError: it belongs to another run.
             ConfigError: it has more steps than the run.
         """
-        resume_state = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
+        resume_state = self._restore_newest()
         if resume_state.progress.step > self.num_steps:
             raise ConfigError(
                 f"{self.config.folder} already has {resume_state.progress.step} steps, more than the {self.num_steps} "
@@ -135,7 +142,9 @@ class Run:
             self._precompute_reference()  # by the actor as it is before anything is restored
         resume_state = self.restore()
         progress, note = resume_state.progress, self.reporter.note
+        run_on_main((lambda: self._complete_storage(progress)) if self.world.is_main else None, self.world)
         if progress.step == self.num_steps:
+            self._finish_uploads()
             note(f"{self.config.folder} is finished: all {progress.step} steps are done. More steps, or another name?")
             return progress
         resume_note = f"resuming after step {progress.step}{self._changes_since(resume_state)}"
@@ -200,7 +209,7 @@ class Run:
             raise GuardError(text if guards.action == "stop" else f"{text}, after {self.num_roll_backs} roll-backs")
         self.num_roll_backs += 1
         self.source.clear()
-        resume_state = checkpoint.restore(self.config, self.roles, identity=self.identity, world=self.world)
+        resume_state = self._restore_newest()
         progress = dataclasses.replace(resume_state.progress, position=position)
         self.reporter.note(f"{text}. Rolling back to step {progress.step}, going on with the prompts that come next")
         self.guards.reset()
@@ -219,6 +228,8 @@ class Run:
             "seconds_training": seconds,
             "groups_per_second": steps_done * self.config.groups_per_step / seconds,
         }
+        if self.config.checkpoint.storage is not None:
+            summary["failed_uploads"] = self._finish_uploads()
         if self.world.is_main:
             self.config.run_folder.write_summary(summary)
         self.evaluator.write_samples(self.num_steps)
@@ -264,7 +275,24 @@ class Run:
             identity=self.identity,
             world=self.world,
             rollouts=self.source.state(),
+            stored_run=self.stored_run,
         )
+
+    def _restore_newest(self) -> ResumeState:
+        return checkpoint.restore(
+            self.config, self.roles, identity=self.identity, world=self.world, stored_run=self.stored_run
+        )
+
+    def _complete_storage(self, progress: Progress) -> None:
+        """Brings into the storage what it lacks: inputs of the run, and the checkpoint that the run resumes from."""
+        self.stored_run.store_inputs()
+        if progress.step:
+            self.stored_run.complete(self.config.run_folder.checkpoint(progress.step))
+
+    def _finish_uploads(self) -> float:
+        """Waits until the last checkpoint is in the storage; returns how many uploads have failed."""
+        run_on_main(self.stored_run.finish if self.world.is_main else None, self.world)
+        return float(self.world.from_main(self.stored_run.num_failed_uploads))
 
     def _is_due(self, step: int, interval: int) -> bool:
         return step == self.num_steps or (interval > 0 and step % interval == 0)

@@ -27,10 +27,9 @@ from typing import Any
 from alignment.errors import CheckpointError
 from alignment.files import replace_atomically
 from alignment.models.model_folder import ModelFolder
+from alignment.storage import CHECKPOINTS, STEP, download_model, is_url
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,11 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after a step, which may not exist."""
-        return self.checkpoints_folder / f"step-{step:08d}"
+        return self.checkpoints_folder / f"{STEP}{step:08d}"
 
     def checkpoints(self) -> list[Path]:
         """The folders of the checkpoints, newest first. The newest may be damaged."""
-        return sorted(self.checkpoints_folder.glob("step-*"), reverse=True)
+        return sorted(self.checkpoints_folder.glob(f"{STEP}*"), reverse=True)
 
     def newest_intact(self, *, only_model: bool = False) -> Path | None:
         """The newest checkpoint that passes verification. Damaged newer ones are moved to the quarantine.
@@ -236,9 +235,14 @@ def find_checkpoint(path: Path, *, only_model: bool = False) -> Path:
 def checkpoint_or_path(path: str) -> str:
     """Resolves the folder of one of our runs or checkpoints to a verified checkpoint; returns any other path unchanged.
 
+    The address of a run or checkpoint in a storage, such as `s3://bucket/runs/demo`, becomes a folder of this machine's
+    cache, to which the model is downloaded on first use.
+
     Raises:
         CheckpointError: the checkpoint is damaged, or the run has none.
     """
+    if is_url(path):
+        return str(download_model(path))
     folder = Path(path).expanduser()
     run_folder = RunFolder.at(folder)
     if run_folder.is_run:

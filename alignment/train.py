@@ -22,6 +22,7 @@ from alignment.rollout import Generator
 from alignment.run import Run, run_lock
 from alignment.settings.run import RunConfig
 from alignment.step import train_step
+from alignment.stored_run import StoredRun
 
 
 def train(config: RunConfig, world: World, reporter: Reporter, generator: Generator | None = None) -> Metrics:
@@ -38,10 +39,11 @@ def train(config: RunConfig, world: World, reporter: Reporter, generator: Genera
     """
     with contextlib.ExitStack() as stack:
         run_on_all(lambda: stack.enter_context(run_lock(config.make_folder())) if world.is_main else None, world)
+        stored_run = run_on_all(lambda: stack.enter_context(StoredRun(config, is_main=world.is_main)), world)
         stack.enter_context(propagate_failure(config.run_folder, world))
         stack.callback(reporter.close)
         torch.manual_seed(config.seed + world.rank)
-        run = Run.set_up(config, world, reporter, generator)
+        run = Run.set_up(config, world, reporter, generator, stored_run)
         progress = run.start()
         if progress.step == run.num_steps:
             return {}
@@ -73,6 +75,6 @@ def rehearse(config: RunConfig, world: World, reporter: Reporter) -> None:
     Raises:
         AlignmentError: what would end the run before its first step.
     """
-    with run_lock(config.make_folder()):
-        run = Run.set_up(config, world, reporter, None)
+    with run_lock(config.make_folder()), StoredRun(config, is_main=True) as stored_run:
+        run = Run.set_up(config, world, reporter, None, stored_run)
         reporter.note(f"dry run: nothing is wrong. {run.describe_first_step()}")

@@ -134,8 +134,9 @@ class AddressConfig(Section):
     """What is served first, where its versions are, and who may reach the endpoint."""
 
     checkpoint: str
-    """The model to serve: a run's folder (its newest checkpoint), a checkpoint, any model or LoRA adapter folder, a hub
-    id, or the bundled `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
+    """The model to serve: a run's folder (its newest checkpoint), a checkpoint, any model or LoRA adapter folder, the
+    address of a run or checkpoint in a storage (`s3://bucket/runs/NAME`), a hub id, or the bundled
+    `smollm2-135m-instruct`. An adapter is served together with its base model, from one engine."""
     name: ModelName | None = None
     """Name that requests give as `model`. None takes the name of the run, folder or hub id."""
     folder: str = "runs/serving"

@@ -37,7 +37,8 @@ def serve(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A run's folder, a checkpoint, a model or adapter folder, a hub id, or smollm2-135m-instruct."
+            help="A run's folder or address (s3://…), a checkpoint, a model or adapter folder, a hub id, or "
+            "smollm2-135m-instruct."
         ),
     ],
     overrides: Annotated[

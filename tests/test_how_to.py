@@ -109,7 +109,7 @@ def test_a_page_has_little_code_and_no_long_lines(page: str) -> None:
     assert max(map(len, lines)) <= MAX_LINE_LENGTH
 
 
-TRAINED_PAGES = ["algorithm", "attention", "data-shape", "loss", "optimizer", "reward", "source", "tracker"]
+TRAINED_PAGES = ["algorithm", "attention", "data-shape", "loss", "optimizer", "reward", "source", "storage", "tracker"]
 
 
 @pytest.mark.parametrize("page", TRAINED_PAGES)

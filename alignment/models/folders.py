@@ -13,6 +13,7 @@ from alignment.run_folder import checkpoint_or_path
 from alignment.settings.plugins import ScorerConfig
 from alignment.settings.run import RunConfig
 from alignment.settings.section import Section
+from alignment.storage import is_url, newest_url
 
 __all__ = ["BUNDLED", "bundled", "model_source", "weights_stamp", "with_checkpoints"]
 
@@ -23,9 +24,9 @@ AnySection = TypeVar("AnySection", bound=Section)
 def model_source(path: str) -> str:
     """Resolves a configured path to what transformers and vLLM can open: a folder with a full model, or a hub id.
 
-    The bundled model's name becomes its folder, a run's folder becomes its newest intact checkpoint, and an adapter's
-    folder becomes a folder with the adapter merged into its base. A folder that does not exist yet is made on first
-    use, which takes about 20 s.
+    The bundled model's name becomes its folder, a run's folder or address becomes its newest intact checkpoint, and an
+    adapter's folder becomes a folder with the adapter merged into its base. A folder that does not exist yet is made on
+    first use, which takes about 20 s.
 
     Raises:
         ModelError: the path looks like a folder and does not exist, its model or adapter is incomplete, or the
@@ -58,7 +59,10 @@ def with_checkpoints(config: Run) -> Run:
 
     def pin(section: AnySection, key: str) -> AnySection:
         path = getattr(section, key, None)
-        return section if path is None else section.model_copy(update={key: checkpoint_or_path(path)})
+        if path is None:
+            return section
+        # Each machine downloads what lies in a storage to its own cache, so the address must stay the same for all.
+        return section.model_copy(update={key: newest_url(path) if is_url(path) else checkpoint_or_path(path)})
 
     def pin_scorers(scorers: tuple[ScorerConfig, ...]) -> tuple[ScorerConfig, ...]:
         return tuple(pin(scorer, "path") if scorer.name == "model" else scorer for scorer in scorers)

@@ -48,9 +48,13 @@ def _message(problem: ErrorDetails, kind: type[Section], path: list[str]) -> str
         return f"a list is wanted{example}"
     if problem["type"] not in ("model_type", "dict_type") or not isinstance(value, str):
         return text
-    fields = kind.model_fields[path[0]].annotation if len(path) == 1 else None
-    keys = [key for section in sections_of(fields) for key in ("path", "name") if key in section.model_fields]
-    return "Input should be a valid dictionary, a section" + (f", as {path[0]}: {{{keys[0]}: {value}}}" if keys else "")
+    sections = [kind]
+    for name in path:
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        sections = [section for field in fields for section in sections_of(field.annotation)]
+    keys = [key for section in sections for key in ("path", "url", "name") if key in section.model_fields]
+    hint = f", as {path[-1]}: {{{keys[0]}: {value}}}" if keys else ""
+    return f"Input should be a valid dictionary, a section{hint}"
 
 
 def _dots_hint(name: str) -> str:

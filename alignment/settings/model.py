@@ -41,7 +41,8 @@ class ModelConfig(Section):
 
     path: str = "smollm2-135m-instruct"
     """A hub id, a local folder (a model; an adapter, which is merged into its base; a run, of which the newest intact
-    checkpoint is taken), or the bundled `smollm2-135m-instruct`. Code that comes with a model is never executed."""
+    checkpoint is taken), a run's address in a storage (`s3://bucket/runs/NAME`), or the bundled
+    `smollm2-135m-instruct`. Code that comes with a model is never executed."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None takes its default branch."""
     dtype: NumberFormat = "auto"

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from alignment.errors import ConfigError
 from alignment.optimizers import optimizer_kind, sharded_moments
 from alignment.run_folder import RunFolder
+from alignment.settings.checkpoint import CheckpointConfig
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
 from alignment.settings.plugins import (
@@ -202,15 +203,6 @@ class EvaluateConfig(Section):
     """Held-out prompts to answer before and after training, kept in `samples.jsonl`; 0 samples none."""
     sample_tokens: PositiveCount = 128
     """Most tokens of a sampled answer."""
-
-
-class CheckpointConfig(Section):
-    """What is kept of a run, and how often."""
-
-    every: Count = 0
-    """Optimizer steps between checkpoints; 0 writes only the last, so that a run that breaks off begins again."""
-    keep: PositiveCount = 2
-    """Newest checkpoints to keep, ≥ 1; older ones are deleted."""
 
 
 class RunConfig(Section):

@@ -15,6 +15,7 @@ from alignment.errors import CheckpointError
 from alignment.models.cache import BUNDLED, is_bundled
 from alignment.models.model_folder import MANIFEST, STATE, ModelFolder
 from alignment.run_folder import RunFolder, checkpoint_or_path
+from alignment.storage import is_url
 
 MODEL_FILE_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
 """Suffixes of the files that belong to a model; trainer state, pickles and programs do not."""
@@ -25,13 +26,23 @@ COPY_CHUNK_BYTES = 2**30
 
 
 def name_of(checkpoint: str) -> str:
-    """The name of a checkpoint: that of its run, folder or hub id."""
+    """The name of a checkpoint: that of its run, folder, address in a storage or hub id."""
     path = Path(checkpoint).expanduser().resolve()
-    if not path.is_dir():
+    if not path.is_dir() and not is_url(checkpoint):
         return checkpoint
     if run_folder := RunFolder.of_checkpoint(path):
         return f"{run_folder.path.name}-{path.name}"
     return BUNDLED if is_bundled(path) else path.name
+
+
+def local_path(checkpoint: str) -> Path:
+    """The path of a checkpoint; one that is given by its address in a storage is downloaded first.
+
+    Raises:
+        CheckpointError: the storage does not answer or has no such checkpoint, or that is damaged.
+        ConfigError: the storage cannot be opened.
+    """
+    return Path(checkpoint_or_path(checkpoint) if is_url(checkpoint) else checkpoint)
 
 
 def checkpoint_folder(checkpoint: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alignment.errors import ServingError
+from alignment.storage import is_url
 
 if TYPE_CHECKING:
     from serving.registry.client import EndpointClient, Listing
@@ -42,7 +43,10 @@ ModelOption = Annotated[
 
 def promote(
     checkpoint: Annotated[
-        str, typer.Argument(help="A run's folder, a checkpoint, a model or adapter folder, or a version's number.")
+        str,
+        typer.Argument(
+            help="A run's folder or address (s3://…), a checkpoint, a model or adapter folder, or a version's number."
+        ),
     ],
     url: Url = URL,
     model: ModelOption = None,
@@ -166,8 +170,9 @@ def _candidate_version(client: EndpointClient, checkpoint: str) -> Version:
         if int(checkpoint) not in versions:
             raise ServingError(f"{client.url} has no version {checkpoint}; it has {', '.join(map(str, versions))}")
         return versions[int(checkpoint)]
-    typer.echo(f"The endpoint copies and checks {path} …")
-    return client.register(str(path.absolute()))
+    address = checkpoint if is_url(checkpoint) else str(path.absolute())
+    typer.echo(f"The endpoint copies and checks {address} …")
+    return client.register(address)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from serving.config import ServeConfig
 from serving.feedback.audit import entries_folder, write_entry
 from serving.feedback.store.records import AuditEntry, operator
 from serving.registry.bases import base_stamp
-from serving.registry.checkpoints import name_of
+from serving.registry.checkpoints import local_path, name_of
 from serving.registry.compatibility import Adapter, LoraCapacity, adapter_of, template_of
 from serving.registry.model_id import ModelId
 from serving.registry.parsers import tool_call_parser_of
@@ -296,9 +296,9 @@ def _tool_call_parser(config: ServeConfig, template: str | None) -> str | None:
 
 
 def _checkpoint_folder(checkpoint: str) -> Path:
-    """The folder of a checkpoint. A bundled model is unpacked first, and a model on a hub is downloaded."""
-    if Path(checkpoint).expanduser().is_dir():
-        return Path(checkpoint)
+    """The folder of a checkpoint. A bundled model is unpacked first, and one on a hub or in a storage is downloaded."""
+    if (path := local_path(checkpoint)).expanduser().is_dir():
+        return path
     source = Path(model_source(checkpoint))
     if source.is_dir():
         return source

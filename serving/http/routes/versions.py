@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.errors import AlignmentError
 from serving.http.routes import ChosenModel, ModelContext, ParsedBodyRoute, ResponseModel, key_of
+from serving.registry.checkpoints import local_path
 from serving.registry.state import State
 from serving.registry.versions import Version
 from serving.replica.engine import Status
@@ -31,7 +31,7 @@ class VersionBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     checkpoint: Annotated[str, Field(min_length=1, max_length=4096)]
-    """Folder of the checkpoint, as the machine of the ingress sees it."""
+    """Folder of the checkpoint, as the machine of the ingress sees it, or its address in a storage, as `s3://…`."""
 
 
 class PromoteBody(BaseModel):
@@ -80,7 +80,7 @@ async def add(body: VersionBody, model: ChosenModel) -> Response:
 
 def _register(model: ModelContext, checkpoint: str) -> Version:
     current = model.registry.state().current
-    return model.registry.add(Path(checkpoint), parent=current, compatible_with=current)
+    return model.registry.add(local_path(checkpoint), parent=current, compatible_with=current)
 
 
 @router.delete("/v1/admin/versions/{number}", response_model=DeletedVersion)
