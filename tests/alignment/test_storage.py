@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -411,6 +412,43 @@ def test_an_error_of_the_run_waits_for_its_upload(run_settings: Settings, monkey
     with pytest.raises(ConfigError, match="has failed"):
         run(run_settings, checkpoint=checkpoints, trackers=[tracker])
     assert stored_steps() == [2]
+
+
+def test_who_interrupts_a_run_does_not_wait_for_its_upload(
+    run_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.model_validate({**run_settings, "checkpoint": {"storage": OWN}})
+    folder = checkpoint(config.run_folder.checkpoint(4))
+    is_over = threading.Event()
+
+    def wait_until_over(method: str, name: str) -> bool:
+        return method == "upload" and not is_over.wait(60)
+
+    refuse(monkeypatch, wait_until_over)
+    with pytest.raises(KeyboardInterrupt), StoredRun(config, is_main=True) as stored_run:
+        stored_run.upload(folder)
+        raise KeyboardInterrupt
+    assert not is_over.is_set() and stored_steps() == []
+    is_over.set()
+    stored_run.finish()
+    assert stored_steps() == [4]
+
+
+def test_a_checkpoint_that_was_written_again_is_uploaded_again(
+    run_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a roll-back, from which the run goes on with other prompts."""
+    config = RunConfig.model_validate({**run_settings, "checkpoint": {"storage": OWN}})
+    for number in (1, 2):
+        shutil.rmtree(config.folder, ignore_errors=True)
+        folder = checkpoint(config.run_folder.checkpoint(4), number=number)
+        with StoredRun(config, is_main=True) as stored_run:
+            stored_run.complete(folder)
+        assert json.loads(DictStorage.files[f"{CHECKPOINTS}/step-00000004/number.json"]) == number
+    refuse(monkeypatch, lambda method, name: method == "upload")
+    with StoredRun(config, is_main=True) as stored_run:
+        stored_run.complete(folder)
+    stored_run.finish()  # nothing was uploaded
 
 
 class LateTracker:
