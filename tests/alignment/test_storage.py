@@ -224,6 +224,7 @@ def test_a_manifest_writes_nothing_outside_of_its_folder(tmp_path: Path) -> None
         ({"url": "s3://bucket/runs", "name": "fsspek"}, "there is no storage 'fsspek'; did you mean 'fsspec'"),
         ({"url": "x", "name": "tests.alignment.test_storage:Nothing"}, "cannot be imported"),
         ({"url": "x", "name": "tests.alignment.test_storage:OWN"}, "is a dict, not a function"),
+        ({"url": "x", "name": "pathlib:Path"}, "storage 'pathlib:Path' has no upload, download, list_files, delete"),
         ({"url": "s3://key:word@bucket/runs"}, "url must hold no password or key"),
         ({"url": "s3://b", "arguments": {"client_kwargs": {"aws_secret": "x"}}}, r"arguments \(aws_secret\) must hold"),
         ({}, "Field required"),
