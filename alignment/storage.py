@@ -141,9 +141,9 @@ def storage_class(name: str) -> Callable[..., Storage]:
     """
     storage = load_plugin(name, STORAGES, "storage", callable_only=True)
     methods = [method for method in vars(Storage) if not method.startswith("_")]
-    missing = [method for method in methods if isinstance(storage, type) and not hasattr(storage, method)]
-    if missing:
-        raise ConfigError(f"storage {name!r} has no {', '.join(missing)}")
+    missing_methods = [method for method in methods if isinstance(storage, type) and not hasattr(storage, method)]
+    if missing_methods:
+        raise ConfigError(f"storage {name!r} has no {', '.join(missing_methods)}")
     return cast("Callable[..., Storage]", storage)
 
 
@@ -178,7 +178,7 @@ class StoredFolders:
         Raises:
             StorageError: the storage does not answer.
         """
-        return sorted((name for name in self._committed() if name.startswith(STEP)), reverse=True)
+        return sorted((name for name in self._complete_names() if name.startswith(STEP)), reverse=True)
 
     def commit_mark(self, name: str) -> str | None:
         """The commit mark of a stored folder, which two folders with the same files share; None if there is none.
@@ -186,7 +186,7 @@ class StoredFolders:
         Raises:
             StorageError: the storage does not answer.
         """
-        if name not in self._committed():
+        if name not in self._complete_names():
             return None
         with tempfile.TemporaryDirectory() as folder:
             self._download(f"{name}/{COMMITTED}", Path(folder) / COMMITTED)
@@ -293,7 +293,7 @@ class StoredFolders:
         copy.unlink()
         self.delete(".trial")
 
-    def _committed(self) -> list[str]:
+    def _complete_names(self) -> list[str]:
         """Names of the folders that have their commit mark."""
         return [name for name, files in self._files_by_folder().items() if COMMITTED in files]
 
@@ -387,11 +387,11 @@ def download_model(url: str) -> Path:
         ConfigError: the storage cannot be opened.
     """
     folder_url, _, name = newest_url(url).rpartition("/")
-    stored = StoredFolders.open(folder_url)
-    commit_mark = stored.commit_mark(name)
+    folders = StoredFolders.open(folder_url)
+    commit_mark = folders.commit_mark(name)
     if commit_mark is None:
         raise CheckpointError(f"{url} is no complete checkpoint")
     digest = hashlib.sha256(f"{folder_url} {commit_mark}".encode()).hexdigest()[:16]
     run_name = PurePosixPath(folder_url).parent.name
     folder = cache_folder() / "stored" / digest / run_name / CHECKPOINTS / name
-    return make_once(folder, lambda temporary_folder: stored.download(name, temporary_folder, only_model=True))
+    return make_once(folder, lambda temporary_folder: folders.download(name, temporary_folder, only_model=True))
