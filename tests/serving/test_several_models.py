@@ -210,6 +210,20 @@ def test_a_canary_of_one_answers_no_request_for_the_other(two: TwoModels) -> Non
         assert two.send("DELETE", "/v1/admin/canary", model="coder").status_code == 200
 
 
+def test_a_gate_compares_versions_of_the_named_model(
+    two: TwoModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, gate = tmp_path / "rows.jsonl", tmp_path / "gate.yaml"
+    rows.write_text('{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}\n')
+    gate.write_text(f"data: {{path: {rows}}}\nmargins: {{accuracy: 1.0}}\n")
+    number, before = two.register("coder", seed=203), two.current("coder")
+    promote(str(number), url=two.config.url, model="coder", gate=gate, dry_run=True)
+    printed = capsys.readouterr().out
+    assert f"version {before}  version {number}" in printed and "may be promoted" in printed
+    state = two.send("GET", "/v1/admin/versions", model="coder").json()["state"]
+    assert (state["current"], state["canary"]) == (before, None)
+
+
 def test_a_deleted_version_is_that_of_one_model(two: TwoModels) -> None:
     numbers = {name: two.register(name, seed=300) for name in NAMES}
     versions(action=["delete", str(numbers["coder"])], url=two.config.url, model="coder")
