@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping
-from itertools import takewhile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from alignment.data.borders import encode_after, encode_with_borders
 from alignment.data.chat_templates import DATE_OF_RUN, ChatTemplate, TemplateInputs
-from alignment.data.control_tokens import ControlTokens, Span
+from alignment.data.control_tokens import ControlTokens, Encoding, Span
 from alignment.data.prompt_check import PromptCheck
 from alignment.data.rendering import RenderedAnswer, Renderer
 from alignment.errors import DataError
@@ -22,10 +22,10 @@ from alignment.settings.data import DataConfig
 class GroupTokenizer:
     """Computes the token ids of groups.
 
-    The border between prompt and completion is found in the tokens of the whole text, because a token may span the
-    border. All completions of a group share the tokens of the prompt. For messages, the prompt is exactly the one that
-    generation uses; the tokens that are trained on are those of each answer, as the template writes it after that
-    prompt, with its end token.
+    The prompt has exactly the tokens that it has alone, as generation reads it, even where the tokenizer would merge
+    its end with the beginning of an answer (see `alignment.data.borders`). All completions of a group share these
+    tokens. The tokens that are trained on are those of each answer, as the template writes it after that prompt, with
+    its end token.
 
     A conversation with several answers becomes one example, if one rendering holds every answer after exactly the
     prompt that generation uses, with the same end as the last answer. Otherwise it becomes one example per answer (see
@@ -172,10 +172,14 @@ class GroupTokenizer:
 
     def _text_layout(self, group: Group) -> _Layout:
         assert isinstance(group.prompt, str)
-        sequences = [self._encode_text(group.prompt + completion.text) for completion in group.completions]
-        return _Layout(
-            prompt=self._encode_text(group.prompt), sequences=[(ids, [True] * len(ids)) for ids in sequences]
-        )
+        prompt = self._encode_text(group.prompt)
+        sequences = []
+        for completion in group.completions:
+            ids = self._encode_text(group.prompt + completion.text)
+            if group.prompt and not self.data.train_on_prompt and ids[: len(prompt)] != prompt:
+                ids = prompt + encode_after(self.control, prompt, completion.text, ids).ids
+            sequences.append((ids, [True] * len(ids)))
+        return _Layout(prompt=prompt, sequences=sequences)
 
     def _chat_layout(self, group: Group) -> _Layout:
         """The layout of a chat in which every completion is the turn after the prompt, or continues its last turn."""
@@ -184,12 +188,31 @@ class GroupTokenizer:
         prompt = self.renderer.prompt(group.prompt, inputs=_inputs(group), continues_answer=continues_answer)
         self.prompt_check.check(prompt, group.prompt, _inputs(group))
         sequences = []
+        prompt_encoding = self.control.encode(prompt)
         for completion in group.completions:
             answer = self._answer(group, completion, prompt, continues_answer)
-            encoding = self.control.encode(answer.text)
-            _, answer_stop = answer.span
-            sequences.append((encoding.ids, [start < answer_stop for start, _ in encoding.spans]))
-        return self._layout(prompt, group, sequences)
+            sequences.append(self._encode_answers(answer.text, [answer.span], prompt_encoding))
+        return self._layout(prompt, prompt_encoding, group, sequences)
+
+    def _encode_answers(self, text: str, spans: Sequence[Span], prompt: Encoding) -> tuple[list[int], list[bool]]:
+        """Token ids of a rendered text, and their loss mask.
+
+        Args:
+            spans: start and stop (characters) of each answer that is trained on.
+            prompt: the tokens of the text before the first answer.
+        """
+        if self.data.train_on_prompt:  # every token is trained on, so no token must end where an answer begins
+            ids = self.control.encode(text).ids
+            return ids, [True] * len(ids)
+        bordered = encode_with_borders(self.control, text, [start for start, _ in spans], prompt)
+        encoding, first_tokens = bordered.encoding, bordered.first_tokens
+        answer_ranges = [(first, stop) for first, (_, stop) in zip(first_tokens, spans, strict=True)]
+        # A token's span may be empty, because some tokenizers leave white space out of it.
+        loss_mask = [
+            any(index >= first and start < stop for first, stop in answer_ranges)
+            for index, (start, _) in enumerate(encoding.spans)
+        ]
+        return encoding.ids, loss_mask
 
     def _answer(self, group: Group, completion: Completion, prompt: str, continues_answer: bool) -> RenderedAnswer:
         assert not isinstance(group.prompt, str)
@@ -225,15 +248,13 @@ class GroupTokenizer:
             return None
         context = turns[: answer_indices[-1]]
         self.prompt_check.check(conversation.text, context, _inputs(group))
-        encoding = self.control.encode(conversation.text)
-        # A token may overlap a border, and its span may be empty (some tokenizers leave white space out of it).
-        loss_mask = [
-            any(start < end and stop > begin for begin, end in conversation.spans) for start, stop in encoding.spans
-        ]
-        return self._layout(conversation.prompt, group, [(encoding.ids, loss_mask)])
+        prompt_encoding = self.control.encode(conversation.prompt)
+        sequence = self._encode_answers(conversation.text, conversation.spans, prompt_encoding)
+        return self._layout(conversation.prompt, prompt_encoding, group, [sequence])
 
-    def _layout(self, prompt: str, group: Group, sequences: list[tuple[list[int], list[bool]]]) -> _Layout:
-        encoding = self.control.encode(prompt)
+    def _layout(
+        self, prompt: str, encoding: Encoding, group: Group, sequences: list[tuple[list[int], list[bool]]]
+    ) -> _Layout:
         limit = self.data.max_prompt_length
         is_too_long = limit is not None and len(encoding.ids) > limit
         cut_mask = self._cut_mask(prompt, group, encoding.spans) if is_too_long else None
@@ -250,25 +271,16 @@ class GroupTokenizer:
         return [any(start >= begin and begin < stop <= end for begin, end in text_spans) for start, stop in spans]
 
     def _fill_tokens(self, group: Group, layout: _Layout) -> Group:
-        border = _border(layout)
-        sequences = layout.sequences
+        prompt, sequences = layout.prompt, layout.sequences
+        border = len(prompt)
+        if self.data.train_on_prompt or not prompt:
+            if len(sequences) != 1:
+                raise DataError("an empty prompt, or train_on_prompt, needs exactly one completion")
+            prompt, border = sequences[0][0][:1], 1
         completions = [
             (ids[border:], loss_mask[border:], completion)
             for (ids, loss_mask), completion in zip(sequences, group.completions, strict=True)
         ]
-        prompt = (sequences[0][0] if sequences else layout.prompt)[:border]
-        if self.data.train_on_prompt or not prompt:
-            if len(completions) != 1:
-                raise DataError(
-                    f"the prompt {group.prompt!r:.50} and what follows are one token together, so the border between "
-                    "prompt and answers is inside of a token"
-                    if layout.prompt and not self.data.train_on_prompt
-                    else "an empty prompt, or train_on_prompt, needs exactly one completion"
-                )
-            (ids, loss_mask, completion) = completions[0]
-            sequence = prompt + ids
-            loss_mask = [True] * len(sequence) if self.data.train_on_prompt else loss_mask
-            prompt, completions = sequence[:1], [(sequence[1:], loss_mask[1:], completion)]
         prompt = self._cut_prompt(prompt, layout.cut_mask)
         max_tokens = self.data.max_length - len(prompt)
         return dataclasses.replace(
@@ -357,20 +369,15 @@ class _PromptTooLong(DataError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """The tokens of a group before the border between prompt and completions is found."""
+    """The tokens of a group before they are divided into prompt and completions."""
 
     prompt: list[int]
     """Token ids of the prompt alone, as generation uses them."""
     sequences: list[tuple[list[int], list[bool]]]
-    """For each completion, token ids of prompt and completion together, and their loss mask."""
+    """For each completion, token ids that begin with those of the prompt (but with `train_on_prompt`, where they are
+    those of the whole text), and their loss mask."""
     cut_mask: list[bool] | None = None
     """For each token of the prompt, whether it may be cut; None if nothing must be cut, or the prompt is plain text."""
-
-
-def _border(layout: _Layout) -> int:
-    """Number of tokens at the beginning that the prompt and all sequences have in common."""
-    aligned_ids = zip(layout.prompt, *(ids for ids, _ in layout.sequences), strict=False)
-    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, aligned_ids))
 
 
 def _continues_answer(prompt: tuple[Message, ...]) -> bool:

@@ -460,14 +460,13 @@ def test_a_long_prompt_of_text_keeps_its_beginning_token() -> None:
     assert list(group.prompt_tokens) == [tokenizer.bos_token_id, *plain[-3:]]
 
 
-def test_a_border_inside_of_the_first_token_is_said_to_be_there() -> None:
+def test_answers_that_would_be_one_token_with_their_prompt_are_encoded_apart() -> None:
     tokenizer = tokenizer_with(CHATML)
     assert len(tokenizer("the")["input_ids"]) == 1
     tok = GroupTokenizer(tokenizer, DataConfig(path="none"), frozenset({tokenizer.eos_token_id}))
-    with pytest.raises(
-        DataError, match="'t' and what follows are one token together, so the border between prompt and"
-    ):
-        tok(Group(id="x", prompt="t", completions=(Completion(text="he"), Completion(text="hat"))))
+    group = tok(Group(id="x", prompt="t", completions=(Completion(text="he"), Completion(text="hat"))))
+    assert tokenizer.decode(group.prompt_tokens) == "t"
+    assert [tokenizer.decode(completion.tokens) for completion in group.completions] == [f"he{EOS}", f"hat{EOS}"]
 
 
 def test_fields_that_the_template_does_not_read_are_named() -> None:

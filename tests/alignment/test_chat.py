@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, pre_tokenizers, processors
 
 from alignment.data.chat import GroupTokenizer
 from alignment.data.chat_templates import CHAT_TEMPLATES, chat_template
@@ -82,20 +82,92 @@ def test_prompt_and_completion_together_are_the_tokens_of_the_whole_text(tiny: A
         assert all(group.completions[number].loss_mask)
 
 
-def test_a_merge_across_the_border_is_kept_and_the_prompt_stays_shared(tiny: Any) -> None:
-    prompt, answers = "what is the ", ("capital", "12", "capital of France")
-    alone = ids_of(tiny, prompt)
-    assert ids_of(tiny, prompt + "capital")[: len(alone)] != alone, "this prompt was chosen because its end merges"
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ("what is the ", ["capital", "12", "capital of France", "Zebra"]),
+        ("what is the cap", ["ital of France"]),
+        ("t", ["he"]),
+        ("t", ["he quick", "hat"]),
+        ("Z\n", ["\n\nfox", "dog"]),
+    ],
+)
+def test_a_prompt_has_the_tokens_that_it_has_alone_and_all_of_the_answer_is_learned(
+    tiny: Any, prompt: str, answers: list[str]
+) -> None:
     group = tokenize(tiny, plain(prompt, *answers))
-    for number, answer in enumerate(answers):
-        assert whole(group, number) == [*ids_of(tiny, prompt + answer), tiny.eos_token_id]
-    assert list(group.prompt_tokens) == ids_of(tiny, "what is the")
+    assert list(group.prompt_tokens) == ids_of(tiny, prompt)
+    assert [learned_text(tiny, group, number) for number in range(len(answers))] == [f"{a}{EOS}" for a in answers]
 
 
-def test_a_merge_of_one_answer_moves_the_border_of_all(tiny: Any) -> None:
-    group = tokenize(tiny, plain("what is the ", "capital", "Zebra"))
-    assert ids_of(tiny, "what is the Zebra")[: len(group.prompt_tokens) + 1] == ids_of(tiny, "what is the ")
-    assert tiny.decode(group.completions[1].tokens) == f" Zebra{EOS}"
+def test_an_answer_that_would_merge_with_its_prompt_is_learned_as_it_is_generated(tiny: Any) -> None:
+    whole_ids, prompt_ids = ids_of(tiny, "what is the capital"), ids_of(tiny, "what is the ")
+    assert whole_ids[: len(prompt_ids)] != prompt_ids, "this prompt was chosen because its end merges"
+    assert whole(tokenize(tiny, plain("what is the ", "capital"))) == [
+        *prompt_ids,
+        *ids_of(tiny, "capital"),
+        tiny.eos_token_id,
+    ]
+
+
+def line_break_tokenizer() -> Any:
+    """A tokenizer that reads two line breaks as one token, as those of Qwen and SmolLM2 do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["a\n\n\nb", "assistant", "user"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+    fast.chat_template = CHATML
+    assert len(ids_of(fast, "\n\n")) == 1
+    return fast
+
+
+@pytest.mark.parametrize("answers", [["\n\nGood", "bad"], ["\n\nGood"], ["bad", "\nGood"]])
+def test_an_answer_that_begins_with_line_breaks_follows_the_prompt_of_generation(answers: list[str]) -> None:
+    tokenizer = line_break_tokenizer()
+    group = tokenize(tokenizer, chat(*answers))
+    assert tokenizer.decode(group.prompt_tokens).endswith("<|im_start|>assistant\n")
+    assert list(group.prompt_tokens) == list(tokenize(tokenizer, chat()).prompt_tokens)
+    assert [learned_text(tokenizer, group, n) for n in range(len(answers))] == [f"{a}{EOS}" for a in answers]
+
+
+def test_every_answer_of_a_conversation_follows_the_prompt_of_generation() -> None:
+    tokenizer = line_break_tokenizer()
+    contents = [ASK, "\n\nParis", "sure?", "\n\nYes", "\n\nand?", "\n\nfox"]
+    group = tokenize(tokenizer, conversation(*contents))
+    assert tokenizer.decode(whole(group)) == "".join(
+        f"<|im_start|>{role}\n{content}{EOS}\n"
+        for role, content in zip(["user", "assistant"] * 3, contents, strict=True)
+    )
+    assert learned_text(tokenizer, group) == f"\n\nParis{EOS}\n\nYes{EOS}\n\nfox{EOS}"
+    header = ids_of(tokenizer, "<|im_start|>assistant\n")
+    tokens, loss_mask = whole(group), [False] * len(group.prompt_tokens) + list(group.completions[0].loss_mask)
+    starts = [n for n in range(1, len(tokens)) if loss_mask[n] and not loss_mask[n - 1]]
+    assert len(starts) == 3 and all(tokens[start - len(header) : start] == header for start in starts)
+
+
+def test_an_answer_that_has_no_tokens_of_its_own_after_its_prompt_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("t h", "th")
+    with pytest.raises(DataError, match=r"reads the end of the prompt and the beginning of the answer 'he dog' as one"):
+        tokenize(tokenizer, plain("quick t ", "he dog"))
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_tokenizer_that_writes_a_space_before_every_text_writes_none_before_an_answer(scheme: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=scheme == "always")
+    group = tokenize(tokenizer, plain("what is the ", "capital"))
+    assert list(group.prompt_tokens) == ids_of(tokenizer, "what is the ")
+    assert learned_text(tokenizer, group) == f"capital{EOS}"
 
 
 def test_messages_share_the_prompt_that_generation_would_start_from(tiny: Any) -> None:
@@ -245,14 +317,14 @@ def test_white_space_and_bytes_at_the_border_of_a_turn_are_attributed_exactly(tr
     assert learned_text(tokenizer, group) == f"Paris!{EOS}{answer}{EOS}dog{EOS}"
 
 
-def test_a_merge_across_the_border_of_a_turn_is_learned_in_every_turn() -> None:
+def test_an_answer_that_would_merge_with_the_header_of_its_turn_is_encoded_apart_in_every_turn() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     group = tokenize(tokenizer, conversation(ASK, "Paris", "sure?", "the fox", "and?", "12 dogs"))
-    assert learned_text(tokenizer, group) == f" Paris{EOS} the fox{EOS} 12 dogs{EOS}"
+    assert learned_text(tokenizer, group) == f"Paris{EOS}the fox{EOS}12 dogs{EOS}"
 
 
 def test_a_long_conversation_is_cut_where_the_window_ends(tiny: Any) -> None:
