@@ -93,6 +93,11 @@ class GroupTokenizer:
         Raises:
             DataError: the group cannot be tokenised, for the reasons that `__call__` names.
         """
+        if self.data.train_on_prompt and group.completions and not all(turn.trained for turn in _all_turns(group)):
+            raise DataError(
+                "a message has a weight of 0, and data.train_on_prompt learns every token; set it to false, or take "
+                "the weight out of the message"
+            )
         shielded_group = self._shield_group(group)
         if isinstance(shielded_group.prompt, str):
             return [self._fill_tokens(group, self._text_layout(shielded_group))]
@@ -383,6 +388,13 @@ class _Layout:
 def _continues_answer(prompt: tuple[Message, ...]) -> bool:
     """True if a prompt ends with an answer that is to be continued. An answer that is marked as context is complete."""
     return prompt[-1].role == "assistant" and prompt[-1].trained
+
+
+def _all_turns(group: Group) -> Iterator[Message]:
+    """Yields the turns of the prompt, and those that follow an answer."""
+    yield from group.prompt if not isinstance(group.prompt, str) else ()
+    for completion in group.completions:
+        yield from completion.following
 
 
 def _inputs(group: Group) -> TemplateInputs:

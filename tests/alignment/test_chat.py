@@ -347,6 +347,13 @@ def test_train_on_prompt_learns_all_turns_of_a_conversation(tiny: Any) -> None:
     assert f"sure?{EOS}" in learned_text(tiny, group)
 
 
+def test_train_on_prompt_refuses_messages_of_no_weight(tiny: Any) -> None:
+    prompt = (*turns(ASK), Message(role="assistant", content="Paris!", trained=False), *turns("sure?"))
+    with pytest.raises(DataError, match=r"a message has a weight of 0, and data\.train_on_prompt learns every token"):
+        tokenize(tiny, chat("42", prompt=prompt), train_on_prompt=True)
+    assert learned_text(tiny, tokenize(tiny, chat("42", prompt=prompt))) == f"42{EOS}"
+
+
 def test_train_on_prompt_refuses_a_pair(tiny: Any) -> None:
     with pytest.raises(DataError, match="needs exactly one completion"):
         tokenize(tiny, plain("the quick", " fox", " dog"), train_on_prompt=True)

@@ -547,6 +547,81 @@ def test_a_row_of_weight_nothing_is_left_out_unless_the_column_is_read_as_someth
     assert group_of(row, keep=("weight",)).columns == {"weight": 0}
 
 
+@pytest.mark.parametrize("weight", [False, "no", "false", "False", "0", "0.0", "0.00", 0.0, Cell("false"), " 0 "])
+def test_a_row_whose_weight_says_no_in_any_form_is_left_out(weight: object) -> None:
+    with pytest.raises(WithoutWeight, match="its weight is 0"):
+        group_of({"prompt": "p", "completion": "x", "weight": weight})
+
+
+@pytest.mark.parametrize("weight", [" ", [0], {"a": 0}, "some", "nan", float("nan"), -1, "0.5", 10**400])
+def test_a_weight_that_cannot_be_read_is_refused_with_its_value(weight: object) -> None:
+    with pytest.raises(DataError) as caught:
+        group_of({"prompt": "p", "completion": "x", "weight": weight})
+    assert str(caught.value).startswith(f"its weight is {weight!r:.50}, and rows count alike here")
+    assert not isinstance(caught.value, NoPreference)
+
+
+@pytest.mark.parametrize("weight", [True, "yes", "true", 1, "1.0", "1.00", None, "", []])
+def test_a_weight_of_one_or_none_changes_nothing(weight: object) -> None:
+    assert group_of({"prompt": "p", "completion": "4", "weight": weight}).completions == FOUR
+
+
+def test_a_row_that_says_train_false_is_left_out_and_another_column_of_that_name_is_not() -> None:
+    with pytest.raises(WithoutWeight, match="its train is false"):
+        group_of({"prompt": "p", "completion": "4", "train": False})
+    for value in (True, "train", ["a"], None):
+        assert group_of({"prompt": "p", "completion": "4", "train": value}).completions == FOUR
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"loss_mask": "0"}])
+def test_an_answer_of_no_weight_is_left_out_of_every_shape(off: Row) -> None:
+    for row in (
+        {"prompt": [USER], "completion": [GOOD | off]},
+        {"prompt": [USER], "completions": [[GOOD | off], [BAD | off]], "rewards": [1, 0]},
+        {"messages": [USER, GOOD | off], "label": True},
+    ):
+        with pytest.raises(WithoutWeight, match="the weight of its answer is 0"):
+            group_of(row)
+    ranked = group_of({"prompt": [USER], "completions": [[GOOD | off], [BAD]], "rewards": [1, 0.5]})
+    assert [(answer.text, answer.reward) for answer in ranked.completions] == [("5", 0.5)]
+    for chosen, rejected, rest in ((GOOD | off, BAD, PAIR[1:]), (GOOD, BAD | off, PAIR[:1])):
+        group = group_of({"chosen": [USER, chosen], "rejected": [USER, rejected]})
+        assert group.completions == rest and not group.pairs
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_cut"),
+    [
+        *((reason, True) for reason in ("LENGTH ", "max_new_tokens", "token_limit", "MAX_TOKENS", "Content-Filter")),
+        *((reason, True) for reason in ("FinishReason.LENGTH", "FINISH_REASON_MAX_TOKENS", "error", "repetition")),
+        *((reason, False) for reason in ("STOP", "eos", "End_Turn", "tool_calls", "FinishReason.STOP", "", None)),
+    ],
+)
+def test_finish_reasons_are_read_as_programs_write_them(reason: str | None, is_cut: bool) -> None:
+    for row in (
+        {"completion": "4", "finish_reason": reason},
+        {"completions": ["4"], "finish_reasons": [reason]},
+        {"completion": [GOOD | {"finish_reason": reason}]},
+    ):
+        assert [answer.truncated for answer in group_of({"prompt": "2 + 2?"} | row).completions] == [is_cut]
+
+
+def test_a_finish_reason_that_is_not_known_is_refused_with_its_value() -> None:
+    for row in ({"completion": "4", "finish_reason": "banana"}, {"completion": [GOOD | {"finish_reason": "banana"}]}):
+        with pytest.raises(DataError, match="finish_reason 'banana' is not known, so nothing says whether the answer"):
+            group_of({"prompt": "2 + 2?"} | row)
+    row = {"prompt": "2 + 2?", "completion": "4", "finish_reason": "banana", "truncated": True}
+    assert group_of(row).completions[0].truncated
+    stopped = group_of({"prompt": "2 + 2?", "completion": "4", "stop_reason": "###"})
+    assert not stopped.completions[0].truncated, "vLLM names the text at which it stopped"
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", Cell("True"), "yes"])
+def test_truncated_is_read_in_a_row_a_table_and_a_message(value: object) -> None:
+    for row in ({"completion": "4", "truncated": value}, {"completion": [GOOD | {"truncated": value}]}):
+        assert group_of({"prompt": "2 + 2?"} | row).completions[0].truncated
+
+
 def test_kept_columns_are_found_inside_others_and_keep_the_name_that_was_given() -> None:
     row = {"prompt": "p", "reward_model": {"style": "rule", "ground_truth": "72"}, "extra": '{"answers": [1, 2]}'}
     kept = group_of(row, keep=("reward_model.ground_truth", "extra.answers.1", "extra")).columns

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from alignment.data.rows.cells import parse_json_text, read_number
 from alignment.data.rows.fields import RowFields
-from alignment.data.rows.messages import LABELS, Prompt, is_cut_off
-from alignment.errors import DataError
+from alignment.data.rows.messages import Prompt, as_boolean, is_cut_off
+from alignment.errors import DataError, WithoutWeight
 from alignment.groups import Completion, Group, Message
 
 FLT_MAX = 3.4e38
@@ -18,9 +17,10 @@ FLT_MAX = 3.4e38
 def make_group(
     fields: RowFields, origin: str, prompt: Prompt, answers: list[Message], rewards: Sequence[float | None]
 ) -> Group:
-    """The group of a prompt, its answers and their rewards.
+    """The group of a prompt, its answers and their rewards. Answers whose messages have a weight of 0 are left out.
 
     Raises:
+        WithoutWeight: every answer has a weight of 0.
         DataError: an answer is empty, or the row does not say of each answer whether it was cut off.
     """
     if any(is_empty(answer) for answer in answers):
@@ -28,7 +28,10 @@ def make_group(
     completions = tuple(
         Completion(text=answer.content, fields=answer.fields, reward=reward, truncated=is_truncated or answer.truncated)
         for answer, reward, is_truncated in zip(answers, rewards, read_truncations(fields, len(answers)), strict=True)
+        if answer.trained
     )
+    if answers and not completions:
+        raise WithoutWeight("the weight of its answer is 0")
     return Group(id=origin, prompt=prompt, completions=completions)
 
 
@@ -65,12 +68,12 @@ def read_label(fields: RowFields) -> float | None:
     if not fields.has_field("label"):
         return None
     label = fields.value("label")
-    number = LABELS.get(re.sub(r"[\s-]+", "_", label.strip().lower()), label) if isinstance(label, str) else label
-    if number not in (0, 1):  # True and False are 1 and 0
+    is_good = as_boolean(label)
+    if is_good is None:
         raise DataError(
             f"label must be true or false, not {label!r}; ratings in another unit go into a column `rewards`"
         )
-    return float(number)
+    return float(is_good)
 
 
 def read_truncations(fields: RowFields, count: int) -> list[bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from alignment.data.files import Row
 from alignment.data.rows.cells import read_number
 from alignment.data.rows.fields import RowFields
+from alignment.data.rows.messages import as_boolean
 from alignment.errors import DataError, WithoutWeight
 
 SCORES = tuple(
@@ -20,7 +21,7 @@ def check_columns(fields: RowFields) -> None:
     """Checks the columns that do not belong to the row's shape.
 
     Raises:
-        WithoutWeight: the row's weight is 0.
+        WithoutWeight: the row's weight is 0, or its `train` is false.
         DataError: a column would change the meaning of the row, and cannot be used.
     """
     row = {
@@ -34,14 +35,20 @@ def check_columns(fields: RowFields) -> None:
         raise DataError(
             f"{label} beside completions (of steps of an answer?) is not read; give rewards, one per answer"
         )
-    weight = read_number(fields.row.get("weight") if "weight" in row else None)
-    if weight == 0:
-        raise WithoutWeight("its weight is 0")
-    if weight is not None and weight != 1:
-        raise DataError(
-            f"its weight is {weight:g}, and rows count alike here: 1, or 0 for one to leave out. If the column means "
-            "something else, give it another name"
-        )
+    weight = fields.row.get("weight") if "weight" in row else None
+    if weight not in (None, "", [], {}):
+        number = read_number(weight) if isinstance(weight, str) else None
+        is_trained = as_boolean(weight if number is None else number)
+        if is_trained is None:
+            raise DataError(
+                f"its weight is {weight!r:.50}, and rows count alike here: 1, or 0 for one to leave out. If the column "
+                "means something else, give it another name"
+            )
+        if not is_trained:
+            raise WithoutWeight("its weight is 0")
+    if as_boolean(row.get("train")) is False:
+        fields.row.get("train")  # it counts as read
+        raise WithoutWeight("its train is false")
     if fields.has_field("chosen") and fields.has_field("rejected"):
         for chosen_score, rejected_score in _score_pairs(fields.row):
             if chosen_score < rejected_score:

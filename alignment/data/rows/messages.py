@@ -19,10 +19,20 @@ ROLES = {
 FINISH_REASONS = ("finish_reason", "stop_reason")
 """Fields that say why an answer ends, by the names of OpenAI and Anthropic; vLLM's `stop_reason` may be a token id."""
 CUT_OFF = (
-    *("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"),
-    *("content_filter", "abort", "incomplete"),
+    *("length", "max_length", "max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens"),
+    *("max_tokens_reached", "token_limit", "token_limit_reached", "model_length", "context_length"),
+    *("context_length_exceeded", "context_window_exceeded", "model_context_window_exceeded"),
+    *("content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii"),
+    *("guardrail_intervened", "abort", "aborted", "cancelled", "canceled", "user_cancel", "timeout", "repetition"),
+    *("incomplete", "truncated", "error", "error_toxic", "error_limit", "insufficient_system_resource"),
 )
-"""Finish reasons of an answer that was cut off, in the words of OpenAI, Anthropic, Mistral and vLLM."""
+"""Finish reasons of an answer that was cut off, in the words of OpenAI, Anthropic, Mistral, Google and others."""
+FINISHED = (
+    *("stop", "stopped", "stop_sequence", "stop_token", "stop_word", "eos", "eos_token", "eos_found", "end"),
+    *("end_turn", "end_of_turn", "end_of_text", "end_of_sequence", "complete", "completed", "finish", "finished"),
+    *("done", "success", "tool_calls", "tool_call", "tool_use", "function_call", "refusal", "pause_turn"),
+)
+"""Finish reasons of an answer that its model ended."""
 LABELS = {
     **dict.fromkeys(("true", "1", "1.0", "yes", "good", "up", "thumbs_up", "desirable", "👍"), 1),
     **dict.fromkeys(("false", "0", "0.0", "no", "bad", "down", "thumbs_down", "undesirable", "👎"), 0),
@@ -84,7 +94,7 @@ def _message(turn: Any, field: str) -> Message:
     weights = [_weight(fields.pop(name), name) for name in WEIGHTS if name in fields]
     if any(fields.get(name) for name in PARTS_TRAINED):
         raise DataError("a message says which parts of it are trained on, and here it is trained on or not: use weight")
-    truncation_flags = [is_cut_off(fields.pop(name), name) for name in FINISH_REASONS if name in fields]
+    truncation_flags = [is_cut_off(fields.pop(name), name) for name in ("truncated", *FINISH_REASONS) if name in fields]
     content = turn.get("content")
     return Message(
         role=_role(turn["role"], f"{field} role"),
@@ -114,11 +124,21 @@ def _role(value: Any, field: str) -> str:
     return ROLES.get(role.strip().lower(), role)
 
 
+def as_boolean(value: Any) -> bool | None:
+    """True for 1, true, or a text that stands for it (see `LABELS`); False likewise; None for any other value."""
+    number = LABELS.get(_as_word(value), value) if isinstance(value, str) else value
+    return bool(number) if number in (0, 1) else None  # True and False are 1 and 0
+
+
+def _as_word(text: str) -> str:
+    return re.sub(r"[\s-]+", "_", text.strip().lower())
+
+
 def _weight(value: Any, name: str) -> bool:
-    number = LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
-    if number not in (0, 1):  # True and False are 1 and 0
+    is_trained = as_boolean(value)
+    if is_trained is None:
         raise DataError(f"a message's {name} must be 0 or 1 (not trained on, or trained on), not {value!r:.50}")
-    return bool(number)
+    return is_trained
 
 
 def _content(value: Any, field: str) -> str:
@@ -138,13 +158,21 @@ def is_cut_off(value: Any, field: str) -> bool:
     Raises:
         DataError: the value says neither.
     """
-    if value is None or (field == "truncated" and value in (0, 1)):
-        return bool(value)
-    if field != "truncated" and isinstance(value, str):
-        return value.lower() in CUT_OFF
-    if field == "stop_reason" and isinstance(value, int):
-        return False
-    raise DataError(f"{field} must be {'true or false' if field == 'truncated' else 'a string'}, not {value!r:.50}")
+    is_truncated = as_boolean(value) if field == "truncated" else None
+    if value in (None, "") or is_truncated is not None:
+        return bool(is_truncated)
+    if field == "truncated" or not isinstance(value, str):
+        if field == "stop_reason" and isinstance(value, int):
+            return False
+        raise DataError(f"{field} must be {'true or false' if field == 'truncated' else 'a string'}, not {value!r:.50}")
+    reason = _as_word(value).rpartition(".")[2].removeprefix("finish_reason_")  # also as the names of enumerations
+    # A stop_reason of vLLM may be the text at which it stopped.
+    if reason not in (*CUT_OFF, *FINISHED) and field != "stop_reason":
+        raise DataError(
+            f"{field} {value!r:.50} is not known, so nothing says whether the answer was cut off; give `truncated`, "
+            "true or false, in place of it"
+        )
+    return reason in CUT_OFF
 
 
 def read_answer(value: Any, field: str) -> Message:
