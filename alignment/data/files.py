@@ -15,6 +15,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from alignment.data.unique_keys import unique_keys
 from alignment.errors import DataError
 
 
@@ -102,9 +103,11 @@ def parse_line(line: bytes) -> Row | DataError:
     return row if isinstance(row, dict | DataError) else DataError(f"must be a JSON object, not {type(row).__name__}")
 
 
-def _parse_json(line: bytes) -> Any:
+def _parse_json(line: bytes, make_object: Callable[[list[tuple[str, Any]]], Any] = unique_keys) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=make_object)
+    except DataError as error:
+        return error
     except UnicodeDecodeError as error:
         return DataError(f"is not valid UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -121,7 +124,7 @@ def _read_json(path: Path, file: BinaryIO, split: str) -> Rows:
     first_line = next((line for line in first_lines if line.strip()), b"")
     is_alone = len(first_lines) < 2 or not first_lines[-1].strip() or first_lines[-1] is first_line
     first_byte = first_line.lstrip()[:1]
-    value = _parse_json(first_line) if first_byte in (b"[", b"{") else None
+    value = _parse_json(first_line, dict) if first_byte in (b"[", b"{") else None
     is_list = first_byte == b"[" and (isinstance(value, DataError) or is_alone)
     # In a .jsonl a broken first line is a broken row; in a .json it is the beginning of a value of many lines.
     if is_list or (file_kind(path) == ".json" and (not isinstance(value, dict) or is_alone)):
@@ -165,7 +168,9 @@ def _damage_error(error: Exception) -> DataError:
 
 def _read_value(path: Path, lines: Iterable[bytes], split: str) -> Rows:
     try:
-        value = json.loads(b"".join(lines).decode("utf-8-sig"))
+        value = json.loads(b"".join(lines).decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (ValueError, RecursionError, *DAMAGE) as error:
         raise DataError(f"{path}: is not valid JSON: {error}") from error
     for number, row in enumerate(_extract_rows(value, path, split), start=1):

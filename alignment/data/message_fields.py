@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.data.control_tokens import REASONING_MARKS
+from alignment.data.unique_keys import unique_keys
 from alignment.errors import DataError
 from alignment.groups import Message
 
@@ -57,7 +58,7 @@ def convert_call(call: Any, *, as_text: bool) -> Any:
     """A call with its arguments as a mapping, or with `as_text` as JSON text; clients send either.
 
     Raises:
-        DataError: the arguments are a text that is not JSON.
+        DataError: the arguments are a text that is not JSON, or that has a key twice.
     """
     if not isinstance(call, Mapping):
         return call
@@ -68,7 +69,9 @@ def convert_call(call: Any, *, as_text: bool) -> Any:
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     if not as_text and isinstance(arguments, str):
         try:
-            return {**call, "arguments": json.loads(arguments or "{}")}
+            return {**call, "arguments": json.loads(arguments or "{}", object_pairs_hook=unique_keys)}
+        except DataError as error:
+            raise DataError(f"in the arguments of a tool call, {error}") from error
         except ValueError as error:
             raise DataError(f"the arguments of a tool call are a text that is not JSON: {arguments!r:.50}") from error
     return call

@@ -313,6 +313,9 @@ def test_arguments_are_handed_over_as_the_template_takes_them() -> None:
     broken = {"function": {"name": "weather", "arguments": "{city"}}
     with pytest.raises(DataError, match=r"arguments of a tool call are a text that is not JSON: '\{city'"):
         tokenize(CALLING)(row(user("W?"), assistant("", tool_calls=[broken])))
+    twice = {"function": {"name": "weather", "arguments": '{"city": "Bonn", "city": "Rome"}'}}
+    with pytest.raises(DataError, match="in the arguments of a tool call, an object has the key 'city' twice"):
+        tokenize(CALLING)(row(user("W?"), assistant("", tool_calls=[twice])))
 
 
 @pytest.mark.parametrize("text", ["d", "Hello.", "system"])

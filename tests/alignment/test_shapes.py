@@ -622,6 +622,28 @@ def test_truncated_is_read_in_a_row_a_table_and_a_message(value: object) -> None
         assert group_of({"prompt": "2 + 2?"} | row).completions[0].truncated
 
 
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": '[{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]'},
+         "messages"),
+        ({"prompt": [USER], "chosen": '[{"role": "assistant", "content": "a", "content": "b"}]', "rejected": "[]"},
+         "messages"),
+        ({"messages": [USER, {"from": "function_call", "value": '{"name": "f", "name": "g", "arguments": {}}'}]},
+         "function_call"),
+        ({"messages": [USER, GOOD], "tools": '[{"name": "f", "name": "g"}]'}, "tools"),
+        ({"messages": [USER, GOOD], "chat_template_kwargs": '{"a": 1, "a": 2}'}, "chat_template_kwargs"),
+    ],
+)  # fmt: skip
+def test_a_json_text_that_has_a_key_twice_is_refused(row: Row, field: str) -> None:
+    with pytest.raises(DataError, match=f"^{field}: an object has the key '[a-z]+' twice"):
+        group_of(row)
+
+
+def test_a_plain_text_that_happens_to_be_json_may_have_a_key_twice() -> None:
+    assert group_of({"prompt": '{"a": 1, "a": 2}', "completion": '{"b": 1, "b": 2}'}).prompt == '{"a": 1, "a": 2}'
+
+
 def test_kept_columns_are_found_inside_others_and_keep_the_name_that_was_given() -> None:
     row = {"prompt": "p", "reward_model": {"style": "rule", "ground_truth": "72"}, "extra": '{"answers": [1, 2]}'}
     kept = group_of(row, keep=("reward_model.ground_truth", "extra.answers.1", "extra")).columns

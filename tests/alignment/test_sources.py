@@ -203,6 +203,23 @@ def test_an_element_of_a_json_list_that_is_no_object_is_a_broken_row(tmp_path: P
     assert (row, origin, str(error)) == ({"a": 1}, f"{path}:2", "must be a JSON object")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_row_that_has_a_key_twice_is_refused_by_the_name_of_the_key(tmp_path: Path, name: str) -> None:
+    twice = '{"prompt": "p", "completion": "first", "completion": "second"}'
+    nested = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    path = write_bytes(tmp_path / name, f"{twice}\n{LINES}{nested}\n".encode())
+    (_, first), *rows, (_, last) = read(path)
+    assert str(first) == "an object has the key 'completion' twice, and only one of its values could be read"
+    assert [row for _, row in rows] == ROWS
+    assert isinstance(last, DataError) and "the key 'content' twice" in str(last)
+
+
+def test_a_json_list_with_a_key_twice_is_refused_by_the_name_of_the_key(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "rows.json", b'[{"prompt": "p",\n "prompt": "q"}]')
+    with pytest.raises(DataError, match=r"rows\.json: an object has the key 'prompt' twice"):
+        read(path)
+
+
 @pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/file", "pairs.jsonl", "data/pairs.parquet"])
 def test_a_missing_file_says_where_it_was_looked_for(path: str) -> None:
     with pytest.raises(DataError) as caught:

@@ -9,6 +9,7 @@ from typing import Any
 from alignment.data.files import Row
 from alignment.data.rows.cells import find_cell, parse_json_text, read_text
 from alignment.data.rows.messages import Prompt, as_turns, read_messages
+from alignment.data.unique_keys import check_keys
 from alignment.errors import DataError
 from alignment.groups import Message
 from alignment.settings.data import SourceConfig
@@ -59,8 +60,9 @@ class RowFields:
         """The value of a field that should be a list; a JSON text is parsed.
 
         Raises:
-            DataError: the value is a text that begins like a list and is not JSON.
+            DataError: the value is a text that begins like a list and is not JSON, or that has a key twice.
         """
+        check_keys(self.value(field), field)
         value = parse_json_text(self.value(field))
         if isinstance(value, str) and value.lstrip()[:1] == "[":
             raise DataError(f"{field} is a text that is not JSON: {value!r:.50}. Write lists as json.dumps writes them")

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from alignment.data.rows.cells import drop_nulls, parse_json_text, read_text
+from alignment.data.unique_keys import check_keys
 from alignment.errors import DataError
 from alignment.groups import Message
 
@@ -49,7 +50,7 @@ def as_turns(value: Any) -> Any:
     """Messages as a list, from a list, a single message or a JSON text of either; any other text is returned as it is.
 
     Raises:
-        DataError: the text is a list as Python prints it, which is not JSON.
+        DataError: the text is a list as Python prints it, which is not JSON, or one of its messages has a key twice.
     """
     turns = parse_json_text(value)
     if isinstance(turns, dict):
@@ -60,6 +61,7 @@ def as_turns(value: Any) -> Any:
                 f"holds a list as Python prints it, {value!r:.50}, which is no JSON; write it by json.dumps"
             )
         return value
+    check_keys(value, "messages")
     return turns
 
 
@@ -110,6 +112,7 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
     other_fields = {name: value for name, value in turn.items() if name not in ("from", "value")}
     if str(turn["from"]).lower() != "function_call":
         return {"role": turn["from"], "content": turn["value"], **other_fields}
+    check_keys(turn["value"], "function_call")
     calls = parse_json_text(turn["value"])
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):

@@ -9,6 +9,7 @@ from typing import Any
 from alignment.data.rows.cells import drop_nulls, parse_json_text, read_text
 from alignment.data.rows.fields import RowFields
 from alignment.data.rows.messages import Prompt
+from alignment.data.unique_keys import check_keys, unique_keys
 from alignment.errors import DataError
 from alignment.groups import Message
 from alignment.settings.model import is_template_variable
@@ -41,7 +42,9 @@ def read_tools(fields: RowFields) -> tuple[Mapping[str, Any], ...]:
     tools = fields.value("tools") if fields.has_field("tools") else ()
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools.strip() or "[]")
+            tools = json.loads(tools.strip() or "[]", object_pairs_hook=unique_keys)
+        except DataError as error:
+            raise DataError(f"tools: {error}") from error
         except ValueError as error:
             raise DataError(f"tools is a text that is not JSON: {error}") from error
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
@@ -57,7 +60,9 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
 
 def read_template_kwargs(fields: RowFields) -> Mapping[str, Any]:
     """Variables for the chat template, from a mapping or its JSON text; a null value counts as absent."""
-    kwargs = parse_json_text(fields.value("chat_template_kwargs")) if fields.has_field("chat_template_kwargs") else {}
+    kwargs = fields.value("chat_template_kwargs") if fields.has_field("chat_template_kwargs") else {}
+    check_keys(kwargs, "chat_template_kwargs")
+    kwargs = parse_json_text(kwargs)
     if not isinstance(kwargs, dict) or not all(map(is_template_variable, kwargs)):
         raise DataError(f"chat_template_kwargs must be a mapping of a chat template's variables, not {kwargs!r:.60}")
     template_kwargs: Mapping[str, Any] = drop_nulls(kwargs, "chat_template_kwargs")
