@@ -13,6 +13,7 @@ from alignment.data.shapes import to_group
 from alignment.errors import DataError, NoPreference, WithoutWeight
 from alignment.groups import Completion, Group, Message
 from alignment.settings.data import SourceConfig
+from serving.http.fields import to_engine_messages
 from tests.conftest import read_data
 
 Row = dict[str, Any]
@@ -208,9 +209,14 @@ def test_an_answer_of_no_weight_is_context(weight: Row) -> None:
     assert [turn.trained for turn in later.following] == [True, False, True, True]
 
 
-def test_parts_of_text_are_one_text() -> None:
-    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]
-    assert group_of({"prompt": [{"role": "user", "content": parts}]}).prompt == ASKED
+def test_parts_of_text_are_joined_as_the_endpoint_joins_them() -> None:
+    for texts in (["2 + 2?"], ["a", "b"], ["a ", " b\n", "", "c"]):
+        turn = {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
+        prompt = group_of({"prompt": [turn]}).prompt
+        assert [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, Message)] == to_engine_messages(
+            [turn]
+        )
+        assert prompt == messages({"role": "user", "content": "\n".join(texts)})
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

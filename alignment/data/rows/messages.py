@@ -145,14 +145,14 @@ def _weight(value: Any, name: str) -> bool:
 
 
 def _content(value: Any, field: str) -> str:
-    """The text of a message, from a string or from a list of text parts."""
+    """The text of a message, from a string or from a list of text parts, which are joined as at the endpoint."""
     if not isinstance(value, list | tuple) or not value:
         return read_text(value, field)
     for content_part in value:
         if not isinstance(content_part, dict) or content_part.get("type") != "text":
             kind = content_part.get("type") if isinstance(content_part, dict) else type(content_part).__name__
             raise DataError(f"{field} holds a part of type {kind!r:.50}; only parts of type 'text' can be trained on")
-    return "".join(read_text(content_part.get("text"), field) for content_part in value)
+    return "\n".join(read_text(content_part.get("text"), field) for content_part in value)
 
 
 def is_cut_off(value: Any, field: str) -> bool:
