@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
+from alignment.data.rows.messages import find_message_columns
 from alignment.data.shapes import TrackedRow, has_equal_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
@@ -19,6 +21,8 @@ from alignment.settings.data import DataConfig, SourceConfig
 if TYPE_CHECKING:
     from alignment.rewards import BuildableScorer
 
+NUM_FIRST_ROWS = 100
+"""Number of rows of a source that say which columns hold messages as JSON text."""
 MAX_NAMES = 8
 """Number of columns that a report names at most."""
 
@@ -66,13 +70,16 @@ class GroupReader:
         Raises:
             DataError: the source cannot be opened, or a row is bad and `on_bad_row` is `fail`.
         """
-        for origin, row in read_rows(source):
+        rows = read_rows(source)
+        first_rows = list(islice(rows, NUM_FIRST_ROWS))
+        message_columns = find_message_columns(row for _, row in first_rows)
+        for origin, row in chain(first_rows, rows):
             self.num_rows += 1
             try:
                 if isinstance(row, DataError):
                     raise row
                 row = TrackedRow(row)
-                group = to_group(row, origin, source)
+                group = to_group(row, origin, source, message_columns=message_columns)
                 self.unread_columns.update(row.unread_columns)
                 group = self._select_completions(group, row)
                 self._check_columns(group, source)

@@ -650,6 +650,33 @@ def test_a_plain_text_that_happens_to_be_json_may_have_a_key_twice() -> None:
     assert group_of({"prompt": '{"a": 1, "a": 2}', "completion": '{"b": 1, "b": 2}'}).prompt == '{"a": 1, "a": 2}'
 
 
+JSON_ANSWER = '{"from": "gpt", "value": "x"}'
+
+
+@pytest.mark.parametrize("prompt_as", ["text", "user_message"])
+def test_an_answer_to_a_text_that_is_the_json_of_a_message_stays_a_text(prompt_as: str) -> None:
+    other = '{"role": "assistant", "content": "y"}'
+    one = group_of({"prompt": "Give JSON", "completion": JSON_ANSWER}, prompt_as=prompt_as)
+    several = group_of({"prompt": "Give JSON", "completions": [JSON_ANSWER, other]}, prompt_as=prompt_as)
+    pair = group_of({"prompt": "Give JSON", "chosen": JSON_ANSWER, "rejected": other}, prompt_as=prompt_as)
+    alpaca = group_of({"instruction": "Give JSON", "output": JSON_ANSWER}, prompt_as=prompt_as)
+    assert [c.text for group in (one, several, pair, alpaca) for c in group.completions] == [
+        *(JSON_ANSWER,), *(JSON_ANSWER, other), *(JSON_ANSWER, other), *(JSON_ANSWER,),
+    ]  # fmt: skip
+    turns = group_of({"prompt": [USER], "completion": json.dumps(GOOD)})
+    assert turns.completions == FOUR, "beside messages it is a message"
+
+
+def test_a_json_list_of_messages_is_a_text_where_other_rows_have_another_text(reader: Any, write_rows: Any) -> None:
+    answer = json.dumps([GOOD])
+    rows = [{"prompt": "p ", "completion": answer}, {"prompt": json.dumps([USER]), "completion": "plain"}]
+    groups = list(reader("sft").read(SourceConfig(path=str(write_rows(rows)))))
+    assert [(group.prompt, group.completions[0].text) for group in groups] == [("p ", answer), (ASKED, "plain")]
+    whole = [{"prompt": json.dumps([USER]), "completion": answer}] * 2
+    groups = list(reader("sft").read(SourceConfig(path=str(write_rows(whole)))))
+    assert [(group.prompt, group.completions[0].text) for group in groups] == [(ASKED, "4")] * 2
+
+
 def test_kept_columns_are_found_inside_others_and_keep_the_name_that_was_given() -> None:
     row = {"prompt": "p", "reward_model": {"style": "rule", "ground_truth": "72"}, "extra": '{"answers": [1, 2]}'}
     kept = group_of(row, keep=("reward_model.ground_truth", "extra.answers.1", "extra")).columns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from alignment.data.files import Row
@@ -35,9 +35,11 @@ ALPACA = {"completion": ("output", "response"), "input": ("input", "context")}
 class RowFields:
     """A row whose fields are read as `columns` and `prompt_template` of its source say."""
 
-    def __init__(self, row: Row, source: SourceConfig) -> None:
+    def __init__(self, row: Row, source: SourceConfig, message_columns: Collection[str] | None = None) -> None:
+        """`message_columns`: columns whose texts may be messages as JSON text; None if each may."""
         stack_exchange = {"question", *STACK_EXCHANGE.values()} <= row.keys() and not source.columns
         self.row = row
+        self.message_columns = message_columns
         self.columns = STACK_EXCHANGE if stack_exchange else source.columns
         self.template = source.prompt_template or (STACK_EXCHANGE_PROMPT if stack_exchange else None)
         self.as_message = source.prompt_as == "user_message"
@@ -72,10 +74,42 @@ class RowFields:
         """The value of a field; None if the row has none."""
         if field in self.columns:
             return find_cell(self.row, self.columns[field], field)
-        value = next((self.row[name] for name in ALIASES.get(field, (field,)) if self.row.get(name) is not None), None)
-        if value is None and field in ALPACA and "instruction" in self.row:
-            return next((self.row[name] for name in ALPACA[field] if self.row.get(name) is not None), None)
-        return value
+        column = self._column(field)
+        return None if column is None else self.row[column]
+
+    def _column(self, field: str) -> str | None:
+        """Name of the column that holds a field; None if the row has none."""
+        if field in self.columns:
+            return self.columns[field]
+        names = ALIASES.get(field, (field,))
+        if field in ALPACA and "instruction" in self.row:
+            names = (*names, *ALPACA[field])
+        return next((name for name in names if self.row.get(name) is not None), None)
+
+    def turns(self, field: str) -> Any:
+        """The value of a field that is a text or messages; messages as JSON text are parsed (see `is_text`)."""
+        value = self.value(field)
+        return value if self.is_text(value, field) else as_turns(value)
+
+    def is_text(self, value: Any, field: str) -> bool:
+        """True if a value of a field is a text, even if the text is the JSON of messages.
+
+        An answer is if other rows have another text in that column, or if it is one object and the prompt is a plain
+        text.
+        """
+        if not isinstance(value, str) or field == "prompt":
+            return False
+        if value.lstrip()[:1] == "{" and self._has_text_prompt:
+            return True
+        column = self._column(field)
+        is_whole_cell = field != "completions" and column in self.row
+        return self.message_columns is not None and is_whole_cell and column not in self.message_columns
+
+    @property
+    def _has_text_prompt(self) -> bool:
+        if self.template is not None or self.is_alpaca:
+            return True
+        return self.has_field("prompt") and isinstance(self.turns("prompt"), str)
 
     def system_column(self) -> str | None:
         """Name of the column with the system text; None if there is none, or the prompt template already writes it."""
@@ -104,7 +138,7 @@ class RowFields:
             return self._instruction()
         if not self.has_field("prompt"):
             raise DataError("field 'prompt' is missing")
-        value = as_turns(self.value("prompt"))
+        value = self.turns("prompt")
         return self._wrap_prompt(read_text(value, "prompt")) if isinstance(value, str) else self._turns("prompt")
 
     def _turns(self, field: str) -> tuple[Message, ...]:

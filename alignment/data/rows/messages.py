@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from alignment.data.files import Row
 from alignment.data.rows.cells import drop_nulls, parse_json_text, read_text
 from alignment.data.unique_keys import check_keys
 from alignment.errors import DataError
@@ -67,6 +69,23 @@ def as_turns(value: Any) -> Any:
 
 def _is_message(turn: Any) -> bool:
     return isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
+
+
+def find_message_columns(rows: Iterable[Row | DataError]) -> frozenset[str]:
+    """Names of the columns whose texts are all messages as JSON text; in others, such a text is a text."""
+    is_message_column: dict[str, bool] = {}
+    for row in rows:
+        for column, value in row.items() if isinstance(row, dict) else ():
+            if isinstance(value, str) and value.strip() and is_message_column.get(column, True):
+                is_message_column[column] = _is_message_text(value)
+    return frozenset(column for column, is_message in is_message_column.items() if is_message)
+
+
+def _is_message_text(value: str) -> bool:
+    try:
+        return not isinstance(as_turns(value), str)
+    except DataError:  # it is meant to be messages
+        return True
 
 
 def read_messages(value: Any, field: str) -> tuple[Message, ...]:
@@ -180,7 +199,6 @@ def is_cut_off(value: Any, field: str) -> bool:
 
 def read_answer(value: Any, field: str) -> Message:
     """An answer as a message, from a string or from a list with one message of the assistant."""
-    value = as_turns(value)
     if isinstance(value, str):
         return Message(role="assistant", content=read_text(value, field))
     turns = read_messages(value, field)
@@ -189,15 +207,18 @@ def read_answer(value: Any, field: str) -> Message:
     return turns[0]
 
 
-def read_answers(value: Any, field: str) -> list[Message]:
+def read_answers(value: Any, field: str, is_text: Callable[[Any], bool]) -> list[Message]:
     """The answers of a list, each a string or a message of the assistant.
+
+    Args:
+        is_text: whether a string is the answer itself, even if it is the JSON text of a message.
 
     Raises:
         DataError: the value is no list, or one of its items is no answer.
     """
     if not isinstance(value, list | tuple):
         raise DataError(f"{field} must be a list, not {type(value).__name__}")
-    return [read_answer(item, field) for item in value]
+    return [read_answer(item if is_text(item) else as_turns(item), field) for item in value]
 
 
 def join_prompt(prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...]:

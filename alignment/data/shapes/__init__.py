@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 
 from alignment.data.files import Row
@@ -23,7 +24,7 @@ from alignment.settings.plugins import load_function
 __all__ = ["SHAPES", "RowShape", "TrackedRow", "has_equal_scores", "to_group"]
 
 
-def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
+def to_group(row: Row, origin: str, source: SourceConfig, *, message_columns: Collection[str] | None = None) -> Group:
     """Reads one row, in any shape, as a Group, with the columns that `source.keep` names in `Group.columns`.
 
     Shapes, by the fields present (after `columns`): `chosen` + `rejected` with a prompt, as strings or message lists;
@@ -39,6 +40,8 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
 
     Args:
         origin: where the row comes from, as `file:line`; the id of the group.
+        message_columns: columns whose texts may be messages as JSON text, as `find_message_columns` finds them in the
+            rows; None if each may.
 
     Raises:
         WithoutWeight: the row is valid, and its weight of 0 says that it is not trained on.
@@ -49,7 +52,7 @@ def to_group(row: Row, origin: str, source: SourceConfig) -> Group:
         row_columns = [column for column in source.keep if column not in group.columns]
         return dataclasses.replace(group, columns={**group.columns, **kept_columns(row, row_columns)})
     columns = kept_columns(row, source.keep)
-    fields = RowFields(row, source)
+    fields = RowFields(row, source, message_columns)
     check_columns(fields)
     group, tools = _build_group(fields, origin), read_tools(fields)
     if tools and isinstance(group.prompt, str) and fields.columns.get("tools", "tools") not in fields.used:

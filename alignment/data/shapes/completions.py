@@ -11,14 +11,17 @@ from alignment.groups import Group
 
 
 def _read_completions(fields: RowFields, origin: str) -> Group:
-    prompt, answers = fields.prompt(), read_answers(fields.list_value("completions"), "completions")
+    prompt = fields.prompt()
+    answers = read_answers(
+        fields.list_value("completions"), "completions", lambda value: fields.is_text(value, "completions")
+    )
     if not answers:
         raise DataError("completions is empty")
     return make_group(fields, origin, prompt, answers, read_rewards(fields, len(answers)))
 
 
 def _read_completion(fields: RowFields, origin: str) -> Group:
-    prompt, answers = fields.prompt(), [read_answer(fields.value("completion"), "completion")]
+    prompt, answers = fields.prompt(), [read_answer(fields.turns("completion"), "completion")]
     is_labelled = fields.has_field("label") or not fields.has_field("rewards")
     return make_group(fields, origin, prompt, answers, [read_label(fields)] if is_labelled else read_rewards(fields, 1))
 

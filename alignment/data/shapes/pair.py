@@ -7,7 +7,7 @@ import re
 from alignment.data.rows.answers import make_group
 from alignment.data.rows.cells import read_text
 from alignment.data.rows.fields import RowFields
-from alignment.data.rows.messages import Prompt, as_turns, join_prompt, read_messages
+from alignment.data.rows.messages import Prompt, join_prompt, read_messages
 from alignment.data.rows.shape import RowShape
 from alignment.errors import DataError
 from alignment.groups import Group, Message
@@ -27,7 +27,7 @@ def _read_half_pair(fields: RowFields, origin: str) -> Group:
 
 
 def _read_preference(fields: RowFields) -> tuple[Prompt, list[Message]]:
-    values = [as_turns(fields.value("chosen")), as_turns(fields.value("rejected"))]
+    values = [fields.turns("chosen"), fields.turns("rejected")]
     if len({isinstance(value, str) for value in values}) > 1:
         kinds = " and ".join(type(value).__name__ for value in values)
         raise DataError(f"chosen and rejected must be both strings or both lists of messages, not {kinds}")
