@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from alignment.data.message_fields import REASONING_FIELDS, convert_call
+from alignment.data.message_fields import REASONING_FIELDS, convert_call, mark_arguments, mark_tools
 from alignment.errors import ConfigError, DataError
 from alignment.files import replace_atomically
 from alignment.groups import Message
@@ -155,6 +155,52 @@ class ChatTemplate:
         except DataError:
             return False
         return other_text == self.render(turns, inputs=inputs, answer_next=answer_next)
+
+    def check_arguments(self, turns: Turns, inputs: TemplateInputs, *, answer_next: bool) -> None:
+        """Checks that the template prints every value inside the arguments of calls.
+
+        Raises:
+            DataError: it leaves one out.
+        """
+        marked_turns: list[Message] = []
+        names_by_mark: dict[str, str] = {}
+        for turn in turns:
+            marked_turn, marks = mark_arguments(turn, len(names_by_mark))
+            marked_turns.append(marked_turn)
+            names_by_mark |= marks
+        name = self._unprinted_name(names_by_mark, tuple(marked_turns), inputs, answer_next)
+        if name is not None:
+            raise DataError(
+                f"the chat template does not print the argument {name!r:.50} of a tool call, so the model would learn "
+                "to call without it; take a model.chat_template that does, or leave such rows out"
+            )
+
+    def check_tools(self, turns: Turns, inputs: TemplateInputs) -> None:
+        """Checks that the template prints the names of the tools' functions and of their parameters.
+
+        Raises:
+            DataError: it leaves one out.
+        """
+        marked_tools, names_by_mark = mark_tools(inputs.tools)
+        marked_inputs = dataclasses.replace(inputs, tools=marked_tools)
+        name = self._unprinted_name(names_by_mark, turns, marked_inputs, answer_next=True)
+        if name is not None:
+            raise DataError(
+                f"the chat template does not print {name!r:.50} of the tools, so the model would not learn what it may "
+                "call; take a model.chat_template that does"
+            )
+
+    def _unprinted_name(
+        self, names_by_mark: Mapping[str, str], turns: Turns, inputs: TemplateInputs, answer_next: bool
+    ) -> str | None:
+        """The name of the first mark that the template does not print; None if it prints all, or refuses marks."""
+        if not names_by_mark:
+            return None
+        try:
+            text = self.render(turns, inputs=inputs, answer_next=answer_next)
+        except DataError:
+            return None
+        return next((name for mark, name in names_by_mark.items() if mark not in text), None)
 
     def reads(self, field: str) -> bool:
         """True if the template reads a field of messages, as `message.field` or `message['field']`."""

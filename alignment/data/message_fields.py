@@ -77,6 +77,69 @@ def convert_call(call: Any, *, as_text: bool) -> Any:
     return call
 
 
+def mark_arguments(turn: Message, num_marks: int = 0) -> tuple[Message, dict[str, str]]:
+    """The message with a mark in place of every value inside the arguments of its calls.
+
+    Args:
+        num_marks: number of marks in use already.
+
+    Returns:
+        The message, and for each mark the name of the argument.
+
+    Raises:
+        DataError: the arguments of a call are a text that is not JSON.
+    """
+    names_by_mark: dict[str, str] = {}
+
+    def mark_values(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: mark_values(item, name or str(key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [mark_values(item, name) for item in value]
+        if value is None or value == "":
+            return value
+        mark = f"argument{num_marks + len(names_by_mark)}mark"
+        names_by_mark[mark] = name
+        return mark
+
+    def mark_call(call: Any) -> Any:
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+            return {**call, "function": mark_call(call["function"])}
+        if isinstance(call, Mapping) and isinstance(call.get("arguments"), Mapping):
+            return {**call, "arguments": mark_values(call["arguments"], "")}
+        return call
+
+    calls = [mark_call(convert_call(call, as_text=False)) for call in turn.fields.get("tool_calls") or ()]
+    if not names_by_mark:
+        return turn, {}
+    return dataclasses.replace(turn, fields={**turn.fields, "tool_calls": calls}), names_by_mark
+
+
+def mark_tools(tools: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+    """Tools with a mark in place of the name of every function and of its parameters; and the name of each mark."""
+    names_by_mark: dict[str, str] = {}
+
+    def mark_name(name: str) -> str:
+        mark = f"tool{len(names_by_mark)}mark"
+        names_by_mark[mark] = name
+        return mark
+
+    marked_tools: list[Mapping[str, Any]] = []
+    for tool in tools:
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            marked_tools.append(tool)
+            continue
+        marked_function = {**function, "name": mark_name(function["name"])}
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if isinstance(parameters, Mapping) and isinstance(properties, Mapping):
+            marked_properties = {mark_name(str(name)): schema for name, schema in properties.items()}
+            marked_function["parameters"] = {**parameters, "properties": marked_properties}
+        marked_tools.append({**tool, "function": marked_function})
+    return marked_tools, names_by_mark
+
+
 def drop_fields(turn: Message, names: Sequence[str]) -> Message:
     """The message without some of its fields."""
     return dataclasses.replace(turn, fields={k: v for k, v in turn.fields.items() if k not in names})

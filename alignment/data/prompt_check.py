@@ -47,6 +47,8 @@ class PromptCheck:
                 "the chat template does not print tools, so the model would not learn what it may call; take a "
                 "model.chat_template that does"
             )
+        if inputs.tools:
+            self.template.check_tools(turns, inputs)
         names = [name for turn in turns for name in called_names(turn)]
         turns_without_calls = tuple(drop_fields(turn, CALL_FIELDS) for turn in turns)
         if names and (
@@ -54,6 +56,8 @@ class PromptCheck:
             or not all(name in prompt for name in names)
         ):
             raise lost_calls_error()
+        if names:
+            self.template.check_arguments(turns, inputs, answer_next=True)
 
     def count_unread_fields(self, turn: Message) -> None:
         """Counts the fields of a turn that the template does not read."""

@@ -340,6 +340,7 @@ class Renderer:
         )
         if is_lost or content not in rest or not all(name in rest for name in called_names(turn)):
             raise lost_calls_error()
+        self.template.check_arguments((*context, turn), inputs, answer_next=False)
         if reasoning_text is not None and reasoning_text.strip() not in rest:
             raise _lost_reasoning_error(reasoning_text)
         end_stops = [rest.index(end, stop) + len(end) for end in self.end_texts if end in rest[stop:]]

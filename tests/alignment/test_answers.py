@@ -305,6 +305,47 @@ def test_calls_or_tools_that_the_template_drops_are_refused(group: Group, what: 
         tokenize()(group)
 
 
+NESTED = {"function": {"name": "book", "arguments": {"city": "Bonn", "days": [1, {"n": 2}], "late": False, "by": {}}}}
+ARGUMENTS = "c['function']['arguments'] | tojson"
+
+
+@pytest.mark.parametrize("is_context", [True, False])
+@pytest.mark.parametrize(
+    ("printed", "lost"),
+    [
+        ("''", "city"),
+        ("c['function']['arguments'] | length", "city"),
+        ("c['function']['arguments'] | list | join(', ')", "city"),
+        ("c['function']['arguments']['city']", "days"),
+        ("c['function']['arguments'] | string | truncate(36, true, '')", "days"),
+        ("c['function']['arguments']['city'] ~ c['function']['arguments']['days'] | tojson", "late"),
+    ],
+)
+def test_a_template_that_leaves_out_a_part_of_the_arguments_is_refused(
+    printed: str, lost: str, is_context: bool
+) -> None:
+    turns = (user("W?"), assistant("", tool_calls=[NESTED]), user("Bonn 1 2 false?"), assistant("Done."))
+    group = row(*turns, prompt=3) if is_context else row(*turns[:2])
+    with pytest.raises(DataError, match=f"does not print the argument '{lost}' of a tool call, so the model would"):
+        tokenize(CALLING.replace(ARGUMENTS, f"({printed}) | string"))(group)
+    for whole in (CALLING, CALLING.replace(ARGUMENTS, "c['function']['arguments'] | string")):
+        tokenize(whole)(group)
+
+
+@pytest.mark.parametrize(
+    ("printed", "lost"), [("tools | length", "book"), ("tools | map(attribute='function.name') | join", "city")]
+)
+def test_a_template_that_leaves_out_names_of_the_tools_is_refused(printed: str, lost: str) -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "book", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
+    group = row(user("book a city?"), assistant("Done."), tools=(tool,))
+    with pytest.raises(DataError, match=f"does not print '{lost}' of the tools, so the model would not learn"):
+        tokenize(CALLING.replace("tools | tojson", f"({printed}) | string"))(group)
+    assert '"city"' in prompt_of(tokenize(CALLING), tokenize(CALLING)(group))
+
+
 def test_arguments_are_handed_over_as_the_template_takes_them() -> None:
     joined = CALLING.replace("c['function']['arguments'] | tojson", "c['function']['arguments']")
     tok = tokenize(joined)
