@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
 from alignment.data.rows.messages import find_message_columns
-from alignment.data.shapes import TrackedRow, has_equal_scores, to_group
+from alignment.data.shapes import TrackedRow, has_equal_scores, has_unreadable_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
 from alignment.groups import Group
@@ -51,7 +51,9 @@ class GroupReader:
         self.bad_rows = bad_rows
         self.rewards = rewards
         self.eval_rewards = eval_rewards
-        self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = 0
+        self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = self.num_unreadable_scores = 0
+        self.empty_sources: list[str] = []
+        """Paths of the sources that were read to their end and gave no usable group."""
         self.skipped_counts: Counter[str] = Counter()
         """Number of rows that are valid and have nothing to train on, by the reason."""
         self.unread_columns: Counter[str] = Counter()
@@ -70,6 +72,7 @@ class GroupReader:
         Raises:
             DataError: the source cannot be opened, or a row is bad and `on_bad_row` is `fail`.
         """
+        is_empty = True
         rows = read_rows(source)
         first_rows = list(islice(rows, NUM_FIRST_ROWS))
         message_columns = find_message_columns(row for _, row in first_rows)
@@ -84,17 +87,21 @@ class GroupReader:
                 group = self._select_completions(group, row)
                 self._check_columns(group, source)
                 self.num_equal_scores += bool(group.pairs) and has_equal_scores(row)
+                self.num_unreadable_scores += bool(group.pairs) and has_unreadable_scores(row)
                 if self._too_many_characters(group):
                     self.num_long += 1
                     continue
                 examples = self.tokenizer.examples(group)
                 if group.pairs and not any(example.pairs for example in examples):
                     raise NoPreference("the answers are the same as far as data.max_length shows them")
+                is_empty = False
                 yield from examples
             except NoPreference as error:
                 self.skipped_counts[error.reason] += 1
             except DataError as error:
                 self._handle_bad_row(origin, error)
+        if is_empty:
+            self.empty_sources.append(str(source.path))
 
     def note_on_weights(self) -> str:
         """The end of a line that says that a source names its fraction by the old key; empty if none does."""
@@ -143,6 +150,8 @@ class GroupReader:
             text += f", {count} {reason} left out"
         if self.num_equal_scores:
             text += f", {self.num_equal_scores} whose chosen and rejected have equal scores"
+        if self.num_unreadable_scores:
+            text += f", {self.num_unreadable_scores} whose scores of chosen and rejected are no numbers"
         if self.num_bad:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
         if self.unread_columns:
@@ -151,6 +160,8 @@ class GroupReader:
             text += f"; columns that are not read: {', '.join(sorted(names))}" + (
                 f" and {num_unnamed} more" if num_unnamed else ""
             )
+        if self.empty_sources and len(self.data.sources) > 1:
+            text += f"; no usable group in {', '.join(self.empty_sources)}"
         notes = self.tokenizer.summary()
         return f"{text}; {notes}" if notes else text
 

@@ -103,6 +103,29 @@ def test_sft_imitates_demonstrations_and_what_is_rated_good_and_counts_what_it_l
         assert "14 rows, 5 whose answers are not rated good left out, 1 of weight 0 left out" in data.report
 
 
+def test_scores_that_are_no_numbers_are_counted(reader: Any, write_rows: Any) -> None:
+    scores = [(float("nan"), 1), ("nan", "5"), ([1], [2]), (None, 1), (True, False), (2, 1), ("high", "low")]
+    rows = [
+        {"prompt": "p ", "chosen": "a", "rejected": "b", "score_chosen": chosen, "score_rejected": rejected}
+        for chosen, rejected in scores
+    ]
+    data = load(reader(path=str(write_rows(rows))))
+    assert "7 rows, 4 whose scores of chosen and rejected are no numbers" in data.report
+
+
+def test_a_score_of_false_beside_one_of_true_contradicts_the_order(reader: Any, write_rows: Any) -> None:
+    row = {"prompt": "p ", "chosen": "a", "rejected": "b", "score_chosen": False, "score_rejected": True}
+    with pytest.raises(DataError, match="its scores contradict its order: chosen has 0 and rejected 1"):
+        load(reader(path=str(write_rows([row]))))
+
+
+def test_a_source_of_a_mixture_that_gives_nothing_is_named(reader: Any, write_rows: Any) -> None:
+    full = write_rows([{"prompt": "p ", "chosen": "a", "rejected": "b"}], "full.jsonl")
+    empty = write_rows([], "empty.jsonl")
+    assert f"; no usable group in {empty}" in load(reader(mixture=[{"path": str(full)}, {"path": str(empty)}])).report
+    assert "no usable group" not in load(reader(mixture=[{"path": str(full)}, {"path": str(full)}])).report
+
+
 def test_equal_scores_of_a_pair_are_told_and_contradicting_ones_are_bad_rows(
     reader: Callable[..., GroupReader], write_rows: WriteRows
 ) -> None:

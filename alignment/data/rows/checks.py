@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from alignment.data.files import Row
 from alignment.data.rows.cells import read_number
 from alignment.data.rows.fields import RowFields
@@ -63,13 +66,29 @@ def has_equal_scores(row: Row) -> bool:
     return any(len(set(pair)) == 1 for pair in _score_pairs(row))
 
 
+def has_unreadable_scores(row: Row) -> bool:
+    """True if chosen and rejected have scores that are no finite numbers, so that they cannot be compared."""
+    return any(None in pair for pair in _all_score_pairs(row))
+
+
 def _score_pairs(row: Row) -> list[tuple[float, float]]:
-    pairs = (
-        (read_number(row.get(chosen_column)), read_number(row.get(rejected_column)))
-        for chosen_column, rejected_column in SCORES
-    )
     return [
         (chosen_score, rejected_score)
-        for chosen_score, rejected_score in pairs
+        for chosen_score, rejected_score in _all_score_pairs(row)
         if chosen_score is not None and rejected_score is not None
     ]
+
+
+def _all_score_pairs(row: Row) -> list[tuple[float | None, float | None]]:
+    """The scores of each pair of columns that both have a value; None for one that is no finite number."""
+    values = ((row.get(chosen_column), row.get(rejected_column)) for chosen_column, rejected_column in SCORES)
+    return [
+        (_score(chosen_value), _score(rejected_value))
+        for chosen_value, rejected_value in values
+        if chosen_value not in (None, "") and rejected_value not in (None, "")
+    ]
+
+
+def _score(value: Any) -> float | None:
+    number = float(value) if isinstance(value, bool) else read_number(value)
+    return number if number is not None and math.isfinite(number) else None
