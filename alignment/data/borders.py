@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from alignment.data.control_tokens import ControlTokens, Encoding
 from alignment.errors import DataError
 
-LEADS = ("", "\n")
-"""Texts to encode before the second piece, and to take away again: some tokenizers write a space before every text."""
+LEADS = ("", "\n", "\ufdd4")
+"""Texts to encode before the second piece, and to take away again: some tokenizers write a space before every text. The
+last one is a noncharacter of Unicode, which is in no word of a vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
