@@ -670,10 +670,12 @@ def test_an_answer_to_a_text_that_is_the_json_of_a_message_stays_a_text(prompt_a
 def test_a_json_list_of_messages_is_a_text_where_other_rows_have_another_text(reader: Any, write_rows: Any) -> None:
     answer = json.dumps([GOOD])
     rows = [{"prompt": "p ", "completion": answer}, {"prompt": json.dumps([USER]), "completion": "plain"}]
-    groups = list(reader("sft").read(SourceConfig(path=str(write_rows(rows)))))
+    mixed_rows = reader("sft", path=str(write_rows(rows)))
+    groups = list(mixed_rows.read(*mixed_rows.data.sources))
     assert [(group.prompt, group.completions[0].text) for group in groups] == [("p ", answer), (ASKED, "plain")]
     whole = [{"prompt": json.dumps([USER]), "completion": answer}] * 2
-    groups = list(reader("sft").read(SourceConfig(path=str(write_rows(whole)))))
+    json_rows = reader("sft", path=str(write_rows(whole)))
+    groups = list(json_rows.read(*json_rows.data.sources))
     assert [(group.prompt, group.completions[0].text) for group in groups] == [(ASKED, "4")] * 2
 
 
