@@ -209,12 +209,12 @@ class GroupTokenizer:
         if self.data.train_on_prompt:  # every token is trained on, so no token must end where an answer begins
             ids = self.control.encode(text).ids
             return ids, [True] * len(ids)
-        bordered = encode_with_borders(self.control, text, [start for start, _ in spans], prompt)
-        encoding, first_tokens = bordered.encoding, bordered.first_tokens
-        answer_ranges = [(first, stop) for first, (_, stop) in zip(first_tokens, spans, strict=True)]
+        text_encoding = encode_with_borders(self.control, text, [start for start, _ in spans], prompt)
+        encoding, first_tokens = text_encoding.encoding, text_encoding.first_tokens
+        answer_ranges = [(first_token, stop) for first_token, (_, stop) in zip(first_tokens, spans, strict=True)]
         # A token's span may be empty, because some tokenizers leave white space out of it.
         loss_mask = [
-            any(index >= first and start < stop for first, stop in answer_ranges)
+            any(index >= first_token and start < stop for first_token, stop in answer_ranges)
             for index, (start, _) in enumerate(encoding.spans)
         ]
         return encoding.ids, loss_mask
