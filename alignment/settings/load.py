@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -18,6 +19,7 @@ from alignment.settings.section import Section, sections_of
 MERGE_KEY = "tag:yaml.org,2002:merge"
 """YAML's `<<`, which a mapping may have several of."""
 
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 Config = TypeVar("Config", bound=Section)
 
@@ -56,11 +58,18 @@ def check_config(tree: dict[str, Any], *, kind: type[Config]) -> Config:
         raise ConfigError("\n".join(explain(error, kind, tree))) from error
 
 
-class _DuplicateKey(ValueError):
+class _YamlTrap(ValueError):
+    """Something that YAML reads in another way than its author means it."""
+
+    line: int
+    """Line of the file, from 1."""
+
+
+class _DuplicateKey(_YamlTrap):
     """A key that one mapping has twice."""
 
     def __init__(self, key: yaml.ScalarNode, first_key: yaml.ScalarNode) -> None:
-        self.line: int = key.start_mark.line + 1
+        self.line = key.start_mark.line + 1
         first_line = first_key.start_mark.line + 1
         location = "the same line" if first_line == self.line else f"line {first_line}"
         super().__init__(
@@ -68,8 +77,29 @@ class _DuplicateKey(ValueError):
         )
 
 
+class _OldNumber(_YamlTrap):
+    """A number that YAML 1.1 reads in another base than ten: 010 as 8, and 1:30 as 90."""
+
+    def __init__(self, number: yaml.ScalarNode, key: str) -> None:
+        self.line = number.start_mark.line + 1
+        base = "60" if ":" in number.value else "8"
+        super().__init__(
+            f"{key}{number.value} would be read in base {base}; write a number without leading zeros or colons, or "
+            f"'{number.value}' in quotes for a text"
+        )
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, of which YAML keeps the last one without a word."""
+    """Refuses what YAML reads in another way than its author means it, without a word.
+
+    That is a key that a mapping has twice, of which the last one would count, and a number in base 8 or 60.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and node.style is None and _is_old_number(node):
+            raise _OldNumber(node, f"key {index.value!r}: " if isinstance(index, yaml.ScalarNode) else "")
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -82,6 +112,13 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
 
+def _is_old_number(node: yaml.ScalarNode) -> bool:
+    """True if a plain scalar is a number in base 8 (with a leading zero) or 60 (with colons)."""
+    if node.tag not in NUMBER_TAGS:
+        return False
+    return ":" in node.value or (node.tag == NUMBER_TAGS[0] and bool(re.match(r"[-+]?0[0-9_]", node.value)))
+
+
 def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
@@ -91,7 +128,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         tree = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except _DuplicateKey as error:
+    except _YamlTrap as error:
         raise ConfigError(f"{path}:{error.line}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
@@ -107,7 +144,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} must have the form section.key=value, as optim.lr=1e-6")
     try:
         value = _parse(text)
-    except _DuplicateKey as error:
+    except _YamlTrap as error:
         raise ConfigError(f"override {override!r}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error

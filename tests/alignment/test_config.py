@@ -362,6 +362,42 @@ def test_a_key_given_twice_in_an_override_is_refused(load: Load) -> None:
         load("model.lora={rank: 2, alpha: 4, rank: 8}")
 
 
+OLD_NUMBERS = {
+    "seed: 010": "key 'seed': 010 would be read in base 8",
+    "seed: -007": "key 'seed': -007 would be read in base 8",
+    "seed: 0_10": "key 'seed': 0_10 would be read in base 8",
+    "optim: {micro_batch_tokens: 1:30}": "key 'micro_batch_tokens': 1:30 would be read in base 60",
+    "optim: {lr: 1:30.5}": "key 'lr': 1:30.5 would be read in base 60",
+    "optim: {betas: [0.9, 010]}": "010 would be read in base 8",
+    "010: 1": "010 would be read in base 8",
+}
+
+
+@pytest.mark.parametrize("text", OLD_NUMBERS)
+def test_a_number_in_base_8_or_60_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: run\n{text}\n")
+    for kind in (RunConfig, PipelineConfig, ServeConfig, GateConfig):
+        with pytest.raises(ConfigError, match=rf"run\.yaml:2: {re.escape(OLD_NUMBERS[text])}"):
+            load_config(path, kind=kind)
+
+
+def test_a_number_in_base_8_or_60_is_refused_in_an_override(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"override 'seed=010': 010 would be read in base 8"):
+        load("seed=010")
+    with pytest.raises(ConfigError, match=r"override 'rollout={timeout_s: 1:30}': key 'timeout_s': 1:30 would be"):
+        load("rollout={timeout_s: 1:30}")
+
+
+@pytest.mark.parametrize(
+    ("override", "seed"), [("seed=0", 0), ("seed=10", 10), ("seed=1_000", 1000), ("seed=0x10", 16), ("seed='010'", 10)]
+)
+def test_other_numbers_are_read_as_they_are_written(load: Load, override: str, seed: int) -> None:
+    assert load(override).seed == seed
+    assert load("optim.lr=0.5", "optim.eps=00.5").optim.eps == 0.5
+    assert load("model.revision='1:30'").model.revision == "1:30"
+
+
 def test_a_mapping_may_merge_another_and_replace_some_of_its_keys(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
