@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.distributed.world import World
+from alignment.errors import AlignmentError, ConfigError
 from alignment.optimizers import optimizer_kind
 from alignment.settings.run import OptimConfig
 
@@ -94,5 +95,22 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def optimizer_over(weights: list[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """Makes the configured optimizer over some weights."""
-    return optimizer_kind(optim.name).build(weights, optim)
+    """Makes the configured optimizer over some weights.
+
+    Raises:
+        ConfigError: the optimizer refuses its settings, or a function of one's own returns something else.
+    """
+    try:
+        optimizer = optimizer_kind(optim.name).build(weights, optim)
+    except AlignmentError:
+        raise
+    except Exception as error:  # one's own function may raise anything
+        raise ConfigError(
+            f"optim.name {optim.name!r}: the optimizer cannot be made with the settings of optim: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optim.name {optim.name!r} returns a {type(optimizer).__name__}, not a torch.optim.Optimizer"
+        )
+    return optimizer

@@ -39,6 +39,8 @@ from alignment.settings.section import (
 )
 from alignment.trackers import tracker_class
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Share of a moment that one step keeps."""
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """Also the name of a folder."""
 
@@ -72,8 +74,8 @@ class OptimConfig(Section):
     of a weight must be tensors. ZeRO needs an `alignment.optimizers.OptimizerKind` in place of the function."""
     lr: Positive = 1e-6
     """Peak learning rate, > 0. Full fine-tuning by DPO wants 1e-7 to 1e-6, LoRA about 100 times as much."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of AdamW's first and second moment, each 0 to 1."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment, each at least 0 and below 1: with 1, a moment would never change."""
     eps: Positive = 1e-8
     """Added to AdamW's denominator, > 0."""
     weight_decay: NonNegative = 0.0

@@ -482,6 +482,26 @@ def test_yes_and_no_are_read_where_they_are_wanted(load: Load) -> None:
     assert load("data.shuffle=off", "model.gradient_checkpointing=on").model.gradient_checkpointing
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("betas.0", [1, 1], "less than 1"),
+        ("betas.1", [0.9, 1], "less than 1"),
+        ("betas.0", [-0.1, 0.9], "greater than or equal to 0"),
+        ("lr", 0, "greater than 0"),
+        ("lr", float("inf"), "finite number"),
+        ("eps", 0, "greater than 0"),
+        ("eps", float("inf"), "finite number"),
+        ("weight_decay", -1, "greater than or equal to 0"),
+        ("weight_decay", float("inf"), "finite number"),
+        ("max_grad_norm", float("nan"), "finite number"),
+    ],
+)
+def test_what_torch_s_optimizers_refuse_is_refused_with_its_key(load: Load, key: str, value: Any, bound: str) -> None:
+    texts = problems(load, optim={key.partition(".")[0]: value})
+    assert any(text.startswith(f"optim.{key}: Input should be ") and bound in text for text in texts), texts
+
+
 def test_a_warm_up_longer_than_the_run_is_refused(load: Load) -> None:
     assert load(steps=3, optim={"warmup_steps": 3}).optim.warmup_steps == 3
     (problem,) = problems(load, steps=3, optim={"warmup_steps": 4})

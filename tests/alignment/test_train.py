@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,34 @@ def test_a_run_with_an_optimizer_of_ones_own_resumes_bit_for_bit(run_settings: S
     run(halves, steps=3)
     assert_same_run(whole, run(halves, steps=6))
     assert any(name.startswith("optimizer.momentum_buffer.") for name in weights(whole))
+
+
+def refused_descent(weights: list[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(weights, lr=optim.lr, momentum=-1)
+
+
+def misread_descent(weights: list[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(weights, lr=optim.momentum)  # type: ignore[attr-defined]
+
+
+def no_descent(weights: list[torch.nn.Parameter], optim: OptimConfig) -> Any:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (refused_descent, "cannot be made with the settings of optim: ValueError: Invalid momentum value: -1"),
+        (misread_descent, "cannot be made with the settings of optim: AttributeError: .*'momentum'"),
+        (no_descent, "returns a NoneType, not a torch.optim.Optimizer"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_named(
+    run_settings: Settings, function: Callable[..., Any], problem: str
+) -> None:
+    name = f"tests.alignment.test_train:{function.__name__}"
+    with pytest.raises(ConfigError, match=f"optim.name '{name}'.* {problem}"):
+        run(run_settings, optim={**run_settings["optim"], "name": name})
 
 
 class CountedDescent(torch.optim.SGD):
