@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from alignment.vllm import adapter_speed
+from alignment.vllm import adapter_speed, block_zeroing
 from alignment.vllm.arguments import BACKEND
 from alignment.vllm.lifeline import end_with_owner
 from alignment.vllm.reload import receiver_class
@@ -24,6 +24,7 @@ def install() -> None:
     # product makes the request, but may not do so for one or two tokens. On other machines this does nothing.
     torch.cpu._init_amx()
     adapter_speed.install()
+    block_zeroing.install()
     WeightTransferEngineFactory.register_engine(BACKEND, receiver_class())
 
 

@@ -31,6 +31,7 @@ from serving.replica.batching import batch_items
 from serving.replica.engine_arguments import EngineSettings, engine_class, llm_config, set_environment, setting_names
 from serving.replica.engine_replies import MAX_MESSAGE, ModelNames, engine_error, parse_request, to_reply
 from serving.replica.grammar import forms_of
+from serving.replica.probe import probe
 from serving.replica.prompts import read_shielded_prompts, shield_chat
 from serving.replica.trial import Trials
 from serving.replica.versions import (
@@ -128,10 +129,10 @@ class Engine:
         self._tokenization = _tokenization(self._server.engine)
         loader: Loader
         if self._served_model.adapter:
-            loader = AdapterLoader(self._server.engine._oai_models, registry)
+            loader = AdapterLoader(client, self._server.engine._oai_models, registry)
             await loader.load(number)
         else:
-            loader = WholeWeightsLoader(client, registry)
+            loader = WholeWeightsLoader(client, registry, number)
             await loader.begin()
         self._versions = Versions(
             registry,
@@ -149,10 +150,10 @@ class Engine:
             logger.exception("A replica could not follow the registry")
 
     async def _start_engine(self, settings: EngineSettings) -> AsyncLLM:
-        """Starts vLLM; returns when it has computed a token.
+        """Starts vLLM; returns when it has computed two tokens.
 
         Raises:
-            ServingError: vLLM does not start; the message says why.
+            ServingError: vLLM does not start, or its weights overflow; the message says why.
         """
         from ray.serve.llm.deployment import LLMServer
 
@@ -165,7 +166,8 @@ class Engine:
                 await self._server.engine.start()
                 client: AsyncLLM = self._server.engine._engine_client
                 self._cleanup.callback(client.shutdown)
-                await _warm_up(client)
+                # An engine that would die with its first request is not ready.
+                await probe(client, self._served_model.source)
             except AlignmentError:
                 raise
             except Exception as error:  # vLLM passes on any exception of its model code
@@ -375,14 +377,6 @@ class CandidateEngine(Engine):
             await super().check_health()
         elif self._failure is not None and candidate_version(self._registry.state()) != self._failure.number:
             raise PartialLoadError(f"the candidate did not start: {self._failure.reason}")
-
-
-async def _warm_up(client: AsyncLLM) -> None:
-    """Computes one token, since an engine that would die with its first request is not ready."""
-    from vllm import SamplingParams
-
-    async for _ in client.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1), request_id="warm-up"):
-        pass
 
 
 def _tokenization(engine: VLLMEngine) -> ServingTokenization:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from alignment.vllm import block_zeroing
 from serving.replica.trial_process import NICENESS
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def scheduler(
     *, vllm_config: VllmConfig, structured_output_manager: StructuredOutputManager, **arguments: Any
 ) -> SchedulerInterface:
     """Makes vLLM's own scheduler, with threads of low priority for grammars. vLLM calls this in place of the class."""
+    block_zeroing.install()  # with several workers, this process imports nothing else of ours
     # A thread has the priority of the thread that starts it; the compiling thread starts xgrammar's threads.
     structured_output_manager.executor = ThreadPoolExecutor(NUM_COMPILERS, initializer=_lower_priority)
     settings = copy(vllm_config.scheduler_config)

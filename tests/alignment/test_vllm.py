@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -226,6 +227,27 @@ def test_what_is_being_drawn_when_weights_come_is_drawn_from_the_old_ones(pair: 
     pair.sync()
     assert {rollout.weight_version for each in wait() for rollout in each} == {version}
     assert_equal_within_rounding(pair.trainer.mismatch(submit(pair.engine, PROMPTS, sampling())()))
+
+
+def test_weights_that_overflowed_spoil_nothing_after_them(pair: Pair) -> None:
+    """As after a step that diverged, which the run's guard takes back."""
+    trained = [weight for weight in pair.trainer.actor.module.parameters() if weight.requires_grad]
+    sound = [weight.detach().clone() for weight in trained]
+    with torch.no_grad():
+        for weight in trained:
+            weight.fill_(1e38)
+    pair.trainer.version += 1
+    pair.engine.load(pair.trainer.weights())
+    spoilt = submit(pair.engine, PROMPTS, sampling(num_completions=8))()
+    assert not any(math.isfinite(logprob) for each in spoilt for rollout in each for logprob in rollout.logprobs)
+    with torch.no_grad():
+        for weight, value in zip(trained, sound, strict=True):
+            weight.copy_(value)
+    pair.trainer.version += 1
+    pair.engine.load(pair.trainer.weights())
+    for _ in range(5):
+        drawn = submit(pair.engine, PROMPTS, sampling())()
+        assert_equal_within_rounding(pair.trainer.mismatch(drawn))
 
 
 class Failure(Exception):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from sqlalchemy import create_engine
 from sqlalchemy import text as sql
@@ -115,6 +116,24 @@ def test_an_adapter_is_swapped_under_load_and_back(endpoint: Running, adapted: A
     assert raylign(endpoint, "rollback").returncode == 0
     assert one_answer(endpoint, ALIGNED) == ("1", greedy(adapted))
     assert "current" in raylign(endpoint, "versions").stdout
+
+
+def test_an_adapter_that_overflows_is_refused_and_spoils_nothing(endpoint: Running, tmp_path: Path) -> None:
+    before = one_answer(endpoint, ALIGNED)
+    model, folder = random_adapter(2), tmp_path / "overflowing-adapter"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(1e38)
+    model.save_pretrained(folder)
+    for arguments in ((), ("--canary", "0.5")):
+        promoted = raylign(endpoint, "promote", str(folder), *arguments)
+        assert promoted.returncode == 1 and "log-probabilities are not finite" in promoted.stderr, promoted.stderr
+    for number in range(20):
+        body = {"model": ALIGNED, "prompt": f"Lake {number} has", "max_tokens": 2, "temperature": 0, "logprobs": 1}
+        answer = endpoint.ask("POST", "/v1/completions", body).json()
+        assert None not in answer["choices"][0]["logprobs"]["token_logprobs"], number
+    assert one_answer(endpoint, ALIGNED) == before
 
 
 def version_of(endpoint: Running, *contents: str, model: str = ALIGNED) -> str:

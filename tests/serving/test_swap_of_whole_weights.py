@@ -87,6 +87,32 @@ def test_whole_weights_are_swapped_under_load(small_endpoint: Running, first: Wh
     assert answered_logprobs(small_endpoint) == pytest.approx(second.logprobs, abs=1e-3)
 
 
+def test_whole_weights_that_overflow_are_refused_and_spoil_nothing(small_endpoint: Running, tmp_path: Path) -> None:
+    begun = raylign(small_endpoint, "promote", "1")
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    before = one_answer(small_endpoint, SMALL)
+    folder = overflowing(small_endpoint, tmp_path / "overflowing")
+    promoted = raylign(small_endpoint, "promote", str(folder))
+    assert promoted.returncode == 1 and "log-probabilities are not finite" in promoted.stderr, promoted.stderr
+    assert one_answer(small_endpoint, SMALL) == before
+    assert small_endpoint.ask("GET", "/readyz").status_code == 200
+    for number in range(20):
+        body = {"model": SMALL, "prompt": f"Lake {number} has", "max_tokens": 4, "temperature": 0, "logprobs": 1}
+        answer = small_endpoint.ask("POST", "/v1/completions", body).json()
+        assert None not in answer["choices"][0]["logprobs"]["token_logprobs"], number
+
+
+def overflowing(endpoint: Running, folder: Path) -> Path:
+    """The first version with finite weights in one layer whose products are not."""
+    (model_folder,) = endpoint.folder.glob("**/versions/00001")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(1e38)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow  # another engine starts
 def test_a_gate_and_a_canary_have_a_replica_of_their_own(
     small_endpoint: Running, second: Whole, write_rows: Callable[..., Path], tmp_path: Path
