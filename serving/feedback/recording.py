@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -30,6 +30,8 @@ LOG_INTERVAL_S = 60.0
 """Fewest seconds between two lines in the log."""
 MAX_DELETED = 1000
 """How many of the newest deleted ids are remembered, so that nothing of them counts as pending."""
+MAX_CUT = 10_000
+"""How many of the newest answers that were cut off are remembered."""
 STORED_S = 30.0
 """Seconds after which an answer is in the store or in a file."""
 
@@ -51,6 +53,7 @@ class Recorder:
         self._on_loss = on_loss
         self._next_line = 0.0
         self._deleted_ids: deque[str] = deque(maxlen=MAX_DELETED)
+        self._cut_ids: OrderedDict[str, None] = OrderedDict()
         self.num_waiting = self._count()
         """Number of answers in files, as of a few seconds ago."""
         self._stop = threading.Event()
@@ -81,6 +84,16 @@ class Recorder:
             return False
         file.unlink(missing_ok=True)
         return True
+
+    def cut_off(self, id: str) -> None:
+        """Remembers that a group of answers was cut off before its end, so that it is never stored."""
+        self._cut_ids[id] = None
+        if len(self._cut_ids) > MAX_CUT:
+            self._cut_ids.popitem(last=False)
+
+    def was_cut_off(self, id: str) -> bool:
+        """Returns whether an answer, or a group of answers, was cut off before its end, as far as it is remembered."""
+        return id in self._cut_ids or id.rpartition("-")[0] in self._cut_ids
 
     def is_pending(self, id: str, age_s: float) -> bool:
         """Returns whether an answer or a group of this age may still be on its way into the store."""

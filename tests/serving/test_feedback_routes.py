@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,30 @@ def test_saying_the_same_twice_counts_once(endpoint: Running) -> None:
 )
 def test_what_makes_no_sense_is_refused(endpoint: Running, body: dict[str, Any], status: int) -> None:
     judge(endpoint, status, **body)
+
+
+@pytest.mark.parametrize("index", ["-2", "-00", "-01", "-999999999"])
+def test_an_index_that_an_answer_does_not_have_is_named_at_once(endpoint: Running, index: str) -> None:
+    answer = chat(endpoint, n=2, temperature=1.5, seed=3).json()
+    judge(endpoint, kind="thumb", id=f"{answer['id']}-1", up=True)
+    body = {"kind": "thumb", "id": answer["id"] + index, "up": True}
+    refused = endpoint.ask("POST", "/v1/feedback", body, role="labeller")
+    assert refused.status_code == 404 and f"{answer['id']}-0, {answer['id']}-1" in refused.text, refused.text
+
+
+def test_feedback_on_an_answer_that_was_cut_off_says_so(endpoint: Running) -> None:
+    messages = [{"role": "user", "content": "Tell a long story."}]
+    stream = endpoint.client.chat.completions.create(
+        model=ALIGNED, messages=messages, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    id = next(iter(stream)).id
+    stream.close()
+    body = {"kind": "thumb", "id": id, "up": True}
+    deadline = time.monotonic() + 10
+    while (refused := endpoint.ask("POST", "/v1/feedback", body, role="labeller")).status_code == 503:
+        assert time.monotonic() < deadline, "the stream has ended"
+        time.sleep(0.1)
+    assert refused.status_code == 404 and "cut off" in refused.text, refused.text
 
 
 def test_an_export_after_a_judgement_that_there_is_not_is_refused(endpoint: Running) -> None:

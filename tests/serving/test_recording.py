@@ -114,6 +114,13 @@ def test_what_was_deleted_meanwhile_is_not_stored(store: Store, tmp_path: Path) 
     assert not list(folder.glob("*.json"))
 
 
+def test_what_was_cut_off_is_remembered_by_its_group(store: Store, tmp_path: Path) -> None:
+    with recorder(store, tmp_path / "unstored") as made:
+        made.cut_off("chatcmpl-1")
+        assert made.was_cut_off("chatcmpl-1") and made.was_cut_off("chatcmpl-1-0")
+        assert not made.was_cut_off("chatcmpl-10") and not made.was_cut_off("chatcmpl")
+
+
 def test_a_file_that_cannot_be_read_does_not_keep_the_others(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from serving.feedback.store.records import (
     Receipt,
     Thumb,
     UnknownId,
+    UnknownIndex,
     Verdict,
 )
 from serving.feedback.store.tables import answers, groups, idempotency, judgements
@@ -157,6 +158,7 @@ def _find_target(connection: Connection, id: str) -> _FeedbackTarget:
     """Returns what the service issued under an id, which may be any text.
 
     Raises:
+        UnknownIndex: the service issued the group, without an answer of this index.
         UnknownId: the service issued nothing under this id.
     """
     if id.isascii() and id.isprintable():  # no id of ours is different, and PostgreSQL refuses some texts
@@ -168,6 +170,9 @@ def _find_target(connection: Connection, id: str) -> _FeedbackTarget:
         for row in answer_rows:
             if str(row.position) == tail:
                 return _target(answer_rows, row.position)
+        if answer_rows:
+            ids = _target(answer_rows, None).ids
+            raise UnknownIndex(f"This answer is not there; those that were given together are {', '.join(ids)}"[:500])
     raise UnknownId("The service has issued nothing under this id")
 
 

@@ -30,6 +30,10 @@ class UnknownId(StoreError):
     """The service has issued nothing under this id, or it was deleted later."""
 
 
+class UnknownIndex(UnknownId):
+    """The service has issued the group of answers, and no answer with this index in it."""
+
+
 class Conflict(StoreError):
     """An idempotency key came a second time with another content, or there is already a key of this name."""
 

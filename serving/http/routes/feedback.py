@@ -32,6 +32,7 @@ from serving.feedback.store.records import (
     StoreFull,
     Thumb,
     UnknownId,
+    UnknownIndex,
     Verdict,
 )
 from serving.feedback.transcript import prompt_of, unrecordable_reason, version_number
@@ -52,7 +53,7 @@ from serving.http.routes.bodies import Messages, TokenLimit
 from serving.http.routes.openai import single_reply
 from serving.schema import RequestError, Route
 
-STATUS = {UnknownId: 404, Conflict: 409, BadVerdict: 400, StoreFull: 507, StoreAway: 503}
+STATUS = {UnknownId: 404, UnknownIndex: 404, Conflict: 409, BadVerdict: 400, StoreFull: 507, StoreAway: 503}
 """The HTTP status of every error of the store; any other error has 500."""
 ATTEMPTS = 3
 """How often two answers are generated until a choice between them can teach something."""
@@ -324,16 +325,23 @@ async def feedback(
         key=idempotency_key,
     )
     receipt = await wait_for_store(
-        context.store.record_feedback(record), is_pending=lambda: _is_pending(context, body.id)
+        context.store.record_feedback(record), explain_absence=lambda: _explain_absence(context, body.id)
     )
     context.metrics.count_feedback(body.kind)
     return JSONResponse(asdict(receipt) | {"object": "feedback", "created": int(receipt.created)})
 
 
-def _is_pending(context: IngressContext, id: str) -> bool:
-    """Returns whether this endpoint issued an answer that is still on its way into the store."""
+def _explain_absence(context: IngressContext, id: str) -> RequestError | None:
+    """Returns why the store does not know an answer that this endpoint issued; None for any other id."""
     age_s = context.ids.age_s(id)
-    return age_s is not None and context.recorder.is_pending(id, age_s)
+    if age_s is None:
+        return None
+    if context.recorder.was_cut_off(id):
+        return RequestError(404, "The answer was cut off before its end, so it is not stored.")
+    if context.recorder.is_pending(id, age_s):
+        message = "The answer is not stored yet. Send this again."
+        return RequestError(503, message, code="not_stored_yet", retry_after_s=RETRY_S)
+    return RequestError(404, "The answer is not stored: it was cut off before its end, or deleted later.")
 
 
 @router.get("/v1/feedback/export", tags=["admin"], response_class=TrainingRows, responses=ERRORS_BESIDE_TEXT)
@@ -388,22 +396,23 @@ async def comparable_answers(generate: Callable[[], Awaitable[list[EngineAnswer]
     return answers
 
 
-async def wait_for_store(future: Future[Stored], *, is_pending: Callable[[], bool] = lambda: False) -> Stored:
+async def wait_for_store(
+    future: Future[Stored], *, explain_absence: Callable[[], RequestError | None] = lambda: None
+) -> Stored:
     """Returns what the store returns when everything is on the disk.
 
     Args:
-        is_pending: returns whether an id that the store does not know may be known soon.
+        explain_absence: returns why the store does not know an id; None if the id was never issued.
 
     Raises:
         RequestError: nothing of this is stored, and why.
     """
     try:
         return await asyncio.wrap_future(future)
-    except UnknownId as error:
-        if await asyncio.to_thread(is_pending):
-            message = "The answer is not stored yet. Send this again."
-            raise RequestError(503, message, code="not_stored_yet", retry_after_s=RETRY_S) from error
+    except UnknownIndex as error:
         raise _request_error(error) from error
+    except UnknownId as error:
+        raise (await asyncio.to_thread(explain_absence) or _request_error(error)) from error
     except StoreError as error:
         raise _request_error(error) from error
 

@@ -213,21 +213,25 @@ class _Stream:
         context, version = self.context, self.first_reply.version
         transcript = Transcript(self.engine_request, keeps_texts=context.config.feedback.record)
         is_first, has_ended = True, False
-        async for text in stream_texts(self.first_reply, replies):
-            if is_first:
-                path = self.request.scope["route"].path
-                model = self.request.scope["state"].get("model")
-                context.metrics.observe_first_token(path, version, time.perf_counter() - self.start, model=model)
-                is_first = False
-            transcript.add_events(text)
-            if text.endswith(END):  # no answer's text can end so, since line breaks in it are escaped
-                has_ended = True
-                # Before the client sees the end, so that feedback on the answer cannot come too early.
-                _record(self.route, self.request, self.engine_request, transcript, version, context)
-            if self.hides_usage and USAGE in text:
-                text = without_usage(text)
-            if text:
-                yield text
+        try:
+            async for text in stream_texts(self.first_reply, replies):
+                if is_first:
+                    path = self.request.scope["route"].path
+                    model = self.request.scope["state"].get("model")
+                    context.metrics.observe_first_token(path, version, time.perf_counter() - self.start, model=model)
+                    is_first = False
+                transcript.add_events(text)
+                if text.endswith(END):  # no answer's text can end so, since line breaks in it are escaped
+                    has_ended = True
+                    # Before the client sees the end, so that feedback on the answer cannot come too early.
+                    _record(self.route, self.request, self.engine_request, transcript, version, context)
+                if self.hides_usage and USAGE in text:
+                    text = without_usage(text)
+                if text:
+                    yield text
+        finally:  # also when the client has gone away
+            if not has_ended and transcript.id is not None:
+                context.recorder.cut_off(transcript.id)
         if transcript.error is not None or not has_ended:
             self.request.scope["state"]["broken"] = BREAK_REASONS.get(transcript.error or "", "engine")
 
