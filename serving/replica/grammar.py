@@ -14,10 +14,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serving.config import LimitsConfig
+from serving.replica.schema_keywords import ignored_keyword
 from serving.schema import RequestError
 
 FORM_FIELDS = ("response_format", "structured_outputs", "tools")
 """Fields of a request from which grammars are made."""
+FORMAT_FIELDS = {
+    "text": {"type"},
+    "json_object": {"type"},
+    "json_schema": {"type", "json_schema"},
+    "structural_tag": {"type", "format", "structures", "triggers"},
+}
+"""Members of `response_format`, by its type."""
+SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
+"""Members of `response_format.json_schema`."""
+OUTPUT_FIELDS = {"json", "regex", "choice", "grammar", "json_object", "structural_tag"} | {
+    *("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"),
+}
+"""Members of `structured_outputs`."""
+TAG_SCHEMAS = ("json_schema", "schema")
+"""Members of a structural tag that hold a schema."""
 MAX_WORD = 1000
 """Most characters of a text that ends an answer, or that must not be in it."""
 BRACKET = re.compile(r"[()\[\]{}]")
@@ -35,6 +51,8 @@ class Form:
     text: str
     is_needed: bool = True
     """Whether the answer depends on it, so that a form that cannot be compiled has to be refused."""
+    is_exact: bool = True
+    """Whether it is refused if the compiler passes over a part of it, which an answer may then break."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +82,20 @@ def check_structured_output(body: dict[str, Any], limits: LimitsConfig) -> None:
     _check_words("bad_words", body.get("bad_words"), limits.max_bad_words)
     _check_count("the number of tokens in logit_bias", body.get("logit_bias"), limits.max_logit_bias)
     _check_count("the number of stop_token_ids", body.get("stop_token_ids"), limits.max_logit_bias)
+
+
+def check_enforceable(body: dict[str, Any]) -> None:
+    """Refuses a request within the limits whose forms have a part that would be passed over.
+
+    Raises:
+        RequestError: 400 with the member or the keyword.
+    """
+    _check_members(body)
+    for field, schema in _schemas_of(body):
+        if (ignored := ignored_keyword(schema)) is not None:
+            where = f" at {ignored.path[:200]}" if ignored.path else ""
+            message = f"The schema in {field} cannot be kept{where}: {ignored.problem}."
+            raise RequestError(400, message, code="unsupported_parameter", param=field)
 
 
 def forms_of(body: dict[str, Any]) -> list[Form]:
@@ -100,7 +132,8 @@ def _forms_of_tools(body: dict[str, Any]) -> list[Form]:
         for function in functions
         if isinstance(function.get("parameters"), dict) and (is_forced or function.get("strict"))
     ]
-    return [Form(kind="json", text=json.dumps(schema), is_needed=is_forced) for schema in schemas]
+    # Tools come as they are published, for models that read their schemas and are not held to all of them.
+    return [Form(kind="json", text=json.dumps(schema), is_needed=is_forced, is_exact=False) for schema in schemas]
 
 
 def _form(field: str, value: Any) -> Form | None:
@@ -120,6 +153,55 @@ def _form(field: str, value: Any) -> Form | None:
 
         return Form(kind="lark" if grammar_is_likely_lark(value) else "ebnf", text=value)
     return None
+
+
+def _check_members(body: dict[str, Any]) -> None:
+    """Refuses members that vLLM would pass over, as unknown fields of a request are refused."""
+    format, outputs = body.get("response_format"), body.get("structured_outputs")
+    if isinstance(format, dict):
+        kind = format.get("type")
+        if kind == "json_object" and format.get("schema") is not None:
+            message = "response_format of the type json_object takes no schema; send it with the type json_schema."
+            raise RequestError(400, message, code="unsupported_parameter", param="response_format.schema")
+        if isinstance(kind, str) and kind in FORMAT_FIELDS:
+            _check_names("response_format", format, FORMAT_FIELDS[kind])
+        if isinstance(schema := format.get("json_schema"), dict):
+            _check_names("response_format.json_schema", schema, SCHEMA_FIELDS)
+    if isinstance(outputs, dict):
+        _check_names("structured_outputs", outputs, OUTPUT_FIELDS)
+
+
+def _check_names(field: str, members: dict[str, Any], known: set[str]) -> None:
+    for name, value in members.items():
+        if value is not None and name not in known:
+            path = f"{field}.{name[:100]}"
+            raise RequestError(400, f"Unknown parameter: {path!r}.", code="unknown_parameter", param=path)
+
+
+def _schemas_of(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the JSON schemas that an answer has to follow, each with the field that holds it."""
+    format, outputs = body.get("response_format"), body.get("structured_outputs")
+    tags: list[tuple[str, Any]] = []
+    if isinstance(format, dict):
+        if format.get("type") == "structural_tag":
+            tags.append(("response_format", format))
+        elif format.get("type") == "json_schema" and isinstance(schema := format.get("json_schema"), dict):
+            yield "response_format", schema.get("schema")
+    if isinstance(outputs, dict):
+        yield "structured_outputs", _parse(outputs.get("json"))
+        tags.append(("structured_outputs", _parse(outputs.get("structural_tag"))))
+    for field, tag in tags:
+        yield from ((field, member.value) for member in _members(tag) if member.name in TAG_SCHEMAS)
+
+
+def _parse(form: Any) -> Any:
+    """Returns the value of a JSON text; None for a text that is no JSON, which the compiler refuses."""
+    if not isinstance(form, str):
+        return form
+    try:
+        return json.loads(form)
+    except (ValueError, RecursionError):
+        return None
 
 
 def form_size(form: Any, limits: LimitsConfig) -> FormSize:

@@ -204,7 +204,7 @@ class _Connection:
         id = self._last_id
         future: asyncio.Future[TrialResult] = asyncio.get_running_loop().create_future()
         self._futures[id] = future
-        form_messages = [{"kind": form.kind, "text": form.text} for form in forms]
+        form_messages = [{"kind": form.kind, "text": form.text, "is_exact": form.is_exact} for form in forms]
         try:
             self._send({"id": id, "forms": form_messages, "cpu_s": cpu_s, "memory_bytes": memory_bytes})
             async with asyncio.timeout(SECONDS_PER_CPU_SECOND * cpu_s):

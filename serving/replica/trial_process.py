@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import resource
 import selectors
 import signal
@@ -21,9 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 LENGTH = struct.Struct("!I")
+MAX_OUTPUT = 65536
+"""Most bytes that are read of what the compiler prints about a form."""
 STACK_BYTES = 4 * 2**20
 """Half of the stack of an engine's thread, so that a recursion fails here before it could kill an engine."""
 NICENESS = 10
+WARNING = re.compile(r"Warning: (.+)")
+"""A line of the compiler about a part of a form that it passes over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,7 @@ class TrialProcess:
             try:
                 self._connection.close()
                 _limit(message["cpu_s"], message["memory_bytes"])
-                os.write(write_end, json.dumps(self._compile(message["forms"])).encode())
+                os.write(write_end, json.dumps(self._compile(message["forms"], _divert_output())).encode())
             finally:
                 os._exit(0)
         os.close(write_end)
@@ -95,7 +100,12 @@ class TrialProcess:
         self._children[child.id] = child
         self._selector.register(read_end, selectors.EVENT_READ, child)
 
-    def _compile(self, forms: list[dict[str, str]]) -> dict[str, str]:
+    def _compile(self, forms: list[dict[str, Any]], output: int) -> dict[str, str]:
+        """Returns the result of compiling forms.
+
+        Args:
+            output: file descriptor of what the compiler prints.
+        """
         import xgrammar
 
         # The settings are vLLM's, so that what fails in an engine fails here. The one thread has the limited stack.
@@ -103,8 +113,15 @@ class TrialProcess:
         bitmask = xgrammar.allocate_token_bitmask(1, self._tokenizer.vocab_size)
         try:
             for form in forms:
+                os.lseek(output, 0, os.SEEK_SET)
+                os.truncate(output, 0)
                 matcher = xgrammar.GrammarMatcher(compile_form(compiler, form["kind"], form["text"]))
                 matcher.fill_next_token_bitmask(bitmask, 0)
+                if not bitmask.any():
+                    return {"outcome": "error", "message": "no answer can have this form"}
+                warning = WARNING.search(os.pread(output, MAX_OUTPUT, 0).decode(errors="replace"))
+                if form["is_exact"] and warning is not None:
+                    return {"outcome": "error", "message": f"an answer may break it. {warning[1]}"[:2000]}
         except Exception as error:  # of any kind: it is the form's fault
             return {"outcome": "memory" if "bad_alloc" in str(error) else "error", "message": str(error)[:2000]}
         except MemoryError:
@@ -148,7 +165,7 @@ def _compile_tag(compiler: Any, text: str) -> Any:
 
 
 def _limit(cpu_s: float, memory_bytes: int) -> None:
-    """Sets the limits at which this process ends, and silences it."""
+    """Sets the limits at which this process ends."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -157,9 +174,18 @@ def _limit(cpu_s: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(NICENESS)
-    silence = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (1, 2):  # the compiler's warnings quote the client's form
-        os.dup2(silence, descriptor)
+
+
+def _divert_output() -> int:
+    """Has what this process prints written to a file in memory, since the compiler's warnings quote the client's form.
+
+    Returns:
+        The file's descriptor.
+    """
+    output = os.memfd_create("output")
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    return output
 
 
 def _death(status: int) -> str:

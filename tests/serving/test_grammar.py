@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
 
 from serving.config import LimitsConfig
-from serving.replica.grammar import check_structured_output, form_size
+from serving.replica.grammar import check_enforceable, check_structured_output, form_size
 from serving.schema import RequestError
 
 LIMITS = LimitsConfig()
@@ -121,3 +122,81 @@ def test_measuring_ends_where_a_form_is_too_large() -> None:
         return time.process_time() - began
 
     assert seconds(80_000) < 10 * seconds(4_000)
+
+
+def problem_of(body: dict[str, Any]) -> str:
+    with pytest.raises(RequestError) as caught:
+        check_enforceable(body)
+    assert caught.value.reply.status == 400
+    return caught.value.reply.body
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}, "'b' is not there"),
+        ({"type": "object", "required": ["b"]}, "'b' is not there"),
+        ({"not": {}}, "not is not enforced"),
+        ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if is not enforced"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired is not enforced"),
+        ({"contains": {"const": 7}}, "contains is not enforced"),
+        ({"items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems is not enforced"),
+        ({"multipleOf": 7}, "multipleOf is not enforced"),
+        ({"minLength": 3}, "minLength is not enforced without the type"),
+        (
+            {"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {"type": "integer"}}},
+            "minimum is not enforced beside $ref",
+        ),
+        ({"enum": [1, 2], "minimum": 2}, "minimum is not enforced beside enum"),
+        ({"enum": ["a"], "type": "integer"}, "type is not enforced beside enum"),
+        (
+            {"properties": {"a": {"type": "integer"}}, "anyOf": [{"required": ["a"]}]},
+            "properties is not enforced beside",
+        ),
+        ({"type": "array", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"not": {}}}}, "at $defs/a: not is"),
+    ],
+)
+def test_a_schema_of_which_a_part_would_be_passed_over_is_refused(schema: dict[str, Any], problem: str) -> None:
+    assert problem in problem_of(format_of(schema)).replace("\\", "")
+    assert problem in problem_of({"structured_outputs": {"json": schema}}).replace("\\", "")
+    assert problem in problem_of({"structured_outputs": {"json": json.dumps(schema)}}).replace("\\", "")
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
+    assert problem in problem_of({"response_format": tag}).replace("\\", "")
+    check_enforceable(tools_of(schema))
+
+
+A = {"type": "object", "properties": {"kind": {"const": "a", "type": "string"}}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}], "default": None, "title": "X", "$defs": {"A": A}},
+        {"type": "object", "allOf": [{"$ref": "#/$defs/A"}], "description": "x", "$defs": {"A": A}},
+        {"type": "string", "enum": ["a", "b"]},
+        {"type": ["integer", "null"], "minimum": 3},
+        {"type": "number", "const": 1},
+        {"type": "object", "properties": {"not": {"type": "string"}, "required": {"enum": [{"not": 1}]}}},
+        {"type": "array", "items": {"type": "string"}, "uniqueItems": False},
+        {"$ref": "#/$defs/list", "$defs": {"list": {"type": "array", "items": {"$ref": "#/$defs/list"}}}},
+        *(True, [], "x", {"properties": []}, {"enum": 5}, {"anyOf": {}}, {"$ref": 3}, {"type": [1]}),
+    ],
+)
+def test_a_schema_that_is_kept_whole_passes(schema: Any) -> None:
+    check_enforceable(format_of(schema))
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, "response_format.schema"),
+        ({"response_format": {"type": "text", "foo": 1}}, "response_format.foo"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strickt": True}}},
+            "response_format.json_schema.strickt",
+        ),
+        ({"structured_outputs": {"regex": "a", "foo": 1}}, "structured_outputs.foo"),
+    ],
+)
+def test_a_member_that_nobody_reads_is_refused_by_its_name(body: dict[str, Any], name: str) -> None:
+    assert json.loads(problem_of(body))["error"]["param"] == name

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -130,6 +131,53 @@ def test_what_is_no_form_is_refused_without_telling_where_the_compiler_says_so(
     runner.run(scene())
 
 
+PASSED_OVER = [
+    {"oneOf": [{"const": 1}, {"type": "integer"}]},
+    {"$ref": "http://127.0.0.1:1/schema"},
+    {"$ref": "#anchor", "$defs": {"a": {"$anchor": "anchor", "type": "integer"}}},
+    {"type": "string", "pattern": "(?=a)b"},
+    {"type": "string", "pattern": "a$b"},
+    {"type": "number", "multipleOf": 7},
+]
+
+
+@pytest.mark.parametrize("schema", PASSED_OVER)
+def test_a_form_of_which_the_compiler_passes_over_a_part_is_refused(
+    runner: asyncio.Runner, trials: Trials, schema: dict[str, Any]
+) -> None:
+    async def scene() -> None:
+        text = json.dumps(schema)
+        assert "an answer may break it" in await refusal_of(trials, Form(kind="json", text=text))
+        await trials.check([Form(kind="json", text=text, is_exact=False)])
+
+    runner.run(scene())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Form(kind="json", text='{"$ref": "#"}'), Form(kind="ebnf", text="root ::= root")],
+    ids=["schema", "grammar"],
+)
+def test_a_form_that_no_answer_has_is_refused(runner: asyncio.Runner, trials: Trials, form: Form) -> None:
+    async def scene() -> None:
+        assert "no answer can have this form" in await refusal_of(trials, form)
+
+    runner.run(scene())
+
+
+def test_branches_that_exclude_each_other_are_compiled(runner: asyncio.Runner, trials: Trials) -> None:
+    branches = [
+        {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"], "additionalProperties": False}
+        for kind in ("cat", "dog")
+    ]
+
+    async def scene() -> None:
+        await trials.check([Form(kind="json", text=json.dumps({"oneOf": branches}))])
+        await trials.check([Form(kind="json", text=json.dumps({"oneOf": [{"type": "integer"}, {"type": "string"}]}))])
+
+    runner.run(scene())
+
+
 def another(form: Form) -> Form:
     """The same as a form that was not seen yet."""
     return Form(kind=form.kind, text=form.text.replace("p0", f"p0-{time.monotonic_ns()}"))
@@ -200,10 +248,11 @@ def test_the_forms_of_a_request() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     strict = [{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}]
     wanted = Form(kind="json", text=json.dumps(schema))
+    called = Form(kind="json", text=json.dumps(schema), is_exact=False)
     assert forms_of({"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}) == [wanted]
     assert forms_of({"response_format": {"type": "json_object"}, "tools": None}) == []
     assert forms_of({"structured_outputs": {"json": schema}}) == [wanted]
-    assert forms_of({"tools": tools, "tool_choice": "required"}) == [wanted]
+    assert forms_of({"tools": tools, "tool_choice": "required"}) == [called]
     assert forms_of({"tools": tools}) == forms_of({"tools": strict, "tool_choice": "none"}) == []
     assert [form.is_needed for form in forms_of({"tools": strict})] == [False]
     assert [form.kind for form in forms_of({"structured_outputs": {"choice": ["a", "b"]}})] == ["ebnf"]

@@ -43,7 +43,7 @@ from serving.http.routes.bodies import (
     TokenizeReply,
 )
 from serving.registry.model_id import ModelId
-from serving.replica.grammar import check_structured_output
+from serving.replica.grammar import check_enforceable, check_structured_output
 from serving.schema import Reply, RequestError, Route, event
 
 END = "data: [DONE]\n\n"
@@ -150,6 +150,7 @@ def _completion_request(
     _check_limit("n", body.n, limits.max_n)
     _check_limit("max_tokens", body.max_tokens, limits.max_tokens)
     check_structured_output(engine_request, limits)
+    check_enforceable(engine_request)
     # Without this id, Ray would take the client's header X-Request-ID.
     return engine_request | {"request_id": context.ids.issue()}
 
