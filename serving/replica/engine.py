@@ -188,6 +188,7 @@ class Engine:
             avoid: names of the replicas that redirected the request. One of them accepts it if it comes back.
         """
         self._num_requests += 1
+        has_begun = False
         if self._server.engine._engine_client.errored:
             yield Redirect(replica=self._replica, moves_to=None, is_broken=True)
             return
@@ -203,6 +204,7 @@ class Engine:
             elif body["model"] == self._served_model.base_name:
                 names = ModelNames(client_name=body["model"], engine_name=body["model"], form_s=form_s)
                 async for reply in self._replies(route, request, names):
+                    has_begun = True
                     yield reply
             else:
                 start_s = time.perf_counter()
@@ -215,6 +217,7 @@ class Engine:
                         form_s=form_s,
                     )
                     async for reply in self._replies(route, request, names):
+                        has_begun = True
                         yield reply
         except ReplicaUnavailable as error:
             yield Redirect(replica=self._replica, moves_to=error.moves_to, is_broken=error.is_broken)
@@ -229,7 +232,7 @@ class Engine:
             failure = error_reply(500, "The engine failed on this request.")
             if FORM_FIELDS & body.keys():  # the grammar is compiled after the engine has accepted the request
                 failure = error_reply(400, "The engine could not answer in the form that was asked for.")
-            yield event(failure) if body.get("stream") else failure
+            yield event(failure) if has_begun else failure
 
     def _request(self, route: Route, body: dict[str, Any]) -> Any:
         return parse_request(route, body)
@@ -252,7 +255,7 @@ class Engine:
         request.model = names.engine_name
         has_begun = False
         async for batch in batch_items(await getattr(self._server, route)(request)):
-            reply = to_reply(batch, names)
+            reply = to_reply(batch, names, is_first=not has_begun)
             if isinstance(reply, str) and not has_begun:
                 reply = Reply(
                     status=200,

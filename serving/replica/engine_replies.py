@@ -85,8 +85,12 @@ class ModelNames:
         return f'"model":{json.dumps(self.engine_name)}', client_fields
 
 
-def to_reply(batch: list[Any], names: ModelNames) -> str | Reply:
-    """Translates Ray Serve LLM's answers: into the text of events, or into a `Reply` with an answer or an error."""
+def to_reply(batch: list[Any], names: ModelNames, *, is_first: bool) -> str | Reply:
+    """Translates Ray Serve LLM's answers: into the text of events, or into a `Reply` with an answer or an error.
+
+    Args:
+        is_first: whether nothing of the answer has been sent, so that an error can still be its status.
+    """
     # The public class of this name is a subclass of the one that Ray Serve LLM uses.
     from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
@@ -94,7 +98,10 @@ def to_reply(batch: list[Any], names: ModelNames) -> str | Reply:
     texts: list[str] = []
     for item in items:
         if isinstance(item, str):
-            texts.append(_without_exceptions(names.rewrite(item)))
+            error = _error_of(item)
+            if error is not None and is_first and not texts:
+                return error
+            texts.append(names.rewrite(item) if error is None else event(error))
         elif isinstance(item, ErrorResponse):
             return engine_error(item.error.code, item.error.message.replace(names.engine_name, names.client_name))
         else:
@@ -113,9 +120,9 @@ def engine_error(status: int, message: str) -> Reply:
     return error_reply(500, "The engine failed on this request.")
 
 
-def _without_exceptions(text: str) -> str:
-    """Removes the exception's text from a server-sent event with which vLLM reports a failure within a stream."""
+def _error_of(text: str) -> Reply | None:
+    """Returns the failure that a server-sent event of vLLM reports, without its exception's text; None for others."""
     if not text.startswith('data: {"error"'):
-        return text
+        return None
     error = json.loads(text.removeprefix("data: "))["error"]
-    return event(engine_error(error["code"], error["message"]))
+    return engine_error(error["code"], error["message"])

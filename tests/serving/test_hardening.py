@@ -158,11 +158,12 @@ def test_what_asks_for_too_much_is_refused_and_the_engine_lives(tiny: Running, m
     ],
     ids=["endless", "unknown-type", "bad-pattern"],
 )
-def test_an_impossible_form_of_answer_hurts_nobody_else(tiny: Running, format: dict[str, Any]) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_impossible_form_of_answer_hurts_nobody_else(tiny: Running, format: dict[str, Any], stream: bool) -> None:
     with ThreadPoolExecutor(4) as pool:
         others = [pool.submit(chat, tiny) for _ in range(4)]
-        answer = chat(tiny, response_format=format)
-        assert answer.status_code < 500, answer.text[:300]
+        answer = chat(tiny, response_format=format, stream=stream)
+        assert answer.status_code == 400, answer.text[:300]
         assert all(other.result().status_code == 200 for other in others)
 
 
