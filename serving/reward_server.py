@@ -129,7 +129,7 @@ class KeyMiddleware:
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         """`key`: None lets everyone on this machine ask, but no web page that a browser shows."""
         self._app = app
-        self._expected_header = None if key is None else f"Bearer {key}".encode()
+        self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -148,11 +148,12 @@ class KeyMiddleware:
         Raises:
             RequestError: 401, the key is missing or wrong; 403, no key is needed and a page elsewhere asks.
         """
-        if self._expected_header is None:
+        if self._key is None:
             check_local(scope["headers"])
             return
         authorization = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(authorization) != 1 or not hmac.compare_digest(authorization[0], self._expected_header):
+        scheme, _, key = (authorization[0] if len(authorization) == 1 else b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._key):
             raise RequestError(401, "A valid key is needed: Authorization: Bearer KEY.")
 
 

@@ -35,7 +35,7 @@ ROLES: tuple[Role, ...] = ("user", "labeller", "admin")
 """Each role may do what the roles before it may. Apart from them, `monitor` may read the metrics, and nothing else."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}"
-KEY = re.compile(rb"Bearer rk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+KEY = re.compile(rb"(?i:Bearer) rk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 REFRESH_S = 1.0
 UNITS_S = {"h": 3600.0, "d": 86_400.0}
 

@@ -197,12 +197,15 @@ class Engine:
             if "messages" in body and self._control_tokens is not None:
                 body = shield_chat(self._control_tokens, body)
             request = self._request(route, body)
+            only_echoes = bool(body.get("echo")) and body.get("max_tokens") == 0
             if isinstance(request, Reply):
                 yield request
             elif route in TOKEN_ROUTES:
                 yield await self._tokenize(route, request)
             elif body["model"] == self._served_model.base_name:
-                names = ModelNames(client_name=body["model"], engine_name=body["model"], form_s=form_s)
+                names = ModelNames(
+                    client_name=body["model"], engine_name=body["model"], form_s=form_s, only_echoes=only_echoes
+                )
                 async for reply in self._replies(route, request, names):
                     has_begun = True
                     yield reply
@@ -215,6 +218,7 @@ class Engine:
                         version=number,
                         version_s=time.perf_counter() - start_s,
                         form_s=form_s,
+                        only_echoes=only_echoes,
                     )
                     async for reply in self._replies(route, request, names):
                         has_begun = True
@@ -241,6 +245,11 @@ class Engine:
         """The token ids of a text or a chat, rendered as for an answer; or the text of token ids."""
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+        if route == "detokenize":
+            largest = self._server.engine._engine_client.renderer.get_tokenizer().max_token_id
+            if max(request.tokens, default=0) > largest:
+                message = f"A token id is out of the vocabulary, whose largest one is {largest}."
+                return error_reply(400, message, param="tokens")
         ask = self._tokenization.create_tokenize if route == "tokenize" else self._tokenization.create_detokenize
         try:
             result = await ask(request, None)

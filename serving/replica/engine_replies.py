@@ -20,6 +20,8 @@ VLLM_FINGERPRINT = re.compile(r',"system_fingerprint":(?:null|"[^"\\]*")')
 """vLLM's own fingerprint in the last events of a stream. In a text of the answer, the quotation marks are escaped."""
 TOO_LONG = re.compile("maximum context length|max_model_len|longer than the maximum model length")
 """Matches vLLM's messages about a prompt that is too long."""
+USAGE = re.compile(r'"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":\d+')
+"""The counts of tokens in an answer, and in an event of a stream."""
 MAX_MESSAGE = 1000
 """Most characters of an error message, which may quote the request."""
 
@@ -65,6 +67,8 @@ class ModelNames:
     """Seconds that it took to find the version."""
     form_s: float = 0.0
     """CPU seconds that it took to compile the answer's form on trial."""
+    only_echoes: bool = False
+    """Whether the answer is the prompt alone: vLLM generates a token nevertheless, and counts it."""
 
     @property
     def label(self) -> str:
@@ -77,7 +81,13 @@ class ModelNames:
         Only the event's own field matches: in a text of the answer, the quotation marks are escaped.
         """
         text = VLLM_FINGERPRINT.sub("", text) if "system_fingerprint" in text else text
+        text = self.count(text)
         return text.replace(*self._replacement, 1)
+
+    def count(self, text: str) -> str:
+        """Returns an answer, or an event of a stream, with the right counts of tokens."""
+        echo_counts = r'"prompt_tokens":\1,"total_tokens":\1,"completion_tokens":0'
+        return USAGE.sub(echo_counts, text) if self.only_echoes else text
 
     @cached_property
     def _replacement(self) -> tuple[str, str]:
@@ -106,7 +116,7 @@ def to_reply(batch: list[Any], names: ModelNames, *, is_first: bool) -> str | Re
             return engine_error(item.error.code, item.error.message.replace(names.engine_name, names.client_name))
         else:
             item.model, item.system_fingerprint = names.client_name, names.label
-            body = item.model_dump_json()
+            body = names.count(item.model_dump_json())
             return Reply(status=200, body=body, version=names.label, version_s=names.version_s, form_s=names.form_s)
     return "".join(texts)
 

@@ -173,6 +173,17 @@ def test_a_bad_body_is_a_clean_400(endpoint: Running, body: bytes) -> None:
     assert_openai_error(post(endpoint, body), 400)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_echo_alone_counts_no_token_of_an_answer(endpoint: Running, stream: bool) -> None:
+    body = {"model": ALIGNED, "prompt": "The sky is", "echo": True, "max_tokens": 0, "stream": stream}
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = endpoint.ask("POST", "/v1/completions", body | options)
+    assert answer.status_code == 200, answer.text
+    last = answer.text.split("data: ")[-2] if stream else answer.text
+    usage = json.loads(last)["usage"]
+    assert usage["completion_tokens"] == 0 and usage["total_tokens"] == usage["prompt_tokens"] > 0
+
+
 def test_a_stream_that_cannot_start_is_a_plain_error(endpoint: Running) -> None:
     body = {"model": ALIGNED, "messages": MESSAGES, "stream": True, "max_tokens": -1}
     assert_openai_error(post(endpoint, json.dumps(body).encode()), 400)

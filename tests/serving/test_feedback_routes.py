@@ -173,6 +173,14 @@ def test_an_export_after_a_judgement_that_there_is_not_is_refused(endpoint: Runn
     assert endpoint.ask("GET", "/v1/feedback/export?since=cmp-1").status_code == 404
 
 
+def test_a_name_in_a_query_that_nothing_reads_is_refused(endpoint: Running) -> None:
+    for path in ("/v1/feedback/export?foo=1", "/v1/feedback/statistics?limit=1", "/v1/admin/versions?version=1"):
+        refused = endpoint.ask("GET", path)
+        assert refused.status_code == 400 and "Unknown parameter" in refused.text, refused.text
+    assert endpoint.ask("GET", f"/v1/feedback/export?limit=1&model={ALIGNED}").status_code == 200
+    assert endpoint.ask("GET", "/v1/models?api-version=1").status_code == 200
+
+
 def test_statistics_count_what_was_said(endpoint: Running) -> None:
     before = endpoint.ask("GET", "/v1/feedback/statistics", role="labeller").json()
     asked = compared(endpoint)

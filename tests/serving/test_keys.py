@@ -87,7 +87,8 @@ def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store:
     keys = Keys(store)
     _, id, secret = key.split("_", 2)
     good = f"Bearer {key}".encode()
-    assert keys.authenticate([good]) == Key(name="anna", role="admin")
+    for scheme in ("Bearer", "bearer", "BEARER"):  # RFC 7235: its case means nothing
+        assert keys.authenticate([f"{scheme} {key}".encode()]) == Key(name="anna", role="admin")
     wrong_secret = secret[:-1] + ("A" if secret[-1] != "A" else "B")
     refused: list[list[bytes]] = [
         [],
@@ -95,8 +96,6 @@ def test_everything_but_one_sound_header_with_the_right_secret_is_refused(store:
         [good, b"Bearer x"],
         [b""],
         [key.encode()],
-        [b"bearer " + key.encode()],
-        [b"BEARER " + key.encode()],
         [b"Basic " + key.encode()],
         [b"Bearer  " + key.encode()],
         [good + b" "],

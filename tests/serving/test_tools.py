@@ -97,6 +97,8 @@ def test_what_came_of_a_call_is_read_as_its_template_writes_it(endpoint: Running
     asked = {"model": BUNDLED, "messages": turns, "tools": TOOLS[:1]}
     tokens = endpoint.ask("POST", "/tokenize", asked).json()["tokens"]
     text = endpoint.ask("POST", "/detokenize", {"model": BUNDLED, "tokens": tokens}).json()["prompt"]
+    unknown = endpoint.ask("POST", "/detokenize", {"model": BUNDLED, "tokens": [*tokens, 1_000_000]})
+    assert unknown.status_code == 400 and "out of the vocabulary" in unknown.text
     assert text == expected
     answer = endpoint.ask("POST", "/v1/chat/completions", {**asked, "max_tokens": 1})
     assert answer.json()["usage"]["prompt_tokens"] == len(tokens)

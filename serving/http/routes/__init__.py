@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
@@ -30,6 +31,8 @@ from serving.schema import RequestError
 PUBLIC = "public"
 """Tag of the routes that need no key."""
 VERSION_HEADER = "x-model-version"
+STRICT_PATHS = ("/v1/admin/", "/v1/feedback", "/v1/records")
+"""The beginnings of paths whose queries may hold known names alone. OpenAI's clients send what they like elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +242,21 @@ async def authorise(request: Request) -> None:
     It is a coroutine for the same reason as `get_context`.
 
     Raises:
-        RequestError: 403, the key's role is not enough.
+        RequestError: 403, the key's role is not enough; 400, the query has a name that the route does not read.
     """
     required_role: Any = next(iter(request.scope["route"].tags), "admin")
     if required_role != PUBLIC and not key_of(request).allows(required_role):
         raise RequestError(403, f"This needs a key with the role {required_role}, and yours is {key_of(request).role}.")
+    if request.scope["path"].startswith(STRICT_PATHS):
+        _check_query(request)
+
+
+def _check_query(request: Request) -> None:
+    """Refuses names in the query that the route does not read: a misspelt one would be passed over."""
+    known = {parameter.alias for parameter in get_flat_dependant(request.scope["route"].dependant).query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise RequestError(400, f"Unknown parameter: {name[:100]!r}.", code="unknown_parameter", param=name[:100])
 
 
 def requested_version(request: Request) -> int | None:
