@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from alignment.data.chat_templates import chat_template, with_kwargs
 from alignment.errors import ConfigError, ModelError
@@ -373,7 +374,7 @@ def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int, head: He
     """Adds a LoRA adapter to a model, a new one or a copy of `lora.start`.
 
     Raises:
-        ModelError: no layer matches the configured names, or `lora.start` does not fit.
+        ModelError: no layer matches the configured names, the rank is too large, or `lora.start` does not fit.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -381,6 +382,7 @@ def _with_adapter(module: PreTrainedModel, lora: LoraConfig, seed: int, head: He
     targets: str | list[str] = "all-linear"
     if not isinstance(lora.target_modules, str):
         targets = _target_modules(module, lora.target_modules)
+    _check_rank(module, lora.rank, targets)
     peft_config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -430,6 +432,30 @@ def _load_adapter_weights(peft_model: Any, path: str) -> None:
             "raylign does not train, such as its own embeddings, can be merged instead: model.path may name the adapter"
         )
     set_peft_model_state_dict(peft_model, weights)
+
+
+def _check_rank(module: PreTrainedModel, rank: int, targets: str | list[str]) -> None:
+    """Refuses a rank above that of every layer with an adapter, which would cost memory and add nothing.
+
+    Args:
+        targets: the names of these layers, or `all-linear`.
+
+    Raises:
+        ModelError: the rank is larger than the number of inputs or of outputs of each layer.
+    """
+    head = module.get_output_embeddings()
+    ranks = [
+        min(layer.weight.shape)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D)
+        and layer is not head
+        and (isinstance(targets, str) or name.rpartition(".")[2] in targets)
+    ]
+    if ranks and rank > max(ranks):
+        raise ModelError(
+            f"model.lora.rank ({rank}) is above the largest rank of a layer with an adapter, {max(ranks)}, the smaller "
+            f"of its numbers of inputs and outputs; a larger adapter can do no more. Lower it to {max(ranks)} at most"
+        )
 
 
 def _target_modules(module: PreTrainedModel, names: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685) instead of full fine-tuning."""
 
     rank: PositiveCount = 16
-    """Rank r of every adapter matrix, ≥ 1."""
+    """Rank r of every adapter matrix, ≥ 1, and at most the smaller side of some layer that gets one."""
     alpha: Positive = 32.0
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -346,6 +346,19 @@ def unsaveable(kind: str, model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("targets", "head", "largest"),
+    [("all-linear", "language", 64), (["q_proj", "down_proj"], "language", 64), ("all-linear", "score", 64)],
+)
+def test_an_adapter_whose_rank_is_above_that_of_every_layer_is_refused(
+    tiny_model: Path, targets: Any, head: Any, largest: int
+) -> None:
+    assert loaded(tiny_model, head, lora={"rank": largest, "target_modules": targets}).has_adapter
+    for rank in (largest + 1, 10**9):
+        with pytest.raises(ModelError, match=rf"model\.lora\.rank \({rank}\) is above .* to {largest} at most"):
+            loaded(tiny_model, head, lora={"rank": rank, "target_modules": targets})
+
+
 def test_errors_about_models_are_ours(run_settings: Settings, tmp_path: Path, write: Callable[..., Path]) -> None:
     for path in (write("not a model at all"), tmp_path):
         with pytest.raises(AlignmentError):
