@@ -87,6 +87,11 @@ class Run:
         check_data(data, steps, world)
         config.check_warmup(steps)
         reporter.note(f"data: {data.report}")
+        if not data.eval and (names := settings_of_held_out_rows(config)):
+            reporter.note(
+                f"WARNING: nothing is held out, so {', '.join(names)} will do nothing; data.eval, or data.eval_groups "
+                "for rows of the training data, holds some out"
+            )
         eval_rewards = run_on_all(lambda: Rewards(config.eval_rewards, world.device), world)
         run_log = RunLog(config.run_folder)
         source: GroupSource = DataSource(data.train, groups_per_step=config.groups_per_step)
@@ -348,6 +353,17 @@ def _load_data(config: RunConfig, algorithm: Algorithm, roles: Roles, world: Wor
         eval_rewards=cast(Sequence[BuildableScorer], config.eval_rewards),
     )
     return run_on_all(lambda: load_data(reader, seed=config.seed, progress=world.is_main), world)
+
+
+def settings_of_held_out_rows(config: RunConfig) -> list[str]:
+    """The names of a run's settings that mean something for held-out rows alone."""
+    settings = {
+        "evaluate.every": config.evaluate.every,
+        "evaluate.samples": config.evaluate.samples,
+        "eval_rewards": config.eval_rewards,
+        "guards.hacking_window": config.guards.hacking_window,
+    }
+    return [name for name, value in settings.items() if value]
 
 
 def num_steps(config: RunConfig, data: Data) -> int:

@@ -17,12 +17,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
-from alignment.metrics import FileReporter
+from alignment.metrics import FileReporter, NoteReporter
 from alignment.models.model_folder import ModelFolder
 from alignment.run import run_lock
 from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.run import OptimConfig, RunConfig
-from alignment.train import train
+from alignment.train import rehearse, train
 from tests.conftest import pair_rows
 
 Settings = dict[str, Any]
@@ -257,6 +257,29 @@ def test_a_precomputed_reference_is_computed_once(run_settings: Settings) -> Non
     written = stored.stat().st_mtime_ns
     run(run_settings, algorithm=algorithm, steps=2)
     assert stored.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"evaluate": {"every": 1, "samples": 5}}, "evaluate.every, evaluate.samples"),
+        ({"eval_rewards": [{"name": "length", "target": 3}], "rollout": {"engine": "local"}}, "eval_rewards"),
+        ({"guards": {"hacking_window": 3}}, "guards.hacking_window"),
+    ],
+)
+def test_a_dry_run_says_which_settings_do_nothing_because_nothing_is_held_out(
+    run_settings: Settings, capsys: pytest.CaptureFixture[str], changed: Settings, names: str
+) -> None:
+    for data, settings, is_warned in (
+        ({"eval_groups": 0}, changed, True),
+        ({"eval_groups": 4}, changed, False),
+        ({"eval_groups": 0}, {}, False),
+    ):
+        config = RunConfig.model_validate({**run_settings, "data": {**run_settings["data"], **data}, **settings})
+        rehearse(config, World(), NoteReporter())
+        output = capsys.readouterr().out
+        assert (f"WARNING: nothing is held out, so {names} will do nothing" in output) == is_warned, output
+        assert "dry run: nothing is wrong" in output
 
 
 def test_epochs_become_steps_rounded_up(run_settings: Settings) -> None:
