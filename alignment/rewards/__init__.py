@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from alignment.errors import RewardError
-from alignment.settings.plugins import ScorerConfig
+from alignment.settings.plugins import MAX_REWARD, ScorerConfig
 
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     from alignment.distributed.world import World
     from alignment.groups import Completion, Group
 
-MAX_REWARD = 3.4e38
-"""Largest absolute value of a reward, because rewards become fp32."""
 Reward = float | None
 """The reward that a scorer gives a completion; None if it abstains, because it does not rate rows of this kind."""
 
@@ -147,8 +145,8 @@ class Rewards:
             groups are unchanged.
 
         Raises:
-            RewardError: after all attempts, a reward is missing, late or not a finite number, or all scorers abstain;
-                the text names the scorer, the group and the completion.
+            RewardError: after all attempts, a reward is missing, late or not a finite number; or all scorers abstain,
+                or the sum is too large for fp32. The text names the scorer, the group and the completion.
         """
         if not self._entries or not groups:
             return groups
@@ -156,9 +154,8 @@ class Rewards:
         rated_groups = [
             self._attach_rewards(group, group_rewards) for group, group_rewards in zip(groups, rewards, strict=True)
         ]
-        if not may_abstain:
-            for group in rated_groups:
-                self._check_rewards(group)
+        for group in rated_groups:
+            self._check_rewards(group, may_abstain=may_abstain)
         return rated_groups
 
     def close(self) -> None:
@@ -222,12 +219,18 @@ class Rewards:
             scores={entry.name: reward for entry, reward in scored_rewards},
         )
 
-    def _check_rewards(self, group: Group) -> None:
+    def _check_rewards(self, group: Group, *, may_abstain: bool) -> None:
         for number, completion in enumerate(group.completions, start=1):
-            if completion.reward is None:
+            location = f"group {group.id}, completion {number} of {len(group.completions)}"
+            if completion.reward is None and not may_abstain:
                 raise RewardError(
-                    f"group {group.id}, completion {number} of {len(group.completions)}: every scorer abstains "
-                    f"({', '.join(self.names)}), so it has no reward{self._missing_columns(group)}"
+                    f"{location}: every scorer abstains ({', '.join(self.names)}), so it has no reward"
+                    f"{self._missing_columns(group)}"
+                )
+            if completion.reward is not None and not abs(completion.reward) <= MAX_REWARD:
+                raise RewardError(
+                    f"{location}: the weighted sum of its rewards is {completion.reward:g}, and fp32 ends at "
+                    f"{MAX_REWARD:g}; lower the weights, or clip the rewards ({', '.join(self.names)})"
                 )
 
     def _missing_columns(self, group: Group) -> str:
@@ -279,8 +282,11 @@ class _ConfiguredScorer:
             return f"{describe_groups(pending_groups)}: {error}"
         except RewardError as error:
             raise RewardError(f"scorer {self.name}: {error}") from error
-        if len(group_rewards) != len(pending_groups):
-            count = f"{len(group_rewards)} groups instead of {len(pending_groups)}"
+        num_groups = num_values(group_rewards)
+        if num_groups is None:
+            return f"{describe_groups(pending_groups)}: it returned {not_a_list(group_rewards, 'lists of numbers')}"
+        if num_groups != len(pending_groups):
+            count = f"{num_groups} groups instead of {len(pending_groups)}"
             return f"{describe_groups(pending_groups)}: it rated {count}"
         problems = []
         for index, rewards in zip(pending_indices, group_rewards, strict=True):
@@ -309,19 +315,59 @@ def describe_groups(groups: list[Group]) -> str:
 
 def check_rewards(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
     """Checks the rewards of a group; returns the problem ("" if there is none), and the rewards as numbers or None."""
-    count = len(group.completions)
-    if len(rewards) != count:
-        return f"group {group.id}: {len(rewards)} rewards for {count} completions", []
+    num_completions, num_rewards = len(group.completions), num_values(rewards)
+    if num_rewards is None:
+        return f"group {group.id}: its rewards are {not_a_list(rewards, 'numbers')}", []
+    if num_rewards != num_completions:
+        return f"group {group.id}: {num_rewards} rewards for {num_completions} completions", []
     numbers: list[Reward] = []
     for number, reward in enumerate(rewards, start=1):
-        if reward is None:
-            numbers.append(None)
-            continue
-        try:
-            value = float(reward) if isinstance(reward, SupportsFloat) else math.nan
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: of a tensor with several numbers
-            value = math.nan
-        if not abs(value) <= MAX_REWARD:
-            return f"group {group.id}, completion {number} of {count}: the reward is {reward!r:.40}, not a number", []
+        value = None if reward is None else to_number(reward)
+        if reward is not None and (value is None or not abs(value) <= MAX_REWARD):
+            location = f"group {group.id}, completion {number} of {num_completions}"
+            return f"{location}: the reward is {describe_reward(reward)}, not a number", []
         numbers.append(value)
     return "", numbers
+
+
+def num_values(values: Any) -> int | None:
+    """The number of values in a list, a tuple, an array or a tensor; None if it is nothing like these.
+
+    A set has no order, so nothing says which completion a reward in it belongs to.
+    """
+    if not isinstance(values, Collection) or isinstance(values, Set | Mapping | str | bytes | bytearray):
+        return None
+    try:
+        return len(values)
+    except TypeError:  # of a tensor that is a single number
+        return None
+
+
+def not_a_list(values: Any, content: str) -> str:
+    """Says what was returned in place of a list, as the end of a sentence."""
+    order = ", which has no order," if isinstance(values, Set) else ""
+    return f"a {type(values).__name__}{order} instead of a list of {content}"
+
+
+def to_number(reward: Any) -> float | None:
+    """A reward as a float; infinite if it is too large for one, and None if it is no real number.
+
+    Numbers of Python (also true and false), NumPy and torch are read; a text and a complex number are not.
+    """
+    if isinstance(reward, str | bytes) or not isinstance(reward, SupportsFloat):
+        return None
+    try:
+        value = complex(reward)  # `float` drops the imaginary part of NumPy's numbers
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: of a tensor with several numbers
+        return None
+    return value.real if value.imag == 0 else None
+
+
+def describe_reward(reward: Any) -> str:
+    """The beginning of a reward as Python writes it."""
+    try:
+        return f"{reward!r:.40}"
+    except ValueError:  # of an integer of more than 4300 digits
+        return "a number of more digits than Python writes"

@@ -16,30 +16,38 @@ three are lists of equal length, with one entry per completion:
 - the entries of the configuration's `kwargs`, unchanged.
 
 Columns without a parameter are left out, unless the function takes `**kwargs`. The function returns one number per
-completion. With None it abstains, and the completion gets the reward of the other scorers. NaN and the infinities mean
-that the reward is missing: the group is scored again, and after `attempts` times the run stops. The same is true if the
-function raises an exception. With a number in `on_unreadable`, a completion for which the function raises an exception,
-or returns NaN or an infinity, gets that number at once. The function may be `async`; all calls then run in the same
-event loop, so that it may keep its clients.
+completion, in their order: a list, a tuple, an array or a tensor. With None it abstains, and the completion gets the
+reward of the other scorers. NaN, the infinities and numbers beyond fp32 mean that the reward is missing: the group is
+scored again, and after `attempts` times the run stops. The same is true if the function raises an exception. With a
+number in `on_unreadable`, a completion for which the function raises an exception, or returns such a number, gets that
+of `on_unreadable` at once. The function may be `async`; all calls then run in the same event loop, so that it may keep
+its clients.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import inspect
-import math
 import threading
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from alignment.errors import RewardError
-from alignment.rewards import AskAgain, BuildableScorer, Reward, UnreadableTexts
-from alignment.settings.plugins import load_function
+from alignment.rewards import (
+    AskAgain,
+    BuildableScorer,
+    Reward,
+    UnreadableTexts,
+    describe_reward,
+    not_a_list,
+    num_values,
+    to_number,
+)
+from alignment.settings.plugins import MAX_REWARD, Fp32Number, load_function
 from alignment.settings.section import Positive
 
 if TYPE_CHECKING:
@@ -61,9 +69,9 @@ class RewardFunction(BuildableScorer):
     """Further keyword arguments of the function."""
     timeout_s: Positive = 300.0
     """Seconds after which one call counts as failed."""
-    on_unreadable: Literal["fail"] | float = "fail"
-    """Reward of a completion for which the function raises an error, or gives NaN or an infinity; `fail` asks again,
-    `attempts` times, and then stops the run."""
+    on_unreadable: Literal["fail"] | Fp32Number = "fail"
+    """Reward of a completion for which the function raises an error, or gives NaN or a number that fp32 does not hold;
+    `fail` asks again, `attempts` times, and then stops the run."""
 
     @model_validator(mode="after")
     def _check_arguments(self) -> Self:
@@ -153,19 +161,19 @@ class FunctionScorer:
         return [[self._finite_reward(reward) for reward in group_rewards] for group_rewards in rewards]
 
     def _finite_reward(self, reward: Any) -> Reward:
-        if isinstance(reward, SupportsFloat):
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):
-                if not math.isfinite(reward):
-                    return self.unreadable.reward(f"it gives {reward!r:.40}")
+        number = to_number(reward)
+        if number is not None and not abs(number) <= MAX_REWARD:
+            return self.unreadable.reward(f"it gives {describe_reward(reward)}")
         return reward  # type: ignore[no-any-return]  # `Rewards` refuses what is not a number
 
     def _score_together(self, groups: list[Group]) -> list[list[Reward]]:
         counts = [len(group.completions) for group in groups]
         rewards = self._call_function(self._arguments(groups))
-        if not isinstance(rewards, Collection) or isinstance(rewards, str | dict):
-            raise AskAgain(f"it returned a {type(rewards).__name__} instead of a list of numbers")
-        if len(rewards) != sum(counts):
-            raise AskAgain(f"it returned {len(rewards)} rewards for {sum(counts)} completions")
+        num_rewards = num_values(rewards)
+        if num_rewards is None:
+            raise AskAgain(f"it returned {not_a_list(rewards, 'numbers')}")
+        if num_rewards != sum(counts):
+            raise AskAgain(f"it returned {num_rewards} rewards for {sum(counts)} completions")
         reward_iterator = iter(rewards)
         return [[next(reward_iterator) for _ in range(count)] for count in counts]
 

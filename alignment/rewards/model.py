@@ -15,6 +15,7 @@ from alignment.rewards import BuildableScorer, UnreadableTexts
 from alignment.run_folder import checkpoint_or_path
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
+from alignment.settings.plugins import Fp32Number
 from alignment.settings.section import NumberFormat, PositiveCount
 
 if TYPE_CHECKING:  # a configuration with a reward model is checked by processes that need no torch
@@ -51,7 +52,7 @@ class RewardModel(BuildableScorer):
     """Largest number of tokens in one forward pass; a prompt counts once."""
     normalise: bool = True
     """Subtract the mean and divide by the standard deviation in the model's config.json, if it has them."""
-    on_unreadable: Literal["fail"] | float = -3.0
+    on_unreadable: Literal["fail"] | Fp32Number = -3.0
     """Reward of an answer that is longer than the model reads, or that its chat template refuses; `fail` stops the run
     instead. Of normalised rewards, about one in a thousand is below -3."""
 

@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticSerializationError
 
 from alignment.errors import ConfigError, RewardError
-from alignment.rewards import MAX_REWARD, BuildableScorer, Reward, UnreadableTexts
+from alignment.rewards import BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.functions import EventLoopThread, prompt_of
+from alignment.settings.plugins import MAX_REWARD, Fp32Number
 from alignment.settings.section import NonNegative, Positive, PositiveCount
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class RewardService(BuildableScorer):
     """Largest number of items in a request."""
     concurrency: PositiveCount = 4
     """Largest number of requests at the same time, for each training worker."""
-    on_unreadable: Literal["fail"] | float = -3.0
+    on_unreadable: Literal["fail"] | Fp32Number = -3.0
     """Reward of an answer about which the service says `too_long` or `unreadable`, or that JSON cannot hold; `fail`
     stops the run instead. Of normalised rewards, about one in a thousand is below -3."""
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment.errors import RolloutError
+from alignment.errors import RewardError, RolloutError
 from alignment.groups import Group, Message
+from alignment.rewards import describe_reward, to_number
 from alignment.rollout import Policy, Prompt, Rollout, Sampling
+from alignment.settings.plugins import MAX_REWARD
 
 Result = TypeVar("Result")
 MARK = "\u2042answer\u2042"
@@ -36,6 +39,7 @@ class Rollouter(Protocol):
 
         Raises:
             RolloutError: they could not be made.
+            RewardError: an environment gave a reward that is no finite number.
         """
 
 
@@ -105,8 +109,7 @@ class MultiTurn:
                 break
             text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
             observation = await environment.step(text)
-            reward = (conversation.reward or 0.0) + observation.reward
-            conversation = dataclasses.replace(conversation, reward=reward)
+            conversation = _add_reward(conversation, observation.reward, group, turn)
             if observation.is_done or turn + 1 == self.max_turns:
                 break
             tokens = self._observation_tokens(group, observation.messages, sampling.end_tokens)
@@ -160,6 +163,22 @@ def _extend(conversation: Rollout, answer: Rollout, *, is_first: bool) -> Rollou
         truncated=answer.truncated,
         weight_version=version if is_first else min(version, conversation.weight_version),
     )
+
+
+def _add_reward(conversation: Rollout, reward: Any, group: Group, turn: int) -> Rollout:
+    """The conversation with what an environment gave for its newest answer.
+
+    Raises:
+        RewardError: that is not a number, or the sum is too large for fp32.
+    """
+    number = to_number(reward)
+    total = math.nan if number is None else (conversation.reward or 0.0) + number
+    if not abs(total) <= MAX_REWARD:
+        raise RewardError(
+            f"group {group.id}, answer {turn + 1}: the reward of the environment is {describe_reward(reward)}, which "
+            f"makes no sum below {MAX_REWARD:g}"
+        )
+    return dataclasses.replace(conversation, reward=total)
 
 
 def _seed(text: str) -> int:

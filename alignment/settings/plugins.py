@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
@@ -194,18 +194,36 @@ class EnvironmentConfig(Section):
         return name
 
 
+MAX_REWARD = 3.4e38
+"""Largest absolute value of a reward, because rewards become fp32."""
+
+
+def fit_fp32(number: float) -> float:
+    """Returns a number that fp32 holds.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if abs(number) > MAX_REWARD:
+        raise ValueError(f"Input should be a number within fp32, which ends at {MAX_REWARD:g}")
+    return number
+
+
+Fp32Number = Annotated[float, AfterValidator(fit_fp32)]
+
+
 class ScorerConfig(Section):
     """One source of rewards."""
 
     name: str
     """A ready-made rule, `model`, `http`, or a dotted `package.module:function` of one's own."""
-    weight: float = 1.0
+    weight: Fp32Number = 1.0
     """Factor of this reward in the sum; may be negative."""
     clip: Positive | None = None
     """Rewards are cut to -clip … clip before the weight; None never cuts."""
     attempts: PositiveCount = 3
     """Times that a reward is asked for which is missing, late or not a finite number, before the run stops."""
-    on_unreadable: Literal["fail"] | float = 0.0
+    on_unreadable: Literal["fail"] | Fp32Number = 0.0
     """Reward of a text that the scorer cannot read, such as one that is too long for it, which a policy may write at
     any time; `fail` stops the run instead. The first such text is told. What is wrong with a row is an error in either
     case."""

@@ -9,13 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,6 +93,28 @@ class Constant(BuildableScorer):
 
     def build(self, device: torch.device) -> Scorer:
         return ConstantScorer(self.value)
+
+
+class Returning(BuildableScorer):
+    """A scorer of one's own that returns something else than lists."""
+
+    value: Any
+
+    def build(self, device: torch.device) -> Any:
+        return ReturningScorer(self.value)
+
+
+class ReturningScorer:
+    """Returns what it is told to."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def score(self, groups: list[Group]) -> Any:
+        return self.value
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
 class ConstantScorer:
@@ -251,6 +278,92 @@ def test_a_function_may_fail_on_a_text_where_a_reward_is_configured_for_it() -> 
     assert given(rewards_of({"name": here(picky), "on_unreadable": -1}).score(groups)) == [[0.5, -1], [-1, 1]]
     with pytest.raises(RewardError, match="it raised ZeroDivisionError"):
         rewards_of({"name": here(picky)}).score(groups)
+
+
+HUGE = [10**400, 10**5000, -(10**400), Fraction(10**400), Decimal("1e400"), np.longdouble("1e400"), 1e39, math.inf]
+NO_NUMBERS = [
+    "3",
+    np.str_("3"),
+    b"3",
+    1 + 2j,
+    np.complex64(1 + 2j),
+    torch.tensor(1 + 2j),
+    torch.ones(2),
+    [1.0],
+    {"a": 1},
+]
+NUMBERS = [True, np.bool_(True), np.int8(1), np.float16(1), torch.tensor(1), Decimal("1.0"), Fraction(1)]
+
+
+@pytest.mark.parametrize("reward", HUGE, ids=lambda reward: f"{type(reward).__name__}")
+def test_a_number_that_no_fp32_holds_is_missing_or_gets_what_is_configured(reward: Any) -> None:
+    SCRIPT.extend([[reward, 1]] * 4)
+    assert given(rewards_of({"name": here(scripted), "on_unreadable": -1}).score([group("a", "bb")])) == [[-1, 1]]
+    with pytest.raises(RewardError, match=r"completion 1 of 2: the reward is .*, not a number, after 3 attempts"):
+        rewards_of({"name": here(scripted)}).score([group("a", "bb")])
+
+
+@pytest.mark.parametrize("on_unreadable", ["fail", -1])
+@pytest.mark.parametrize("reward", NO_NUMBERS, ids=lambda reward: f"{type(reward).__name__}")
+def test_what_is_no_number_is_no_reward(reward: Any, on_unreadable: Any) -> None:
+    SCRIPT.extend([[reward, 1]] * 3)
+    with pytest.raises(RewardError, match=r"completion 1 of 2: the reward is .*, not a number"):
+        rewards_of({"name": here(scripted), "on_unreadable": on_unreadable}).score([group("a", "bb")])
+
+
+@pytest.mark.parametrize("on_unreadable", ["fail", -1])
+@pytest.mark.parametrize("reward", NUMBERS, ids=lambda reward: f"{type(reward).__name__}")
+def test_numbers_of_any_library_are_rewards(reward: Any, on_unreadable: Any) -> None:
+    SCRIPT.append([reward, 2])
+    rewards = rewards_of({"name": here(scripted), "on_unreadable": on_unreadable})
+    assert given(rewards.score([group("a", "bb")])) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ({1.0, 2.0}, "a set, which has no order, instead of a list of numbers"),
+        (frozenset({1.0, 2.0}), "a frozenset, which has no order, instead of"),
+        (dict.fromkeys((1.0, 2.0)).keys(), "a dict_keys, which has no order, instead of"),
+        ({0: 1.0, 1: 2.0}, "a dict instead of"),
+        ((float(number) for number in range(2)), "a generator instead of"),
+        ("12", "a str instead of"),
+        (b"12", "a bytes instead of"),
+        (torch.tensor(1.0), "a Tensor instead of"),
+        (np.array(1.0), "a ndarray instead of"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_has_no_order_is_no_list_of_rewards(returned: Any, problem: str) -> None:
+    SCRIPT.extend([lambda _: returned] * 3)
+    with pytest.raises(RewardError, match=f"it returned {problem}"):
+        rewards_of({"name": here(scripted)}).score([group("a", "bb")])
+    with pytest.raises(RewardError, match=problem.replace("numbers", "lists of numbers")):
+        rewards_of({"name": here(Returning), "value": returned}).score([group("a"), group("bb")])
+    with pytest.raises(RewardError, match=f"its rewards are {problem}"):
+        rewards_of({"name": here(Returning), "value": [returned]}).score([group("a", "bb")])
+
+
+@pytest.mark.parametrize("returned", [(1, 2), deque([1, 2]), array("d", [1, 2]), np.array([1, 2]), torch.ones(2)])
+def test_what_has_an_order_is_a_list_of_rewards(returned: Any) -> None:
+    SCRIPT.append(returned)
+    assert given(rewards_of({"name": here(scripted)}).score([group("a", "bb")])) == [[1, float(returned[1])]]
+
+
+def test_a_weighted_sum_that_no_fp32_holds_is_refused() -> None:
+    for weight in (1e39, -1e39):
+        (problem,) = problems({"name": "length", "target": 3, "weight": weight})
+        assert problem.startswith(
+            "rewards: length: weight: Input should be a number within fp32, which ends at 3.4e+38"
+        )
+    (problem,) = problems({"name": "length", "target": 3, "on_unreadable": 1e39})
+    assert problem.startswith("rewards: length: on_unreadable: ") and "fp32" in problem, problem
+    large = {"name": here(Constant), "value": 2e38, "weight": 1.0}
+    assert given(rewards_of(large).score([group("a")])) == [[2e38]]
+    for settings in ([{**large, "weight": 2.0}], [large, large], [{**large, "value": 10.0, "weight": 3e38}]):
+        for may_abstain in (True, False):
+            with pytest.raises(RewardError, match=r"the weighted sum of its rewards is .*, and fp32 ends"):
+                rewards_of(*settings).score([group("a")], may_abstain=may_abstain)
 
 
 def graded(prompts: list[str], completions: list[str], ground_truth: list[str]) -> list[float]:

@@ -177,12 +177,13 @@ def test_items_go_in_batches_with_bounded_concurrency(service: Service, url: str
         lambda items: {"items": [length(items[0]), length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "reward": math.nan}, length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "reward": math.inf}, length(items[2])]},
+        lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "reward": 10**400}, length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"]}, length(items[2])]},
         lambda items: {"items": [length(items[0]), {"id": items[1]["id"], "error": "busy"}, length(items[2])]},
         lambda items: {"items": [*map(length, items), length(items[1])]},
         lambda items: {"items": [length(items[0]), {"id": "other", "reward": 1}, length(items[2])]},
     ],
-    ids=["left out", "nan", "infinite", "no reward", "error", "twice", "another id"],
+    ids=["left out", "nan", "infinite", "huge", "no reward", "error", "twice", "another id"],
 )
 def test_only_the_item_that_failed_is_asked_about_again(service: Service, url: str, reaction: Reaction) -> None:
     service.reactions.append(reaction)

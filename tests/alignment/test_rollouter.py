@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from alignment.errors import RewardError
 from alignment.groups import Group, Message
 from alignment.models.load import load_tokenizer
 from alignment.rollout import Prompt, Rollout, Sampling
@@ -197,6 +199,15 @@ def test_rewards_of_environment_and_scorers_add_up_and_a_run_resumes_bit_for_bit
     extras = [line["reward"] - line["scores/letters"] for line in RunFolder(whole).read_metrics()]
     assert max(extras) > 0 and all(-1e-9 <= extra <= 10.25 for extra in extras), extras
     assert len(rows_of(whole / "provenance.jsonl")) == 4
+
+
+@pytest.mark.parametrize("reward", [math.nan, 10**400, 1e39, None, "3"], ids=lambda reward: type(reward).__name__)
+def test_an_environment_whose_reward_is_no_finite_number_ends_the_run_in_words(
+    group: Group, answers: list[tuple[int, ...]], tokenizer: Any, reward: Any
+) -> None:
+    rollouter = MultiTurn(lambda group: SecondQuestion(group, first_reward=reward), tokenizer, max_turns=3)
+    with pytest.raises(RewardError, match="group row, answer 1: the reward of the environment is "):
+        asyncio.run(rollouter.complete(group, ScriptedPolicy(answers), sampling_of(tokenizer), 5))
 
 
 def test_an_environment_can_be_all_that_gives_rewards(conversations: Settings) -> None:
