@@ -325,7 +325,7 @@ def check_rewards(group: Group, rewards: Any) -> tuple[str, list[Reward]]:
         value = None if reward is None else to_number(reward)
         if reward is not None and (value is None or not abs(value) <= MAX_REWARD):
             location = f"group {group.id}, completion {number} of {num_completions}"
-            return f"{location}: the reward is {describe_reward(reward)}, not a number", []
+            return f"{location}: the reward is {short_repr(reward)}, not a number", []
         numbers.append(value)
     return "", numbers
 
@@ -365,9 +365,9 @@ def to_number(reward: Any) -> float | None:
     return value.real if value.imag == 0 else None
 
 
-def describe_reward(reward: Any) -> str:
-    """The beginning of a reward as Python writes it."""
+def short_repr(value: Any) -> str:
+    """The beginning of a value as Python writes it."""
     try:
-        return f"{reward!r:.40}"
+        return f"{value!r:.40}"
     except ValueError:  # of an integer of more than 4300 digits
         return "a number of more digits than Python writes"

@@ -42,9 +42,9 @@ from alignment.rewards import (
     BuildableScorer,
     Reward,
     UnreadableTexts,
-    describe_reward,
     not_a_list,
     num_values,
+    short_repr,
     to_number,
 )
 from alignment.settings.plugins import MAX_REWARD, Fp32Number, load_function
@@ -163,7 +163,7 @@ class FunctionScorer:
     def _finite_reward(self, reward: Any) -> Reward:
         number = to_number(reward)
         if number is not None and not abs(number) <= MAX_REWARD:
-            return self.unreadable.reward(f"it gives {describe_reward(reward)}")
+            return self.unreadable.reward(f"it gives {short_repr(reward)}")
         return reward  # type: ignore[no-any-return]  # `Rewards` refuses what is not a number
 
     def _score_together(self, groups: list[Group]) -> list[list[Reward]]:

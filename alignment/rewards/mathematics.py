@@ -19,8 +19,6 @@ import sys
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +26,7 @@ from alignment.errors import ConfigError, RewardError
 from alignment.rewards import BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.numbers import marked_text
 from alignment.rewards.quantities import MAX_LENGTH, formula, only_number
-from alignment.rewards.rules import kept_column
+from alignment.rewards.rules import answer_text, kept_column
 from alignment.settings.section import Positive, PositiveCount
 
 if TYPE_CHECKING:
@@ -42,6 +40,13 @@ GRACE_S = 1.0
 """Seconds after the timeout of a pair in which the process must have ended itself."""
 SIGNS = {"π": "\\pi ", "×": "\\times ", "·": "\\cdot ", "÷": "\\div ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge "}
 SIGNS |= {"±": "\\pm ", "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "–": "-", "−": "-", "—": "-"}
+PROGRAM_NUMBER = re.compile(
+    r"(?<![\w.\\])(?<!\\text\{)"
+    r"(?:\d{1,3}(?:_\d{3})+(?:\.\d+)?|0[xX][0-9a-fA-F]+|0[bB][01]+|0[oO][0-7]+|\d+(?:\.\d+)?[eE][-+]?\d{3,})(?!\w)"
+)
+"""Numbers as only programs write them, as 1_000, 0x10 and 1e400. As formulas they would be 1, 0 · x · 10 and 400 e."""
+NO_ANSWERS = frozenset({"nan", "inf", "null"})
+"""Texts that programs write for a number that is missing or too large."""
 SUPERSCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 
 
@@ -88,12 +93,12 @@ class Math(BuildableScorer):
         Raises:
             RewardError: it holds no formula, or one that is too long.
         """
-        if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
+        whole_text = answer_text(value, self.column, kind="formula")
+        text = marked_text(whole_text) or whole_text
+        if text.strip().lstrip("+-").casefold() in NO_ANSWERS:
             raise RewardError(
-                f"column {self.column!r} holds no formula but a {type(value).__name__}: {value!r:.50}. A part of a "
-                f"mapping is kept by its dotted name, as {self.column}.NAME"
+                f"column {self.column!r} holds no formula but {text.strip()!r}; infinity is written \\infty"
             )
-        text = marked_text(str(value)) or str(value)
         if not text.strip() or len(text) > MAX_LENGTH:
             raise RewardError(
                 f"column {self.column!r} holds no formula of at most {MAX_LENGTH} characters: {value!r:.50}"
@@ -335,7 +340,8 @@ def _latex(text: str) -> str:
 
 
 def _signs(text: str) -> str:
-    """The text with LaTeX commands in place of signs such as π, √ and superscripts."""
+    """The text with LaTeX commands in place of signs such as π, √ and superscripts; numbers of programs are words."""
+    text = PROGRAM_NUMBER.sub(r"\\text{\g<0>}", text)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda match: f"^{{{match.group().translate(SUPERSCRIPT_DIGITS)}}}", text)
     text = re.sub(r"(?:√|(?<![\\A-Za-z])sqrt) ?\(([^()]{0,200})\)", r"\\sqrt{\1}", text)
     text = re.sub(r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}", text)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import RewardError
 from alignment.rewards import BuildableScorer, Reward
 from alignment.rewards.quantities import ParsedAnswer, first_number, formula, has_words, last_number, only_number
-from alignment.rewards.rules import Rule, kept_column
+from alignment.rewards.rules import Rule, answer_text, kept_column
 from alignment.settings.section import NonNegative
 
 if TYPE_CHECKING:
@@ -72,12 +70,7 @@ class ExactNumber(Rule):
         return float(is_right)
 
     def _right_answer(self, value: Any) -> ParsedAnswer:
-        if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
-            raise RewardError(
-                f"column {self.column!r} holds no number but a {type(value).__name__}: {value!r:.50}. A part of a "
-                f"mapping is kept by its dotted name, as {self.column}.NAME"
-            )
-        right = read_right_answer(str(value))
+        right = read_right_answer(answer_text(value, self.column, kind="number"))
         if not (right.values or right.formula):
             raise RewardError(f"column {self.column!r} holds no number: {value!r:.50}")
         return right

@@ -310,6 +310,8 @@ def _is_factor(word: TextItem) -> bool:
     text = word.text
     if text in FUNCTIONS or text.startswith("sqrt"):
         return True
+    if word.is_adjacent and any(character.isdigit() for character in text):  # 1e400, 0x1F4
+        return True
     if len(text) == 1:
         return text not in UNIT_LETTERS
     return word.is_adjacent and len(text) < 4 and text.lower() not in SHORT_UNITS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import regex
@@ -236,6 +238,29 @@ def contains_keyword(text: str, keywords: list[str]) -> bool:
 def kept_column(group: Group, column: str) -> Any:
     """The value of a column of the group's row, by its name in `data.keep`; None if the row has no such column."""
     return group.columns.get(column)
+
+
+def answer_text(value: Any, column: str, *, kind: str) -> str:
+    """The right answer in a column as a text.
+
+    Args:
+        kind: what the column should hold, as `number`; for the error.
+
+    Raises:
+        RewardError: the column holds neither a text nor a finite number.
+    """
+    if not isinstance(value, str | Real | Decimal) or isinstance(value, bool):
+        raise RewardError(
+            f"column {column!r} holds no {kind} but a {type(value).__name__}: {value!r:.50}. A part of a mapping is "
+            f"kept by its dotted name, as {column}.NAME"
+        )
+    try:
+        text = str(value)
+    except ValueError as error:  # of an integer of more than 4300 digits
+        raise RewardError(f"column {column!r} holds no {kind} but an integer of too many digits") from error
+    if not isinstance(value, str) and text.lower().lstrip("+-") in ("nan", "snan", "inf", "infinity"):
+        raise RewardError(f"column {column!r} holds no {kind} but {text}")
+    return text
 
 
 def length_of(completion: Completion, unit: Unit) -> int:

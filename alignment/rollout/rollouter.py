@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.errors import RewardError, RolloutError
 from alignment.groups import Group, Message
-from alignment.rewards import describe_reward, to_number
+from alignment.rewards import short_repr, to_number
 from alignment.rollout import Policy, Prompt, Rollout, Sampling
 from alignment.settings.plugins import MAX_REWARD
 
@@ -175,7 +175,7 @@ def _add_reward(conversation: Rollout, reward: Any, group: Group, turn: int) -> 
     total = math.nan if number is None else (conversation.reward or 0.0) + number
     if not abs(total) <= MAX_REWARD:
         raise RewardError(
-            f"group {group.id}, answer {turn + 1}: the reward of the environment is {describe_reward(reward)}, which "
+            f"group {group.id}, answer {turn + 1}: the reward of the environment is {short_repr(reward)}, which "
             f"makes no sum below {MAX_REWARD:g}"
         )
     return dataclasses.replace(conversation, reward=total)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -38,6 +40,11 @@ EQUAL = [
     ("1200", r"\boxed{1.2 × 10³}"),
     ("a long solution\n#### 72", "In the end there are 72 clips"),
     (r"so \boxed{\frac{7}{8}}", r"the answer is $\frac{14}{16}$"),
+    ("1_000", r"\boxed{1_000}"),
+    ("0x10", r"so it is $0x10$"),
+    ("1e400", r"\boxed{1e400}"),
+    (r"\infty", r"\boxed{\infty}"),
+    ("1010_2", r"\boxed{1010_2}"),
 ]
 UNEQUAL = [
     ("4", r"\boxed{4√2}"),
@@ -52,6 +59,16 @@ UNEQUAL = [
     ("5", "\ud800 I cannot say"),
     ("5", r"\boxed{" + "9" * 5000 + "}"),
     ("5", "9" * 64_000),
+    ("1", r"\boxed{1_000}"),
+    ("1", "It is 1_000."),
+    ("1_000", r"\boxed{1}"),
+    ("1_000", "$1_001$"),
+    ("0", r"\boxed{0x10}"),
+    ("0", "$0b101$"),
+    ("0x10", r"\boxed{0}"),
+    ("0x10", "It is 0."),
+    ("1", "It is 1e400."),
+    ("400e", r"\boxed{1e400}"),
 ]
 
 
@@ -120,6 +137,16 @@ def test_columns_are_checked_while_rows_are_read() -> None:
         (True, "holds no formula but a bool"),
         ("", "holds no formula of at most"),
         ("x" * 2000, "holds no formula of at most"),
+        (math.nan, "holds no formula but nan"),
+        (-math.inf, "holds no formula but -inf"),
+        (Decimal("Infinity"), "holds no formula but Infinity"),
+        (10**5000, "holds no formula but an integer of too many digits"),
+        ("NaN", "holds no formula but 'NaN'"),
+        (r"\boxed{nan}", "holds no formula but 'nan'"),
+        ("-inf", "holds no formula but '-inf'"),
+        ("null", "holds no formula but 'null'"),
+        ([], "holds no formula but a list"),
+        (r"\boxed{}", "holds no formula that can be read"),
     ):
         with pytest.raises(RewardError, match=problem):
             config().check_row({"answer": right})

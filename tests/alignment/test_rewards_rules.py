@@ -245,7 +245,9 @@ def test_the_number_of_a_text_is_read_as_people_write_it(text: str, expected: st
 
 
 def test_a_huge_exponent_costs_nothing_and_is_not_followed() -> None:
-    assert max(number_in("1e999999999")) < 10**9
+    for text in ("1e999999999", "1e400", "It is 12e345.", "-1.5E+400", "1e-400", "0x1F4", "0b101"):
+        assert number_in(text) == frozenset(), text
+    assert [reward(text, {"answer": "1e400"}, name="exact_number") for text in ("1", "so 1e400", "1e401")] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,12 @@ def test_numbers_are_compared_by_value(text: str, answer: Any, settings: Any, ex
     assert reward(text, {"answer": answer}, name="exact_number", **settings) == expected
 
 
-@pytest.mark.parametrize("answer", ["none", True, [], ["12", "13"], {"ground_truth": "5"}, "1/0", float("nan")])
+NO_ANSWERS = ["none", True, [], ["12", "13"], {"ground_truth": "5"}, "1/0", float("nan"), float("-inf"), 10**5000]
+
+
+@pytest.mark.parametrize(
+    "answer", [*NO_ANSWERS, Decimal("Infinity"), "NaN", "inf"], ids=lambda value: type(value).__name__
+)
 def test_an_answer_column_without_a_number_is_an_error(answer: Any) -> None:
     with pytest.raises(RewardError, match="scorer exact_number: group rows:7: column 'answer' holds no number"):
         reward("5", {"answer": answer}, name="exact_number")
