@@ -20,7 +20,7 @@ from alignment.algorithms import Algorithm
 from alignment.batch import Batch, Loss, Role, Unit
 from alignment.data.packing import micro_batches, pack, share
 from alignment.distributed.world import World
-from alignment.errors import DivergenceError
+from alignment.errors import ConfigError, DivergenceError
 from alignment.groups import Group
 from alignment.metrics import Metrics
 from alignment.models.roles import Roles
@@ -197,12 +197,21 @@ def optimizer_step(
     is_skipped = any(not math.isfinite(norms[role]) for role in lr)
     if is_skipped and optim.on_nonfinite == "fail":
         raise DivergenceError(
-            f"loss {metrics['loss']} and gradient norm {norms['actor']} are not both finite, in a step on "
+            f"loss {metrics['loss']}{_loss_names(algorithm, metrics)} and gradient norm {norms['actor']} are not both "
+            "finite, in a step on "
             f"{batch.group_ids[0]} and {len(batch.group_ids) - 1} other groups; a lower optim.lr or "
             "optim.max_grad_norm may help"
         )
     grad_norms = {"grad_norm" if role == "actor" else f"grad_norm_{role}": norms[role] for role in lr}
     return {**metrics, **grad_norms, "skipped": float(is_skipped)}
+
+
+def _loss_names(algorithm: Algorithm, metrics: Metrics) -> str:
+    """Names, in brackets, the losses that are not finite, or else all that the configuration names."""
+    names = algorithm.loss_metrics
+    nonfinite_names = [name for metric, name in names.items() if not math.isfinite(metrics.get(metric, 0.0))]
+    text = ", ".join(nonfinite_names or names.values())
+    return f" ({text})" if text else ""
 
 
 def _backward(roles: Roles, losses: dict[Role, Tensor]) -> None:
@@ -244,6 +253,11 @@ class _Totals:
         """Adds one micro-batch; returns its share of each role's global mean loss, to be differentiated."""
         shares: dict[Role, list[Tensor]] = defaultdict(list)
         for term in loss.terms:
+            if term.values.dim() != 1:
+                raise ConfigError(
+                    f"the algorithm's loss has a term of shape {tuple(term.values.shape)}, must be [n]: one value per "
+                    f"{term.unit}, not averaged"
+                )
             shares[term.trains].append(term.values.sum() / self.counts[term.unit])
         losses = {role: torch.stack(terms).sum() for role, terms in shares.items()}
         self.loss += sum(float(value.detach()) for value in losses.values())

@@ -72,7 +72,7 @@ def runs(run_settings: Settings, write_rows: Callable[..., Path]) -> dict[str, S
     pairs_of_any_length = {"path": str(write_rows(pairs, "lengths.jsonl")), "eval_groups": 1, "max_length": 32}
     return {
         "sft": every_run | {"algorithm": {"name": "sft"}},
-        "dpo": every_run,
+        "dpo": every_run | {"algorithm": {"name": "dpo", "loss": {"sigmoid": 1.0, "sft": 0.2}}},
         "reward_model": every_run | {"data": pairs_of_any_length} | {"algorithm": {"name": "reward_model"}},
         "ppo": every_run | sampling | {"algorithm": {"name": "ppo", "correction": "sequence"}},
         "online_dpo": every_run | sampling | {"algorithm": {"name": "online_dpo"}},
@@ -87,6 +87,6 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(runs: dict[str, S
     assert not {name for name in metric_names if meaning_of(name) is None}
     patterns = {pattern for meanings in SECTIONS.values() for pattern in meanings}
     patterns_of_metrics = {
-        name.replace("worth", "NAME").replace("length", "NAME") for name in metric_names
+        name.replace("worth", "NAME").replace("length", "NAME").replace("sigmoid", "NAME") for name in metric_names
     } | metric_names
     assert patterns - patterns_of_metrics == {"eval/METRIC"}

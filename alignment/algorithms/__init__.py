@@ -70,6 +70,11 @@ class Algorithm(AlgorithmConfig):
         """True if the loss needs the entropy of each token's distribution."""
         return False
 
+    @property
+    def loss_metrics(self) -> dict[str, str]:
+        """Metrics of the losses that a configuration names, with their names: what is not finite is told by name."""
+        return {}
+
     @abstractmethod
     def select(self, group: Group) -> Group:
         """Keeps the completions that this algorithm trains on.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import field_validator
+from pydantic import ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
 from alignment.batch import Batch, Loss, Outputs, Term
+from alignment.errors import ConfigError
 from alignment.groups import Group
 from alignment.losses.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, Side
+from alignment.losses.trial import check_losses, try_preference_loss
 from alignment.settings.plugins import load_plugin
 from alignment.settings.section import NonNegative, Positive, as_value_error
 
@@ -50,6 +53,19 @@ class DPO(ReferencedAlgorithm):
                 preference_loss(name)
         return value
 
+    @model_validator(mode="after")
+    def _tries_own_losses(self) -> Self:
+        """Calls every loss of one's own once, with the `beta` of the run."""
+        for name in self.loss_weights:
+            if ":" in name:
+                try:
+                    try_preference_loss(name, preference_loss(name), beta=self.beta)
+                except ConfigError as error:
+                    problem = PydanticCustomError("loss", "{problem}", {"problem": str(error)})
+                    details = InitErrorDetails(type=problem, loc=("loss_type",), input=self.loss_weights)
+                    raise ValidationError.from_exception_data(type(self).__name__, [details]) from error
+        return self
+
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss by its name, with `rpo_alpha` as that of `sft`."""
@@ -58,16 +74,29 @@ class DPO(ReferencedAlgorithm):
             weights["sft"] = weights.get("sft", 0.0) + self.rpo_alpha
         return weights
 
+    @property
+    def loss_metrics(self) -> dict[str, str]:
+        """Metric of each loss, with its name: a loss of one's own is called without its module, if that is enough."""
+        names = list(self.loss_weights)
+        short_names = [name.rpartition(":")[2] for name in names]
+        return {
+            f"loss/{short_name if short_names.count(short_name) == 1 else name}": name
+            for name, short_name in zip(names, short_names, strict=True)
+        }
+
     def loss(self, batch: Batch, outputs: Outputs) -> Loss:
-        """The weighted sum of the losses of each pair."""
+        """The weighted sum of the losses of each pair; if there are several, each one is a metric too."""
         pairs = pairs_of(batch, outputs.logprobs)
-        losses = [weight * preference_loss(name)(pairs, beta=self.beta) for name, weight in self.loss_weights.items()]
+        losses = {name: self._losses_of(name, pairs) for name in self.loss_weights}
+        weighted_losses = [weight * losses[name] for name, weight in self.loss_weights.items()]
         chosen_rewards = self.beta * pairs.chosen.logratios.detach()
         rejected_rewards = self.beta * pairs.rejected.logratios.detach()
         margins = chosen_rewards - rejected_rewards
+        metrics = dict(zip(self.loss_metrics, (values.detach() for values in losses.values()), strict=True))
         return Loss(
-            terms=(Term(values=torch.stack(losses).sum(0), unit="pair"),),
+            terms=(Term(values=torch.stack(weighted_losses).sum(0), unit="pair"),),
             metrics={
+                **(metrics if len(losses) > 1 else {}),
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
                 "rewards/margins": margins,
@@ -76,6 +105,12 @@ class DPO(ReferencedAlgorithm):
                 "logps/rejected": pairs.rejected.logprobs.detach(),
             },
         )
+
+    def _losses_of(self, name: str, pairs: Pairs) -> Tensor:
+        """[M] of one of the losses."""
+        losses = preference_loss(name)(pairs, beta=self.beta)
+        check_losses(name, losses, num_pairs=len(pairs.chosen.lengths))
+        return losses
 
 
 def preference_loss(name: str) -> PreferenceLoss:

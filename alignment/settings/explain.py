@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from alignment.keys_elsewhere import replacement_of
 from alignment.passwords import without_passwords
+from alignment.settings.old_names import other_names
 from alignment.settings.section import Section, sections_of
 
 
@@ -21,7 +22,7 @@ def explain(error: ValidationError, kind: type[Section], tree: dict[str, Any]) -
         *parents, key = problem["loc"] or ("the whole file",)
         # pydantic names the alternatives of a union as if they were keys, as in `target_modules.tuple[str, ...].0`.
         path = [str(name) for name in problem["loc"] if "[" not in str(name)]
-        location, message = ".".join(path) or "the whole file", _message(problem, kind, path)
+        location, message = ".".join(_written_keys(path, tree)) or "the whole file", _message(problem, kind, path)
         if problem["type"] == "extra_forbidden":
             section = ".".join(name for name in path[:-1] if not name.isdecimal())
             known_keys = _fields(kind, parents, tree)
@@ -38,6 +39,22 @@ def explain(error: ValidationError, kind: type[Section], tree: dict[str, Any]) -
             message = f"{lines[location].rpartition(' (given: ')[0] or lines[location]}; or {message}"
         lines[location] = message
     return [without_passwords(f"{location}: {message}") for location, message in lines.items()]
+
+
+def _written_keys(path: list[str], tree: Any) -> list[str]:
+    """The same path by the names that the file has for its keys, which may be old names or synonyms."""
+    keys = []
+    for name in path:
+        key = name
+        if isinstance(tree, dict):
+            key = next((other for other in (name, *other_names(name)) if other in tree), name)
+            tree = tree.get(key)
+        elif isinstance(tree, list) and name.isdecimal() and int(name) < len(tree):
+            tree = tree[int(name)]
+        else:
+            tree = None
+        keys.append(key)
+    return keys
 
 
 def _message(problem: ErrorDetails, kind: type[Section], path: list[str]) -> str:

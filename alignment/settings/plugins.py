@@ -73,6 +73,9 @@ def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str, *, callable
         if name not in builtin:
             hint = nearest(name, list(builtin)) if builtin else "; one's own is given as package.module:function"
             raise ConfigError(f"there is no {purpose} {name!r}{hint}")
+            module_name, dot, attribute = name.rpartition(".")
+            if dot and all(map(str.isidentifier, name.split("."))):
+                hint = f"; one's own is given as module:name, as {module_name}:{attribute}"
         target = builtin[name]
     target = load_attribute(target, purpose) if isinstance(target, str) else target
     if callable_only and not callable(target):

@@ -14,6 +14,7 @@ EVERY_STEP = {
     "perf/tokens_per_second": "`num_tokens` by `perf/seconds`.",
 }
 PREFERENCES = {
+    "loss/NAME": "The loss NAME of a pair, before its weight; reported if `algorithm.loss` is a sum of several.",
     "rewards/chosen": "Reward of the chosen completion: β (log π − log π_ref), or the score of a reward model.",
     "rewards/rejected": "The same of the rejected completion.",
     "rewards/margins": "`rewards/chosen` − `rewards/rejected`.",

@@ -29,7 +29,7 @@ ONLINE: Settings = {**GOOD, "algorithm": {"name": "grpo"}}
 
 PLUGINS: dict[str, tuple[str, Callable[[str], Settings]]] = {
     "algorithm": ("algorithm", lambda name: {**GOOD, "algorithm": {"name": name}}),
-    "loss": ("algorithm.loss_type", lambda name: {**GOOD, "algorithm": {"name": "dpo", "loss": name}}),
+    "loss": ("algorithm.loss", lambda name: {**GOOD, "algorithm": {"name": "dpo", "loss": name}}),
     "optimizer": ("optim.name", lambda name: {**GOOD, "optim": {"name": name}}),
     "tracker": ("trackers", lambda name: {**GOOD, "trackers": [name]}),
     "attention": ("model.attention", lambda name: {**GOOD, "model": {"attention": name}}),
@@ -84,6 +84,13 @@ def test_what_has_no_built_in_ones_says_how_ones_own_is_named(plugin: str) -> No
     key, settings = PLUGINS[plugin]
     expected = f"{key}: there is no {plugin} 'mine'; one's own is given as package.module:function"
     assert problem_of(settings("mine")).startswith(expected)
+
+
+@pytest.mark.parametrize("plugin", [plugin for plugin in PLUGINS if not plugin.startswith("source")])
+def test_a_dot_in_place_of_a_colon_is_told(plugin: str) -> None:
+    key, settings = PLUGINS[plugin]
+    problem = problem_of(settings("my.code.thing"))
+    assert problem.startswith(f"{key}: ") and "one's own is given as module:name, as my.code:thing" in problem
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from alignment.algorithms.dpo import DPO
-from alignment.batch import Batch, Outputs
+from alignment.batch import Batch, Loss, Outputs, Term
 from alignment.data.packing import pack
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, DivergenceError
 from alignment.groups import Completion, Group
 from alignment.losses.preference import PREFERENCE_LOSSES, Pairs
 from alignment.run_folder import RunFolder
@@ -28,6 +28,57 @@ def minus_gap(pairs: Pairs, *, beta: float) -> Tensor:
     return -beta * pairs.logratio_gap
 
 
+def averaged(pairs: Pairs, *, beta: float) -> Tensor:
+    return minus_gap(pairs, beta=beta).mean()
+
+
+def in_a_column(pairs: Pairs, *, beta: float) -> Tensor:
+    return minus_gap(pairs, beta=beta)[:, None]
+
+
+def with_margin(pairs: Pairs, *, beta: float, margin: float) -> Tensor:
+    return minus_gap(pairs, beta=beta) + margin
+
+
+def raises(pairs: Pairs, *, beta: float) -> Tensor:
+    return beta(pairs)  # type: ignore[operator]
+
+
+def plain_number(pairs: Pairs, *, beta: float) -> float:
+    return 0.5
+
+
+def detached(pairs: Pairs, *, beta: float) -> Tensor:
+    return minus_gap(pairs, beta=beta).detach()
+
+
+def unrelated(pairs: Pairs, *, beta: float) -> Tensor:
+    return torch.ones(3, requires_grad=True) * 2
+
+
+def logarithm(pairs: Pairs, *, beta: float) -> Tensor:
+    return pairs.logratio_gap.log()
+
+
+def whole_numbers(pairs: Pairs, *, beta: float) -> Tensor:
+    return pairs.chosen.lengths
+
+
+async def coroutine(pairs: Pairs, *, beta: float) -> Tensor:
+    return minus_gap(pairs, beta=beta)
+
+
+def averaged_later(pairs: Pairs, *, beta: float) -> Tensor:
+    """Passes the trial, which has three pairs, and fails in a step."""
+    losses = minus_gap(pairs, beta=beta)
+    return losses if len(losses) == 3 else losses.mean()
+
+
+def infinite_later(pairs: Pairs, *, beta: float) -> Tensor:
+    losses = minus_gap(pairs, beta=beta)
+    return losses if len(losses) == 3 else losses * float("inf")
+
+
 class Twice(DPO):
     """An algorithm that trains on every pair of a step, and on its mirror image."""
 
@@ -35,6 +86,16 @@ class Twice(DPO):
 
     def assemble(self, groups: list[Group]) -> list[Group]:
         return groups + [_mirrored(group) for group in groups]
+
+
+class Averaged(DPO):
+    """An algorithm that averages its losses itself."""
+
+    name: str = f"{__name__}:Averaged"
+
+    def loss(self, batch: Batch, outputs: Outputs) -> Loss:
+        loss = super().loss(batch, outputs)
+        return dataclasses.replace(loss, terms=(Term(values=loss.terms[0].values.mean(), unit="pair"),))
 
 
 def _mirrored(group: Group) -> Group:
@@ -109,3 +170,65 @@ def test_an_algorithm_may_add_groups_to_a_step(run_settings: Settings) -> None:
         RunFolder(run({**settings, "name": "once", "algorithm": {"name": "dpo"}})).read_metrics()[-1]["grad_norm"]
         > 1e-3
     )
+
+
+WRONG_LOSSES = [
+    ("averaged", "returned shape (), must be [M]: one loss for each of 3 pairs; leave out the mean or sum"),
+    ("in_a_column", "returned shape (3, 1), must be [M]"),
+    ("with_margin", "raised TypeError: with_margin() missing 1 required keyword-only argument: 'margin'"),
+    ("raises", "raised TypeError: 'float' object is not callable. It is called as loss(pairs, beta=0.3)"),
+    ("plain_number", "returned a float, must be a tensor of shape [M]"),
+    ("coroutine", "returned a coroutine, must be a tensor of shape [M]"),
+    ("detached", "has no gradient, so nothing would be learned"),
+    ("unrelated", "has no gradient, so nothing would be learned"),
+    ("whole_numbers", "returned a tensor of torch.int64, must be of a floating dtype"),
+    ("logarithm", "must be finite"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'coroutine' was never awaited")
+@pytest.mark.parametrize("key", ["loss", "loss_type"])
+@pytest.mark.parametrize(("function", "fault"), WRONG_LOSSES, ids=[name for name, _ in WRONG_LOSSES])
+def test_a_loss_of_ones_own_is_tried_before_a_run(key: str, function: str, fault: str, run_settings: Settings) -> None:
+    name = f"{__name__}:{function}"
+    for value in (name, {"sigmoid": 1.0, name: 0.5}):
+        algorithm = {"name": "dpo", "beta": 0.3, key: value}
+        with pytest.raises(ConfigError) as caught:
+            check_config({**run_settings, "algorithm": algorithm}, kind=RunConfig)
+        (problem,) = str(caught.value).splitlines()
+        assert problem.startswith(f"algorithm.{key}: loss '{name}' {fault.partition(':')[0]}") and fault in problem
+
+
+def test_the_trial_leaves_random_numbers_as_they_are() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    DPO(name="dpo", loss_type=f"{__name__}:minus_gap")
+    assert torch.rand(1) == expected
+
+
+def test_a_loss_that_averages_in_a_step_only_is_refused_there(batch: Batch) -> None:
+    with pytest.raises(ConfigError, match=r"averaged_later' returned shape \(\), must be \[M\]"):
+        values_of(batch, loss_type=f"{__name__}:averaged_later")
+
+
+def test_a_term_that_is_averaged_is_refused(run_settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"a term of shape \(\), must be \[n\]: one value per pair, not averaged"):
+        run({**run_settings, "algorithm": {"name": f"{__name__}:Averaged"}})
+
+
+def test_a_loss_that_is_not_finite_is_told_by_its_name(run_settings: Settings) -> None:
+    for value in (f"{__name__}:infinite_later", {"sigmoid": 1.0, f"{__name__}:infinite_later": 0.5}):
+        with pytest.raises(DivergenceError, match=rf"loss -?(inf|nan) \({__name__}:infinite_later\) and gradient"):
+            run({**run_settings, "algorithm": {"name": "dpo", "loss": value}})
+
+
+def test_each_loss_of_a_sum_is_a_metric(batch: Batch) -> None:
+    logprobs = torch.linspace(-2, 0, len(batch.tokens)) * batch.loss_mask
+    own = f"{__name__}:minus_gap"
+    weights = {"sigmoid": 1.0, own: 0.5}
+    metrics = DPO(name="dpo", beta=0.3, loss=weights).loss(batch, Outputs(logprobs=logprobs)).metrics
+    torch.testing.assert_close(metrics["loss/sigmoid"], values_of(batch))
+    torch.testing.assert_close(metrics["loss/minus_gap"], values_of(batch, loss=own))
+    single = DPO(name="dpo", loss=own).loss(batch, Outputs(logprobs=logprobs)).metrics
+    assert not any(name.startswith("loss/") for name in single)
