@@ -52,6 +52,10 @@ class RewardError(AlignmentError):
     """A reward is missing, late or not a number, after the attempts that the configuration allows."""
 
 
+class ConversationError(AlignmentError):
+    """An environment of one's own has failed, or does not keep its contract; the text names it and the row."""
+
+
 class GuardError(AlignmentError):
     """A guard has stopped the run; the text says which guard, at which step, and with which value."""
 

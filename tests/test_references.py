@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from alignment.groups import Group
+from alignment.rollout.rollouter import Observation
 from alignment.run_folder import RunFolder
 from docs.generate.__main__ import FOLDER, PAGES
 from docs.generate.metric_meanings import SECTIONS, meaning_of
@@ -19,6 +21,15 @@ Settings = dict[str, Any]
 
 WORTH = "tests.test_references:worth"
 """A scorer, by its dotted name."""
+
+
+class Guesses:
+    """An environment that ends every conversation after the first answer."""
+
+    def __init__(self, group: Group) -> None: ...
+
+    async def step(self, answer: str) -> Observation:
+        return Observation(reward=0.5, is_done=True)
 
 
 def worth(prompts: list[str], completions: list[str]) -> list[float]:
@@ -66,6 +77,7 @@ def runs(run_settings: Settings, write_rows: Callable[..., Path]) -> dict[str, S
         "rewards": [{"name": WORTH}],
         "eval_rewards": [{"name": "length", "target": 3}],
     }
+    conversation = {**sampling["rollout"], "environment": {"name": "tests.test_references:Guesses"}}
     every_run = {**run_settings, "steps": 1}
     texts = [" a", " a b c", " a", " a b c", " a b c"]
     pairs = [{"prompt": f"row {i}", "chosen": text, "rejected": " a b"} for i, text in enumerate(texts)]
@@ -75,6 +87,7 @@ def runs(run_settings: Settings, write_rows: Callable[..., Path]) -> dict[str, S
         "dpo": every_run | {"algorithm": {"name": "dpo", "loss": {"sigmoid": 1.0, "sft": 0.2}}},
         "reward_model": every_run | {"data": pairs_of_any_length} | {"algorithm": {"name": "reward_model"}},
         "ppo": every_run | sampling | {"algorithm": {"name": "ppo", "correction": "sequence"}},
+        "grpo": every_run | sampling | {"algorithm": {"name": "grpo"}, "rollout": conversation},
         "online_dpo": every_run | sampling | {"algorithm": {"name": "online_dpo"}},
     }
 

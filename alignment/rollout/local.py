@@ -39,15 +39,19 @@ class LocalGenerator:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.version = 0
+        self._turn = asyncio.Lock()
 
     def start(self, work: Callable[[Policy], Coroutine[Any, Any, Result]]) -> Callable[[], Result]:
         """Does the work at once: the module cannot be trained and sampled from at the same time."""
+        self._turn = asyncio.Lock()  # each event loop needs one of its own
         result = asyncio.run(work(self))
         return lambda: result
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
         """Generates for each prompt by itself, so that its completions do not depend on other prompts."""
-        return self._sample(prompt, sampling)
+        async with self._turn:
+            await asyncio.sleep(0)  # so that work which has failed ends before the prompts that wait are answered
+            return self._sample(prompt, sampling)
 
     def load(self, weights: Weights) -> None:
         """Notes the version; the module has the weights already."""

@@ -222,10 +222,12 @@ def _rollout_metrics(groups: list[Group]) -> dict[str, float]:
     completions = [completion for group in groups for completion in group.completions]
     rewards = [completion.reward or 0.0 for completion in completions]
     names = sorted({name for completion in completions for name in completion.scores})
+    environment_rewards = [c.environment_reward for c in completions if c.environment_reward is not None]
     return {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
         **{f"scores/{name}": statistics.fmean(scores_of(name, completions)) for name in names},
+        **({"environment/reward": statistics.fmean(environment_rewards)} if environment_rewards else {}),
         "completions/mean_length": statistics.fmean(len(completion.tokens) for completion in completions),
         "completions/truncated": statistics.fmean(completion.truncated for completion in completions),
         "groups/equal_rewards": statistics.fmean(len({c.reward for c in g.completions}) == 1 for g in groups),

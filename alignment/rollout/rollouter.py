@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment.errors import RewardError, RolloutError
+from alignment.errors import RolloutError
 from alignment.groups import Group, Message
-from alignment.rewards import short_repr, to_number
 from alignment.rollout import Policy, Prompt, Rollout, Sampling
+from alignment.rollout.conversation import CheckedEnvironment
+from alignment.rollout.conversation import Environment as Environment
+from alignment.rollout.conversation import Observation as Observation
 from alignment.settings.plugins import MAX_REWARD
 
 Result = TypeVar("Result")
@@ -51,25 +51,6 @@ class SingleTurn:
         return await policy.generate(Prompt(tokens=group.prompt_tokens, seed=seed), sampling)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """What an environment gives back for an answer."""
-
-    messages: tuple[Message, ...] = ()
-    """What the policy reads before its next answer, as `Message(role="user", content="…")`. It is not trained on."""
-    reward: float = 0.0
-    """Reward of the answer. Those of a conversation are added up, and the run's scorers' are added to them."""
-    is_done: bool = False
-    """True if the conversation ends here."""
-
-
-class Environment(Protocol):
-    """One conversation with the policy: a user, a tool, a game. Every completion has one of its own."""
-
-    async def step(self, answer: str) -> Observation:
-        """Takes the policy's answer, and returns what comes of it."""
-
-
 class MultiTurn:
     """The policy and an environment take turns; a completion is the whole conversation behind the prompt."""
 
@@ -79,26 +60,38 @@ class MultiTurn:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_turns: int,
+        name: str = "",
     ) -> None:
         """Makes a rollouter.
 
         Args:
             make_environment: makes the environment of one completion of a group.
             max_turns: most answers of the policy in one conversation.
+            name: dotted name of what makes the environment, for errors; empty is that of the function itself.
         """
         self.make_environment = make_environment
         self.tokenizer = tokenizer
         self.max_turns = max_turns
+        self.name = name or getattr(make_environment, "__qualname__", repr(make_environment))
 
     async def complete(self, group: Group, policy: Policy, sampling: Sampling, seed: int) -> list[Rollout]:
-        """Holds a conversation for each completion; all of them go on at the same time."""
+        """Holds a conversation for each completion; all of them go on at the same time.
+
+        Raises:
+            ConversationError: an environment has failed, or does not keep its contract.
+        """
+        environments = [
+            CheckedEnvironment(self.name, self.make_environment, group) for _ in range(sampling.num_completions)
+        ]
         return await gather_all(
-            self._converse(group, policy, dataclasses.replace(sampling, num_completions=1), f"{seed}/{index}")
-            for index in range(sampling.num_completions)
+            self._converse(environment, policy, dataclasses.replace(sampling, num_completions=1), f"{seed}/{index}")
+            for index, environment in enumerate(environments)
         )
 
-    async def _converse(self, group: Group, policy: Policy, sampling: Sampling, seed: str) -> Rollout:
-        environment = self.make_environment(group)
+    async def _converse(
+        self, environment: CheckedEnvironment, policy: Policy, sampling: Sampling, seed: str
+    ) -> Rollout:
+        group = environment.group
         conversation = Rollout(tokens=(), logprobs=(), truncated=False, weight_version=0, reward=0.0)
         for turn in range(self.max_turns):
             prompt = Prompt(tokens=group.prompt_tokens + conversation.tokens, seed=_seed(f"{seed}/{turn}"))
@@ -109,10 +102,10 @@ class MultiTurn:
                 break
             text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
             observation = await environment.step(text)
-            conversation = _add_reward(conversation, observation.reward, group, turn)
+            conversation = _add_reward(environment, conversation, observation.reward)
             if observation.is_done or turn + 1 == self.max_turns:
                 break
-            tokens = self._observation_tokens(group, observation.messages, sampling.end_tokens)
+            tokens = self._observation_tokens(environment, observation.messages, sampling.end_tokens)
             num_tokens = len(conversation.tokens) + len(tokens)
             if num_tokens >= sampling.max_tokens or len(group.prompt_tokens) + num_tokens >= sampling.max_length:
                 return dataclasses.replace(conversation, truncated=True)
@@ -125,21 +118,49 @@ class MultiTurn:
         return conversation
 
     def _observation_tokens(
-        self, group: Group, messages: tuple[Message, ...], end_tokens: frozenset[int]
+        self, environment: CheckedEnvironment, messages: tuple[Message, ...], end_tokens: frozenset[int]
     ) -> tuple[int, ...]:
         """Token ids behind an answer that ended by itself: the messages, up to where the next answer begins."""
-        if isinstance(group.prompt, str):
+        if not messages:
+            raise environment.error(
+                "step returned an Observation that is not done and has no messages, so the model has nothing to "
+                "answer; give it messages, or is_done=True"
+            )
+        if isinstance(environment.group.prompt, str):
             text = "".join(message.content for message in messages)
         else:
-            turns = [*group.prompt, Message(role="assistant", content=MARK), *messages]
-            conversation_text = self.tokenizer.apply_chat_template(
-                [turn.template_fields() for turn in turns], tokenize=False, add_generation_prompt=True
-            )
-            _, mark, text = str(conversation_text).rpartition(MARK)
-            if not mark:
-                raise RolloutError("the chat template does not print an answer as it is, so nothing can follow it")
+            text = self._rendered_messages(environment, environment.group.prompt, messages)
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return tuple(tokens[1:] if tokens and tokens[0] in end_tokens else tokens)
+
+    def _rendered_messages(
+        self, environment: CheckedEnvironment, prompt: tuple[Message, ...], messages: tuple[Message, ...]
+    ) -> str:
+        """What the chat template prints behind an answer: the messages, and the beginning of the next answer."""
+        turns = [*prompt, Message(role="assistant", content=MARK), *messages]
+        roles = ", ".join(repr(message.role) for message in messages)
+        try:
+            text = self._text_behind_mark(turns)
+            contents = [content for message in messages if (content := message.content.strip())]
+            is_unread = text is not None and bool(contents) and not any(content in text for content in contents)
+            is_unread = is_unread and text == self._text_behind_mark(turns[: len(prompt) + 1])
+        except Exception as error:  # a template raises what it likes of turns that it does not know
+            raise environment.error(
+                f"the chat template refuses messages of the role {roles} here: {type(error).__name__}: {error}"
+            ) from error
+        if text is None:
+            raise environment.error("the chat template does not print an answer as it is, so nothing can follow it")
+        if is_unread:
+            raise environment.error(f"the chat template prints nothing of messages of the role {roles}")
+        return text
+
+    def _text_behind_mark(self, turns: list[Message]) -> str | None:
+        """What the chat template prints behind MARK, for the next answer; None if it does not print MARK."""
+        conversation_text = self.tokenizer.apply_chat_template(
+            [turn.template_fields() for turn in turns], tokenize=False, add_generation_prompt=True
+        )
+        _, mark, text = str(conversation_text).rpartition(MARK)
+        return text if mark else None
 
 
 async def gather_all(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
@@ -165,19 +186,15 @@ def _extend(conversation: Rollout, answer: Rollout, *, is_first: bool) -> Rollou
     )
 
 
-def _add_reward(conversation: Rollout, reward: Any, group: Group, turn: int) -> Rollout:
-    """The conversation with what an environment gave for its newest answer.
+def _add_reward(environment: CheckedEnvironment, conversation: Rollout, reward: float) -> Rollout:
+    """The conversation with what its environment gave for the newest answer.
 
     Raises:
-        RewardError: that is not a number, or the sum is too large for fp32.
+        ConversationError: the sum is too large for fp32.
     """
-    number = to_number(reward)
-    total = math.nan if number is None else (conversation.reward or 0.0) + number
+    total = (conversation.reward or 0.0) + reward
     if not abs(total) <= MAX_REWARD:
-        raise RewardError(
-            f"group {group.id}, answer {turn + 1}: the reward of the environment is {short_repr(reward)}, which "
-            f"makes no sum below {MAX_REWARD:g}"
-        )
+        raise environment.error(f"its rewards add up to {total:g}, and fp32 ends at {MAX_REWARD:g}")
     return dataclasses.replace(conversation, reward=total)
 
 

@@ -126,4 +126,4 @@ def make_rollouter(config: RunConfig, model: LanguageModel) -> Rollouter:
     if environment is None:
         return SingleTurn()
     make_environment = partial(load_function(environment.name, "environment"), **environment.arguments)
-    return MultiTurn(make_environment, model.tokenizer, max_turns=environment.max_turns)
+    return MultiTurn(make_environment, model.tokenizer, max_turns=environment.max_turns, name=environment.name)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
@@ -72,10 +81,10 @@ def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str, *, callable
     if ":" not in name:
         if name not in builtin:
             hint = nearest(name, list(builtin)) if builtin else "; one's own is given as package.module:function"
-            raise ConfigError(f"there is no {purpose} {name!r}{hint}")
             module_name, dot, attribute = name.rpartition(".")
             if dot and all(map(str.isidentifier, name.split("."))):
                 hint = f"; one's own is given as module:name, as {module_name}:{attribute}"
+            raise ConfigError(f"there is no {purpose} {name!r}{hint}")
         target = builtin[name]
     target = load_attribute(target, purpose) if isinstance(target, str) else target
     if callable_only and not callable(target):
@@ -195,6 +204,35 @@ class EnvironmentConfig(Section):
         with as_value_error():
             load_function(name, "environment")
         return name
+
+    @model_validator(mode="after")
+    def _has_its_shape(self) -> Self:
+        """Checks that it can be called with a group, and if it is a class, that its `step` is async."""
+        environment = load_function(self.name, "environment")
+        if signature := _signature_of(environment):
+            try:
+                signature.bind(None, **self.arguments)
+            except TypeError as error:
+                arguments = ", ".join(self.arguments) or "none"
+                raise ValueError(
+                    f"{self.name}{signature} cannot be called with the group and `arguments` ({arguments}): {error}"
+                ) from error
+        if not isinstance(environment, type):
+            return self
+        step = inspect.unwrap(getattr(environment, "step", None))
+        if not callable(step):
+            raise ValueError(f"{self.name} has no method step; write `async def step(self, answer: str)`")
+        if inspect.isfunction(step) and not inspect.iscoroutinefunction(step):
+            raise ValueError(f"{self.name}.step is not async; write `async def step(self, answer: str)`")
+        return self
+
+
+def _signature_of(function: Any) -> inspect.Signature | None:
+    """The signature of a function or class; None if it tells none, as some that are not written in Python."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return None
 
 
 MAX_REWARD = 3.4e38

@@ -33,6 +33,7 @@ ROLLOUTS = {
     "reward": "Reward of a completion: the weighted sum of the scorers' rewards.",
     "reward_std": "Standard deviation of `reward` over the completions of the step.",
     "scores/NAME": "Reward that the scorer NAME gave a completion, before its weight.",
+    "environment/reward": "Reward that the environment gave a completion, added up over its turns.",
     "kl": "Divergence from the reference, in nats per completion: Σ log π − log π_ref of the sampled tokens.",
     "kl_coefficient": "Price of a nat of divergence in this step.",
     "completions/mean_length": "Tokens of a completion.",

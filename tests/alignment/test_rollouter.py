@@ -6,20 +6,26 @@ import asyncio
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from alignment.errors import RewardError
+from alignment.errors import ConfigError, ConversationError
 from alignment.groups import Group, Message
 from alignment.models.load import load_tokenizer
-from alignment.rollout import Prompt, Rollout, Sampling
-from alignment.rollout.rollouter import MultiTurn, Observation, SingleTurn
+from alignment.rollout import Policy, Prompt, Rollout, Sampling
+from alignment.rollout.local import LocalGenerator
+from alignment.rollout.rollouter import MultiTurn, Observation, SingleTurn, gather_all
 from alignment.run_folder import RunFolder
+from alignment.settings.load import check_config
 from alignment.settings.model import ModelConfig
+from alignment.settings.run import RunConfig
 from tests.alignment.test_ppo_run import letters, named, rows_of
 from tests.alignment.test_train import assert_same_run, run
 from tests.conftest import TEXT
@@ -54,6 +60,54 @@ class Endless:
 
     async def step(self, answer: str) -> Observation:
         return Observation(messages=(Message(role="user", content="go on"),), reward=0.5)
+
+
+class Cannot:
+    """Looks at a column that is not kept."""
+
+    def __init__(self, group: Group) -> None:
+        self.number = group.columns["number"]
+
+    async def step(self, answer: str) -> Observation:
+        return Observation(is_done=True)
+
+
+class WithoutArguments:
+    async def step(self, answer: str) -> Observation:
+        return Observation(is_done=True)
+
+
+class WithoutStep:
+    def __init__(self, group: Group) -> None: ...
+
+
+class Synchronous:
+    def __init__(self, group: Group) -> None: ...
+
+    def step(self, answer: str) -> Observation:
+        return Observation(is_done=True)
+
+
+class Returns:
+    """Gives back what it is told to."""
+
+    def __init__(self, group: Group, what: Callable[[], Any]) -> None:
+        self.what = what
+
+    async def step(self, answer: str) -> Any:
+        return self.what()
+
+
+def three(group: Group) -> int:
+    return 3
+
+
+def unknown_role() -> Observation:
+    return Observation(messages=(Message(role="robot", content="Sure?"),))
+
+
+def divides() -> float:
+    return 1 / 0
 
 
 class ScriptedPolicy:
@@ -154,6 +208,106 @@ def test_a_conversation_has_no_more_turns_than_it_may(
     assert len(policy.prompts) == 4 and rollout.reward == 1.0 and rollout.loss_mask[-1]
 
 
+WRONG_ENVIRONMENTS: dict[str, tuple[Callable[..., Any], str]] = {
+    "no arguments": (WithoutArguments, "making it raised TypeError: WithoutArguments() takes no arguments"),
+    "no step": (
+        WithoutStep,
+        "it made a value of type WithoutStep, which has no method step; it needs `async def step(",
+    ),
+    "an int": (three, "it made a value of type int, which has no method step"),
+    "not async": (Synchronous, "step is not async; it returned a value of type Observation. Write `async def step("),
+    "a column": (Cannot, "making it raised KeyError: 'number' ("),
+    "an error": (partial(Returns, what=divides), "step raised ZeroDivisionError: division by zero ("),
+    "a dict": (partial(Returns, what=dict), "step returned a dict, must be an Observation"),
+    "None": (partial(Returns, what=lambda: None), "step returned a NoneType, must be an Observation"),
+    "text": (partial(Returns, what=str), "step returned a str, must be an Observation"),
+    "no message": (
+        partial(Returns, what=Observation),
+        "step returned an Observation that is not done and has no messages",
+    ),
+    "a reward of text": (
+        partial(Returns, what=lambda: Observation(reward="good")),  # type: ignore[arg-type]
+        "step: Observation(reward='good'): must be a finite number",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_ENVIRONMENTS)
+def test_an_environment_that_breaks_its_contract_is_named_with_the_row(
+    kind: str, group: Group, answers: list[tuple[int, ...]], tokenizer: Any
+) -> None:
+    make_environment, problem = WRONG_ENVIRONMENTS[kind]
+    rollouter = MultiTurn(make_environment, tokenizer, max_turns=3, name=f"{__name__}:Own")
+    with pytest.raises(ConversationError) as caught:
+        asyncio.run(rollouter.complete(group, ScriptedPolicy(answers), sampling_of(tokenizer), 5))
+    text = str(caught.value)
+    assert text.startswith(f"rollout.environment '{__name__}:Own', row row: {problem}") and "\n" not in text
+    if kind == "a column":
+        assert "add it to data.keep, as [number] (kept are: none)" in text
+    if kind in ("a column", "an error"):
+        assert re.search(rf"\({re.escape(__file__)}:\d+\)", text)
+
+
+def test_messages_that_the_chat_template_refuses_or_leaves_out_are_named_by_their_role(
+    group: Group, answers: list[tuple[int, ...]], tiny_model: Path
+) -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
+    for otherwise, problem in (
+        ("{{ raise_exception('Only user and assistant!') }}", "the chat template refuses messages of the role 'robot'"),
+        ("", "the chat template prints nothing of messages of the role 'robot'"),
+    ):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }}"
+            f"{{% else %}}{otherwise}{{% endif %}}{{% endfor %}}"
+        )
+        rollouter = MultiTurn(partial(Returns, what=unknown_role), tokenizer, max_turns=3)
+        with pytest.raises(ConversationError, match=f"row row: {re.escape(problem)}"):
+            asyncio.run(rollouter.complete(group, ScriptedPolicy(answers), sampling_of(tokenizer), 5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"reward": "good"}, "Observation(reward='good'): must be a finite number"),
+        ({"reward": None}, "Observation(reward=None): must be a finite number"),
+        ({"reward": math.nan}, "Observation(reward=nan): must be a finite number"),
+        ({"messages": "Sure?"}, "Observation(messages='Sure?'): must be a tuple of messages"),
+        ({"messages": None}, "Observation(messages=None): must be a tuple of messages"),
+        ({"messages": ({"role": "user", "content": "Sure?"},)}, "is a dict, must be a Message("),
+        ({"messages": ("Sure?",)}, "'Sure?' is a str, must be a Message("),
+        ({"messages": (Message(role="user", content=3),)}, "the content 3 of a message must be text"),  # type: ignore[arg-type]
+    ],
+)
+def test_an_observation_is_checked_where_it_is_made(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConversationError, match=re.escape(problem)):
+        Observation(**fields)
+
+
+def test_an_observation_takes_numbers_of_any_kind_and_a_list_of_messages() -> None:
+    message = Message(role="user", content="Sure?")
+    observation = Observation(messages=[message], reward=torch.tensor(0.5))  # type: ignore[arg-type]
+    assert observation == Observation(messages=(message,), reward=0.5)
+
+
+ENVIRONMENT_PROBLEMS = {
+    "WithoutArguments": "WithoutArguments() cannot be called with the group and `arguments` (none): too many",
+    "WithoutStep": "WithoutStep has no method step; write `async def step(",
+    "Synchronous": "Synchronous.step is not async; write `async def step(",
+    "Returns": "cannot be called with the group and `arguments` (none): missing a required argument: 'what'",
+}
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENT_PROBLEMS)
+def test_the_shape_of_an_environment_is_checked_with_the_configuration(
+    environment: str, run_settings: Settings
+) -> None:
+    rollout = {"engine": "local", "environment": {"name": f"{__name__}:{environment}"}}
+    with pytest.raises(ConfigError) as caught:
+        check_config({**run_settings, "algorithm": {"name": "grpo"}, "rollout": rollout}, kind=RunConfig)
+    (problem,) = str(caught.value).splitlines()
+    assert problem.startswith(f"rollout.environment: {__name__}:") and ENVIRONMENT_PROBLEMS[environment] in problem
+
+
 @pytest.fixture
 def brief_model(tiny_model: Path, tmp_path: Path) -> Path:
     """The tiny model with so many end tokens that its answers are short."""
@@ -206,10 +360,40 @@ def test_an_environment_whose_reward_is_no_finite_number_ends_the_run_in_words(
     group: Group, answers: list[tuple[int, ...]], tokenizer: Any, reward: Any
 ) -> None:
     rollouter = MultiTurn(lambda group: SecondQuestion(group, first_reward=reward), tokenizer, max_turns=3)
-    with pytest.raises(RewardError, match="group row, answer 1: the reward of the environment is "):
+    with pytest.raises(ConversationError, match="row row: step: Observation.reward=.* must be a finite number"):
         asyncio.run(rollouter.complete(group, ScriptedPolicy(answers), sampling_of(tokenizer), 5))
 
 
 def test_an_environment_can_be_all_that_gives_rewards(conversations: Settings) -> None:
     line = RunFolder(run({**conversations, "rewards": []}, steps=1)).read_metrics()[-1]
     assert 0 <= line["reward"] <= 10.25
+    assert line["environment/reward"] == pytest.approx(line["reward"])
+
+
+class CountingGenerator(LocalGenerator):
+    """The local engine, with a count of what it has answered."""
+
+    num_answers = 0
+
+    def _sample(self, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        self.num_answers += 1
+        return [Rollout(tokens=(5, 2), logprobs=(-1.0, -1.0), truncated=False, weight_version=0)]
+
+
+def test_after_an_environment_has_failed_hardly_anything_more_is_sampled(group: Group, tokenizer: Any) -> None:
+    generator = CountingGenerator(model=None)  # type: ignore[arg-type]
+    rollouter = MultiTurn(partial(Returns, what=divides), tokenizer, max_turns=3)
+    sampling = sampling_of(tokenizer, num_completions=16)
+
+    async def complete_groups(policy: Policy) -> list[list[Rollout]]:
+        return await gather_all(rollouter.complete(group, policy, sampling, seed) for seed in range(4))
+
+    with pytest.raises(ConversationError):
+        generator.start(complete_groups)
+    assert generator.num_answers < 12, "of 64 completions"
+
+
+def test_a_run_with_a_failing_environment_ends_with_one_sentence(conversations: Settings) -> None:
+    rollout = {**conversations["rollout"], "environment": {"name": f"{__name__}:three"}}
+    with pytest.raises(ConversationError, match=r"rollout\.environment '.*:three', row .*prompts\.jsonl:\d+: it made"):
+        run({**conversations, "rollout": rollout}, steps=1)
