@@ -90,12 +90,14 @@ class RewardFunction(BuildableScorer):
         Raises:
             RewardError: it has a parameter that nothing fills, or a column would fill one that is filled already.
         """
-        arguments = self.arguments(columns)
+        values = dict.fromkeys([*STANDARD_ARGUMENTS, *self.arguments(columns)]) | self.kwargs
         try:
-            self.signature.bind(**dict.fromkeys([*STANDARD_ARGUMENTS, *arguments]), **self.kwargs)
+            self.signature.bind(**values)
         except TypeError as error:
+            unfilled_names = [name for name in _required_parameters(self.signature) if name not in values]
+            hint = f"; add it to data.keep, as [{unfilled_names[0]}], or to kwargs" if unfilled_names else ""
             raise RewardError(
-                f"{error}: the function gets prompts, completions, kwargs, and the columns that data.keep names "
+                f"{error}{hint}: the function gets prompts, completions, kwargs, and the columns that data.keep names "
                 f"({', '.join(sorted(columns)) or 'none'})"
             ) from error
 
@@ -267,6 +269,16 @@ def prompt_of(group: Group) -> str | list[dict[str, Any]]:
 
 async def _await_result(result: Awaitable[Result]) -> Result:
     return await result
+
+
+def _required_parameters(signature: inspect.Signature) -> list[str]:
+    """Names of the parameters without a default."""
+    catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in catch_all
+    ]
 
 
 def _accepts(signature: inspect.Signature, name: str) -> bool:

@@ -312,6 +312,8 @@ def scorer_class(name: str) -> type[ScorerConfig]:
 
 def load_scorers(value: Any) -> Any:
     """The settings of several scorers, each as its own class."""
+    if isinstance(value, str):
+        raise ValueError(f"a list of sections is wanted: write [{{name: {_quoted(value)}}}]")
     return tuple(_load_scorer(item) for item in value) if isinstance(value, list | tuple) else value
 
 
@@ -319,7 +321,14 @@ Scorers = Annotated[tuple[SerializeAsAny[ScorerConfig], ...], BeforeValidator(lo
 """Each with the settings of its own class, which its name decides."""
 
 
+def _quoted(name: str) -> str:
+    """A name as it is written in YAML's flow style: a dotted one in quotes."""
+    return f'"{name}"' if ":" in name else name
+
+
 def _load_scorer(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"a section is wanted: write {{name: {_quoted(value)}}}")
     if not isinstance(value, dict):
         return value
     if not isinstance(value.get("name"), str):

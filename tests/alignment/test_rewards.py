@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -179,7 +180,8 @@ def test_numbers_of_any_kind_are_taken() -> None:
 
 
 def test_a_function_that_needs_a_column_says_which() -> None:
-    with pytest.raises(RewardError, match=r"scorer distance: missing a required argument: 'answer'.*data.keep"):
+    problem = "scorer distance: missing a required argument: 'answer'; add it to data.keep, as [answer], or to kwargs: "
+    with pytest.raises(RewardError, match=re.escape(problem)):
         rewards_of({"name": here(distance), "kwargs": {"factor": 1}}).score([group("3", other=1)])
 
 
@@ -545,6 +547,8 @@ def problems(*scorers: Any) -> list[str]:
         ({"name": "lenght", "target": 3}, "rewards: there is no scorer 'lenght'; did you mean 'length'?"),
         ({"name": "zzzz"}, f"rewards: there is no scorer 'zzzz'; known are {', '.join(scorer_names())}"),
         ({"target": 3}, "rewards: needs a name: "),
+        ("length", "rewards: a section is wanted: write {name: length}"),
+        ("my.own:function", 'rewards: a section is wanted: write {name: "my.own:function"}'),
         ({"name": "no.such:thing"}, "rewards: scorer 'no.such:thing' cannot be imported: No module named 'no'"),
         ({"name": "json:nothing"}, "rewards: scorer 'json:nothing' cannot be imported: "),
         ({"name": ":nothing"}, "rewards: scorer ':nothing' cannot be imported: "),
