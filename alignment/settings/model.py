@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from alignment.settings.explain import nearest
-from alignment.settings.plugins import builtin_attentions, load_attention
+from alignment.settings.plugins import builtin_attentions, hint_for, load_attention
 from alignment.settings.section import NumberFormat, Positive, PositiveCount, Section, as_value_error
 
 
@@ -69,7 +68,7 @@ class ModelConfig(Section):
     def _known_attention(cls, name: str) -> str:
         if name not in (builtin := ["auto", *builtin_attentions()]):
             if ":" not in name:
-                raise ValueError(f"there is no attention {name!r}{nearest(name, builtin)}")
+                raise ValueError(f"there is no attention {name!r}{hint_for(name, builtin)}")
             with as_value_error():
                 load_attention(name)
         return name

@@ -65,6 +65,14 @@ def load_attribute(name: str, purpose: str) -> Any:
         raise ConfigError(f"{purpose} {name!r} cannot be imported: {kind}{': ' if kind else ''}{error}") from error
 
 
+def hint_for(name: str, known_names: list[str]) -> str:
+    """What an unknown name may have meant, as the end of a sentence."""
+    module_name, dot, attribute = name.rpartition(".")
+    if dot and all(map(str.isidentifier, name.split("."))):
+        return f"; one's own is given as module:name, as {module_name}:{attribute}"
+    return nearest(name, known_names) if known_names else "; one's own is given as package.module:function"
+
+
 def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str, *, callable_only: bool = False) -> Any:
     """Finds what a name in a configuration stands for.
 
@@ -80,10 +88,7 @@ def load_plugin(name: str, builtin: Mapping[str, Any], purpose: str, *, callable
     target: Any = name
     if ":" not in name:
         if name not in builtin:
-            hint = nearest(name, list(builtin)) if builtin else "; one's own is given as package.module:function"
-            module_name, dot, attribute = name.rpartition(".")
-            if dot and all(map(str.isidentifier, name.split("."))):
-                hint = f"; one's own is given as module:name, as {module_name}:{attribute}"
+            hint = hint_for(name, list(builtin))
             raise ConfigError(f"there is no {purpose} {name!r}{hint}")
         target = builtin[name]
     target = load_attribute(target, purpose) if isinstance(target, str) else target
