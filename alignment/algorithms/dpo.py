@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Literal, Self, cast
 
 import torch
-from pydantic import ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from alignment.algorithms import ReferencedAlgorithm, check_preference
@@ -16,7 +15,7 @@ from alignment.groups import Group
 from alignment.losses.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, Side
 from alignment.losses.trial import check_losses, try_preference_loss
 from alignment.settings.plugins import load_plugin
-from alignment.settings.section import NonNegative, Positive, as_value_error
+from alignment.settings.section import NonNegative, Positive, as_value_error, problem_of_key
 
 
 class DPO(ReferencedAlgorithm):
@@ -61,9 +60,7 @@ class DPO(ReferencedAlgorithm):
                 try:
                     try_preference_loss(name, preference_loss(name), beta=self.beta)
                 except ConfigError as error:
-                    problem = PydanticCustomError("loss", "{problem}", {"problem": str(error)})
-                    details = InitErrorDetails(type=problem, loc=("loss_type",), input=self.loss_weights)
-                    raise ValidationError.from_exception_data(type(self).__name__, [details]) from error
+                    raise problem_of_key(type(self), "loss_type", str(error), self.loss_weights) from error
         return self
 
     @property

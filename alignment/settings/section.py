@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from alignment.errors import ConfigError
 from alignment.settings.old_names import with_new_names
@@ -55,6 +56,14 @@ def as_value_error() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ValueError(str(error)) from error
+
+
+def problem_of_key(kind: type[Section], key: str, problem: str, value: Any) -> ValidationError:
+    """The error of a key's value that only the whole section shows to be wrong."""
+    details = InitErrorDetails(
+        type=PydanticCustomError("key", "{problem}", {"problem": problem}), loc=(key,), input=value
+    )
+    return ValidationError.from_exception_data(kind.__name__, [details])
 
 
 def _is_number(annotation: Any) -> bool:
