@@ -74,7 +74,7 @@ class CheckedEnvironment:
             ConversationError: the environment raised an error, or returned something else than an Observation.
         """
         try:
-            observation = self.environment.step(answer)
+            observation: Any = self.environment.step(answer)
             is_async = inspect.isawaitable(observation)
             if is_async:
                 observation = await observation

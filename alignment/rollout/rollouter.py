@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment.errors import RolloutError
 from alignment.groups import Group, Message
 from alignment.rollout import Policy, Prompt, Rollout, Sampling
 from alignment.rollout.conversation import CheckedEnvironment

@@ -224,9 +224,10 @@ class EnvironmentConfig(Section):
                 ) from error
         if not isinstance(environment, type):
             return self
-        step = inspect.unwrap(getattr(environment, "step", None))
+        step = getattr(environment, "step", None)
         if not callable(step):
             raise ValueError(f"{self.name} has no method step; write `async def step(self, answer: str)`")
+        step = inspect.unwrap(step)
         if inspect.isfunction(step) and not inspect.iscoroutinefunction(step):
             raise ValueError(f"{self.name}.step is not async; write `async def step(self, answer: str)`")
         return self

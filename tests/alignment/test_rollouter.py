@@ -360,7 +360,7 @@ def test_an_environment_whose_reward_is_no_finite_number_ends_the_run_in_words(
     group: Group, answers: list[tuple[int, ...]], tokenizer: Any, reward: Any
 ) -> None:
     rollouter = MultiTurn(lambda group: SecondQuestion(group, first_reward=reward), tokenizer, max_turns=3)
-    with pytest.raises(ConversationError, match="row row: step: Observation.reward=.* must be a finite number"):
+    with pytest.raises(ConversationError, match=r"row row: step: Observation.reward=.* must be a finite number"):
         asyncio.run(rollouter.complete(group, ScriptedPolicy(answers), sampling_of(tokenizer), 5))
 
 
