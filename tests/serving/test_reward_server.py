@@ -135,7 +135,7 @@ def test_concurrent_requests_get_their_own_answers(server: Running) -> None:
 
 
 def test_an_item_that_cannot_be_rated_fails_alone_with_a_code(server: Running) -> None:
-    reply = server.post(items("paris", "so " * 80, "lyon"))
+    reply = server.post(items(" paris", " so" * 80, " lyon"))
     assert reply.status_code == 200
     first, second, third = reply.json()["items"]
     assert second == {"id": "1", "error": "too_long"}
