@@ -224,12 +224,8 @@ class StoredFolders:
                 continue
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             self._download(f"{name}/{file}", folder / file)
-            size = (folder / file).stat().st_size
-            if size != entry["bytes"]:
-                raise self._damage(name, f"{file} has {size} bytes instead of {entry['bytes']}")
-            with (folder / file).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
-                    raise self._damage(name, f"the content of {file} has changed")
+            if damage := ModelFolder(folder).damage_of(file, entry):
+                raise self._damage(name, damage)
         if only_model:
             (folder / MANIFEST).unlink()
             (folder / COMMITTED).unlink()

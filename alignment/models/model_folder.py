@@ -182,17 +182,27 @@ class ModelFolder:
         if hashlib.sha256(manifest).hexdigest() != commit_mark.strip():
             raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} is not the one that was committed")
         for name, entry in json.loads(manifest).items():
-            file = folder / name
-            if not file.is_file():
-                raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-            if (size := file.stat().st_size) != entry["bytes"]:
-                raise CheckpointError(
-                    f"checkpoint {folder} is damaged: {name} has {size} bytes instead of {entry['bytes']}"
-                )
-            if only_model and name.startswith(TRAINER):
-                continue
-            if (_sha256_once(file) if only_model else _sha256(file)) != entry["sha256"]:
-                raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
+            only_size = only_model and name.startswith(TRAINER)
+            if damage := self.damage_of(name, entry, only_size=only_size, reads_once=only_model):
+                raise CheckpointError(f"checkpoint {folder} is damaged: {damage}")
+
+    def damage_of(
+        self, name: str, entry: dict[str, Any], *, only_size: bool = False, reads_once: bool = False
+    ) -> str | None:
+        """Says how a file differs from its entry in the manifest; None if it does not.
+
+        Args:
+            only_size: whether to leave the content unread.
+            reads_once: whether this process reads an unchanged file only once, however often it is compared.
+        """
+        file = self.path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != entry["bytes"]:
+            return f"{name} has {size} bytes instead of {entry['bytes']}"
+        if not only_size and (_sha256_once(file) if reads_once else _sha256(file)) != entry["sha256"]:
+            return f"the content of {name} has changed"
+        return None
 
     def commit(self) -> str:
         """Writes the manifest of the files and the commit mark, and flushes everything to the disk.
