@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from alignment.errors import RewardError
-from alignment.settings.plugins import MAX_REWARD, ScorerConfig
+from alignment.settings.plugins import ScorerConfig
+from alignment.settings.section import MAX_REWARD
 
 if TYPE_CHECKING:  # configurations are checked by processes that need no torch
     import torch

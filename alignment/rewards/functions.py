@@ -47,8 +47,8 @@ from alignment.rewards import (
     short_repr,
     to_number,
 )
-from alignment.settings.plugins import MAX_REWARD, Fp32Number, load_function
-from alignment.settings.section import Positive
+from alignment.settings.plugins import load_function
+from alignment.settings.section import MAX_REWARD, Fp32Number, Positive
 
 if TYPE_CHECKING:
     import torch

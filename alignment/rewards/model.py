@@ -15,8 +15,7 @@ from alignment.rewards import BuildableScorer, UnreadableTexts
 from alignment.run_folder import checkpoint_or_path
 from alignment.settings.data import DataConfig
 from alignment.settings.model import ModelConfig
-from alignment.settings.plugins import Fp32Number
-from alignment.settings.section import NumberFormat, PositiveCount
+from alignment.settings.section import Fp32Number, NumberFormat, PositiveCount
 
 if TYPE_CHECKING:  # a configuration with a reward model is checked by processes that need no torch
     import torch

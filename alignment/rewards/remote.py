@@ -23,8 +23,7 @@ from pydantic_core import PydanticSerializationError
 from alignment.errors import ConfigError, RewardError
 from alignment.rewards import BuildableScorer, Reward, UnreadableTexts
 from alignment.rewards.functions import EventLoopThread, prompt_of
-from alignment.settings.plugins import MAX_REWARD, Fp32Number
-from alignment.settings.section import NonNegative, Positive, PositiveCount
+from alignment.settings.section import MAX_REWARD, Fp32Number, NonNegative, Positive, PositiveCount
 
 if TYPE_CHECKING:
     import torch

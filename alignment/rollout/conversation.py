@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from alignment.errors import ConversationError
 from alignment.groups import Group, Message
 from alignment.rewards import short_repr, to_number
-from alignment.settings.plugins import MAX_REWARD
+from alignment.settings.section import MAX_REWARD
 
 CONTRACT = "`async def step(self, answer: str) -> Observation`"
 

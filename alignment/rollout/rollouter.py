@@ -20,7 +20,7 @@ from alignment.rollout import Policy, Prompt, Rollout, Sampling
 from alignment.rollout.conversation import CheckedEnvironment
 from alignment.rollout.conversation import Environment as Environment
 from alignment.rollout.conversation import Observation as Observation
-from alignment.settings.plugins import MAX_REWARD
+from alignment.settings.section import MAX_REWARD
 
 Result = TypeVar("Result")
 MARK = "\u2042answer\u2042"
@@ -38,7 +38,7 @@ class Rollouter(Protocol):
 
         Raises:
             RolloutError: they could not be made.
-            RewardError: an environment gave a reward that is no finite number.
+            ConversationError: an environment has failed, or does not keep its contract.
         """
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -22,7 +21,7 @@ from pydantic import (
 
 from alignment.errors import ConfigError
 from alignment.settings.explain import explain, nearest
-from alignment.settings.section import Positive, PositiveCount, Section, as_value_error
+from alignment.settings.section import Fp32Number, Positive, PositiveCount, Section, as_value_error
 
 TRANSFER_METHODS = ("send", "clear", "sweep", "receive", "adapter_folder")
 """The methods of `alignment.rollout.transfer.WeightTransfer`, whose import needs torch."""
@@ -239,24 +238,6 @@ def _signature_of(function: Any) -> inspect.Signature | None:
         return inspect.signature(function)
     except ValueError:
         return None
-
-
-MAX_REWARD = 3.4e38
-"""Largest absolute value of a reward, because rewards become fp32."""
-
-
-def fit_fp32(number: float) -> float:
-    """Returns a number that fp32 holds.
-
-    Raises:
-        ValueError: it is too large.
-    """
-    if abs(number) > MAX_REWARD:
-        raise ValueError(f"Input should be a number within fp32, which ends at {MAX_REWARD:g}")
-    return number
-
-
-Fp32Number = Annotated[float, AfterValidator(fit_fp32)]
 
 
 class ScorerConfig(Section):

@@ -6,7 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from alignment.errors import ConfigError
@@ -18,6 +27,22 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 NumberFormat = Literal["auto", "bf16", "fp32"]
+MAX_REWARD = 3.4e38
+"""Largest absolute value of a reward, because rewards become fp32."""
+
+
+def fit_fp32(number: float) -> float:
+    """Returns a number that fp32 holds.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if abs(number) > MAX_REWARD:
+        raise ValueError(f"Input should be a number within fp32, which ends at {MAX_REWARD:g}")
+    return number
+
+
+Fp32Number = Annotated[float, AfterValidator(fit_fp32)]
 
 
 class Section(BaseModel):

@@ -9,9 +9,7 @@ from alignment.data.rows.fields import RowFields
 from alignment.data.rows.messages import Prompt, as_boolean, is_cut_off
 from alignment.errors import DataError, WithoutWeight
 from alignment.groups import Completion, Group, Message
-
-FLT_MAX = 3.4e38
-"""Largest absolute value of a reward, because rewards become fp32."""
+from alignment.settings.section import MAX_REWARD
 
 
 def make_group(
@@ -54,7 +52,7 @@ def read_rewards(fields: RowFields, count: int) -> list[float | None]:
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise DataError(f"rewards must be a list of {count} numbers, one per completion")
     for reward in rewards:
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= FLT_MAX:
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD:
             raise DataError(f"reward {reward!r:.50} is not a finite number")
     return [float(reward) for reward in rewards]
 

@@ -6,9 +6,7 @@ A new shape is one file in this folder with an entry in its `SHAPES`.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Collection
-from pathlib import Path
 
 from alignment.data.files import Row
 from alignment.data.rows.cells import TrackedRow, kept_columns
@@ -19,7 +17,7 @@ from alignment.data.rows.template_inputs import add_system_turn, read_template_k
 from alignment.errors import DataError
 from alignment.groups import Group
 from alignment.settings.data import SourceConfig
-from alignment.settings.plugins import load_function
+from alignment.settings.plugins import load_attribute, load_function, names_in_folder
 
 __all__ = ["SHAPES", "RowShape", "TrackedRow", "has_equal_scores", "has_unreadable_scores", "to_group"]
 
@@ -98,8 +96,8 @@ def _read_by_function(name: str, row: Row, origin: str) -> Group:
 def _builtin_shapes() -> dict[str, RowShape]:
     """The entries of `SHAPES` in the modules of this folder, in the order of their ranks."""
     shapes: dict[str, RowShape] = {}
-    for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        shapes |= importlib.import_module(f"{__name__}.{path.stem}").SHAPES
+    for name in names_in_folder("data/shapes", "SHAPES").values():
+        shapes |= load_attribute(name, "shape")
     return dict(sorted(shapes.items(), key=lambda entry: entry[1].rank))
 
 

@@ -101,22 +101,21 @@ def answering_model(name: str, request: Request, context: IngressContext) -> Mod
     Raises:
         RequestError: 404, there is no model of this name.
     """
-    try:
-        model = context.models.answering(name)
-    except UnknownModel as error:
-        raise RequestError(404, str(error), code="model_not_found", param="model") from error
+    model = find_answering(name, context)
     request.scope["state"]["model"] = model.id
     return model
 
 
-def check_answering(name: str | None, context: IngressContext) -> None:
-    """Checks that requests for a name are answered here; None names nothing.
+def find_answering(name: str, context: IngressContext) -> ModelContext:
+    """Returns the same model; the request is not counted as its own.
 
     Raises:
         RequestError: 404, there is no model of this name.
     """
-    if name is not None and name not in context.models.names:
-        raise RequestError(404, str(UnknownModel(name, context.models.names)), code="model_not_found", param="model")
+    try:
+        return context.models.answering(name)
+    except UnknownModel as error:
+        raise RequestError(404, str(error), code="model_not_found", param="model") from error
 
 
 async def chosen_model(request: Request, context: Context, name: ModelQuery = None) -> ModelContext:

@@ -44,8 +44,8 @@ from serving.http.routes import (
     ModelContext,
     ParsedBodyRoute,
     ResponseModel,
-    check_answering,
     choose_model,
+    find_answering,
     key_of,
     parsed_body,
 )
@@ -355,7 +355,8 @@ async def export(
 
     Where the endpoint has several models, each row says by its `model` which of them answered.
     """
-    check_answering(model, context)
+    if model is not None:
+        find_answering(model, context)
     names_model = len(context.models) > 1
     query = partial(context.store.export, after_id=after_id, limit=limit, model=model, names_model=names_model)
     return TrainingRows(await read_store(query))
@@ -364,8 +365,9 @@ async def export(
 @router.get("/v1/feedback/statistics", tags=["labeller"], response_model=Statistics)
 async def statistics(request: Request, context: Context, model: RecordedModel = None) -> Response:
     """Returns how much feedback there is, and how far people agree. Of several models, one has to be named."""
-    check_answering(model, context)
-    if model is None and len(context.models) > 1:
+    if model is not None:
+        find_answering(model, context)
+    elif len(context.models) > 1:
         choose_model(None, request, context)  # versions of several models have the same numbers
     return JSONResponse(asdict(await read_store(partial(context.store.statistics, model=model))))
 
