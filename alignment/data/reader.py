@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from alignment.algorithms import Algorithm
 from alignment.data.chat import GroupTokenizer
 from alignment.data.rows.messages import find_message_columns
-from alignment.data.shapes import TrackedRow, has_equal_scores, has_unreadable_scores, to_group
+from alignment.data.shapes import TrackedRow, has_equal_scores, has_unknown_ends, has_unreadable_scores, to_group
 from alignment.data.sources import read_rows
 from alignment.errors import DataError, NoPreference, RewardError
 from alignment.groups import Group
@@ -52,6 +52,7 @@ class GroupReader:
         self.rewards = rewards
         self.eval_rewards = eval_rewards
         self.num_rows = self.num_bad = self.num_long = self.num_equal_scores = self.num_unreadable_scores = 0
+        self.num_unknown_ends = 0
         self.empty_sources: list[str] = []
         """Paths of the sources that were read to their end and gave no usable group."""
         self.skipped_counts: Counter[str] = Counter()
@@ -88,6 +89,7 @@ class GroupReader:
                 self._check_columns(group, source)
                 self.num_equal_scores += bool(group.pairs) and has_equal_scores(row)
                 self.num_unreadable_scores += bool(group.pairs) and has_unreadable_scores(row)
+                self.num_unknown_ends += has_unknown_ends(row)
                 if self._too_many_characters(group):
                     self.num_long += 1
                     continue
@@ -152,6 +154,8 @@ class GroupReader:
             text += f", {self.num_equal_scores} whose chosen and rejected have equal scores"
         if self.num_unreadable_scores:
             text += f", {self.num_unreadable_scores} whose scores of chosen and rejected are no numbers"
+        if self.num_unknown_ends:
+            text += f", {self.num_unknown_ends} of an export without finish_reasons, learned without an end token"
         if self.num_bad:
             text += f", {self.num_bad} bad ones skipped (the first: {self.first_bad[0]}; all in {self.bad_rows})"
         if self.unread_columns:

@@ -690,6 +690,15 @@ def test_what_was_cut_off_is_said_for_each_of_several_answers() -> None:
     assert [completion.truncated for completion in group_of(row).completions] == [True, False, False]
 
 
+def test_an_export_that_does_not_say_how_answers_ended_teaches_no_end() -> None:
+    row = {"prompt": "p", "completions": ["x", "y"], "rewards": [1.0, 0.0]}
+    export = row | {"labeller": "anna", "kind": "choice", "versions": [1, 1]}
+    assert [completion.truncated for completion in group_of(export).completions] == [True, True]
+    ends = export | {"finish_reasons": ["stop", None]}
+    assert [completion.truncated for completion in group_of(ends).completions] == [False, False]
+    assert [completion.truncated for completion in group_of(row).completions] == [False, False]
+
+
 def test_kept_columns_of_a_table_are_what_their_text_stands_for() -> None:
     cells = {
         "a": "72", "b": "1.5", "c": "True", "d": "false", "e": '["x", 2]', "f": "007", "g": "1e5", "h": "1,000",

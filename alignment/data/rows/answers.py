@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alignment.data.rows.cells import parse_json_text, read_number
+from alignment.data.rows.checks import ENDS, has_unknown_ends
 from alignment.data.rows.fields import RowFields
 from alignment.data.rows.messages import Prompt, as_boolean, is_cut_off
 from alignment.errors import DataError, WithoutWeight
@@ -75,8 +76,11 @@ def read_label(fields: RowFields) -> float | None:
 
 
 def read_truncations(fields: RowFields, count: int) -> list[bool]:
-    """For each answer, whether it was cut off when it was sampled, by `truncated` or `finish_reason`."""
-    for field in ("truncated", "finish_reason", "finish_reasons", "stop_reason"):
+    """For each answer, whether it was cut off when it was sampled, by `truncated` or `finish_reason`.
+
+    A row of an endpoint's export without them counts as cut off: what has no end token teaches no wrong end.
+    """
+    for field in ENDS:
         if not fields.has_field(field):
             continue
         value = parse_json_text(fields.value(field))
@@ -87,4 +91,4 @@ def read_truncations(fields: RowFields, count: int) -> list[bool]:
         if count > 1 and any(flags) and not isinstance(value, list | tuple):
             raise DataError(f"{field} is {value!r}, which does not say of which of the {count} answers; give a list")
         return flags
-    return [False] * count
+    return [has_unknown_ends(fields.row)] * count

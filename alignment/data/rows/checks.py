@@ -17,6 +17,10 @@ SCORES = tuple(
     for name in (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}", f"{{}}_avg_{word}")
 )
 """Pairs of columns that hold the scores of a pair's two answers."""
+EXPORT = ("completions", "labeller", "kind", "versions")
+"""Columns of every row that an endpoint exports; since it keeps finish reasons, `finish_reasons` is one too."""
+ENDS = ("truncated", "finish_reason", "finish_reasons", "stop_reason")
+"""Columns that say whether an answer was cut off when it was sampled."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -69,6 +73,11 @@ def has_equal_scores(row: Row) -> bool:
 def has_unreadable_scores(row: Row) -> bool:
     """True if chosen and rejected have scores that are no finite numbers, so that they cannot be compared."""
     return any(None in pair for pair in _all_score_pairs(row))
+
+
+def has_unknown_ends(row: Row) -> bool:
+    """True for a row of an endpoint's export from before it said how the answers ended."""
+    return all(column in row for column in EXPORT) and not any(row.get(column) is not None for column in ENDS)
 
 
 def _score_pairs(row: Row) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from alignment.data.files import Row
 from alignment.data.rows.cells import TrackedRow, kept_columns
-from alignment.data.rows.checks import check_columns, has_equal_scores, has_unreadable_scores
+from alignment.data.rows.checks import check_columns, has_equal_scores, has_unknown_ends, has_unreadable_scores
 from alignment.data.rows.fields import RowFields
 from alignment.data.rows.shape import RowShape
 from alignment.data.rows.template_inputs import add_system_turn, read_template_kwargs, read_tools
@@ -19,7 +19,15 @@ from alignment.groups import Group
 from alignment.settings.data import SourceConfig
 from alignment.settings.plugins import load_attribute, load_function, names_in_folder
 
-__all__ = ["SHAPES", "RowShape", "TrackedRow", "has_equal_scores", "has_unreadable_scores", "to_group"]
+__all__ = [
+    "SHAPES",
+    "RowShape",
+    "TrackedRow",
+    "has_equal_scores",
+    "has_unknown_ends",
+    "has_unreadable_scores",
+    "to_group",
+]
 
 
 def to_group(row: Row, origin: str, source: SourceConfig, *, message_columns: Collection[str] | None = None) -> Group:
