@@ -96,11 +96,21 @@ def test_an_algorithm_needs_torch_and_pydantic_alone(path: Path) -> None:
     assert packages_of(path, inside_functions=True) - sys.stdlib_module_names <= known
 
 
+def loaded_with(*modules: str) -> set[str]:
+    """Names of all modules that a process has loaded that imports these."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(process.stdout.split())
+
+
 def test_what_runs_first_loads_neither_torch_nor_transformers_nor_ray() -> None:
-    code = f"import sys, {', '.join(LIGHT)}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     heavy = {"torch", "transformers", "datasets", "ray", "vllm", "deepspeed", "fastapi", "numpy"}
-    assert not heavy & set(done.stdout.split())
+    assert not heavy & loaded_with(*LIGHT)
+
+
+def test_what_starts_an_endpoint_and_reads_its_requests_loads_neither_torch_nor_transformers() -> None:
+    heavy = {"torch", "transformers", "datasets", "vllm", "deepspeed"}
+    assert not heavy & loaded_with("serving.app", "serving.http.ingress")
 
 
 def test_this_test_sees_imports_wherever_they_hide() -> None:

@@ -9,10 +9,10 @@ such rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def install() -> None:
@@ -37,6 +37,8 @@ def zero_blocks(runner: Any, block_ids: list[int]) -> None:
         runner: vLLM's `CPUModelRunner`.
         block_ids: indices of the blocks that requests are about to use.
     """
+    import torch
+
     num_blocks = runner.kv_cache_config.num_blocks
     rows = torch.tensor(block_ids)
     for cache in _attention_caches(runner):
@@ -46,6 +48,7 @@ def zero_blocks(runner: Any, block_ids: list[int]) -> None:
 
 def _attention_caches(runner: Any) -> Iterator[Tensor]:
     """Yields the caches of the layers with attention, each once. Their first dimension counts blocks."""
+    from torch import Tensor
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     addresses: set[int] = set()
