@@ -28,6 +28,7 @@ from alignment.vllm.arguments import (
     adapter_arguments,
     engine_environment,
     forbid_usage_reports,
+    load_vllm,
     shared_arguments,
     transfer_arguments,
     use_one_process,
@@ -324,6 +325,7 @@ def _setting_names(settings: RolloutEngineSettings) -> SettingNames:
 
 def _start_vllm(settings: RolloutEngineSettings, log: StartLog) -> AsyncLLM:
     """Starts vLLM's engine."""
+    load_vllm()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -24,6 +24,7 @@ from ray import serve
 
 from alignment.errors import AlignmentError, ServingError
 from alignment.start_failure import StartLog
+from alignment.vllm.arguments import load_vllm
 from serving.registry.served_model import served_version
 from serving.registry.state import State
 from serving.registry.versions import Registry
@@ -155,6 +156,7 @@ class Engine:
         Raises:
             ServingError: vLLM does not start, or its weights overflow; the message says why.
         """
+        load_vllm()
         from ray.serve.llm.deployment import LLMServer
 
         with StartLog() as log:
