@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,13 +32,14 @@ from alignment.models.load import LanguageModel, load_model
 from alignment.models.roles import ActorWeights
 from alignment.rollout import Prompt, Rollout, Sampling, Weights
 from alignment.rollout.pool import EnginePool
-from alignment.rollout.transfer import WeightUpdate
-from alignment.rollout.transfer.files import FileWeightTransfer
+from alignment.rollout.transfer import EngineLocations, WeightUpdate
+from alignment.rollout.transfer.files import FileWeightTransfer, local_directories
 from alignment.settings.data import DataConfig
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import OptimConfig, RolloutConfig
 from alignment.vllm.engine import RolloutEngine, RolloutEngineSettings, seed_of
-from alignment.vllm.local import local_generator
+from alignment.vllm.local import LOCAL, local_generator
+from tests.alignment.bytes_transfer import FOLDER, BytesTransfer
 from tests.conftest import make_tokenizer
 from tests.processes import engine_processes
 from tests.rollouts import submit
@@ -149,17 +152,29 @@ class Pair:
 
 @pytest.fixture(scope="module", params=["tied", "untied", "adapter"])
 def pair(request: pytest.FixtureRequest, models: dict[bool, Path]) -> Iterator[Pair]:
-    folder = models[request.param != "untied"]
+    """The engine with an untied head gets its weights as bytes, the others as files."""
+    untied = request.param == "untied"
     lora = LoraConfig(rank=4, alpha=8.0) if request.param == "adapter" else None
-    config = ModelConfig(path=str(folder), dtype="fp32", lora=lora)
+    config = ModelConfig(path=str(models[not untied]), dtype="fp32", lora=lora)
+    settings = settings_of(config)
     before = set(engine_processes())
-    engine = local_generator(settings_of(config))
+    engine = local_generator(with_bytes(settings) if untied else settings)
     found = Pair(Trainer.of(config), engine)
     found.sync()
     yield found
     engine.close()
     assert set(engine_processes()) <= before
-    assert not list(Path("/dev/shm").glob(f"{engine.transfer.name}-*"))
+    assert not files_of_weights()
+
+
+def with_bytes(settings: RolloutEngineSettings) -> RolloutEngineSettings:
+    rollout = settings.rollout.model_copy(update={"weight_transfer": "tests.alignment.bytes_transfer:BytesTransfer"})
+    return dataclasses.replace(settings, rollout=rollout)
+
+
+def files_of_weights() -> list[Path]:
+    """What this process has written for its engines."""
+    return [path for folder in local_directories() for path in folder.glob(f"{LOCAL}{os.getpid()}*")]
 
 
 def test_after_every_sync_engine_and_trainer_say_the_same(pair: Pair) -> None:
@@ -280,6 +295,30 @@ def test_a_sender_that_fails_half_way_leaves_nothing_to_draw_from(pair: Pair) ->
     assert_equal_within_rounding(pair.trainer.mismatch(submit(pair.engine, PROMPTS, sampling())()))
 
 
+@pytest.mark.parametrize("pair", ["untied", "adapter"], indirect=True)
+def test_an_engine_says_what_the_trainer_says_with_weights_that_never_were_files_of_the_trainer(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slot,) = pair.engine.slots
+    assert isinstance(slot.handle, RolloutEngine)
+    if slot.handle.settings.model.lora is not None:  # only all weights need a transfer that the engine knows of
+        pair.engine.transfer.clear()
+        settings = with_bytes(slot.handle.settings)
+        bytes_transfer = settings.transfer_class("bytes", EngineLocations(are_here=lambda: True))
+        monkeypatch.setattr(slot.handle, "settings", settings)
+        monkeypatch.setattr(pair.engine, "transfer", bytes_transfer)
+    assert isinstance(pair.engine.transfer, BytesTransfer)
+    num_updates = pair.engine.transfer.num_updates
+    for num_syncs in (1, 2):
+        pair.sync()
+        rollouts = submit(pair.engine, PROMPTS, sampling())()
+        assert {rollout.weight_version for group in rollouts for rollout in group} == {pair.trainer.version}
+        assert_equal_within_rounding(pair.trainer.mismatch(rollouts))
+        assert pair.engine.transfer.num_updates == num_updates + num_syncs
+    assert not files_of_weights()
+    shutil.rmtree(FOLDER / str(os.getpid()), ignore_errors=True)
+
+
 class Damaging(FileWeightTransfer):
     """Loses the last file of what it writes."""
 
@@ -322,17 +361,6 @@ def test_an_engine_that_is_killed_is_replaced_and_every_prompt_is_answered(pair:
     assert {rollout.weight_version for each in drawn for rollout in each} == {pair.trainer.version}
     assert_equal_within_rounding(pair.trainer.mismatch(drawn))
     assert process not in engine_processes()
-
-
-def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(models: dict[bool, Path]) -> None:
-    """A processor with AMX kills a process that multiplies tiles unasked, as vLLM's attention does."""
-    config = ModelConfig(path=str(models[True]), dtype="bf16")
-    with contextlib.closing(local_generator(settings_of(config))) as engine:
-        engine.load(Trainer.of(config).weights())
-        processes = set(engine_processes())
-        (drawn,) = submit(engine, [Prompt(tokens=(20,), seed=1)], sampling(num_completions=2))()
-        assert len(drawn) == 2
-        assert set(engine_processes()) == processes, "the engine was replaced"
 
 
 WITHOUT_TYING = """

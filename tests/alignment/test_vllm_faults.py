@@ -213,8 +213,9 @@ def test_an_engine_that_dies_while_it_starts_is_an_error_at_once(tmp_path: Path)
 
 
 ENGINE_OF_BARE_CODE = """
-import importlib.metadata, sys
+import importlib.metadata, json, sys
 from pathlib import Path
+import psutil
 
 if __name__ == "__main__":
     assert not [each for each in importlib.metadata.distributions() if each.metadata["Name"] == "raylign"]
@@ -228,22 +229,27 @@ if __name__ == "__main__":
         version = 7
         def named_weights(self):
             from safetensors.torch import load_file
-            yield from load_file(Path(sys.argv[1]) / "model.safetensors").items()
+            for name, weight in load_file(Path(sys.argv[1]) / "model.safetensors").items():
+                yield name, weight.bfloat16()
 
-    model, rollout = ModelConfig(path=sys.argv[1], dtype="fp32"), RolloutConfig(kv_cache_gib=0.05)
+    model, rollout = ModelConfig(path=sys.argv[1], dtype="bf16"), RolloutConfig(kv_cache_gib=0.05)
     settings = RolloutEngineSettings.for_run(model, rollout, max_length=96, device="cpu", threads=1)
     pool = local_generator(settings)
     pool.load(Whole())
-    sampling = Sampling(num_completions=1, max_tokens=2, max_length=96, temperature=1.0)
-    (rollout,) = pool.start(lambda policy: policy.generate(Prompt(tokens=(20, 21), seed=1), sampling))()
-    print("VERSION", rollout.weight_version)
+    before = [each.pid for each in psutil.Process().children()]
+    sampling = Sampling(num_completions=2, max_tokens=12, max_length=96, temperature=1.0)
+    rollouts = pool.start(lambda policy: policy.generate(Prompt(tokens=(20,), seed=1), sampling))()
+    lost = [pid for pid in before if not psutil.pid_exists(pid)], pool.slots[0].generation
+    print("DRAWN", json.dumps({"versions": [each.weight_version for each in rollouts], "lost": lost}))
     pool.close()
 """
 
 
-def test_an_engine_needs_only_the_code_not_its_installation(tmp_path: Path) -> None:
-    """As where `ray job submit --working-dir .` brought the code to a machine that has vLLM."""
-    code, packages, model = tmp_path / "code", tmp_path / "packages", write_model(tmp_path / "model", tied=True)
+@pytest.fixture(scope="module")
+def drawn_by_bare_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an engine in bf16 drew, as where `ray job submit --working-dir .` brought the code to such a machine."""
+    folder = tmp_path_factory.mktemp("bare")
+    code, packages, model = folder / "code", folder / "packages", write_model(folder / "model", tied=True)
     shutil.copytree(REPOSITORY / "alignment", code / "alignment", ignore=shutil.ignore_patterns("__pycache__"))
     (code / "engine.py").write_text(ENGINE_OF_BARE_CODE)
     packages.mkdir()
@@ -254,9 +260,20 @@ def test_an_engine_needs_only_the_code_not_its_installation(tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONPATH": f"{code}:{packages}"}
     command = [sys.executable, "-S", str(code / "engine.py"), str(model)]
     ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200, check=False
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200, check=False
     )
-    assert "VERSION 7" in ended.stdout, ended.stderr[-3000:]
+    assert "DRAWN" in ended.stdout, ended.stderr[-3000:]
+    drawn: dict[str, Any] = json.loads(ended.stdout.partition("DRAWN")[2])
+    return drawn
+
+
+def test_an_engine_needs_only_the_code_not_its_installation(drawn_by_bare_code: dict[str, Any]) -> None:
+    assert drawn_by_bare_code["versions"] == [7, 7]
+
+
+def test_the_first_thing_an_engine_draws_in_bf16_may_follow_a_single_token(drawn_by_bare_code: dict[str, Any]) -> None:
+    """A processor with AMX kills a process that multiplies tiles unasked, as vLLM's attention does."""
+    assert drawn_by_bare_code["lost"] == [[], 0], "the engine was replaced"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
-"""Weights on their way to engines: as files, of which none outlives its run for long, or by anybody's own transfer."""
+"""Weights on their way to engines as files, of which none outlives its run for long; other transfers by their names."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import subprocess
 import sys
@@ -16,22 +14,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from alignment.rollout.transfer import EngineLocations
-from alignment.rollout.transfer.files import FileWeightTransfer, NearestFileTransfer, local_directories, sweep
-from alignment.settings.model import LoraConfig, ModelConfig
+from alignment.rollout.transfer.files import FileWeightTransfer, NearestFileTransfer, sweep
 from alignment.settings.plugins import load_weight_transfer
 from alignment.settings.run import RolloutConfig
-from alignment.vllm.local import LOCAL, local_generator
-from tests.alignment.bytes_transfer import BytesTransfer
-from tests.alignment.test_vllm import (
-    PROMPTS,
-    TINY,
-    Trainer,
-    assert_equal_within_rounding,
-    sampling,
-    settings_of,
-    write_model,
-)
-from tests.rollouts import submit
 
 WRITER = """
 import sys
@@ -135,21 +120,3 @@ def test_files_go_to_the_folder_that_all_see_only_while_an_engine_is_elsewhere(t
 def test_a_transfer_that_there_is_not_is_refused_with_the_configuration(name: str, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         RolloutConfig(weight_transfer=name)
-
-
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, alpha=8.0)], ids=["all weights", "adapter"])
-def test_an_engine_says_what_the_trainer_says_with_weights_that_never_were_files_of_the_trainer(
-    tmp_path: Path, lora: LoraConfig | None
-) -> None:
-    rollout = TINY.model_copy(update={"weight_transfer": "tests.alignment.bytes_transfer:BytesTransfer"})
-    config = ModelConfig(path=str(write_model(tmp_path / "model", tied=True)), dtype="fp32", lora=lora)
-    trainer = Trainer.of(config)
-    with contextlib.closing(local_generator(dataclasses.replace(settings_of(config), rollout=rollout))) as engine:
-        assert isinstance(engine.transfer, BytesTransfer)
-        for num_syncs in (1, 2):
-            engine.load(trainer.change())
-            rollouts = submit(engine, PROMPTS, sampling())()
-            assert {rollout.weight_version for group in rollouts for rollout in group} == {num_syncs}
-            assert_equal_within_rounding(trainer.mismatch(rollouts))
-        assert engine.transfer.num_updates == num_syncs
-        assert not [path for folder in local_directories() for path in folder.glob(f"{LOCAL}{os.getpid()}*")]
