@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +30,13 @@ class Ended:
     seconds: float
 
 
+def fork_context() -> multiprocessing.context.ForkServerContext:
+    """A context whose processes begin with `PRELOAD` imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def run_two(function: Callable[..., Any], *arguments: tuple[Any, ...], timeout_s: float = 60.0) -> list[Ended]:
     """Calls `function(world, *arguments[rank])` in two processes at once; returns what became of each, by rank.
 
@@ -38,8 +46,7 @@ def run_two(function: Callable[..., Any], *arguments: tuple[Any, ...], timeout_s
     Raises:
         TimeoutError: one has not ended, so it hangs.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_context()
     port, pipes, processes = free_port(), [], []
     for rank in range(2):
         ours, theirs = context.Pipe()

@@ -37,9 +37,7 @@ def workers(extensions_folder: Path) -> Iterator[Workers]:
     """Two processes with a gloo group between them."""
     from tests.alignment.test_zero import Workers
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_folder))
-        started = Workers()
+    started = Workers({"TORCH_EXTENSIONS_DIR": str(extensions_folder)})
     yield started
     started.stop()
 

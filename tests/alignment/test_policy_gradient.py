@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -684,13 +683,6 @@ def test_neither_micro_batches_nor_the_order_of_rows_change_the_step(
     assert whole[0]["grad_norm"] > 1e-3
     assert_same_step(whole, step_of(changed, groups, micro_batch_tokens=1))
     assert_same_step(whole, step_of(changed, groups[::-1], micro_batch_tokens=30))
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
 
 
 def step_of_workers(world: World, settings: Settings, groups: list[Group]) -> tuple[Metrics, dict[str, Tensor]]:

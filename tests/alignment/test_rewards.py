@@ -13,18 +13,14 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from alignment.data.shapes import to_group
 from alignment.distributed.world import World
@@ -38,6 +34,7 @@ from alignment.settings.load import check_config
 from alignment.settings.plugins import scorer_class, scorer_names
 from alignment.settings.run import RunConfig
 from alignment.settings.schema import json_schema
+from tests.workers import run_two
 
 CPU = torch.device("cpu")
 CALLS: list[dict[str, Any]] = []
@@ -495,35 +492,30 @@ def test_kept_columns_stay_beside_every_shape(row: dict[str, Any]) -> None:
         to_group({**row, "answer": None}, "rows.jsonl:7", source)
 
 
-def _on_worker(rank: int, size: int, meeting: str, bad: str | None) -> Any:
+def _on_worker(world: World, bad: str | None) -> Any:
     """One of several workers, in a process of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     if bad is not None:
         SCRIPT.extend([lambda texts: [math.nan if text == bad else 0.0 for text in texts]] * 9)
     try:
-        return score_shared_groups(World(rank=rank, size=size))
+        return score_shared_groups(world)
     except RewardError as error:
         return str(error)
-    finally:
-        dist.destroy_process_group()
 
 
-def _on_workers(size: int, meeting: Path, bad: str | None) -> list[Any]:
-    with ProcessPoolExecutor(size, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(_on_worker, rank, size, str(meeting), bad) for rank in range(size)]
-        return [each.result(timeout=120) for each in waiting]
+def _on_two_workers(bad: str | None) -> list[Any]:
+    return [ended.result for ended in run_two(_on_worker, (bad,), (bad,))]
 
 
-def test_workers_share_the_asking_and_all_end_with_everything(tmp_path: Path) -> None:
+def test_workers_share_the_asking_and_all_end_with_everything() -> None:
     alone, asked_alone = score_shared_groups(World())
-    first, second = _on_workers(2, tmp_path / "meeting", None)
+    first, second = _on_two_workers(None)
     assert first[0] == second[0] == alone
     assert first[1] and second[1]
     assert sorted(first[1] + second[1]) == sorted(asked_alone)
 
 
-def test_an_error_of_one_worker_is_raised_by_all_of_them(tmp_path: Path) -> None:
-    first, second = _on_workers(2, tmp_path / "meeting", "yyy")
+def test_an_error_of_one_worker_is_raised_by_all_of_them() -> None:
+    first, second = _on_two_workers("yyy")
     assert first == second
     assert first.endswith(
         "scorer scripted: group 2, completion 2 of 2: the reward is nan, not a number, after 3 attempts"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import multiprocessing
+import os
 import random
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from alignment.settings.load import check_config
 from alignment.settings.model import LoraConfig, ModelConfig
 from alignment.settings.run import OptimConfig, RunConfig, ZeroConfig
 from tests.conftest import free_port, make_tokenizer
+from tests.workers import fork_context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,14 +61,14 @@ every_kind = pytest.mark.parametrize("zero", STAGES + OFFLOADED, ids=name_of)
 class Workers:
     """Two processes with a gloo group between them, which run functions of this file together."""
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, environment: dict[str, str]) -> None:
+        context = fork_context()
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, port, theirs, environment), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -94,7 +96,8 @@ class Trouble:
     text: str
 
 
-def serve(rank: int, port: int, pipe: Connection) -> None:
+def serve(rank: int, port: int, pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     while True:
@@ -251,6 +254,12 @@ def train(world: World, task: Task, steps: range, state: str | None = None) -> R
     )
 
 
+@functools.cache
+def train_alone(task: Task, steps: range) -> Result:
+    """What one plain process learns from the beginning, to which many runs are compared."""
+    return train(World(), task, steps)
+
+
 def assert_same(one: Result, other: Result, *, rel: float = 1e-5, atol: float = 1e-4) -> None:
     assert other.losses == pytest.approx(one.losses, rel=rel)
     assert other.norms == pytest.approx(one.norms, rel=rel)
@@ -264,7 +273,7 @@ def assert_same(one: Result, other: Result, *, rel: float = 1e-5, atol: float = 
 
 @every_kind
 def test_five_steps_are_those_of_one_plain_process(workers: Workers, tiny_model: Path, zero: ZeroConfig) -> None:
-    plain = train(World(), Task(path=str(tiny_model)), range(5))
+    plain = train_alone(Task(path=str(tiny_model)), range(5))
     assert_same(plain, workers.run(train, Task(path=str(tiny_model), zero=zero), range(5)))
 
 
@@ -277,7 +286,7 @@ def test_nothing_is_compiled(workers: Workers, tiny_model: Path, zero: ZeroConfi
 
 @every_stage
 def test_bf16_weights_follow_fp32_masters(workers: Workers, tiny_model: Path, zero: ZeroConfig) -> None:
-    plain = train(World(), Task(path=str(tiny_model), dtype="bf16"), range(3))
+    plain = train_alone(Task(path=str(tiny_model), dtype="bf16"), range(3))
     spread = workers.run(train, Task(path=str(tiny_model), dtype="bf16", zero=zero), range(3))
     assert_same(plain, spread, atol=1e-5)
     assert {weight.dtype for weight in spread.full.values()} == {torch.bfloat16}
@@ -286,14 +295,14 @@ def test_bf16_weights_follow_fp32_masters(workers: Workers, tiny_model: Path, ze
 
 @every_stage
 def test_only_the_adapter_is_trained_and_asked_for(workers: Workers, tiny_model: Path, zero: ZeroConfig) -> None:
-    plain = train(World(), Task(path=str(tiny_model), lora=True), range(3))
+    plain = train_alone(Task(path=str(tiny_model), lora=True), range(3))
     spread = workers.run(train, Task(path=str(tiny_model), lora=True, zero=zero), range(3))
     assert_same(plain, spread)
     assert spread.trained and all("lora_" in name for name in spread.trained)
 
 
 def test_layers_that_are_computed_again_are_gathered_again(workers: Workers, tiny_model: Path) -> None:
-    plain = train(World(), Task(path=str(tiny_model)), range(3))
+    plain = train_alone(Task(path=str(tiny_model)), range(3))
     task = Task(path=str(tiny_model), zero=ZeroConfig(stage=3), checkpointing=True)
     assert_same(plain, workers.run(train, task, range(3)))
 
@@ -303,7 +312,7 @@ def test_layers_that_are_computed_again_are_gathered_again(workers: Workers, tin
 def test_a_step_that_is_not_taken_leaves_no_trace(
     workers: Workers, tiny_model: Path, zero: ZeroConfig, disturbance: str
 ) -> None:
-    plain = train(World(), Task(path=str(tiny_model)), range(4))
+    plain = train_alone(Task(path=str(tiny_model)), range(4))
     task = Task(path=str(tiny_model), zero=zero, disturbance=disturbance)
     assert_same(plain, workers.run(train, task, range(4)))
 
@@ -311,11 +320,11 @@ def test_a_step_that_is_not_taken_leaves_no_trace(
 @every_kind
 def test_any_checkpoint_goes_on_anywhere(workers: Workers, odd_model: Path, tmp_path: Path, zero: ZeroConfig) -> None:
     plain, spread = Task(path=str(odd_model)), Task(path=str(odd_model), zero=zero)
-    whole = train(World(), plain, range(4))
+    whole = train_alone(plain, range(4))
     second_half = Result(
         losses=whole.losses[4:], norms=whole.norms[2:], state=whole.state, full=whole.full, trained=whole.trained
     )
-    torch.save(train(World(), plain, range(2)).state, tmp_path / "plain")
+    torch.save(train_alone(plain, range(2)).state, tmp_path / "plain")
     torch.save(workers.run(train, spread, range(2)).state, tmp_path / "spread")
     assert_same(second_half, workers.run(train, spread, range(2, 4), str(tmp_path / "plain")))
     assert_same(second_half, train(World(), plain, range(2, 4), str(tmp_path / "spread")))
@@ -328,9 +337,9 @@ def test_a_backend_of_ones_own_shards_decoder_and_head_alike(
 ) -> None:
     plain = Task(path=str(odd_model if kind == "untied" else tiny_model), checkpointing=kind == "recomputed")
     sharded = dataclasses.replace(plain, own_backend=True)
-    whole = train(World(), plain, range(4))
+    whole = train_alone(plain, range(4))
     assert_same(whole, workers.run(train, sharded, range(4)))
-    torch.save(train(World(), plain, range(2)).state, tmp_path / "plain")
+    torch.save(train_alone(plain, range(2)).state, tmp_path / "plain")
     resumed = workers.run(train, sharded, range(2, 4), str(tmp_path / "plain"))
     assert resumed.losses == pytest.approx(whole.losses[4:], rel=1e-5)
 
