@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,14 @@ from tensorboardX.proto.event_pb2 import Event
 
 from alignment.distributed.world import World
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
-from alignment.metrics import FileReporter, NoteReporter
+from alignment.metrics import FileReporter, NoteReporter, Silent
 from alignment.models.model_folder import ModelFolder
 from alignment.run import run_lock
 from alignment.run_folder import RunFolder, find_checkpoint
 from alignment.settings.run import OptimConfig, RunConfig
 from alignment.train import rehearse, train
 from tests.conftest import pair_rows
+from tests.workers import fork_context
 
 Settings = dict[str, Any]
 LORA = {"rank": 4, "dropout": 0.1}  # dropout, so that the random states matter
@@ -450,24 +454,22 @@ def test_a_folder_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(run_settings: Settings) -> None:
-    """The disk is a file-size limit of this process, as the system sets it, in a process of its own."""
-    import subprocess
-    import sys
+def train_on_a_full_disk(settings: Settings) -> None:
+    """A run in a process of its own, whose files the system lets grow to 40 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
+    train(RunConfig.model_validate(settings), World(), Silent())
 
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(run_settings: Settings) -> None:
     folder = run(run_settings)
     intact = find_checkpoint(folder)
-    program = (
-        "import json, resource, signal, sys; from alignment.settings.run import RunConfig;"
-        "from alignment.metrics import Silent; from alignment.distributed.world import World;"
-        "from alignment.train import train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000));"
-        "train(RunConfig.model_validate(json.loads(sys.argv[1])), World(), Silent())"
-    )
     settings = {**run_settings, "steps": 6}
-    ended = subprocess.run([sys.executable, "-c", program, json.dumps(settings)], capture_output=True, text=True)
-    assert ended.returncode != 0
-    assert "CheckpointError" in ended.stderr and "cannot be written" in ended.stderr
+    with (
+        ProcessPoolExecutor(1, mp_context=fork_context()) as pool,
+        pytest.raises(CheckpointError, match="cannot be written"),
+    ):
+        pool.submit(train_on_a_full_disk, settings).result()
     assert find_checkpoint(folder) == intact
     assert not list(RunFolder(folder).checkpoints_folder.glob(".*"))
 
