@@ -41,7 +41,7 @@ def worker(rank, where, told):
 
 
 if __name__ == "__main__":
-    context = get_context("spawn")
+    context = get_context("fork")  # of a process without threads, which has imported torch and Ray for both
     told = context.Queue()
     first = context.Process(target=worker, args=(0, None, told))
     first.start()
