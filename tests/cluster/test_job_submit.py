@@ -21,6 +21,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.cluster.conftest import POLLS
 from tests.conftest import free_port
 from tests.processes import assert_idle_threads_sleep, computes, descendants, without_wait_policy
 
@@ -58,6 +59,7 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_worker_niceness": "0",
+        **POLLS,
     }
     environment.pop("RAY_ADDRESS", None)
     start = f"{BIN}/ray start --head --block --num-cpus 2 --node-ip-address 127.0.0.1 --port {free_port()}"
@@ -70,9 +72,20 @@ def head() -> Iterator[Head]:
         wait_until_up(address, process)
         yield Head(address, environment)
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        end(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(head: subprocess.Popen[bytes]) -> None:
+    """Ends a head and all its processes; by itself, a head on which Ray Train has run takes half a minute."""
+    processes = [psutil.Process(head.pid), *descendants(of=head.pid)]
+    head.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=3)
+    for process in alive:
+        process.kill()
+    head.wait(timeout=60)
+    _, alive = psutil.wait_procs(alive, timeout=10)
+    assert not alive
 
 
 def wait_until_up(address: str, process: subprocess.Popen[bytes]) -> None:
