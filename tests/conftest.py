@@ -67,6 +67,13 @@ SHARED = {
         "test_tools",
     ],
     "ray_here": ["test_engines", "test_ray_access", "test_rollouts_on_ray", "test_train_on_ray", "test_zero_on_ray"],
+    "light_ray": [
+        "test_metrics",
+        "test_rolling",
+        "test_scorer_start",
+        "test_several_models",
+        "test_start_without_database",
+    ],
     "small_endpoint": ["test_circle", "test_contract", "test_swap_of_whole_weights"],
 }
 """Fixtures that take long to start, and the files whose tests share them: these run in one piece, in one process and
@@ -107,8 +114,9 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Ends a fixture of `SHARED` after its last test; pytest would keep it, and its processes, until the very end."""
     piece = piece_of(item.nodeid)
     if piece in SHARED and (nextitem is None or piece_of(nextitem.nodeid) != piece):
-        definitions = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-        for definition in definitions.get(piece, [])[-1:]:
+        # From the session: the last test may be one that does without the fixture.
+        definitions = item.session._fixturemanager.getfixturedefs(piece, item) or ()
+        for definition in definitions[-1:]:
             definition.finish(item._request)  # type: ignore[attr-defined]
 
 

@@ -167,3 +167,19 @@ def small_endpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     )
     with started(tiny_model, folder, *settings) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def light_ray() -> Iterator[int]:
+    """A Ray with Ray Serve for replicas that hold no model, and the port that this listens on. One application at a
+    time may have routes there; each test or file deletes its own."""
+    import ray
+    from ray import serve
+
+    from tests.serving.fleet import start_light_ray
+
+    port = free_port()
+    start_light_ray(port)
+    yield port
+    serve.shutdown()
+    ray.shutdown()

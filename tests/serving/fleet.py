@@ -244,6 +244,7 @@ def fleet(registry: Registry, *, replicas: int, candidate_cpus: float = 0.0) -> 
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 1.0,
         "look_back_period_s": 1.0,
+        "metrics_interval_s": 0.5,
     }
     count: dict[str, Any] = {"num_replicas": replicas} if replicas else {"autoscaling_config": none}
     engine = serve.deployment(LightEngine, name="engine", **count, **common).bind(settings)

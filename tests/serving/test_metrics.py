@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
@@ -34,9 +33,8 @@ from serving.registry.state import State
 from serving.registry.versions import Registry
 from serving.replica.engine_arguments import EngineSettings
 from serving.schema import error_reply, event
-from tests.conftest import free_port
 from tests.processes import descendants
-from tests.serving.fleet import MODEL, LightScoring, SpokenEngine, only_model, start_light_ray
+from tests.serving.fleet import MODEL, LightScoring, SpokenEngine, only_model
 from tests.serving.tiny import whole
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +95,7 @@ class Scraped:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(light_ray: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("metrics")
     registry = Registry(folder / "registry")
     registry.add(whole(folder / "model"))
@@ -112,7 +110,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         feedback={"database": database},  # type: ignore[arg-type]
         limits={"max_body_mib": 0.1, "answers_in_progress": 0},  # type: ignore[arg-type]
     )
-    light = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
+    light: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": 1.0,
+        "health_check_period_s": 0.5,
+    }
     settings = EngineSettings(config=config, registry=str(registry.folder), device="cpu")
     router = _engine_options(config, "cpu")["request_router_config"]
     engine = serve.deployment(
@@ -123,15 +125,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         serve.ingress()(Ingress), name=INGRESS_NAME, num_replicas=2, max_ongoing_requests=1000, **light
     )
     deployments = {MODEL: ModelDeployments(engine=engine, scoring=scoring, candidate=None)}
-    port = free_port()
-    start_light_ray(port=port)
+    app = ingress.bind(config, only_model(config, registry), "test/metrics", deployments)
     try:
-        app = ingress.bind(config, only_model(config, registry), "test/metrics", deployments)
         serve.run(app, name=APP, route_prefix="/")
-        yield Running(url=f"http://127.0.0.1:{port}", keys=keys)
+        yield Running(url=f"http://127.0.0.1:{light_ray}", keys=keys)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        serve.delete(APP)
 
 
 def test_one_scrape_tells_what_both_ingresses_have_counted_whichever_is_asked(running: Running) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray import serve
 
 from alignment.errors import ServingError
@@ -18,20 +17,12 @@ from serving.registry.versions import Registry
 from serving.replica.backend import Backend
 from serving.replica.candidate import CANDIDATE_NAME
 from serving.replica.routing import canary_answers
-from tests.serving.fleet import WAIT_S, ask, backend_of, fleet, light_config, start_light_ray
+from tests.serving.fleet import WAIT_S, ask, backend_of, fleet, light_config
 from tests.serving.tiny import whole
 
 
 @pytest.fixture(scope="module")
-def light_ray() -> Iterator[None]:
-    start_light_ray()
-    yield
-    serve.shutdown()
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def two(light_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+def two(light_ray: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """Two replicas of version 1, and versions to change to."""
     registry = versions(tmp_path_factory.mktemp("two"), 6)
     with fleet(registry, replicas=2):
@@ -268,7 +259,7 @@ def test_a_candidate_that_cannot_start_is_told_with_its_reason_and_the_next_one_
 
 @pytest.mark.alone
 @pytest.mark.slow  # processes that Ray Serve starts and ends in its own time
-def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(light_ray: None, tmp_path: Path) -> None:
+def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(light_ray: int, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
 
     async def scene(backend: Backend) -> None:
@@ -307,7 +298,7 @@ def test_one_replica_makes_nobody_wait_long_and_with_a_canary_nobody_at_all(ligh
 
 @pytest.mark.alone
 @pytest.mark.slow  # as above
-def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(light_ray: None, tmp_path: Path) -> None:
+def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(light_ray: int, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
 
     async def scene(backend: Backend) -> None:
@@ -326,7 +317,7 @@ def test_a_service_that_sleeps_can_be_promoted_and_wakes_with_the_new_version(li
 
 @pytest.mark.alone
 @pytest.mark.slow  # Ray Serve may take 40 s to say that something finds no place
-def test_where_there_is_no_room_for_a_candidate_it_is_said_in_time_and_why(light_ray: None, tmp_path: Path) -> None:
+def test_where_there_is_no_room_for_a_candidate_it_is_said_in_time_and_why(light_ray: int, tmp_path: Path) -> None:
     registry = versions(tmp_path, 2)
 
     async def scene(backend: Backend) -> None:

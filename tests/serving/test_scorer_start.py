@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import ray
 from ray import serve
 from ray.serve._private.build_app import build_app
 
@@ -21,19 +20,11 @@ from serving.registry.versions import Registry
 from serving.replica.backend import Backend
 from serving.replica.scoring import SCORING_NAME, ScoreResult, ScoringItem, ScoringRequest
 from serving.schema import RequestError
-from tests.serving.fleet import LightScoring, start_light_ray
+from tests.serving.fleet import LightScoring
 
 JOB = ScoringRequest(items=(ScoringItem(prompt="a", completions=("b",)),), version=None)
 WAIT_S = 3.0
-START_S = 6.0
-
-
-@pytest.fixture(scope="module")
-def light_ray() -> Iterator[None]:
-    start_light_ray()
-    yield
-    serve.shutdown()
-    ray.shutdown()
+START_S = 4.0
 
 
 def config_of(**rewards: float) -> ServeConfig:
@@ -53,7 +44,7 @@ def backend(tmp_path: Path, config: ServeConfig, *, start_s: float = 0.0, work_s
         serve.delete("light")
 
 
-def test_a_scorer_without_a_gpu_is_refused_in_seconds_and_not_in_ten_minutes(light_ray: None, tmp_path: Path) -> None:
+def test_a_scorer_without_a_gpu_is_refused_in_seconds_and_not_in_ten_minutes(light_ray: int, tmp_path: Path) -> None:
     with backend(tmp_path, config_of()) as asked:
         started = time.monotonic()
         with pytest.raises(RequestError) as raised:
@@ -64,7 +55,7 @@ def test_a_scorer_without_a_gpu_is_refused_in_seconds_and_not_in_ten_minutes(lig
     assert "No scorer has started within 3 s" in reply.body and "rewards.num_gpus" in reply.body
 
 
-def test_a_start_goes_on_after_a_request_that_did_not_wait_for_it(light_ray: None, tmp_path: Path) -> None:
+def test_a_start_goes_on_after_a_request_that_did_not_wait_for_it(light_ray: int, tmp_path: Path) -> None:
     with backend(tmp_path, config_of(num_gpus=0), start_s=START_S) as asked:
 
         async def again() -> ScoreResult:
@@ -78,8 +69,8 @@ def test_a_start_goes_on_after_a_request_that_did_not_wait_for_it(light_ray: Non
         assert asyncio.run(again()).rewards == ((0.5,),)
 
 
-def test_a_scorer_that_runs_has_all_the_time_of_a_request(light_ray: None, tmp_path: Path) -> None:
-    with backend(tmp_path, config_of(num_gpus=0, min_replicas=1), work_s=2 * WAIT_S) as asked:
+def test_a_scorer_that_runs_has_all_the_time_of_a_request(light_ray: int, tmp_path: Path) -> None:
+    with backend(tmp_path, config_of(num_gpus=0, min_replicas=1), work_s=WAIT_S + 1) as asked:
         assert asyncio.run(asked.score(JOB)).rewards == ((0.5,),)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
 
 from alignment.data.sources import read_rows
@@ -26,8 +25,7 @@ from serving.feedback.store import Store
 from serving.registry.models import publish_models
 from serving.registry.promote import promote, rollback, versions
 from serving.start import StartingEndpoint, deploy
-from tests.conftest import free_port
-from tests.serving.fleet import NamedCandidate, NamedEngine, VersionScoring, start_light_ray
+from tests.serving.fleet import NamedCandidate, NamedEngine, VersionScoring
 from tests.serving.tiny import whole
 
 NAMES = ["assistant", "coder"]
@@ -114,18 +112,8 @@ def endpoint(folder: Path, port: int, *, prepare: Callable[[Path], object] = lam
 
 
 @pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """A Ray with Ray Serve, and the port that this listens on."""
-    number = free_port()
-    start_light_ray(number)
-    yield number
-    serve.shutdown()
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def two(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoModels]:
-    with endpoint(tmp_path_factory.mktemp("two"), port) as models:
+def two(light_ray: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoModels]:
+    with endpoint(tmp_path_factory.mktemp("two"), light_ray) as models:
         yield models
 
 
@@ -298,10 +286,10 @@ def when_given_up(models: TwoModels) -> httpx.Response:
 
 
 def test_an_engine_that_does_not_start_leaves_the_other_model(
-    port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    light_ray: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve.delete("two")  # the only endpoint of a port
-    with endpoint(tmp_path, port, prepare=lambda folder: (folder / "no-engine").touch()) as alone:
+    with endpoint(tmp_path, light_ray, prepare=lambda folder: (folder / "no-engine").touch()) as alone:
         assert alone.failures == {"coder": "vLLM does not start with this model: there is no room"}
         assert "coder does not start; the endpoint goes on without it. vLLM does not start" in capsys.readouterr().out
         assert alone.text("assistant") == "assistant 1"

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
 
 from serving.config import FeedbackConfig, LimitsConfig, ServeConfig
@@ -20,20 +19,9 @@ from serving.feedback.store.records import StoreAway
 from serving.http.ingress import Ingress, ModelDeployments, _open_store
 from serving.registry.versions import Registry
 from serving.replica.engine_arguments import EngineSettings
-from tests.conftest import free_port
 from tests.databases import connection_to, new_database
-from tests.serving.fleet import MODEL, Parrot, only_model, start_light_ray
+from tests.serving.fleet import MODEL, Parrot, only_model
 from tests.serving.tiny import whole
-
-
-@pytest.fixture(scope="module")
-def light_ray() -> Iterator[int]:
-    """A Ray with Ray Serve, and the port that this listens on."""
-    port = free_port()
-    start_light_ray(port)
-    yield port
-    serve.shutdown()
-    ray.shutdown()
 
 
 @contextmanager
