@@ -29,7 +29,9 @@ from tests.serving.conftest import Running, holding, started
 TURNS = [{"role": "user", "content": "the quick brown fox"}]
 MODEL = "tiny"
 LONG = 6000
-"""Tokens of a long answer: longer than an endpoint takes to close its door."""
+"""Tokens of an answer of minutes."""
+ENDING = 1000
+"""Tokens of an answer of seconds: many times longer than an endpoint takes to close its door, which is 0.2 s."""
 PATIENCE_S = 60
 """A request that waits for what never ends waits longer."""
 
@@ -47,7 +49,7 @@ def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         f"limits.max_tokens={LONG}",
         "limits.max_n=4",
         "limits.max_body_mib=0.1",
-        "limits.body_timeout_s=10",
+        "limits.body_timeout_s=5",
         "limits.form_timeout_s=0.5",
         "limits.answers_in_progress=0",  # one key fills all places
         "limits.tokens_in_progress=0",
@@ -471,7 +473,7 @@ def test_a_replica_whose_engine_died_sends_what_it_has_not_begun_to_another(tiny
 
 
 def test_an_endpoint_that_is_ended_ends_its_streams_first_and_takes_no_more(tiny: Running) -> None:
-    body = {"model": MODEL, "messages": TURNS, "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    body = {"model": MODEL, "messages": TURNS, "max_tokens": ENDING, "ignore_eos": True, "stream": True}
     begun = threading.Semaphore(0)
 
     def stream() -> list[str]:
