@@ -19,14 +19,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from alignment.models.folders import bundled
 from serving.feedback.keys import create_key
 from serving.feedback.store import Store
 from tests.alignment.chat_templates import published
-from tests.conftest import free_port
+from tests.conftest import CHATML, free_port
 from tests.processes import descendants, without_wait_policy
+from tests.serving.writer import write_writer
 
+BASE = "writer"
 ALIGNED = "random-adapter"
+WINDOW = 2048
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MAX_TOKENS = 1500
+"""Most tokens of an answer of the endpoint."""
 START_TIMEOUT_S = 240
 
 
@@ -110,16 +115,24 @@ def holding(endpoint: Running, *texts: str) -> list[Path]:
     return [file for file in files if any(text.encode() in file.read_bytes() for text in texts)]
 
 
-def random_adapter(seed: int, base: Any = None) -> PeftModel:
-    """The bundled model with an adapter that, unlike a fresh one, is not zero: it has to change the answers."""
-    model = base or AutoModelForCausalLM.from_pretrained(bundled(), dtype=torch.float32)
-    torch.manual_seed(seed)  # now: unpacking the bundled model on first use draws numbers too
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+def random_adapter(base: Path, seed: int) -> PeftModel:
+    """A model with an adapter that, unlike a fresh one, is not zero: it has to change the answers."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights=False))
 
 
 @pytest.fixture(scope="session")
-def adapted() -> PeftModel:
-    return random_adapter(0)
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model whose answers are never empty; `BASE` is its name."""
+    folder = tmp_path_factory.mktemp("base") / BASE
+    write_writer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapted(writer: Path) -> PeftModel:
+    return random_adapter(writer, 0)
 
 
 def with_tools(template: str) -> str:
@@ -129,17 +142,17 @@ def with_tools(template: str) -> str:
 
 @pytest.fixture(scope="session")
 def endpoint(adapted: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """An adapter on the bundled model, in fp32; what people say is recorded."""
+    """An adapter on a random model, in fp32; what people say is recorded."""
     folder = tmp_path_factory.mktemp("serving")
     adapted.save_pretrained(folder / ALIGNED)
     template = folder / "with_tools.jinja"
-    template.write_text(with_tools((bundled() / "chat_template.jinja").read_text()))
+    template.write_text(with_tools(CHATML))
     settings = (
         f"chat_template={template}",
         "dtype=fp32",
-        "max_model_len=512",
+        f"max_model_len={WINDOW}",
         "limits.max_body_mib=0.1",
-        "limits.max_tokens=600",
+        f"limits.max_tokens={MAX_TOKENS}",
     )
     with started(folder / ALIGNED, folder, *settings, "feedback.record=true", "rewards.max_length=512") as running:
         yield running
@@ -151,8 +164,8 @@ SMALL_TOKENS = 8
 
 
 @pytest.fixture(scope="session")
-def small_endpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Whole weights, of the tiny model; what people say is recorded, and the answers are rated beside it."""
+def small_endpoint(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Whole weights, of the same random model; what people say is recorded, and the answers are rated beside it."""
     folder = tmp_path_factory.mktemp("small")
     settings = (
         f"name={SMALL}",
@@ -161,11 +174,11 @@ def small_endpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
         f"limits.max_tokens={SMALL_TOKENS}",
         "limits.max_n=2",
         "feedback.record=true",
-        f"rewards.reference={tiny_model}",
+        f"rewards.reference={writer}",
         "rewards.min_replicas=1",
         "rewards.max_length=128",
     )
-    with started(tiny_model, folder, *settings) as running:
+    with started(writer, folder, *settings) as running:
         yield running
 
 

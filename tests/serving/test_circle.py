@@ -97,7 +97,7 @@ def lengths(endpoint: Running) -> float:
 
 
 def test_what_people_choose_trains_the_version_that_answers_next(
-    small_endpoint: Running, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_endpoint: Running, writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same circle on random weights, which have nothing to say: what goes round is asked here, not what for."""
     for question in read_questions(TRAINING)[:4]:
@@ -107,7 +107,7 @@ def test_what_people_choose_trains_the_version_that_answers_next(
         assert small_endpoint.ask("POST", "/v1/feedback", verdict, role="labeller").status_code == 200
     monkeypatch.setenv("RAYLIGN_KEY", small_endpoint.keys["admin"])
     data = {"path": f"{small_endpoint.url}/v1/feedback/export", "max_length": 256}
-    file = recipe(tmp_path, "small", steps=2, groups_per_step=2, model={"path": str(tiny_model)}, data=data)
+    file = recipe(tmp_path, "small", steps=2, groups_per_step=2, model={"path": str(writer)}, data=data)
     run(load_run(Path(file), []))
     promote(str(tmp_path / "small"), url=small_endpoint.url)
     listing = small_endpoint.ask("GET", "/v1/admin/versions").json()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +16,9 @@ import pytest
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from alignment.models.folders import BUNDLED, bundled
+from alignment.models.folders import BUNDLED
 from tests.processes import assert_idle_threads_sleep, descendants, engine_processes
-from tests.serving.conftest import ALIGNED, Running, holding
+from tests.serving.conftest import ALIGNED, BASE, MAX_TOKENS, WINDOW, Running, holding
 
 QUESTION = "What is the capital of France, and what is it known for?"
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -25,9 +26,9 @@ TOKENS = 16
 
 
 @pytest.fixture(scope="session")
-def expected(adapted: PeftModel) -> dict[str, str]:
+def expected(writer: Path, adapted: PeftModel) -> dict[str, str]:
     """What transformers answers, greedily, with and without the adapter."""
-    tokenizer = AutoTokenizer.from_pretrained(bundled())
+    tokenizer = AutoTokenizer.from_pretrained(writer)
     inputs = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
     def greedy() -> str:
@@ -36,7 +37,7 @@ def expected(adapted: PeftModel) -> dict[str, str]:
 
     with adapted.disable_adapter():
         base = greedy()
-    return {BUNDLED: base, ALIGNED: greedy()}
+    return {BASE: base, ALIGNED: greedy()}
 
 
 def greedy_answer(endpoint: Running, model: str) -> str:
@@ -66,7 +67,7 @@ def test_one_line_says_where_it_is_and_how_to_try_it(endpoint: Running) -> None:
     while not (ready := [line for line in endpoint.output.read_text().splitlines() if line.startswith("Ready")]):
         assert time.monotonic() < deadline, endpoint.output.read_text()
         time.sleep(0.1)
-    assert f"{endpoint.url}/v1 serves {ALIGNED} and {BUNDLED}" in ready[0]
+    assert f"{endpoint.url}/v1 serves {ALIGNED} and {BASE}" in ready[0]
     command = ready[0].partition("Try: ")[2].replace("KEY", endpoint.keys["user"])
     answer = subprocess.run(command, shell=True, capture_output=True, timeout=60)
     assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
@@ -78,18 +79,18 @@ def test_idle_threads_sleep_in_every_process_of_the_endpoint(endpoint: Running) 
 
 
 def test_both_models_are_listed_and_the_adapter_names_its_base(endpoint: Running) -> None:
-    assert [model.id for model in endpoint.client.models.list()] == [ALIGNED, BUNDLED]
+    assert [model.id for model in endpoint.client.models.list()] == [ALIGNED, BASE]
     card = endpoint.client.models.retrieve(ALIGNED).model_dump()
-    assert card["parent"] == BUNDLED and card["max_model_len"] == 512
+    assert card["parent"] == BASE and card["max_model_len"] == WINDOW
 
 
-@pytest.mark.parametrize("model", [BUNDLED, ALIGNED])
+@pytest.mark.parametrize("model", [BASE, ALIGNED])
 def test_the_greedy_answer_is_that_of_transformers(endpoint: Running, expected: dict[str, str], model: str) -> None:
     assert greedy_answer(endpoint, model) == expected[model]
 
 
 def test_the_adapter_answers_differently_from_its_base(expected: dict[str, str]) -> None:
-    assert expected[ALIGNED] != expected[BUNDLED]
+    assert expected[ALIGNED] != expected[BASE]
 
 
 def test_requests_in_one_batch_get_the_answers_of_their_own_model(endpoint: Running) -> None:
@@ -100,8 +101,8 @@ def test_requests_in_one_batch_get_the_answers_of_their_own_model(endpoint: Runn
         assert answer.choices[0].logprobs is not None
         return [score or 0.0 for score in answer.choices[0].logprobs.token_logprobs or []]
 
-    alone = {model: scores(model) for model in (BUNDLED, ALIGNED)}
-    names = [BUNDLED, ALIGNED] * 4
+    alone = {model: scores(model) for model in (BASE, ALIGNED)}
+    names = [BASE, ALIGNED] * 4
     with ThreadPoolExecutor(len(names)) as pool:
         together = list(pool.map(scores, names))
     for name, found in zip(names, together, strict=True):
@@ -136,15 +137,15 @@ def test_chat_gives_log_probabilities(endpoint: Running) -> None:
 
 def test_completions_continue_a_text(endpoint: Running) -> None:
     answer = endpoint.client.completions.create(
-        model=BUNDLED, prompt="The capital of France is", temperature=0, max_tokens=4, logprobs=1, echo=True
+        model=BASE, prompt="The capital of France is", temperature=0, max_tokens=4, logprobs=1, echo=True
     )
-    assert answer.choices[0].text.startswith("The capital of France is Paris")
+    assert answer.choices[0].text.startswith("The capital of France is")
     assert answer.choices[0].logprobs is not None
 
 
 def test_n_samples_are_n_answers(endpoint: Running) -> None:
     answer = endpoint.client.chat.completions.create(
-        model=BUNDLED, messages=MESSAGES, n=3, temperature=1.5, seed=1, max_completion_tokens=12
+        model=BASE, messages=MESSAGES, n=3, temperature=1.5, seed=1, max_completion_tokens=12
     )
     assert len({choice.message.content for choice in answer.choices}) == 3
 
@@ -205,12 +206,12 @@ def test_no_other_web_page_may_ask(endpoint: Running) -> None:
 
 def test_a_client_that_goes_away_frees_its_place(endpoint: Running) -> None:
     stream = endpoint.client.chat.completions.create(
-        model=BUNDLED, messages=MESSAGES, max_completion_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        model=BASE, messages=MESSAGES, max_completion_tokens=MAX_TOKENS, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
     started = time.monotonic()
-    greedy_answer(endpoint, BUNDLED)
+    greedy_answer(endpoint, BASE)
     assert time.monotonic() - started < 5
 
 

@@ -14,7 +14,7 @@ from alignment.data.shapes import to_group
 from alignment.data.sources import read_rows
 from alignment.settings.data import SourceConfig
 from serving.http.routes.feedback import EngineAnswer, comparable_answers
-from tests.serving.conftest import ALIGNED, Running
+from tests.serving.conftest import ALIGNED, MAX_TOKENS, Running
 
 TURNS = [{"role": "user", "content": "Name a colour."}]
 
@@ -157,7 +157,7 @@ def test_an_index_that_an_answer_does_not_have_is_named_at_once(endpoint: Runnin
 def test_feedback_on_an_answer_that_was_cut_off_says_so(endpoint: Running) -> None:
     messages = [{"role": "user", "content": "Tell a long story."}]
     stream = endpoint.client.chat.completions.create(
-        model=ALIGNED, messages=messages, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        model=ALIGNED, messages=messages, max_tokens=MAX_TOKENS, stream=True, extra_body={"ignore_eos": True}
     )
     id = next(iter(stream)).id
     stream.close()

@@ -16,7 +16,7 @@ __all__ = ["browser", "page"]
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_person_chats_compares_and_sees_the_progress_on_the_real_endpoint(page: Page, endpoint: Running) -> None:
-    slow = 4 * PATIENCE_MS  # answers of hundreds of tokens by the real model
+    slow = 4 * PATIENCE_MS  # two answers at once by the real engine
     page.goto(endpoint.url)
     give_key(page, endpoint.keys["labeller"])
     expect(page.locator("#model")).to_be_enabled()
@@ -32,7 +32,7 @@ def test_a_person_chats_compares_and_sees_the_progress_on_the_real_endpoint(page
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#pair")).to_have_attribute("aria-busy", "false", timeout=slow)
     left, right = shown(page)
-    assert left != right, "two draws of hundreds of tokens by random weights, and equal ones are drawn again"
+    assert left != right, "two draws by random weights, and equal ones are drawn again"
     page.keyboard.press("a")
     expect(page.locator("#verdict-state")).to_contain_text("Saved")
 

@@ -91,7 +91,7 @@ def test_what_cannot_be_read_fails_where_the_answer_is_kept_and_not_before() -> 
 
 
 def asked(endpoint: Running, path: str = "/v1/chat/completions", headers: Any = None, **more: Any) -> Any:
-    body = {"model": ALIGNED, "max_tokens": 4, **more}
+    body = {"model": ALIGNED, "max_tokens": 4, "temperature": 0, **more}
     answer = endpoint.ask("POST", path, body, **(headers or {}))
     assert answer.status_code == 200, answer.text
     return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from alignment.models.folders import bundled
 from tests.serving.conftest import ALIGNED, Running
 
 TURNS = [{"role": "user", "content": "What is the capital of France?"}]
@@ -24,9 +24,9 @@ def rated(endpoint: Running, *items: dict[str, Any], status: int = 200, role: st
 
 
 @pytest.fixture(scope="module")
-def expected(adapted: PeftModel) -> list[float]:
+def expected(writer: Path, adapted: PeftModel) -> list[float]:
     """log π - log π_ref (nats) of every answer with its end token, one plain forward pass each."""
-    tokenizer = AutoTokenizer.from_pretrained(bundled())
+    tokenizer = AutoTokenizer.from_pretrained(writer)
     prompt = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
 
     def summed(answer: str) -> float:

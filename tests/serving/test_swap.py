@@ -23,7 +23,6 @@ from sqlalchemy import create_engine
 from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
-from alignment.models.folders import bundled
 from serving.registry.versions import Registry
 from serving.replica.routing import canary_answers
 from tests.serving.conftest import ALIGNED, Running, random_adapter
@@ -36,7 +35,7 @@ TOKENS = 8
 @cache
 def greedy(model: Any) -> str:
     """What transformers answers."""
-    tokenizer = AutoTokenizer.from_pretrained(bundled())
+    tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
     inputs = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -95,9 +94,9 @@ def one_answer(endpoint: Running, model: str, **headers: str) -> tuple[str, str]
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def other(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Another adapter, and what it answers."""
-    model, folder = random_adapter(1), tmp_path_factory.mktemp("other") / "other-adapter"
+    model, folder = random_adapter(writer, 1), tmp_path_factory.mktemp("other") / "other-adapter"
     model.save_pretrained(folder)
     return folder, greedy(model)
 
@@ -118,9 +117,11 @@ def test_an_adapter_is_swapped_under_load_and_back(endpoint: Running, adapted: A
     assert "current" in raylign(endpoint, "versions").stdout
 
 
-def test_an_adapter_that_overflows_is_refused_and_spoils_nothing(endpoint: Running, tmp_path: Path) -> None:
+def test_an_adapter_that_overflows_is_refused_and_spoils_nothing(
+    endpoint: Running, writer: Path, tmp_path: Path
+) -> None:
     before = one_answer(endpoint, ALIGNED)
-    model, folder = random_adapter(2), tmp_path / "overflowing-adapter"
+    model, folder = random_adapter(writer, 2), tmp_path / "overflowing-adapter"
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
@@ -174,8 +175,8 @@ def test_a_canary_answers_its_share_of_the_conversations_and_whoever_asks_for_it
     assert {version_of(endpoint, question) for question in questions} == {"1"}
 
 
-def test_a_comparison_in_the_middle_of_a_change_is_answered(endpoint: Running, tmp_path: Path) -> None:
-    random_adapter(2).save_pretrained(tmp_path / "third")
+def test_a_comparison_in_the_middle_of_a_change_is_answered(endpoint: Running, writer: Path, tmp_path: Path) -> None:
+    random_adapter(writer, 2).save_pretrained(tmp_path / "third")
     added = endpoint.ask("POST", "/v1/admin/versions", {"checkpoint": str(tmp_path / "third")}).json()
     Registry(endpoint.folder / ALIGNED).canary(added["number"], 0.5)  # which no replica has heard of
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 2.0}
@@ -204,7 +205,7 @@ def test_a_candidate_is_examined_on_the_endpoint_itself_and_nothing_is_switched(
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "nan", "shape", "base"])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anybody_notices(
-    endpoint: Running, other: tuple[Path, str], tmp_path: Path, damage: str
+    endpoint: Running, writer: Path, other: tuple[Path, str], tmp_path: Path, damage: str
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -216,7 +217,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anybody_notices(
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
     elif damage == "base":
-        settings.write_text(settings.read_text().replace(str(bundled()), "somebody/another-model"))
+        settings.write_text(settings.read_text().replace(str(writer), "somebody/another-model"))
     else:
         tensors = load_file(file)
         name = next(iter(tensors))

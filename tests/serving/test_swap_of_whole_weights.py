@@ -47,15 +47,15 @@ def answered_logprobs(endpoint: Running, model: str = SMALL) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def first(tiny_model: Path) -> Whole:
+def first(writer: Path) -> Whole:
     """What the small endpoint begins with."""
-    return Whole(folder=tiny_model, logprobs=greedy_logprobs(tiny_model))
+    return Whole(folder=writer, logprobs=greedy_logprobs(writer))
 
 
 @pytest.fixture(scope="module")
-def second(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def second(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Other weights of the same shape."""
-    return other_weights(tiny_model, tmp_path_factory.mktemp("second") / "second")
+    return other_weights(writer, tmp_path_factory.mktemp("second") / "second")
 
 
 def other_weights(model_folder: Path, folder: Path) -> Whole:

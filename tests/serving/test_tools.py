@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from alignment.models.folders import BUNDLED, bundled
-from tests.serving.conftest import Running, with_tools
+from tests.serving.conftest import BASE, Running, with_tools
 from tests.serving.test_endpoint import MESSAGES
 from tests.serving.test_feedback_routes import exported, judge
 
@@ -34,7 +34,7 @@ def named(tool: Any) -> Any:
 
 def calls_of(endpoint: Running, *, stream: bool, **more: Any) -> tuple[list[tuple[str, str]], str | None]:
     """Names and arguments of the calls, and how the answer ended."""
-    asked: dict[str, Any] = {"model": BUNDLED, "messages": MESSAGES, "max_tokens": 120, "temperature": 0, **more}
+    asked: dict[str, Any] = {"model": BASE, "messages": MESSAGES, "max_tokens": 120, "temperature": 0, **more}
     if not stream:
         (choice,) = endpoint.client.chat.completions.create(**asked).choices
         calls: list[Any] = choice.message.tool_calls or []
@@ -75,29 +75,29 @@ def test_a_call_that_the_model_makes_by_itself_is_read(endpoint: Running, stream
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [("weather", {"city": "Bonn"})]
     assert reason == "tool_calls"
     text = endpoint.client.chat.completions.create(
-        model=BUNDLED, messages=MESSAGES, tools=TOOLS, extra_body={"structured_outputs": {"choice": ["No call."]}}
+        model=BASE, messages=MESSAGES, tools=TOOLS, extra_body={"structured_outputs": {"choice": ["No call."]}}
     )
     assert text.choices[0].message.content == "No call." and not text.choices[0].message.tool_calls
 
 
-def test_what_came_of_a_call_is_read_as_its_template_writes_it(endpoint: Running) -> None:
+def test_what_came_of_a_call_is_read_as_its_template_writes_it(endpoint: Running, writer: Path) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
     turns: list[Any] = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
     ]
-    tokenizer = AutoTokenizer.from_pretrained(bundled())
+    tokenizer = AutoTokenizer.from_pretrained(writer)
     template = with_tools(tokenizer.chat_template)
     object_of = {**call["function"], "arguments": {"city": "Bonn"}}  # type: ignore[dict-item]  # as templates want it
     read: list[Any] = [turns[0], {**turns[1], "content": "", "tool_calls": [{**call, "function": object_of}]}, turns[2]]
     expected = tokenizer.apply_chat_template(
         read, tools=TOOLS[:1], chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    asked = {"model": BUNDLED, "messages": turns, "tools": TOOLS[:1]}
+    asked = {"model": BASE, "messages": turns, "tools": TOOLS[:1]}
     tokens = endpoint.ask("POST", "/tokenize", asked).json()["tokens"]
-    text = endpoint.ask("POST", "/detokenize", {"model": BUNDLED, "tokens": tokens}).json()["prompt"]
-    unknown = endpoint.ask("POST", "/detokenize", {"model": BUNDLED, "tokens": [*tokens, 1_000_000]})
+    text = endpoint.ask("POST", "/detokenize", {"model": BASE, "tokens": tokens}).json()["prompt"]
+    unknown = endpoint.ask("POST", "/detokenize", {"model": BASE, "tokens": [*tokens, 1_000_000]})
     assert unknown.status_code == 400 and "out of the vocabulary" in unknown.text
     assert text == expected
     answer = endpoint.ask("POST", "/v1/chat/completions", {**asked, "max_tokens": 1})
@@ -107,7 +107,7 @@ def test_what_came_of_a_call_is_read_as_its_template_writes_it(endpoint: Running
 def test_an_answer_with_tools_is_judged_and_the_reason_why_nothing_is_learned_is_told(endpoint: Running) -> None:
     before = len(exported(endpoint))
     answer = endpoint.client.chat.completions.create(
-        model=BUNDLED, messages=MESSAGES, tools=TOOLS, tool_choice="none", max_tokens=2
+        model=BASE, messages=MESSAGES, tools=TOOLS, tool_choice="none", max_tokens=2
     )
     assert judge(endpoint, kind="thumb", id=answer.id, up=True)["note"] == (
         "Nothing is learned from this: the texts were not kept, since the request set tools."
