@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from serving.feedback.store import Store
 from serving.feedback.store.records import Choice, Feedback
 
-WRITERS, ITEMS = 64, 100
+WRITERS, ITEMS = 64, 40
 
 
 def main(url: str) -> None:

@@ -21,6 +21,7 @@ from serving.feedback.store.opening import find_database
 from serving.feedback.store.records import Conflict, StoreAway, UnknownId
 from serving.launch import _other_database
 from serving.registry.versions import Registry
+from tests.commands import raylign_here
 from tests.databases import connection_to, new_database
 
 VISIBLE_AFTER_S = 6.0
@@ -54,9 +55,15 @@ def soon(condition: Callable[[], bool]) -> None:
 
 
 def raylign(*arguments: str, database: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`raylign keys` in a process of its own."""
     command = [sys.executable, "-m", "cluster.cli", "keys", *arguments]
     environment = {**os.environ, "RAYLIGN_DATABASE": database, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def keys_here(*arguments: str, database: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`raylign keys` in this process."""
+    return raylign_here("keys", *arguments, RAYLIGN_DATABASE=database, **variables)
 
 
 def test_a_key_lets_in_whom_it_was_made_for(store: Store) -> None:
@@ -143,12 +150,12 @@ def test_keys_are_managed_by_command(tmp_path: Path) -> None:
     keys = Keys(store)
     key = raylign("create", "--name", "anna", "--role", "admin", database=database).stdout.strip()
     soon(lambda: keys.authenticate(bearer(key)) == Key(name="anna", role="admin"))
-    rotated = raylign("rotate", "anna", database=database).stdout.strip()
+    rotated = keys_here("rotate", "anna", database=database).stdout.strip()
     soon(lambda: keys.authenticate(bearer(rotated)) == Key(name="anna", role="admin"))
     assert keys.authenticate(bearer(key)) is None
-    assert raylign("revoke", "anna", database=database).returncode == 0
+    assert keys_here("revoke", "anna", database=database).returncode == 0
     soon(lambda: keys.authenticate(bearer(rotated)) is None)
-    told = raylign("list", database=database).stdout
+    told = keys_here("list", database=database).stdout
     assert "anna" in told and "revoked" in told
     assert rotated.split("_", 2)[2] not in told
     keys.close()
@@ -160,8 +167,8 @@ def test_a_key_that_was_made_elsewhere_becomes_valid_by_command_and_is_printed_n
     database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
     key = f"rk_{'a1' * 8}_{'Secret-_' * 5}abc"
     command = ("create", "--name", "operator", "--role", "admin", "--key-from", "FIRST_KEY")
-    for _ in range(2):
-        ended = raylign(*command, database=database, FIRST_KEY=key)
+    for create in (raylign, keys_here):
+        ended = create(*command, database=database, FIRST_KEY=key)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     store = Store(database)
     keys = Keys(store)
@@ -169,8 +176,8 @@ def test_a_key_that_was_made_elsewhere_becomes_valid_by_command_and_is_printed_n
     keys.close()
     store.close()
     for value in (key[:-1], "", f"{key}\n{key}"):
-        assert raylign(*command, database=database, FIRST_KEY=value).returncode != 0
-    other = raylign(*command, database=database, FIRST_KEY=key.replace("a1", "b2"))
+        assert keys_here(*command, database=database, FIRST_KEY=value).returncode != 0
+    other = keys_here(*command, database=database, FIRST_KEY=key.replace("a1", "b2"))
     assert other.returncode != 0 and "operator" in other.stderr and key[20:] not in other.stderr
 
 
@@ -249,9 +256,9 @@ def test_the_command_explains_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
     done = raylign("revoke", "nobody", database=database)
     assert (done.returncode, done.stderr) == (1, "UnknownId: There is no valid key called nobody\n")
-    done = raylign("create", "--name", "anna", "--role", "labeler", database=database)
+    done = keys_here("create", "--name", "anna", "--role", "labeler", database=database)
     assert done.returncode == 2 and "labeller" in done.stderr
-    done = raylign(database=database)
+    done = keys_here(database=database)
     assert done.returncode == 2 and "Missing command" in done.stderr
 
 
@@ -281,11 +288,11 @@ def test_a_role_is_changed_and_the_key_stays(keys: Keys, store: Store) -> None:
 def test_expiry_and_role_are_set_by_command_and_all_of_it_is_written_down(tmp_path: Path) -> None:
     database = f"sqlite:///{tmp_path / 'keys.sqlite'}"
     key = raylign("create", "--name", "anna", "--role", "user", "--expires", "30d", database=database).stdout.strip()
-    assert "valid until" in raylign("list", database=database).stdout
-    assert raylign("set-role", "anna", "admin", database=database).returncode == 0
-    raylign("rotate", "anna", "--expires", "never", database=database)
-    raylign("revoke", "anna", database=database)
-    wrong = raylign("create", "--name", "ben", "--role", "user", "--expires", "soon", database=database)
+    assert "valid until" in keys_here("list", database=database).stdout
+    assert keys_here("set-role", "anna", "admin", database=database).returncode == 0
+    keys_here("rotate", "anna", "--expires", "never", database=database)
+    keys_here("revoke", "anna", database=database)
+    wrong = keys_here("create", "--name", "ben", "--role", "user", "--expires", "soon", database=database)
     assert wrong.returncode == 1 and "30d" in wrong.stderr
     store = Store(database)
     trail = store.audit_trail(limit=10)

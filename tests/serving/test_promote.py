@@ -21,6 +21,7 @@ from serving.registry.promote import delete_versions, list_versions, promote, ro
 from serving.registry.state import State
 from serving.registry.versions import Registry
 from serving.replica.engine import Status
+from tests.commands import raylign_here
 from tests.conftest import free_port
 from tests.serving.standin import Standin, broken, running
 from tests.serving.tiny import adapter, of_run
@@ -276,7 +277,7 @@ def test_the_commands_say_no_by_their_exit_status(service: Standin, run: str, ga
     assert refused.returncode == 1
     assert "WORSE" in refused.stdout
     assert refused.stderr == ""
-    failed = raylign("rollback", "--url", service.url)
+    failed = raylign_here("rollback", "--url", service.url)
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
     assert line.startswith(f"ServingError: {service.url} refuses POST /v1/admin/rollback: nothing answered before")
@@ -307,9 +308,9 @@ def test_versions_are_deleted_by_number_and_needed_ones_are_not(
     with pytest.raises(ServingError, match=r"version 1 cannot be deleted: `raylign rollback` returns to it"):
         delete_versions([1], url=service.url)
     rollback(url=service.url)
-    done = raylign("versions", "delete", "2", "--url", service.url)
+    done = raylign_here("versions", "delete", "2", "--url", service.url)
     assert done.returncode == 0 and "Version 2 is deleted; 0.0" in done.stdout, done.stderr
-    listed = raylign("versions", "--url", service.url)
+    listed = raylign_here("versions", "--url", service.url)
     assert listed.returncode == 0 and "current" in listed.stdout and "better" not in listed.stdout, listed.stderr
     with pytest.raises(ServingError, match="versions delete 3 4"):
         versions(["delete"], url=service.url)

@@ -766,7 +766,7 @@ def test_what_64_writers_were_promised_is_there_once_though_their_process_is_kil
     record(store, *(issued(f"cmp-{number}") for number in range(ITEMS)))
     store.close()
     promised: dict[str, str] = {}
-    for kill_after in (1500, None):
+    for kill_after in (600, None):
         acknowledged = acknowledged_by(database, kill_after=kill_after)
         assert len(acknowledged) >= (kill_after or WRITERS * ITEMS)
         for what, id in acknowledged:
