@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alignment.errors import ConfigError, RewardError
 from alignment.groups import Completion, Group, Message
+from alignment.models.folders import model_source
 from alignment.rewards import Reward, Scorer, Unreadable, check_rewards
 from alignment.rewards.model import RewardModel
 from alignment.rewards.remote import ScoredItem, ScoreItem, ScoreReply, ScoreRequest, key_from
@@ -280,6 +281,8 @@ def _key(host: str, no_key: bool) -> str | None:
 
 
 def _load(model: str, device: str, dtype: str, max_length: int | None, batch_tokens: int) -> Scorer:
+    model_source(model)  # a wrong folder is told before torch, which takes seconds, is loaded
+
     import torch
 
     settings = {"name": "model", "path": model, "dtype": dtype, "max_length": max_length, "on_unreadable": "fail"}
