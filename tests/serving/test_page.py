@@ -24,7 +24,8 @@ from serving.http.page import HEADERS, INDEX, page_files
 from tests.conftest import free_port
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-Page, Browser, expect = playwright.Page, playwright.Browser, playwright.expect
+Page, Browser, BrowserContext = playwright.Page, playwright.Browser, playwright.BrowserContext
+expect = playwright.expect
 
 CHROMIUM = Path(os.environ.get("RAYLIGN_CHROMIUM", "/usr/bin/chromium"))
 SWITCHES = [
@@ -35,6 +36,7 @@ SWITCHES = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--process-per-site",  # all tabs of one context in one process, which then starts once
 ]
 PATIENCE_MS = 30_000  # a pass never waits that long; a starved machine may
 expect.set_options(timeout=PATIENCE_MS)
@@ -212,10 +214,21 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A context whose tabs have one process, which a tab of its own keeps. Every test has a tab and an origin, the
+    port of its service, of its own, and nothing is stored for more than both."""
+    with browser.new_context(viewport={"width": 1280, "height": 860}) as context:
+        keeper = context.new_page()
+        keeper.route("**", lambda route: route.fulfill(body=""))
+        keeper.goto("http://127.0.0.1/")
+        yield context
+
+
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(context: BrowserContext) -> Iterator[Page]:
     """A new tab. In the end nothing may have gone wrong in it, nor been stopped by the content security policy."""
-    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page = context.new_page()
     page.set_default_timeout(PATIENCE_MS)
     wrong: list[str] = []
     page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
@@ -225,6 +238,8 @@ def page(browser: Browser) -> Iterator[Page]:
     )
     yield page
     page.close()
+    context.set_offline(False)
+    assert context.cookies() == []
     # The browser reports every refused request by itself; several tests refuse some on purpose.
     assert [text for text in wrong if not text.startswith("Failed to load resource")] == []
 

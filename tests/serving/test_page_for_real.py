@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.serving.conftest import ALIGNED, Running
-from tests.serving.test_page import PATIENCE_MS, Page, ask, browser, expect, give_key, page, shown
+from tests.serving.test_page import PATIENCE_MS, Page, ask, browser, context, expect, give_key, page, shown
 
-__all__ = ["browser", "page"]
+__all__ = ["browser", "context", "page"]
 
 
 @pytest.mark.timeout(900)
