@@ -7,6 +7,9 @@ would need raylign to be installed, while this module only needs raylign's code.
 
 from __future__ import annotations
 
+import atexit
+import gc
+
 import torch
 
 from alignment.vllm import adapter_speed, block_zeroing
@@ -20,6 +23,8 @@ def install() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     end_with_owner()
+    # At the end, Python would look through all objects of vLLM for garbage, several times, for seconds.
+    atexit.register(gc.freeze)
     # Linux kills a process that uses AMX without a request for it. vLLM's attention uses AMX without one. A matrix
     # product makes the request, but may not do so for one or two tokens. On other machines this does nothing.
     torch.cpu._init_amx()
