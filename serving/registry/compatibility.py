@@ -46,7 +46,7 @@ class Adapter:
     rank: int
     """Largest rank of its matrices."""
     target_modules: tuple[str, ...] | None
-    """Names of the layers that it adapts; None if the adapter has a pattern instead of names."""
+    """Names of the layers that it adapts, as `q_proj`; None if the adapter has a pattern instead of names."""
     chat_template: str | None
     """File with the chat template that it was trained with; None if it uses the base model's."""
 
@@ -94,7 +94,8 @@ def adapter_of(folder: Path, name: str) -> Adapter:
     try:
         rank = rank_of(settings)
         targets = settings.get("target_modules") or ""
-        names = None if isinstance(targets, str) else tuple(sorted(targets))
+        # peft writes whole paths for a model of few layers, and vLLM, which joins layers, would find none of them.
+        names = None if isinstance(targets, str) else tuple(sorted({path.rpartition(".")[2] for path in targets}))
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
     for obstacle in obstacles(settings):  # vLLM would refuse these half a minute later

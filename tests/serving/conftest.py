@@ -29,7 +29,6 @@ from tests.serving.writer import write_writer
 BASE = "writer"
 ALIGNED = "random-adapter"
 WINDOW = 2048
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_TOKENS = 1500
 """Most tokens of an answer of the endpoint."""
 START_TIMEOUT_S = 240
@@ -119,7 +118,7 @@ def random_adapter(base: Path, seed: int) -> PeftModel:
     """A model with an adapter that, unlike a fresh one, is not zero: it has to change the answers."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights=False))
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
 
 
 @pytest.fixture(scope="session")

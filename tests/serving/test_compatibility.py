@@ -87,6 +87,12 @@ def test_an_engine_with_room_for_several_adapters_can_go_back_to_the_largest(tmp
     check_compatible(large, small, capacity=capacity)
 
 
+def test_layers_that_an_adapter_names_by_whole_paths_are_known_by_their_last_names(tmp_path: Path) -> None:
+    paths = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("v_proj", "q_proj")]
+    named = adapter_of(adapter(tmp_path / "1", target_modules=paths), "aligned")
+    assert named.target_modules == ("q_proj", "v_proj")
+
+
 def test_an_adapter_of_other_shapes_does_not_fit(tmp_path: Path) -> None:
     wide = adapter(tmp_path / "2", modules=("q_proj",), tensors=lora("q_proj", rank=8, inputs=2 * HIDDEN))
     with pytest.raises(
