@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, tiny_config
 from tests.serving.conftest import Running, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -25,25 +25,12 @@ LENGTH = 32768
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three models as the tiny one, with room for answers of a minute."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer, folders = make_tokenizer(), []
     for seed in range(3):
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            head_dim=32,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        config = tiny_config(tokenizer, max_position_embeddings=LENGTH, initializer_range=0.02)
         folders.append(tmp_path_factory.mktemp("long") / f"long-{seed}")
         LlamaForCausalLM(config).save_pretrained(folders[-1])
         tokenizer.save_pretrained(folders[-1])

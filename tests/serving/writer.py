@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, tiny_config
 
 POSITIONS = 4096
 END = "Ġ42"  # " 42", as the tokenizer spells it
@@ -22,20 +22,11 @@ def write_writer(folder: Path) -> None:
     """Writes two layers of a Llama in fp32, and a tokenizer of about 350 tokens with ChatML."""
     tokenizer = make_tokenizer()
     end_of_text = tokenizer.eos_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        head_dim=32,  # the least that vLLM takes on a CPU
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    config = tiny_config(
+        tokenizer,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=False,
         initializer_range=0.15,  # large enough that an answer depends on what was asked
-        eos_token_id=end_of_text,
-        bos_token_id=None,
-        pad_token_id=end_of_text,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
