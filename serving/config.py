@@ -14,8 +14,8 @@ from alignment.settings.section import Count, NonNegative, NumberFormat, Positiv
 
 Device = Literal["cpu", "cuda"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ANSWERS_PER_CORE = 8
-"""How many requests an engine on CPUs answers at once, per core, before each becomes much slower."""
+ANSWERS_PER_CORE = 4
+"""How many answers engines on CPUs give at once, per core, before each becomes much slower."""
 KEYS_AT_ONCE = 8
 """How many keys share the places of the replicas, if the configuration sets no limit for one key."""
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)]
@@ -67,11 +67,13 @@ class LimitsConfig(Section):
     requests_per_minute: Count = 0
     """Requests per minute of one key, all of which may come at once; 0 sets no limit. For this limit and those below,
     each ingress counts by itself: with several ingresses, one key may have as many times more."""
+    answers_at_once: Count | None = None
+    """Answers that the replicas give at once, which the keys share. 0 does not divide them. None takes `max_num_seqs`
+    times `min_replicas`, over all models, and on CPUs, where every answer slows down the others, at most 4 per core."""
     answers_in_progress: Count | None = None
     """Answers in progress of one key: a request's prompts times its `n`. Further requests wait until some have ended. 0
-    sets no limit. None takes one eighth of the answers that the replicas give at once, and at least 2; that is
-    `max_num_seqs` times `min_replicas`, over all models, and on CPUs, where every answer slows down the others, at most
-    8 per core."""
+    sets no limit. None takes one eighth of `answers_at_once`, and at least 2. While many keys ask, each may have fewer:
+    `answers_at_once` divided by the number of keys that have asked within 10 s, and at least 1."""
     requests_waiting: Count = 32
     """Requests of one key that may wait, for up to a minute, until its other requests have ended. Further requests get
     status 429; so do requests with bodies above 64 KiB, which may not wait."""
@@ -260,18 +262,20 @@ class ServeConfig(ModelSettings, AddressConfig):
         return self.model_copy(update=own_values)
 
     def limits_on(self, device: Device, *, num_cores: int) -> LimitsConfig:
-        """The limits, with `answers_in_progress` filled in.
+        """The limits, with `answers_at_once` and `answers_in_progress` filled in.
 
         Args:
             device: the engines' device.
             num_cores: CPU cores of the machine.
         """
-        if self.limits.answers_in_progress is not None:
-            return self.limits
-        at_once = sum(model.max_num_seqs * max(1, model.min_replicas) for model in self.all_models)
-        if device == "cpu":
-            at_once = min(at_once, ANSWERS_PER_CORE * num_cores)
-        return self.limits.model_copy(update={"answers_in_progress": max(2, at_once // KEYS_AT_ONCE)})
+        at_once, in_progress = self.limits.answers_at_once, self.limits.answers_in_progress
+        if at_once is None:
+            at_once = sum(model.max_num_seqs * max(1, model.min_replicas) for model in self.all_models)
+            if device == "cpu":
+                at_once = min(at_once, ANSWERS_PER_CORE * num_cores)
+        if in_progress is None:
+            in_progress = max(2, at_once // KEYS_AT_ONCE)
+        return self.limits.model_copy(update={"answers_at_once": at_once, "answers_in_progress": in_progress})
 
     @property
     def url(self) -> str:

@@ -23,7 +23,7 @@ from serving.config import LimitsConfig
 from serving.feedback.keys import Key
 from serving.http.metrics import NONE, Metrics
 from serving.http.origins import check_local
-from serving.http.shares import KeyShare, Rate, RequestSize, request_size
+from serving.http.shares import ActiveKeys, KeyShare, Rate, RequestSize, request_size
 from serving.replica.grammar import FORM_FIELDS
 from serving.schema import Reply, RequestError, check_num_values, error_reply, event, parse_json
 
@@ -47,8 +47,6 @@ LARGE_BYTES = 65536
 
 CLIENT_GONE = 499
 """The status of a request whose client went away before it was answered, as proxies count it."""
-REFUSAL_DELAY_S = 0.5
-"""Seconds before the answer 429, so that a client that sends again at once costs less time."""
 
 Authenticate = Callable[[list[bytes]], Key | None]
 """Finds the key of a request by its `Authorization` headers; None if there is none."""
@@ -90,6 +88,7 @@ class AccessMiddleware:
         self._max_body_bytes = int(limits.max_body_mib * 2**20)
         self._rates: dict[str, Rate] = {}
         self._shares: dict[str, KeyShare] = {}
+        self._active_keys = ActiveKeys()
         self._metrics.track_waiting("key", lambda: sum(share.num_waiting for share in list(self._shares.values())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,6 +120,7 @@ class AccessMiddleware:
                 self._metrics.count_broken_stream(route, version=send.version, reason=reason, model=state.get("model"))
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
+        share: KeyShare | None = None
         try:
             start = time.perf_counter()
             scope["state"]["key"] = key = self._admit(scope)
@@ -129,11 +129,12 @@ class AccessMiddleware:
                 await self._carry_out(scope, receive, send, None)
             else:
                 share = scope["state"]["share"] = self._share_of(key)
+                self._check_rate(key)
                 with share.presence():
                     await self._carry_out(scope, receive, send, share)
         except RequestError as error:
-            if error.reply.status == 429:  # a client that sends again at once would take the time of others
-                await asyncio.sleep(REFUSAL_DELAY_S)
+            if error.reply.status == 429 and share is not None:
+                await share.delay_refusal()
             await _send_reply(error.reply, scope, send)
         except Exception as error:  # the client must get an answer, and must not get the exception's text
             # The log gets the stack, and not the message, which may quote what was sent.
@@ -201,7 +202,7 @@ class AccessMiddleware:
 
         Raises:
             RequestError: 401, there is no valid key; 403, no keys are needed and the request comes from a page
-                elsewhere; 429, the key asks too often.
+                elsewhere.
         """
         if self._is_public(scope["path"]):
             return None
@@ -210,12 +211,19 @@ class AccessMiddleware:
         key = self._authenticate([value for name, value in scope["headers"] if name == b"authorization"])
         if key is None:
             raise RequestError(401, "A valid key is needed: Authorization: Bearer KEY.")
+        return key
+
+    def _check_rate(self, key: Key) -> None:
+        """Counts a request of a key.
+
+        Raises:
+            RequestError: 429, the key asks too often.
+        """
         if self._limits.requests_per_minute:
             rate = self._rates.setdefault(key.name, Rate(self._limits.requests_per_minute))
             wait_s = rate.take(time.monotonic())
             if wait_s:
                 raise RequestError(429, "This key asks too often. Try again later.", retry_after_s=wait_s)
-        return key
 
     async def _parse_body(self, body: bytes) -> dict[str, Any]:
         """Parses a body. A large body is parsed in a thread, while other requests are answered.
@@ -227,11 +235,15 @@ class AccessMiddleware:
         return parse_json(body) if len(body) <= LARGE_BYTES else await asyncio.to_thread(parse_json, body)
 
     def _share_of(self, key: Key) -> KeyShare:
-        """Returns the share of a key; a new one if its role has changed."""
+        """Returns the share of a key that asks; a new one if its role has changed."""
+        self._active_keys.add(key.name, time.monotonic())
         share = self._shares.get(key.name)
         if share is None or share.role != key.role:
-            share = self._shares[key.name] = KeyShare(key.role, self._limits)
+            share = self._shares[key.name] = KeyShare(key.role, self._limits, self._num_active_keys)
         return share
+
+    def _num_active_keys(self) -> int:
+        return self._active_keys.count(time.monotonic())
 
     def _still_admits(self, scope: Scope) -> bool:
         """Returns whether the key that a request came with is still valid."""

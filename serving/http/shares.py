@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,16 +15,22 @@ from serving.feedback.keys import Role
 from serving.schema import RequestError
 
 BYTES_PER_TOKEN = 4
+ACTIVE_S = 10.0
+"""For so many seconds after a request its key counts as one that asks."""
 RETRY_S = 1.0
 """After how many seconds a key that has enough in progress is told to ask again."""
 WAIT_S = 60.0
 """Most seconds that a request waits for others of its key to end."""
 ALONE_FACTOR = 4
 """A request that is alone may ask for so many times the answers that its key may have in progress."""
-PAUSE_FACTOR = 4.0
+PAUSE_FACTOR = 9.0
 """A key waits so many times the time that reading its large body took before its next large body is read."""
 MAX_PAUSE_S = 2.0
 """Most seconds of this pause: the time may be that of a slow network."""
+REFUSAL_DELAY_S = 0.5
+"""Seconds before the answer 429, for each request of the key that is being refused: a client that sends again at once
+costs less time."""
+MAX_REFUSAL_DELAY_S = 5.0
 WORK_FIELDS = ("messages", "prompt", "items")
 """Fields of the requests that an engine or a scorer works on."""
 
@@ -107,19 +113,43 @@ class FormSeconds:
         self._filled_at = time_s
 
 
+class ActiveKeys:
+    """The keys that have asked within the last `ACTIVE_S` seconds."""
+
+    def __init__(self) -> None:
+        self._times: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, name: str, time_s: float) -> None:
+        """Adds a key that asks. `time_s`: seconds of a clock that never goes back."""
+        self._times[name] = time_s
+        self._times.move_to_end(name)
+
+    def count(self, time_s: float) -> int:
+        """Returns how many keys there are."""
+        while self._times and next(iter(self._times.values())) < time_s - ACTIVE_S:
+            self._times.popitem(last=False)
+        return len(self._times)
+
+
 class KeyShare:
     """What one key has in progress at an ingress, and which of its requests wait for that to end."""
 
-    def __init__(self, role: Role, limits: LimitsConfig) -> None:
-        """`limits.answers_in_progress` has to be a number (see `ServeConfig.limits_on`)."""
+    def __init__(self, role: Role, limits: LimitsConfig, num_keys: Callable[[], int] = lambda: 1) -> None:
+        """
+        Args:
+            limits: `answers_in_progress` has to be a number (see `ServeConfig.limits_on`).
+            num_keys: returns how many keys ask at the moment.
+        """
         self.role = role
         is_admin = role == "admin"
         max_answers = limits.admin_answers_in_progress if is_admin else limits.answers_in_progress
         assert max_answers is not None
         self._max_answers = max_answers
+        self._answers_at_once = 0 if is_admin else limits.answers_at_once or 0
+        self._num_keys = num_keys
         self._max_tokens = limits.admin_tokens_in_progress if is_admin else limits.tokens_in_progress
         self._max_waiting = limits.requests_waiting
-        self._num_requests = self._num_answers = self._num_tokens = 0
+        self._num_requests = self._num_answers = self._num_tokens = self._num_refused = 0
         self._queue: deque[tuple[RequestSize, asyncio.Future[None]]] = deque()
         self._large_bodies = None if is_admin else asyncio.Lock()
         self.form_seconds = FormSeconds(0.0 if is_admin else limits.form_seconds_per_minute)
@@ -180,7 +210,7 @@ class KeyShare:
     async def large_body(self, received_s: float) -> AsyncIterator[None]:
         """Lets one large body of the key be parsed at a time, with pauses between them; admins do not wait.
 
-        So large bodies take at most a fifth of the time of the ingress, and of Ray's proxy before it.
+        So large bodies take at most a tenth of the time of the ingress, and of Ray's proxy before it.
 
         Args:
             received_s: seconds that receiving the body took. The body is received before its turn comes: Ray Serve's
@@ -197,6 +227,14 @@ class KeyShare:
         finally:
             pause_s = PAUSE_FACTOR * (received_s + loop.time() - start)
             loop.call_later(min(pause_s, MAX_PAUSE_S), self._large_bodies.release)
+
+    async def delay_refusal(self) -> None:
+        """Lets time pass before a request of the key is refused: more if others of it are being refused too."""
+        self._num_refused += 1
+        try:
+            await asyncio.sleep(min(self._num_refused * REFUSAL_DELAY_S, MAX_REFUSAL_DELAY_S))
+        finally:
+            self._num_refused -= 1
 
     def check_forms(self, time_s: float) -> None:
         """Checks that the key may have another form of answers compiled.
@@ -252,10 +290,16 @@ class KeyShare:
             f"this request asks for {quota.num_requested}"
         )
 
+    def _current_max_answers(self) -> int:
+        """Returns how many answers the key may have in progress beside the other keys that ask; 0 is no limit."""
+        if not self._max_answers or not self._answers_at_once:
+            return self._max_answers
+        return min(self._max_answers, max(1, self._answers_at_once // max(1, self._num_keys())))
+
     def _quotas(self, size: RequestSize) -> tuple[_Quota, _Quota]:
         """Returns the key's two quotas with what a request would add to them."""
         return (
-            _Quota("answers", self._num_answers, size.num_answers, self._max_answers),
+            _Quota("answers", self._num_answers, size.num_answers, self._current_max_answers()),
             _Quota("tokens", self._num_tokens, size.num_tokens, self._max_tokens),
         )
 

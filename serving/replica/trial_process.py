@@ -27,6 +27,7 @@ MAX_OUTPUT = 65536
 STACK_BYTES = 4 * 2**20
 """Half of the stack of an engine's thread, so that a recursion fails here before it could kill an engine."""
 NICENESS = 10
+"""Lower priority than answers, also while the compiler is loaded, which takes seconds of CPU time."""
 WARNING = re.compile(r"Warning: (.+)")
 """A line of the compiler about a part of a form that it passes over."""
 
@@ -173,7 +174,6 @@ def _limit(cpu_s: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
     resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(NICENESS)
 
 
 def _divert_output() -> int:
@@ -222,5 +222,6 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 if __name__ == "__main__":
+    os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the replica
     TrialProcess(socket.socket(fileno=int(sys.argv[1]))).run()

@@ -17,7 +17,7 @@ from serving.config import Device, LimitsConfig, ServeConfig
 from serving.feedback.keys import Key, Role
 from serving.http.access import AccessMiddleware
 from serving.http.routes import spend_form_seconds
-from serving.http.shares import FormSeconds, KeyShare, RequestSize, request_size
+from serving.http.shares import ActiveKeys, FormSeconds, KeyShare, RequestSize, request_size
 from serving.schema import RequestError, check_num_values, parse_json
 
 LIMITS = LimitsConfig(max_tokens=100)
@@ -206,7 +206,8 @@ def test_a_request_that_is_given_up_when_its_turn_comes_keeps_no_room() -> None:
     [
         ("cpu", 2, {}, 2),
         ("cpu", 16, {}, 8),
-        ("cpu", 16, {"min_replicas": 4, "max_replicas": 4}, 16),
+        ("cpu", 16, {"min_replicas": 4, "max_replicas": 4}, 8),
+        ("cpu", 2, {"limits": {"answers_at_once": 40}}, 5),
         ("cuda", 2, {}, 8),
         ("cuda", 2, {"max_num_seqs": 256, "min_replicas": 2, "max_replicas": 2}, 64),
         ("cuda", 2, {"max_num_seqs": 4, "min_replicas": 0}, 2),
@@ -219,6 +220,74 @@ def test_a_key_may_have_an_eighth_of_what_the_replicas_answer_at_once(
 ) -> None:
     config = ServeConfig(checkpoint="x", **settings)
     assert config.limits_on(device, num_cores=num_cores).answers_in_progress == expected
+
+
+@pytest.mark.parametrize(
+    ("at_once", "num_keys", "expected"), [(8, 1, 4), (8, 2, 4), (8, 3, 2), (8, 8, 1), (8, 100, 1), (0, 100, 4)]
+)
+def test_the_more_keys_ask_the_fewer_answers_each_may_have_in_progress(
+    at_once: int, num_keys: int, expected: int
+) -> None:
+    async def scene() -> None:
+        limits = LimitsConfig(answers_in_progress=4, answers_at_once=at_once)
+        share = KeyShare("user", limits, lambda: num_keys)
+        requests = [OneRequest(share) for _ in range(6)]
+        await settle()
+        assert sum(request.has_begun.is_set() for request in requests) == expected
+        for request in requests:
+            await request.end()
+        await OneRequest(share, answers=16, may_wait=False).end()  # alone
+
+    asyncio.run(scene())
+
+
+def test_a_key_asks_until_ten_seconds_after_its_last_request() -> None:
+    keys = ActiveKeys()
+    assert keys.count(100.0) == 0
+    for name, time_s in (("anna", 100.0), ("ben", 104.0), ("anna", 105.0)):
+        keys.add(name, time_s)
+    assert [keys.count(time_s) for time_s in (105.0, 113.0, 114.5, 115.5)] == [2, 2, 1, 0]
+
+
+def test_keys_that_ask_beside_it_leave_a_key_one_answer_at_a_time() -> None:
+    async def scene() -> None:
+        goes_on = asyncio.Event()
+        guard = guarded(goes_on.wait, answers_in_progress=2, answers_at_once=3)
+        async with client_of(guard, "anna") as anna, client_of(guard, "ben") as ben:
+            bens = asyncio.create_task(ben.post("/work", json=WORK))
+            await asyncio.sleep(0.05)
+            annas = [asyncio.create_task(anna.post("/work", json=WORK)) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            assert guard._shares["anna"].num_waiting == 1
+            goes_on.set()
+            assert {answer.status_code for answer in await asyncio.gather(bens, *annas)} == {200}
+
+    asyncio.run(scene())
+
+
+def test_requests_that_are_refused_at_the_same_time_are_refused_the_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        monkeypatch.setattr("serving.http.shares.REFUSAL_DELAY_S", 0.05)
+        monkeypatch.setattr("serving.http.shares.MAX_REFUSAL_DELAY_S", 0.2)
+        goes_on = asyncio.Event()
+        guard = guarded(goes_on.wait, answers_in_progress=1, requests_waiting=0)
+        time_s = asyncio.get_running_loop().time
+
+        async def refused_at() -> float:
+            assert (await client_of(guard, "anna").post("/work", json=WORK)).status_code == 429
+            return time_s()
+
+        async with client_of(guard, "anna") as anna:
+            first = asyncio.create_task(anna.post("/work", json=WORK))
+            await asyncio.sleep(0.05)
+            start = time_s()
+            delays = [time - start for time in await asyncio.gather(*(refused_at() for _ in range(6)))]
+            assert all(delay >= least for delay, least in zip(delays, (0.05, 0.1, 0.15, 0.2, 0.2, 0.2), strict=True))
+            assert guard._shares["anna"]._num_refused == 0
+            goes_on.set()
+            assert (await first).status_code == 200
+
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize(("role", "many"), [("user", False), ("labeller", False), ("admin", True)])
@@ -395,7 +464,7 @@ def test_large_bodies_of_a_key_are_read_with_pauses_and_nobody_else_waits() -> N
         for name in ("ben", "root", "root"):
             await end_s(name, json=large)
         assert not next_one.done()
-        assert await next_one - ended >= 0.75 * min(4 * took_s, 2.0)  # the pause began a moment before the answer came
+        assert await next_one - ended >= 0.75 * min(9 * took_s, 2.0)  # the pause began a moment before the answer came
 
     asyncio.run(scene())
 
