@@ -30,6 +30,7 @@ from serving.feedback.recording import Recorder
 from serving.feedback.store import Store
 from serving.feedback.store.opening import default_database
 from serving.feedback.store.records import StoreAway
+from serving.garbage import freeze_heap
 from serving.http.access import AccessMiddleware, as_response
 from serving.http.audit import AuditMiddleware
 from serving.http.metrics import Metrics, exposition
@@ -137,6 +138,7 @@ class Ingress:
             metrics=self._context.metrics,
             route_of=route_finder(routes),
         )
+        freeze_heap()
         return with_cors(access, self._config.cors_origins)
 
     async def obstacles(self) -> dict[str, str | None]:

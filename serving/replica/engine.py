@@ -25,6 +25,7 @@ from ray import serve
 from alignment.errors import AlignmentError, ServingError
 from alignment.start_failure import StartLog
 from alignment.vllm.arguments import load_vllm
+from serving.garbage import freeze_heap
 from serving.registry.served_model import served_version
 from serving.registry.state import State
 from serving.registry.versions import Registry
@@ -149,6 +150,7 @@ class Engine:
             await self._versions.adopt()  # it may have changed meanwhile
         except AlignmentError:  # then it answers with the version that it has, as after a later change
             logger.exception("A replica could not follow the registry")
+        freeze_heap()
 
     async def _start_engine(self, settings: EngineSettings) -> AsyncLLM:
         """Starts vLLM; returns when it has computed two tokens.

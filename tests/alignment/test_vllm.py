@@ -328,6 +328,7 @@ class Damaging(FileWeightTransfer):
         return update
 
 
+@pytest.mark.slow  # an engine starts again
 @pytest.mark.parametrize("pair", ["tied"], indirect=True)
 def test_half_an_update_is_an_error_and_an_engine_that_took_it_is_replaced(
     pair: Pair, monkeypatch: pytest.MonkeyPatch

@@ -163,6 +163,7 @@ def test_the_prompts_of_an_engine_that_is_killed_are_answered_by_others(pool: En
     assert killed not in engine_processes()
 
 
+@pytest.mark.slow  # an engine starts again
 def test_the_other_engine_goes_on_when_one_dies_in_the_middle_of_a_load(pool: EnginePool, trainer: Trainer) -> None:
     dying = engine_processes()[0]
     dying.suspend()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +26,7 @@ def expected_answer() -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
+@pytest.mark.slow  # an endpoint of its own
 def test_the_bundled_model_answers_as_in_transformers_and_continues_a_text(tmp_path: Path) -> None:
     with started(BUNDLED, tmp_path, "dtype=fp32", "max_model_len=512") as endpoint:
         assert [model.id for model in endpoint.client.models.list()] == [BUNDLED]
