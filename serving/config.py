@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -69,11 +70,13 @@ class LimitsConfig(Section):
     each ingress counts by itself: with several ingresses, one key may have as many times more."""
     answers_at_once: Count | None = None
     """Answers that the replicas give at once, which the keys share. 0 does not divide them. None takes `max_num_seqs`
-    times `min_replicas`, over all models, and on CPUs, where every answer slows down the others, at most 4 per core."""
+    times `max_replicas`, over all models, and on CPUs, where every answer slows down the others, at most 4 per core;
+    but 0 if `answers_in_progress` is given."""
     answers_in_progress: Count | None = None
     """Answers in progress of one key: a request's prompts times its `n`. Further requests wait until some have ended. 0
-    sets no limit. None takes one eighth of `answers_at_once`, and at least 2. While many keys ask, each may have fewer:
-    `answers_at_once` divided by the number of keys that have asked within 10 s, and at least 1."""
+    sets no limit. None takes one eighth of the answers that `min_replicas` give at once, counted in the same way, and
+    at least 2. While several keys ask, each may have fewer: `answers_at_once` divided by the number of keys that have
+    answers in progress or had some within 10 s, and at least 1."""
     requests_waiting: Count = 32
     """Requests of one key that may wait, for up to a minute, until its other requests have ended. Further requests get
     status 429; so do requests with bodies above 64 KiB, which may not wait."""
@@ -269,12 +272,14 @@ class ServeConfig(ModelSettings, AddressConfig):
             num_cores: CPU cores of the machine.
         """
         at_once, in_progress = self.limits.answers_at_once, self.limits.answers_in_progress
+        models = self.all_models
+        most = ANSWERS_PER_CORE * num_cores if device == "cpu" else math.inf
         if at_once is None:
-            at_once = sum(model.max_num_seqs * max(1, model.min_replicas) for model in self.all_models)
-            if device == "cpu":
-                at_once = min(at_once, ANSWERS_PER_CORE * num_cores)
+            places = sum(model.max_num_seqs * max(1, model.max_replicas) for model in models)
+            at_once = int(min(places, most)) if in_progress is None else 0
         if in_progress is None:
-            in_progress = max(2, at_once // KEYS_AT_ONCE)
+            places = sum(model.max_num_seqs * max(1, model.min_replicas) for model in models)
+            in_progress = max(2, int(min(places, most)) // KEYS_AT_ONCE)
         return self.limits.model_copy(update={"answers_at_once": at_once, "answers_in_progress": in_progress})
 
     @property

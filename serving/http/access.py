@@ -121,6 +121,7 @@ class AccessMiddleware:
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Sender) -> None:
         share: KeyShare | None = None
+        reply: Reply | None = None
         try:
             start = time.perf_counter()
             scope["state"]["key"] = key = self._admit(scope)
@@ -133,15 +134,18 @@ class AccessMiddleware:
                 with share.presence():
                     await self._carry_out(scope, receive, send, share)
         except RequestError as error:
-            if error.reply.status == 429 and share is not None:
-                await share.delay_refusal()
-            await _send_reply(error.reply, scope, send)
+            reply = error.reply
         except Exception as error:  # the client must get an answer, and must not get the exception's text
             # The log gets the stack, and not the message, which may quote what was sent.
             stack = "".join(traceback.format_tb(error.__traceback__))
             logger.error("A request failed with %s\n%s", type(error).__name__, stack)
             send.break_reason = "endpoint" if send.has_begun else None
-            await _send_reply(error_reply(500, "Internal error."), scope, send)
+            reply = error_reply(500, "Internal error.")
+        if reply is not None:
+            if reply.status == 429 and share is not None:
+                scope["state"].pop("json", None)  # many requests may be delayed, and the body is freed with the error
+                await share.delay_refusal()
+            await _send_reply(reply, scope, send)
 
     async def _carry_out(self, scope: Scope, receive: Receive, send: _Sender, share: KeyShare | None) -> None:
         """Reads a request, and has a route answer it.
@@ -235,15 +239,11 @@ class AccessMiddleware:
         return parse_json(body) if len(body) <= LARGE_BYTES else await asyncio.to_thread(parse_json, body)
 
     def _share_of(self, key: Key) -> KeyShare:
-        """Returns the share of a key that asks; a new one if its role has changed."""
-        self._active_keys.add(key.name, time.monotonic())
+        """Returns the share of a key; a new one if its role has changed."""
         share = self._shares.get(key.name)
         if share is None or share.role != key.role:
-            share = self._shares[key.name] = KeyShare(key.role, self._limits, self._num_active_keys)
+            share = self._shares[key.name] = KeyShare(key.name, key.role, self._limits, self._active_keys)
         return share
-
-    def _num_active_keys(self) -> int:
-        return self._active_keys.count(time.monotonic())
 
     def _still_admits(self, scope: Scope) -> bool:
         """Returns whether the key that a request came with is still valid."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict, deque
+import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from serving.schema import RequestError
 
 BYTES_PER_TOKEN = 4
 ACTIVE_S = 10.0
-"""For so many seconds after a request its key counts as one that asks."""
+"""For so many seconds after an answer its key counts as one that asks."""
+CHECK_S = 1.0
+"""Seconds between two looks whether a request that waits may begin, since fewer keys ask now."""
 RETRY_S = 1.0
 """After how many seconds a key that has enough in progress is told to ask again."""
 WAIT_S = 60.0
@@ -31,6 +34,7 @@ REFUSAL_DELAY_S = 0.5
 """Seconds before the answer 429, for each request of the key that is being refused: a client that sends again at once
 costs less time."""
 MAX_REFUSAL_DELAY_S = 5.0
+"""Most seconds before the answer 429."""
 WORK_FIELDS = ("messages", "prompt", "items")
 """Fields of the requests that an engine or a scorer works on."""
 
@@ -114,39 +118,53 @@ class FormSeconds:
 
 
 class ActiveKeys:
-    """The keys that have asked within the last `ACTIVE_S` seconds."""
+    """The keys that ask for answers: those whose requests are here, or were within the last `ACTIVE_S` seconds."""
 
-    def __init__(self) -> None:
-        self._times: OrderedDict[str, float] = OrderedDict()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: returns seconds that never go back."""
+        self._clock = clock
+        self._num_requests: Counter[str] = Counter()
+        self._ends: OrderedDict[str, float] = OrderedDict()
+        """When the last request of a key ended that has none here."""
 
-    def add(self, name: str, time_s: float) -> None:
-        """Adds a key that asks. `time_s`: seconds of a clock that never goes back."""
-        self._times[name] = time_s
-        self._times.move_to_end(name)
+    @contextmanager
+    def presence(self, name: str) -> Iterator[None]:
+        """Counts a key as long as the block lasts, and some seconds longer."""
+        self._num_requests[name] += 1
+        self._ends.pop(name, None)
+        try:
+            yield
+        finally:
+            self._num_requests[name] -= 1
+            if not self._num_requests[name]:
+                del self._num_requests[name]
+                self._ends[name] = self._clock()
 
-    def count(self, time_s: float) -> int:
+    def count(self) -> int:
         """Returns how many keys there are."""
-        while self._times and next(iter(self._times.values())) < time_s - ACTIVE_S:
-            self._times.popitem(last=False)
-        return len(self._times)
+        while self._ends and next(iter(self._ends.values())) < self._clock() - ACTIVE_S:
+            self._ends.popitem(last=False)
+        return len(self._num_requests) + len(self._ends)
 
 
 class KeyShare:
     """What one key has in progress at an ingress, and which of its requests wait for that to end."""
 
-    def __init__(self, role: Role, limits: LimitsConfig, num_keys: Callable[[], int] = lambda: 1) -> None:
+    def __init__(self, name: str, role: Role, limits: LimitsConfig, active_keys: ActiveKeys) -> None:
         """
         Args:
+            name: name of the key.
             limits: `answers_in_progress` has to be a number (see `ServeConfig.limits_on`).
-            num_keys: returns how many keys ask at the moment.
+            active_keys: the keys that ask, among which the replicas' answers are divided.
         """
+        self._name = name
         self.role = role
         is_admin = role == "admin"
         max_answers = limits.admin_answers_in_progress if is_admin else limits.answers_in_progress
         assert max_answers is not None
         self._max_answers = max_answers
         self._answers_at_once = 0 if is_admin else limits.answers_at_once or 0
-        self._num_keys = num_keys
+        self._active_keys = active_keys
         self._max_tokens = limits.admin_tokens_in_progress if is_admin else limits.tokens_in_progress
         self._max_waiting = limits.requests_waiting
         self._num_requests = self._num_answers = self._num_tokens = self._num_refused = 0
@@ -167,7 +185,8 @@ class KeyShare:
             RequestError: 429, the key has as many requests here as may be in progress and wait.
         """
         if self._max_answers and self._num_requests >= self._max_answers + self._max_waiting:
-            raise _too_much(f"{self._num_requests} requests here, and may have {self._max_answers} in progress")
+            limit = self._current_max_answers()
+            raise _too_much(f"{self._num_requests} requests here, and may have {limit} answers in progress")
         self._num_requests += 1
         try:
             yield
@@ -195,22 +214,24 @@ class KeyShare:
                 f"{max_answers}. Ask for fewer at a time.",
                 code="integer_above_max_value",
             )
-        if size.num_answers and (self._queue or not self._has_room(size)):
-            if not may_wait or len(self._queue) >= self._max_waiting:
-                raise self._no_room(size)
-            await self._wait(size)
-        else:
-            self._add(size)
-        try:
-            yield
-        finally:
-            self._leave(size)
+        with self._active_keys.presence(self._name) if size.num_answers else nullcontext():
+            self._begin_next()  # there may be more room, since fewer keys ask
+            if size.num_answers and (self._queue or not self._has_room(size)):
+                if not may_wait or len(self._queue) >= self._max_waiting:
+                    raise self._no_room(size)
+                await self._wait(size)
+            else:
+                self._add(size)
+            try:
+                yield
+            finally:
+                self._leave(size)
 
     @asynccontextmanager
     async def large_body(self, received_s: float) -> AsyncIterator[None]:
         """Lets one large body of the key be parsed at a time, with pauses between them; admins do not wait.
 
-        So large bodies take at most a tenth of the time of the ingress, and of Ray's proxy before it.
+        So large bodies take about a tenth of the time of the ingress, and of Ray's proxy before it.
 
         Args:
             received_s: seconds that receiving the body took. The body is received before its turn comes: Ray Serve's
@@ -232,7 +253,7 @@ class KeyShare:
         """Lets time pass before a request of the key is refused: more if others of it are being refused too."""
         self._num_refused += 1
         try:
-            await asyncio.sleep(min(self._num_refused * REFUSAL_DELAY_S, MAX_REFUSAL_DELAY_S))
+            await asyncio.sleep(refusal_delay_s(self._num_refused))
         finally:
             self._num_refused -= 1
 
@@ -252,7 +273,8 @@ class KeyShare:
         self._queue.append((size, turn))
         try:
             async with asyncio.timeout(WAIT_S):
-                await turn
+                while not (await asyncio.wait({turn}, timeout=CHECK_S))[0]:
+                    self._begin_next()
         except BaseException as error:  # the client is gone, or the request has waited too long
             if turn.done() and not turn.cancelled():  # its turn came at the same moment
                 self._leave(size)
@@ -294,7 +316,7 @@ class KeyShare:
         """Returns how many answers the key may have in progress beside the other keys that ask; 0 is no limit."""
         if not self._max_answers or not self._answers_at_once:
             return self._max_answers
-        return min(self._max_answers, max(1, self._answers_at_once // max(1, self._num_keys())))
+        return min(self._max_answers, max(1, self._answers_at_once // max(1, self._active_keys.count())))
 
     def _quotas(self, size: RequestSize) -> tuple[_Quota, _Quota]:
         """Returns the key's two quotas with what a request would add to them."""
@@ -322,6 +344,11 @@ class _Quota(NamedTuple):
     def load(self) -> float:
         """Fraction of the limit that would be in progress."""
         return (self.num_in_progress + self.num_requested) / (self.limit or math.inf)
+
+
+def refusal_delay_s(num_refused: int) -> float:
+    """Returns the seconds before a request is refused. `num_refused`: its key's requests that are being refused."""
+    return min(num_refused * REFUSAL_DELAY_S, MAX_REFUSAL_DELAY_S)
 
 
 def _too_much(present: str) -> RequestError:

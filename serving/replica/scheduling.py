@@ -13,6 +13,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from alignment.vllm import block_zeroing
+from serving.replica.trial_process import NICENESS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 SCHEDULER = f"{__name__}.scheduler"
 """The name by which vLLM imports `scheduler`."""
-NICENESS = 10
-"""Priority of the threads. As they hold Python's lock at times, they must not have to wait for idle cores."""
 NUM_COMPILERS = 4
 """How many grammars are compiled at once. Of the slow ones, `serving.replica.trial` lets one at a time come here."""
 

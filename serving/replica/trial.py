@@ -37,9 +37,9 @@ QUICK_S = 0.5
 QUICK_AT_ONCE = 4
 MAX_WAITING = 8
 """Most slow forms that may wait for one another."""
-SECONDS_PER_CPU_SECOND = 60.0
-"""Most seconds that may pass for one CPU second. The process gets only what others leave of the cores."""
-START_S = 300.0
+SECONDS_PER_CPU_SECOND = 10.0
+"""Most seconds that may pass for one CPU second, on a machine that has much else to do."""
+START_S = 120.0
 """Most seconds until the process has loaded its compiler."""
 ORIGIN = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """The place in the compiler's source with which its messages begin."""
@@ -186,7 +186,9 @@ class _Connection:
                 pass_fds=[child_socket.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                # Not a session of its own: Linux would take that for a group of tasks, with as much of the cores as all
+                # other sessions together, whatever its priority.
+                process_group=0,
             )
         reader, writer = await asyncio.open_connection(sock=parent_socket)
         try:
@@ -210,7 +212,7 @@ class _Connection:
             async with asyncio.timeout(SECONDS_PER_CPU_SECOND * cpu_s):
                 return await future
         except TimeoutError:
-            return TrialResult(outcome="busy")
+            return TrialResult(outcome="time", took_s=cpu_s)
         finally:
             if self._futures.pop(id, None) is not None:
                 self._send({"cancel": id})

@@ -26,6 +26,8 @@ MAX_OUTPUT = 65536
 """Most bytes that are read of what the compiler prints about a form."""
 STACK_BYTES = 4 * 2**20
 """Half of the stack of an engine's thread, so that a recursion fails here before it could kill an engine."""
+NICENESS = 10
+"""Lower priority than answers, also while the compiler is loaded, which takes seconds of CPU time."""
 WARNING = re.compile(r"Warning: (.+)")
 """A line of the compiler about a part of a form that it passes over."""
 
@@ -220,7 +222,6 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 if __name__ == "__main__":
-    # Also while it loads the compiler, for seconds: whatever answers needs a core takes it at once.
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the replica
     TrialProcess(socket.socket(fileno=int(sys.argv[1]))).run()

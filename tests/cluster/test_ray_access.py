@@ -83,7 +83,7 @@ def test_a_run_on_this_machine_listens_to_this_machine_alone(
     "command",
     [
         ["train", "configs/align/demo.yaml", "cluster.workers=1"],
-        ["serve", "device=cpu"],
+        ["serve"],
     ],
     ids=lambda command: command[0],
 )
@@ -94,7 +94,7 @@ def test_a_cluster_that_answers_everybody_is_not_joined(
     environment.pop(MODE, None)
     places = [f"output={tmp_path}"]
     if command[0] == "serve":  # not the bundled model, of which the registry would keep a copy
-        places = [str(tiny_model), f"folder={tmp_path}", f"port={free_port()}"]
+        places = [str(tiny_model), "device=cpu", f"folder={tmp_path}", f"port={free_port()}"]
     ended = subprocess.run(
         [sys.executable, "-m", "cluster.cli", *command, *places],
         env=environment, capture_output=True, text=True, timeout=300, check=False,

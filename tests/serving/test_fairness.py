@@ -36,6 +36,15 @@ def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """A full collection of the garbage of what tests load would stop all clients here for most of a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Client(threading.Thread):
     """A well-behaved one: short requests, one after the other."""
 
@@ -80,14 +89,12 @@ def memory_mib(service: Running) -> float:
 
 @pytest.mark.alone
 @pytest.mark.slow  # three minutes of load
-def test_one_hostile_key_hurts_no_other(service: Running) -> None:
+def test_one_hostile_key_hurts_no_other(service: Running, frozen_heap: None) -> None:
     store = Store(service.database)
     names = ("hostile", *(f"user-{number}" for number in range(OTHERS)))
     keys = [create_key(store, name=name, role="user") for name in names]
     store.close()
     time.sleep(3)  # keys are read every second or two
-    gc.collect()
-    gc.freeze()  # a full collection of what tests load would stop all clients here for most of a second
     watch(service.url, keys[1:], 15)  # warm
     replicas = {process.pid for process in engine_processes(of=service.process.pid)}
     quiet, memory = watch(service.url, keys[1:], BEFORE_S), memory_mib(service)
@@ -107,7 +114,6 @@ def test_one_hostile_key_hurts_no_other(service: Running) -> None:
         print(f"{name}: {sum(len(client.seconds) for client in clients)} requests, {shares}")
     print(f"memory: {memory:.0f} MiB before, {during:.0f} during, {memory_mib(service):.0f} afterwards")
     print(f"hostile: {told}")
-    gc.unfreeze()
     assert not [text for client in (*quiet, *loud) for text in client.refused]
     assert {process.pid for process in engine_processes(of=service.process.pid)} == replicas and len(replicas) == 2
     assert memory_mib(service) < memory + 800, "a process that compiles stays beside each replica"

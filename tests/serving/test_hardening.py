@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.feedback.keys import create_key, rotate_key
 from serving.feedback.store import Store
-from serving.replica.scheduling import NICENESS
+from serving.replica.trial_process import NICENESS
 from tests.processes import descendants, engine_processes
 from tests.serving.conftest import Running, holding, started
 

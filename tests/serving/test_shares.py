@@ -17,7 +17,7 @@ from serving.config import Device, LimitsConfig, ServeConfig
 from serving.feedback.keys import Key, Role
 from serving.http.access import AccessMiddleware
 from serving.http.routes import spend_form_seconds
-from serving.http.shares import ActiveKeys, FormSeconds, KeyShare, RequestSize, request_size
+from serving.http.shares import ActiveKeys, FormSeconds, KeyShare, RequestSize, refusal_delay_s, request_size
 from serving.schema import RequestError, check_num_values, parse_json
 
 LIMITS = LimitsConfig(max_tokens=100)
@@ -75,7 +75,8 @@ async def settle() -> None:
 
 
 def key_share(role: Role = "user", **limits: int) -> KeyShare:
-    return KeyShare(role, LimitsConfig(**{"answers_in_progress": 4, "tokens_in_progress": 100, **limits}))
+    settings = {"answers_in_progress": 4, "tokens_in_progress": 100, **limits}
+    return KeyShare("anna", role, LimitsConfig(**settings), ActiveKeys())
 
 
 def test_what_a_key_has_no_room_for_begins_in_its_order_when_others_of_it_have_ended() -> None:
@@ -207,7 +208,6 @@ def test_a_request_that_is_given_up_when_its_turn_comes_keeps_no_room() -> None:
         ("cpu", 2, {}, 2),
         ("cpu", 16, {}, 8),
         ("cpu", 16, {"min_replicas": 4, "max_replicas": 4}, 8),
-        ("cpu", 2, {"limits": {"answers_at_once": 40}}, 5),
         ("cuda", 2, {}, 8),
         ("cuda", 2, {"max_num_seqs": 256, "min_replicas": 2, "max_replicas": 2}, 64),
         ("cuda", 2, {"max_num_seqs": 4, "min_replicas": 0}, 2),
@@ -223,69 +223,109 @@ def test_a_key_may_have_an_eighth_of_what_the_replicas_answer_at_once(
 
 
 @pytest.mark.parametrize(
+    ("device", "num_cores", "settings", "expected"),
+    [
+        ("cpu", 2, {}, 8),
+        ("cuda", 2, {"max_num_seqs": 256, "min_replicas": 2, "max_replicas": 4}, 1024),
+        ("cuda", 2, {"limits": {"answers_at_once": 7}}, 7),
+        ("cuda", 2, {"limits": {"answers_in_progress": 32}}, 0),
+        ("cuda", 2, {"limits": {"answers_in_progress": 32, "answers_at_once": 40}}, 40),
+    ],
+)
+def test_the_keys_share_what_all_replicas_answer_at_once(
+    device: Device, num_cores: int, settings: dict[str, Any], expected: int
+) -> None:
+    config = ServeConfig(checkpoint="x", **settings)
+    assert config.limits_on(device, num_cores=num_cores).answers_at_once == expected
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.time_s = 100.0
+
+    def __call__(self) -> float:
+        return self.time_s
+
+
+@pytest.mark.parametrize(
     ("at_once", "num_keys", "expected"), [(8, 1, 4), (8, 2, 4), (8, 3, 2), (8, 8, 1), (8, 100, 1), (0, 100, 4)]
 )
 def test_the_more_keys_ask_the_fewer_answers_each_may_have_in_progress(
     at_once: int, num_keys: int, expected: int
 ) -> None:
     async def scene() -> None:
-        limits = LimitsConfig(answers_in_progress=4, answers_at_once=at_once)
-        share = KeyShare("user", limits, lambda: num_keys)
-        requests = [OneRequest(share) for _ in range(6)]
-        await settle()
-        assert sum(request.has_begun.is_set() for request in requests) == expected
-        for request in requests:
-            await request.end()
-        await OneRequest(share, answers=16, may_wait=False).end()  # alone
+        limits, keys = LimitsConfig(answers_in_progress=4, answers_at_once=at_once), ActiveKeys()
+        share = KeyShare("anna", "user", limits, keys)
+        with ExitStack() as others:
+            for number in range(num_keys - 1):
+                others.enter_context(keys.presence(f"other-{number}"))
+            requests = [OneRequest(share) for _ in range(6)]
+            await settle()
+            assert sum(request.has_begun.is_set() for request in requests) == expected
+            for request in requests:
+                await request.end()
+            await OneRequest(share, answers=16, may_wait=False).end()  # alone
 
     asyncio.run(scene())
 
 
-def test_a_key_asks_until_ten_seconds_after_its_last_request() -> None:
-    keys = ActiveKeys()
-    assert keys.count(100.0) == 0
-    for name, time_s in (("anna", 100.0), ("ben", 104.0), ("anna", 105.0)):
-        keys.add(name, time_s)
-    assert [keys.count(time_s) for time_s in (105.0, 113.0, 114.5, 115.5)] == [2, 2, 1, 0]
+def test_a_key_asks_until_ten_seconds_after_its_last_answer() -> None:
+    clock = Clock()
+    keys = ActiveKeys(clock)
+    assert keys.count() == 0
+    with keys.presence("anna"):
+        with keys.presence("anna"), keys.presence("ben"):
+            assert keys.count() == 2
+        clock.time_s += 9.0
+        assert keys.count() == 2
+        clock.time_s += 2.0
+        assert keys.count() == 1, "an answer may take long"
+    clock.time_s += 9.0
+    assert keys.count() == 1
+    clock.time_s += 2.0
+    assert keys.count() == 0
 
 
-def test_keys_that_ask_beside_it_leave_a_key_one_answer_at_a_time() -> None:
+def test_a_request_that_waits_begins_when_fewer_keys_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
-        goes_on = asyncio.Event()
-        guard = guarded(goes_on.wait, answers_in_progress=2, answers_at_once=3)
-        async with client_of(guard, "anna") as anna, client_of(guard, "ben") as ben:
-            bens = asyncio.create_task(ben.post("/work", json=WORK))
-            await asyncio.sleep(0.05)
-            annas = [asyncio.create_task(anna.post("/work", json=WORK)) for _ in range(2)]
-            await asyncio.sleep(0.05)
-            assert guard._shares["anna"].num_waiting == 1
-            goes_on.set()
-            assert {answer.status_code for answer in await asyncio.gather(bens, *annas)} == {200}
+        monkeypatch.setattr("serving.http.shares.CHECK_S", 0.01)
+        clock = Clock()
+        keys = ActiveKeys(clock)
+        share = KeyShare("anna", "user", LimitsConfig(answers_in_progress=2, answers_at_once=3), keys)
+        with keys.presence("ben"):
+            first, second = OneRequest(share), OneRequest(share)
+            await settle()
+        assert first.has_begun.is_set() and not second.has_begun.is_set()
+        clock.time_s += 11.0
+        await asyncio.wait_for(second.has_begun.wait(), 60)
+        await second.end()
+        await first.end()
 
     asyncio.run(scene())
 
 
-def test_requests_that_are_refused_at_the_same_time_are_refused_the_later(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_refused", "delay_s"), [(1, 0.5), (2, 1.0), (9, 4.5), (10, 5.0), (1000, 5.0)])
+def test_the_more_requests_of_a_key_are_being_refused_the_later_each_is(num_refused: int, delay_s: float) -> None:
+    assert refusal_delay_s(num_refused) == delay_s
+
+
+def test_requests_that_are_refused_at_the_same_time_count(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         monkeypatch.setattr("serving.http.shares.REFUSAL_DELAY_S", 0.05)
-        monkeypatch.setattr("serving.http.shares.MAX_REFUSAL_DELAY_S", 0.2)
-        goes_on = asyncio.Event()
-        guard = guarded(goes_on.wait, answers_in_progress=1, requests_waiting=0)
+        share = key_share()
         time_s = asyncio.get_running_loop().time
 
-        async def refused_at() -> float:
-            assert (await client_of(guard, "anna").post("/work", json=WORK)).status_code == 429
-            return time_s()
-
-        async with client_of(guard, "anna") as anna:
-            first = asyncio.create_task(anna.post("/work", json=WORK))
-            await asyncio.sleep(0.05)
+        async def delayed_s() -> float:
             start = time_s()
-            delays = [time - start for time in await asyncio.gather(*(refused_at() for _ in range(6)))]
-            assert all(delay >= least for delay, least in zip(delays, (0.05, 0.1, 0.15, 0.2, 0.2, 0.2), strict=True))
-            assert guard._shares["anna"]._num_refused == 0
-            goes_on.set()
-            assert (await first).status_code == 200
+            await share.delay_refusal()
+            return time_s() - start
+
+        delays = await asyncio.gather(*(delayed_s() for _ in range(3)))
+        # A timer may come a moment early.
+        assert all(delay >= least for delay, least in zip(delays, (0.04, 0.09, 0.14), strict=True))
+        assert share._num_refused == 0
 
     asyncio.run(scene())
 
