@@ -21,7 +21,7 @@ ALLOWED = {"cluster.ray_access"}
 """What both who train and who serve ask of Ray."""
 ROOMS_OF_SERVING = ("feedback", "registry", "replica", "http")
 """A room may import those before it, also inside functions."""
-COMMON_IN_SERVING = {"config", "schema"}
+COMMON_IN_SERVING = {"config", "garbage", "schema"}
 """Modules of `serving` that every room may import, and that import no room."""
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
