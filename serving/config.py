@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -271,15 +270,16 @@ class ServeConfig(ModelSettings, AddressConfig):
             device: the engines' device.
             num_cores: CPU cores of the machine.
         """
+
+        def num_answers(replicas: Literal["min_replicas", "max_replicas"]) -> int:
+            num: int = sum(model.max_num_seqs * max(1, getattr(model, replicas)) for model in self.all_models)
+            return min(num, ANSWERS_PER_CORE * num_cores) if device == "cpu" else num
+
         at_once, in_progress = self.limits.answers_at_once, self.limits.answers_in_progress
-        models = self.all_models
-        most = ANSWERS_PER_CORE * num_cores if device == "cpu" else math.inf
         if at_once is None:
-            places = sum(model.max_num_seqs * max(1, model.max_replicas) for model in models)
-            at_once = int(min(places, most)) if in_progress is None else 0
+            at_once = num_answers("max_replicas") if in_progress is None else 0
         if in_progress is None:
-            places = sum(model.max_num_seqs * max(1, model.min_replicas) for model in models)
-            in_progress = max(2, int(min(places, most)) // KEYS_AT_ONCE)
+            in_progress = max(2, num_answers("min_replicas") // KEYS_AT_ONCE)
         return self.limits.model_copy(update={"answers_at_once": at_once, "answers_in_progress": in_progress})
 
     @property

@@ -17,6 +17,7 @@ import pytest
 
 from serving.feedback.keys import create_key
 from serving.feedback.store import Store
+from serving.garbage import freeze_heap
 from tests.processes import engine_processes
 from tests.serving.conftest import Running, started
 from tests.serving.test_hardening import longer
@@ -39,8 +40,7 @@ def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def frozen_heap() -> Iterator[None]:
     """A full collection of the garbage of what tests load would stop all clients here for most of a second."""
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     yield
     gc.unfreeze()
 
